@@ -1,0 +1,42 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="simpo-megatron",
+    version="0.1.0",
+    description="SimPO preference training on Megatron-Core",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["simpo_megatron", "simpo_megatron.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.0,<0.17",
+        "transformers>=4.56,<6",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "numpy>=1.26",
+        "psutil>=5.9",  # Megatron's checkpoint writer imports it without declaring it
+        "PyYAML>=6.0",
+        "rich>=13.0",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        "wandb": ["wandb>=0.17"],
+        "parquet": ["pyarrow>=15"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "pyright>=1.1.380",
+            "trl==1.16.0",  # the oracle of the loss: its CPOTrainer is experimental, so the version is exact
+            "pyarrow>=15",
+            "matplotlib>=3.8",
+        ],
+    },
+)

@@ -1,0 +1,1 @@
+"""SimPO preference training on Megatron-Core."""

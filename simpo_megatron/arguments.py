@@ -1,0 +1,122 @@
+"""Command line and YAML file -> `config.Config`. Flags win over the file, the file over the defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from simpo_megatron import config as c
+from simpo_megatron.errors import UserError
+
+GROUPS: dict[str, type] = {
+    field.name: typing.get_type_hints(c.Config)[field.name] for field in dataclasses.fields(c.Config)
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def _value_type(annotation: Any) -> type:
+    """`int` of `int | None`."""
+    return next((t for t in typing.get_args(annotation) if t is not type(None)), annotation)
+
+
+def _fields() -> list[tuple[str, dataclasses.Field, type]]:
+    found = []
+    for group, cls in GROUPS.items():
+        hints = typing.get_type_hints(cls)
+        found += [(group, field, _value_type(hints[field.name])) for field in dataclasses.fields(cls)]
+    return found
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `-m simpo_megatron.train`; a flag that is not given is absent from the namespace."""
+    parser = _Parser(
+        prog="torchrun --nproc-per-node N -m simpo_megatron.train",
+        description="SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, "
+        "aligned Hugging Face checkpoint out.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the same names, e.g. `train_iters: 100`; flags win")
+    sections = {group: parser.add_argument_group(str(cls.__doc__)) for group, cls in GROUPS.items()}
+    for group, field, kind in _fields():
+        text = field.metadata["help"]
+        if field.default is not None:
+            text += f" (default {field.default})"
+        name, section = c.flag(field.name), sections[group]
+        if kind is bool:
+            section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            section.add_argument(
+                name, type=kind, help=text, choices=field.metadata["choices"], metavar=_metavar(field, kind)
+            )
+    return parser
+
+
+def _metavar(field: dataclasses.Field, kind: type) -> str | None:
+    choices = field.metadata["choices"]
+    if choices:
+        return "{" + ",".join(choice for choice in choices if choice) + "}"
+    return {int: "N", float: "X", Path: "PATH", str: "NAME"}[kind]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, by field name and in the field's type."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold `name: value` lines, not a {type(content).__name__}")
+    kinds = {field.name: kind for _, field, kind in _fields()}
+    settings = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in kinds:
+            raise UserError(f"--config {path}: {key} is not a setting; --help lists them")
+        try:
+            settings[name] = _convert(value, kinds[name])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--config {path}: {key}: {value!r} is not of type {kinds[name].__name__}") from error
+    return settings
+
+
+def _convert(value: Any, kind: type) -> Any:
+    if value is None:
+        return None
+    if kind is bool and not isinstance(value, bool) or kind is not bool and isinstance(value, bool):
+        raise TypeError
+    if kind is int and int(value) != float(value):
+        raise ValueError
+    return kind(value)  # YAML reads 1e-6 as a string: float() takes it
+
+
+def parse(argv: Sequence[str] | None = None) -> c.Config:
+    """The configuration of the command line.
+
+    Raises:
+        UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
+    """
+    given = vars(build_parser().parse_args(argv))
+    path = given.pop("config", None)
+    settings = {**(read_yaml(path) if path else {}), **given}
+    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for group, field, _ in _fields():
+        if field.name in settings:
+            groups[group][field.name] = settings[field.name]
+    return c.Config(**{group: cls(**groups[group]) for group, cls in GROUPS.items()})
+
+
+def flat(config: c.Config) -> dict[str, Any]:
+    """Every setting by its name, paths as strings: for logs and for the `args` of a checkpoint."""
+    values = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(config, group)).items()}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

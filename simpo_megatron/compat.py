@@ -1,0 +1,63 @@
+"""Every optional import and version gate of this package, each with its reason. Imports neither torch nor Megatron itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+from simpo_megatron.errors import UserError
+
+MEGATRON_CORE = (0, 16)  # the release whose contracts this package was checked against
+
+
+@functools.cache
+def _importable(module: str) -> bool:
+    """Whether `module` imports here; a build for another CUDA or torch counts as absent, as it does for Megatron."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def have_transformer_engine() -> bool:
+    """Transformer Engine: fused layers, and the only attention of Megatron-Core 0.16 that does context parallelism."""
+    return _importable("transformer_engine.pytorch")
+
+
+def have_apex() -> bool:
+    """NVIDIA Apex with its extensions. `import apex` proves nothing: the registry's `apex` is another project."""
+    return _importable("amp_C") and _importable("apex.optimizers")
+
+
+def have_fused_weight_gradient() -> bool:
+    """The Apex extension that `gradient_accumulation_fusion` needs; the output layer needs it under Transformer Engine too."""
+    return _importable("fused_weight_gradient_mlp_cuda")
+
+
+def check_megatron_core() -> None:
+    """Refuses a Megatron-Core this package does not know: schedules, specs and checkpoint keys change between releases.
+
+    Raises:
+        UserError: megatron-core is absent or not 0.16.x.
+    """
+    wanted = ".".join(map(str, MEGATRON_CORE))
+    mend = f"install it with `pip install 'megatron-core=={wanted}.*'`"
+    try:
+        info = importlib.import_module("megatron.core.package_info")
+    except ImportError as error:
+        raise UserError(f"megatron-core cannot be imported ({error}); {mend}") from error
+    if (info.MAJOR, info.MINOR) != MEGATRON_CORE:
+        raise UserError(
+            f"megatron-core {info.__version__} is installed, but {wanted}.x is what this program knows; {mend}"
+        )
+
+
+def quiet_megatron_imports() -> None:
+    """Silences the warnings Megatron-Core prints at import where Transformer Engine and Apex are absent, and no others.
+
+    Ten lines that are true, expected on a CPU, and nothing the user can act on. Call it before the first Megatron import.
+    """
+    for message in ("Apex is not installed", "Transformer Engine and Apex are not installed"):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning, module=r"megatron\.core\.")

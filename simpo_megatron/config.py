@@ -1,0 +1,331 @@
+"""What the user can set: frozen dataclasses, one a group of flags, each validated where it is made.
+
+A field `train_iters` is the flag `--train-iters` and the YAML key `train_iters`; names follow Megatron-LM where it has the
+setting. `arguments.py` turns the groups into flags. Fields carry their help text and, where closed, their choices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.errors import UserError
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with the text `--help` shows and the values it may take."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+class Group:
+    """Checks the closed choices of a group; a group with more to check extends `__post_init__`."""
+
+    def __post_init__(self) -> None:
+        for name, spec in type(self).__dataclass_fields__.items():  # type: ignore[attr-defined]
+            value, choices = getattr(self, name), spec.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"{flag(name)} {value} is not known; use {' or '.join(choices)}")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{flag(name)} {value} must be greater than 0")
+
+    def _fraction(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{flag(name)} {value} must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Group):
+    """model"""
+
+    hf_checkpoint: Path | None = setting(None, "folder of the Hugging Face checkpoint: weights, config, tokenizer")
+    export_hf: Path | None = setting(None, "write the trained model here as a Hugging Face checkpoint")
+    transformer_impl: str = setting(
+        "auto",
+        "layers: Transformer Engine's, Megatron's own (local), or TE where it is installed (auto)",
+        ("auto", "local", "transformer_engine"),
+    )
+    make_vocab_size_divisible_by: int = setting(
+        128, "pad the vocabulary to a multiple of this times the tensor-parallel size"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("make_vocab_size_divisible_by")
+        _require(
+            self.hf_checkpoint is not None,
+            "--hf-checkpoint is missing; give the folder of a Hugging Face checkpoint",
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Group):
+    """parallel layout"""
+
+    tensor_model_parallel_size: int = setting(1, "ranks that share every layer")
+    pipeline_model_parallel_size: int = setting(1, "stages the layers are cut into")
+    num_layers_per_virtual_pipeline_stage: int | None = setting(None, "interleaved schedule: layers of one model chunk")
+    decoder_first_pipeline_num_layers: int | None = setting(None, "layers of the first stage, where stages are uneven")
+    decoder_last_pipeline_num_layers: int | None = setting(None, "layers of the last stage, where stages are uneven")
+    sequence_parallel: bool = setting(False, "shard activations between tensor-parallel regions")
+    use_distributed_optimizer: bool = setting(True, "shard optimizer state over the data-parallel ranks")
+    overlap_grad_reduce: bool = setting(False, "reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = setting(False, "gather parameters while the forward pass runs")
+    recompute_granularity: str | None = setting(
+        None, "recompute activations: attention alone, or whole layers", (None, "selective", "full")
+    )
+    recompute_method: str | None = setting(None, "with full recompute: which layers", (None, "uniform", "block"))
+    recompute_num_layers: int | None = setting(None, "with full recompute: layers a recomputed block holds")
+    variable_seq_lengths: bool = setting(
+        True, "end every row after its last pair; off: pad each to --seq-length, so that shapes never change"
+    )
+    distributed_timeout_minutes: int = setting(10, "give up on a collective after this long")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recompute_granularity", self.recompute_granularity or None)
+        super().__post_init__()
+        self._positive(
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "num_layers_per_virtual_pipeline_stage",
+            "recompute_num_layers",
+            "distributed_timeout_minutes",
+        )
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "--sequence-parallel needs --tensor-model-parallel-size of at least 2; drop it for a single tensor rank",
+        )
+        _require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",
+        )
+        full = self.recompute_granularity == "full"
+        _require(
+            full == (self.recompute_method is not None and self.recompute_num_layers is not None),
+            "--recompute-granularity full goes with --recompute-method and --recompute-num-layers, and they with it",
+        )
+        _require(
+            self.num_layers_per_virtual_pipeline_stage is None or self.pipeline_model_parallel_size > 1,
+            "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig(Group):
+    """data"""
+
+    train_data: Path | None = setting(None, "preferences to train on: .jsonl, .jsonl.gz or .parquet")
+    valid_data: Path | None = setting(None, "preferences to evaluate on")
+    seq_length: int = setting(4096, "tokens of a row; whole pairs are packed into it")
+    max_length: int | None = setting(None, "tokens of prompt and response together; default half of --seq-length")
+    max_prompt_length: int | None = setting(
+        None, "tokens a prompt is cut to when its sequence is too long; default half of --max-length"
+    )
+    prompt_truncation: str = setting("keep_end", "the part of a cut prompt that stays", ("keep_end", "keep_start"))
+    assistant_header: str = setting(
+        "prompt",
+        "where the assistant's header counts; response is the SimPO repository's way: it is scored",
+        ("prompt", "response"),
+    )
+    tie_policy: str = setting(
+        "drop", "pairs with equal scores: drop them, or keep them with target margin 0", ("drop", "zero-margin")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.train_data is not None, "--train-data is missing; give a .jsonl, .jsonl.gz or .parquet file")
+        self._positive("seq_length", "max_length", "max_prompt_length")
+        if self.max_length is None:
+            object.__setattr__(self, "max_length", self.seq_length // 2)
+        assert self.max_length is not None
+        _require(
+            2 * self.max_length <= self.seq_length,
+            f"--max-length {self.max_length} lets a pair outgrow its row; use at most half of --seq-length "
+            f"{self.seq_length}, or a longer row",
+        )
+        if self.max_prompt_length is None:
+            object.__setattr__(self, "max_prompt_length", self.max_length // 2)
+
+
+@dataclass(frozen=True)
+class LossConfig(Group):
+    """loss"""
+
+    objective: str = setting("simpo", "simpo, or sft: NLL of the chosen responses", ("simpo", "sft"))
+    simpo_beta: float = setting(2.0, "scale of the rewards")
+    simpo_gamma: float | None = setting(None, "target reward margin, absolute")
+    simpo_gamma_beta_ratio: float | None = setting(None, "target reward margin divided by beta; default 0.5")
+    simpo_loss_type: str = setting("sigmoid", "sigmoid is the paper's", ("sigmoid", "hinge"))
+    simpo_label_smoothing: float = setting(0.0, "probability that a pair's members were swapped")
+    simpo_sft_weight: float = setting(0.0, "weight of the NLL of the chosen responses, a mean over their tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("simpo_beta")
+        _require(
+            self.simpo_gamma is None or self.simpo_gamma_beta_ratio is None,
+            "--simpo-gamma and --simpo-gamma-beta-ratio set the same margin (gamma = ratio * beta); give one of them",
+        )
+        _require(
+            0 <= self.simpo_label_smoothing < 0.5,
+            f"--simpo-label-smoothing {self.simpo_label_smoothing} must be at least 0 and less than 0.5",
+        )
+        _require(
+            not (self.simpo_label_smoothing and self.simpo_loss_type == "hinge"),
+            "--simpo-label-smoothing has no meaning with --simpo-loss-type hinge; drop one of them",
+        )
+        _require(self.simpo_sft_weight >= 0, f"--simpo-sft-weight {self.simpo_sft_weight} must not be negative")
+        for name in ("simpo_beta", "simpo_gamma", "simpo_gamma_beta_ratio", "simpo_sft_weight"):
+            value = getattr(self, name)
+            _require(value is None or math.isfinite(value), f"{flag(name)} {value} must be a finite number")
+
+    @property
+    def gamma(self) -> float:
+        """Target reward margin, absolute, whichever way it was given."""
+        if self.simpo_gamma is not None:
+            return self.simpo_gamma
+        ratio = 0.5 if self.simpo_gamma_beta_ratio is None else self.simpo_gamma_beta_ratio
+        return ratio * self.simpo_beta
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the NLL term: all of the loss for `sft`."""
+        return 1.0 if self.objective == "sft" else self.simpo_sft_weight
+
+    @property
+    def members(self) -> int:
+        """Sequences a pair brings into the batch: `sft` leaves the rejected response out."""
+        return 1 if self.objective == "sft" else 2
+
+
+@dataclass(frozen=True)
+class TrainConfig(Group):
+    """training"""
+
+    global_batch_size: int = setting(128, "pairs an optimizer step sees, over all ranks")
+    train_iters: int | None = setting(None, "optimizer steps")
+    train_epochs: float | None = setting(None, "passes over the training pairs, instead of --train-iters")
+    seed: int = setting(1234, "of the data order")
+    device: str = setting(
+        "auto", "cuda with nccl, or cpu with gloo; auto: cuda where there is one", ("auto", "cpu", "cuda")
+    )
+    bf16: bool = setting(True, "bf16 weights and activations with fp32 main gradients and fp32 master weights")
+    fp32: bool = setting(False, "everything in fp32, for checks")
+    fp16: bool = setting(False, "refused: see the message")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            not self.fp16,
+            "--fp16 is not supported: a response's log-prob sum leaves fp16's range and loss scaling would hide it; "
+            "use bf16 (the default) or --fp32",
+        )
+        if self.fp32:
+            object.__setattr__(self, "bf16", False)
+        _require(self.bf16 or self.fp32, "--no-bf16 leaves no precision; say --fp32")
+        self._positive("global_batch_size", "train_iters", "train_epochs")
+        _require(
+            (self.train_iters is None) != (self.train_epochs is None),
+            "give one of --train-iters and --train-epochs"
+            + (", not both" if self.train_iters is not None else ": neither is set"),
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Group):
+    """optimizer"""
+
+    lr: float = setting(1e-6, "highest learning rate")
+    min_lr: float = setting(0.0, "lowest learning rate after decay")
+    lr_decay_style: str = setting(
+        "cosine", "decay after the warm-up", ("constant", "linear", "cosine", "inverse-square-root")
+    )
+    lr_warmup_fraction: float = setting(0.1, "share of the steps that warm up")
+    weight_decay: float = setting(0.0, "decoupled weight decay; norms and biases have none")
+    adam_beta1: float = setting(0.9, "Adam's first decay")
+    adam_beta2: float = setting(0.999, "Adam's second decay")
+    adam_eps: float = setting(1e-8, "Adam's epsilon")
+    clip_grad: float = setting(1.0, "clip gradients to this norm; 0 does not clip")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("lr", "adam_eps")
+        self._fraction("lr_warmup_fraction", "adam_beta1", "adam_beta2")
+        _require(0 <= self.min_lr <= self.lr, f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
+        for name in ("weight_decay", "clip_grad"):
+            _require(getattr(self, name) >= 0, f"{flag(name)} {getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Group):
+    """checkpoints"""
+
+    save: Path | None = setting(None, "folder of checkpoints, metrics.jsonl and TensorBoard files")
+    load: Path | None = setting(None, "resume from the latest checkpoint in this folder")
+    save_interval: int | None = setting(None, "steps between checkpoints; one is saved after the last step in any case")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("save_interval")
+        _require(
+            self.save_interval is None or self.save is not None, "--save-interval needs --save, the folder to save into"
+        )
+
+
+@dataclass(frozen=True)
+class LogConfig(Group):
+    """evaluation and logging"""
+
+    log_interval: int = setting(1, "steps between logged lines")
+    eval_interval: int | None = setting(None, "steps between evaluations; before and after training in any case")
+    tensorboard_dir: Path | None = setting(None, "TensorBoard files; default SAVE/tensorboard")
+    wandb_project: str | None = setting(None, "log to this Weights & Biases project")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("log_interval", "eval_interval")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is told."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    loss: LossConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed and have spoilt other people's runs."""
+        found = []
+        if self.loss.objective == "simpo":
+            if self.optimizer.lr >= 1e-5:
+                found.append(f"--lr {self.optimizer.lr:g}: SimPO on models of 7B and up collapses from 1e-5 on")
+            if self.loss.simpo_beta < 1:
+                found.append(f"--simpo-beta {self.loss.simpo_beta:g}: SimPO uses 2 to 10, DPO's 0.1 is too small here")
+            if self.loss.gamma > self.loss.simpo_beta:
+                found.append(
+                    f"gamma {self.loss.gamma:g} exceeds beta {self.loss.simpo_beta:g}: is it a gamma given as a ratio?"
+                )
+            if self.loss.simpo_sft_weight:
+                found.append(f"--simpo-sft-weight {self.loss.simpo_sft_weight:g}: the paper's SimPO has no NLL term")
+        return found

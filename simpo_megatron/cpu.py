@@ -1,0 +1,146 @@
+"""Megatron-Core on CPU: the one place that answers for `torch.cuda` where no CUDA device is used.
+
+Megatron-Core 0.16 asks `torch.cuda` for its device, its streams and its random state wherever it runs. The schedules, the
+tensor- and sequence-parallel layers, DDP, the distributed optimizer and dist_checkpointing themselves are plain torch and
+run over gloo once these questions have an answer. Call `enable()` before the first Megatron object is built:
+
+    from simpo_megatron import cpu
+    cpu.enable()          # a second call does nothing; raises if CUDA has been initialised
+
+What it answers for, and nothing else:
+
+=====================================================  ==============================================================
+name                                                   answer
+=====================================================  ==============================================================
+`device="cuda"`, `"cuda:N"` in any torch function      the CPU (`_CudaMeansCpu`, a TorchFunctionMode)
+`tensor.cuda()`, `tensor.to("cuda")`                   the tensor on the CPU (same mode)
+`tensor.type()`                                        `torch.cuda.FloatTensor` and its kin: the optimizers compare strings
+                                                       (`optimizer/distrib_optimizer.py`, `optimizer/optimizer.py`)
+`torch.cuda.current_device`                            `torch.device("cpu")`, valid wherever `device=` takes it
+`torch.cuda.Stream`, `Event`, `stream`,                objects that do nothing: the CPU runs in program order
+`current_stream`, `default_stream`
+`torch.cuda.synchronize`, `empty_cache`                nothing
+`torch.cuda.manual_seed`, `get_rng_state`,             the CPU generator (also `torch.cuda.random.get_rng_state` and the
+`set_rng_state`                                        private getter and setter of `tensor_parallel.random`)
+`torch._dynamo.config.disable`                         True: `jit_fuser` is torch.compile, which would compile for minutes
+=====================================================  ==============================================================
+
+`torch.cuda.is_available()` keeps saying False. What Megatron does on CUDA alone (fused kernels, CUDA graphs, FP8) stays
+out of reach. Undo with `disable()` (tests only).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_undo: list[Callable[[], None]] = []
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Reads `cuda` as `cpu` in the arguments of every torch function, and names tensor types as CUDA would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+class _Inert:
+    """A stream or an event on a device that runs in program order: every method does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Inert:
+        return self
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _stream(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    _undo.append(lambda: setattr(owner, name, old))
+
+
+def enable() -> None:
+    """Answers for `torch.cuda` in this process (see the table above). Idempotent.
+
+    Raises:
+        RuntimeError: CUDA is already initialised in this process, so tensors may live on a GPU.
+    """
+    if _undo:
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError("cpu.enable() was called after CUDA was initialised; call it first, or run on the GPU")
+    _replace(torch._dynamo.config, "disable", True)
+    _replace(torch.cuda, "current_device", lambda: _CPU)
+    for name in ("Stream", "Event"):
+        _replace(torch.cuda, name, _Inert)
+    for name in ("current_stream", "default_stream"):
+        _replace(torch.cuda, name, _Inert)
+    _replace(torch.cuda, "stream", _stream)
+    for name in ("synchronize", "empty_cache"):
+        _replace(torch.cuda, name, _nothing)
+    _replace(torch.cuda, "manual_seed", torch.manual_seed)
+    for owner in (torch.cuda, torch.cuda.random):
+        _replace(owner, "get_rng_state", _get_rng_state)
+        _replace(owner, "set_rng_state", _set_rng_state)
+
+    from megatron.core.tensor_parallel import random
+
+    _replace(random, "_get_cuda_rng_state", _get_rng_state)
+    _replace(random, "_set_cuda_rng_state", _set_rng_state)
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _undo.append(lambda: mode.__exit__(None, None, None))
+
+
+def disable() -> None:
+    """Puts every name back as it was; for tests."""
+    while _undo:
+        _undo.pop()()

@@ -1,0 +1,182 @@
+"""One row of a preference file -> one `Preference`, whichever of the usual schemas the row is in.
+
+    prompt    chosen, rejected       read as
+    str       str                    prompt and completions, as they are
+    -         str                    the common prefix is the prompt
+    list      list of messages       the conversation; turns of the prompt repeated in the members are not doubled
+    - or str  list of messages       the lists hold the conversation (UltraFeedback-binarized)
+    str       one assistant message  the string is the user's turn
+
+Of a conversation only the last turn, the assistant's, is the response; all before it is the prompt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simpo_megatron.errors import UserError
+
+Message = dict[str, Any]
+"""{"role": str, "content": str, ...}; further keys reach the chat template, keys that are null are left out."""
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt: three strings, or a list of messages and two assistant messages."""
+
+    where: str
+    prompt: str | list[Message]
+    chosen: str | Message
+    rejected: str | Message
+    weight: float = 1.0
+    margin: float | None = None
+    """This pair's target reward margin, in place of gamma."""
+    tie: bool = False
+    """The row's two scores are equal."""
+
+    @property
+    def conversational(self) -> bool:
+        return isinstance(self.prompt, list)
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """What the chosen and the rejected response say, without template."""
+        chosen, rejected = (m if isinstance(m, str) else m["content"] for m in (self.chosen, self.rejected))
+        return chosen, rejected
+
+
+def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
+    """Read one row. `where` names it in errors. Raises UserError for a row that is in none of the schemas."""
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise UserError(f"{where}: no `{name}`; a row needs `chosen` and `rejected`, this one has {_keys(row)}.")
+    members = row["chosen"], row["rejected"]
+    if all(isinstance(member, str) for member in members):
+        prompt, chosen, rejected = _from_text(row, where)
+    elif all(isinstance(member, list) for member in members):
+        prompt, chosen, rejected = _from_messages(row, where)
+    else:
+        kinds = " and ".join(f"`{n}` is {_kind(m)}" for n, m in zip(("chosen", "rejected"), members, strict=True))
+        raise UserError(f"{where}: {kinds}; both must be strings or both lists of messages.")
+
+    weight = _number(row, "weight", where)
+    if weight is not None and weight < 0:
+        raise UserError(f"{where}: `weight` is {weight:g}; it must be zero or more.")
+    scores = _number(row, "score_chosen", where), _number(row, "score_rejected", where)
+    return Preference(
+        where=where,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        weight=1.0 if weight is None else weight,
+        margin=_number(row, "margin", where),
+        tie=scores[0] is not None and scores[0] == scores[1],
+    )
+
+
+def _from_text(row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
+    chosen, rejected = (_text(row[name], f"{where}: `{name}`") for name in ("chosen", "rejected"))
+    prompt = row.get("prompt")
+    if prompt is None:
+        split = _common_prefix(chosen, rejected)
+        return chosen[:split], chosen[split:], rejected[split:]
+    if not isinstance(prompt, str):
+        raise UserError(
+            f"{where}: `prompt` is {_kind(prompt)} but `chosen` and `rejected` are strings; make all three strings or "
+            "all three lists of messages."
+        )
+    return _text(prompt, f"{where}: `prompt`"), chosen, rejected
+
+
+def _common_prefix(chosen: str, rejected: str) -> int:
+    """Length of the implicit prompt: the common prefix, less its last space (tokenizers join it to the next word).
+
+    As TRL does, the last character of the shorter member is always left to the response.
+    """
+    longest = max(min(len(chosen), len(rejected)) - 1, 0)
+    split = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
+    differs = chosen[split : split + 1] != rejected[split : split + 1]
+    return split - 1 if differs and split and chosen[split - 1] == " " else split
+
+
+def _from_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message], Message, Message]:
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        prompt = _messages(prompt, f"{where}: `prompt`")
+    elif isinstance(prompt, str):
+        prompt = _text(prompt, f"{where}: `prompt`")
+    elif prompt is not None:
+        raise UserError(f"{where}: `prompt` is {_kind(prompt)}; it must be a string or a list of messages.")
+
+    before, chosen = _split_last(prompt, row["chosen"], f"{where}: `chosen`")
+    other, rejected = _split_last(prompt, row["rejected"], f"{where}: `rejected`")
+    if before != other:
+        same = next((i for i, (a, b) in enumerate(zip(before, other, strict=False)) if a != b), None)
+        turn = (min(len(before), len(other)) if same is None else same) + 1
+        raise UserError(
+            f"{where}: `chosen` and `rejected` differ at message {turn}, before the last; they must answer the same "
+            "conversation, so give both the same earlier messages."
+        )
+    return before, chosen, rejected
+
+
+def _split_last(prompt: str | list[Message] | None, member: list[Any], what: str) -> tuple[list[Message], Message]:
+    """A member's (messages before the response, response)."""
+    messages = _messages(member, what)
+    if not messages or messages[-1]["role"] != "assistant":
+        last = f"ends with a {messages[-1]['role']!r} message" if messages else "is an empty list"
+        raise UserError(f"{what} {last}; the last message must be the assistant's response.")
+    before, response = messages[:-1], messages[-1]
+    if isinstance(prompt, list):
+        if not before or prompt[-len(before) :] == before:
+            before = prompt
+        elif before[: len(prompt)] != prompt:
+            before = prompt + before
+    elif isinstance(prompt, str) and not before:
+        before = [{"role": "user", "content": prompt}]
+    if not before:
+        raise UserError(f"{what} is a response without a prompt; add `prompt` or the messages before the response.")
+    return before, response
+
+
+def _messages(value: list[Any], what: str) -> list[Message]:
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            found = _keys(message) if isinstance(message, dict) else _kind(message)
+            raise UserError(f'{what} message {number} is not {{"role": ..., "content": ...}} but {found}; convert it.')
+        _text(message.get("content"), f"{what} message {number}: `content`")
+    return [{key: item for key, item in message.items() if item is not None} for message in value]
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{what} is {_kind(value)}; it must be a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON; tokenizers cannot encode it
+        raise UserError(
+            f"{what} has half a surrogate pair ({value[error.start]!a}) at character {error.start + 1}; remove it."
+        ) from None
+    return value
+
+
+def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise UserError(f"{where}: `{name}` is {value!r}; it must be a finite number, or be left out.")
+    return float(value)
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}`" for key in row) or "no columns"

@@ -1,0 +1,84 @@
+"""Token log-probs from vocabulary-sharded logits: the obvious form, and the oracle of everything faster.
+
+Shapes: N tokens, V vocabulary columns of this tensor-parallel rank, G tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Rows are upcast to fp32 in slabs of this many bytes, so that a bf16 model never holds all its logits in fp32.
+_SLAB_BYTES = 64 * 2**20
+
+
+def _row_slabs(logits_NV: Tensor) -> list[slice]:
+    rows = max(1, _SLAB_BYTES // (4 * max(1, logits_NV.shape[1])))
+    return [slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows)]
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, vocab_size: int, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        world, rank = (1, 0) if group is None else (group.size(), group.rank())
+        start = rank * logits_NV.shape[1]
+        # Columns from here on pad the vocabulary to a multiple of the ranks: they get no probability.
+        columns = min(max(vocab_size - start, 0), logits_NV.shape[1])
+        local_N = targets_N - start
+        owned_N = (local_N >= 0) & (local_N < columns)
+        local_N = local_N.where(owned_N, 0)
+
+        accumulate = torch.promote_types(logits_NV.dtype, torch.float32)
+        lse_N = torch.empty(targets_N.shape, dtype=accumulate, device=logits_NV.device)
+        for rows in _row_slabs(logits_NV):
+            lse_N[rows] = torch.logsumexp(logits_NV[rows, :columns].to(accumulate), dim=-1)
+        target_N = logits_NV.gather(1, local_N[:, None])[:, 0].to(accumulate) * owned_N
+
+        if world > 1:
+            stats_2N = torch.stack((lse_N, target_N))
+            gathered_G2N = stats_2N.new_empty(world, *stats_2N.shape)
+            dist.all_gather_into_tensor(gathered_G2N.view(-1, targets_N.shape[0]), stats_2N, group=group)
+            lse_N = torch.logsumexp(gathered_G2N[:, 0], dim=0)
+            target_N = gathered_G2N[:, 1].sum(0)
+        ctx.save_for_backward(logits_NV, lse_N, local_N, owned_N)
+        ctx.columns = columns
+        return target_N - lse_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_NV, lse_N, local_N, owned_N = ctx.saved_tensors
+        (grad_N,) = grads
+        grad_NV = torch.zeros_like(logits_NV)
+        for rows in _row_slabs(logits_NV):
+            # d log p(target) / d logit_v = [v is the target] - softmax_v
+            slab = (logits_NV[rows, : ctx.columns].to(lse_N.dtype) - lse_N[rows, None]).exp_().mul_(-grad_N[rows, None])
+            if ctx.columns:
+                slab.scatter_add_(1, local_N[rows, None], (grad_N * owned_N)[rows, None])
+            grad_NV[rows, : ctx.columns] = slab
+        return grad_NV, None, None, None
+
+
+def vocab_parallel_logprobs(
+    logits_NV: Tensor, targets_N: Tensor, vocab_size: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """log p(target) of each row, over the vocabulary that the ranks of `group` hold together.
+
+    Collectives: one all-gather of two numbers a token over `group` in the forward, none in the backward; none at all for one
+    rank. The gradient is that of the unsharded log-softmax, on every rank for its own columns.
+
+    Args:
+        logits_NV: this rank's columns [N, V], contiguous shards of equal size in rank order, any floating dtype. Read in
+            slabs with fp32 sums (fp64 for fp64 logits).
+        targets_N: token ids in the whole vocabulary, int64, each below `vocab_size`.
+        vocab_size: the true vocabulary; columns from there on are padding and get neither probability nor gradient.
+        group: the tensor-parallel group; None for one process.
+
+    Returns:
+        [N] fp32 (fp64 for fp64 logits), each at most 0.
+    """
+    return _VocabParallelLogProbs.apply(logits_NV, targets_N, vocab_size, group)  # type: ignore[no-any-return]

@@ -1,0 +1,199 @@
+"""The TransformerConfig of a Hugging Face checkpoint and the GPTModels of this rank, with weights still to be loaded.
+
+hf = read_hf_checkpoint(path)
+config = transformer_config(hf, bf16=True, tensor_model_parallel_size=8, sequence_parallel=True)
+models = build_model(hf, config)          # one a virtual pipeline stage; parallel_state is initialised
+load_hf_weights(models, hf)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from simpo_megatron.compat import have_fused_weight_gradient
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.family import canonical_name
+from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.rope import Rope
+from simpo_megatron.models.spec import layer_spec
+
+
+def transformer_config(hf: HFModel, *, bf16: bool, **parallel: Any) -> TransformerConfig:
+    """Megatron's config of a model and its layout.
+
+    Args:
+        hf: the checkpoint.
+        bf16: parameters and activations in bfloat16, else float32.
+        **parallel: fields of TransformerConfig: parallel sizes, recomputation, communication. They win over what is set here.
+
+    Raises:
+        UserError: the layout does not divide the model, or Megatron refuses it.
+    """
+    model = hf.family.transformer_kwargs(hf.config)
+    _check_tensor_parallel(model, parallel)
+    _check_pipeline(model["num_layers"], parallel)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    on_gpu = torch.empty(0, device=torch.cuda.current_device()).is_cuda
+    fields: dict[str, Any] = {
+        "bf16": bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "perform_initialization": False,  # every weight is loaded
+        "bias_activation_fusion": on_gpu,  # these two are compiled, which pays on a GPU alone
+        "bias_dropout_fusion": on_gpu,
+        "masked_softmax_fusion": False,  # of an attention that is not used here
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": on_gpu and have_fused_weight_gradient(),
+    }
+    if parallel.get("virtual_pipeline_model_parallel_size"):
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    try:
+        return TransformerConfig(**{**fields, **model, **parallel})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"Megatron refuses this layout for {hf.path}: {error}") from error
+
+
+def build_model(
+    hf: HFModel, config: TransformerConfig, *, transformer_impl: str = "auto", make_vocab_size_divisible_by: int = 128
+) -> list[GPTModel]:
+    """Builds what this rank holds of the model, on its device, with uninitialised weights in `config.params_dtype`.
+
+    Collectives: where embedding and output are tied and on different stages, one all-reduce over the embedding group.
+
+    Args:
+        hf: the checkpoint.
+        config: from `transformer_config`; `parallel_state` is initialised for the same sizes.
+        transformer_impl: "auto" (Transformer Engine where it is installed), "local" or "transformer_engine".
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
+
+    Returns:
+        One model for every virtual pipeline stage of this rank; one where there are none.
+
+    Raises:
+        UserError: Transformer Engine is asked for and not installed, or context parallelism without it.
+    """
+    stages = range(config.virtual_pipeline_model_parallel_size or 1)
+    vp_stages = list(stages) if config.virtual_pipeline_model_parallel_size else [None]
+    models = []
+    for vp_stage in vp_stages:
+        model = GPTModel(
+            config,
+            layer_spec(config, transformer_impl, vp_stage),  # type: ignore[arg-type]
+            vocab_size=padded_vocab_size(
+                hf.vocab_size, config.tensor_model_parallel_size, make_vocab_size_divisible_by
+            ),
+            max_sequence_length=hf.config.get("max_position_embeddings", 0),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=hf.tied,
+            position_embedding_type="rope",
+            rotary_base=hf.rope.theta,  # type: ignore[arg-type]
+            vp_stage=vp_stage,
+        )
+        # Megatron knows one of the scalings, with three of its four values fixed: set the frequencies themselves.
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(hf.rope, config.kv_channels or 0)
+        _mark_tensor_parallel(model, hf)
+        models.append(model)
+    return models
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int, divisible_by: int = 128) -> int:
+    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of `divisible_by * tensor_parallel_size`.
+
+    >>> padded_vocab_size(32000, 2), padded_vocab_size(32001, 2)
+    (32000, 32256)
+    """
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
+    """The rotary frequencies in radians a token, [dim / 2] float32 on this rank's device.
+
+    Computed in float32, step by step as transformers does (`modeling_rope_utils.py`): at long contexts another order of
+    rounding turns the angles measurably.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=torch.cuda.current_device()) / dim
+    frequency = 1.0 / rope.theta**exponents
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / frequency
+        turns = rope.original_max_position_embeddings / wavelength
+        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        between = (1 - keep) * frequency / rope.factor + keep * frequency
+        scaled = torch.where(turns < rope.low_freq_factor, frequency / rope.factor, between)
+        return torch.where(turns > rope.high_freq_factor, frequency, scaled)
+    return frequency
+
+
+def _mark_tensor_parallel(model: GPTModel, hf: HFModel) -> None:
+    """Says which parameters are split over the tensor-parallel ranks, where Megatron did not.
+
+    Its layers say so while they initialise, which is turned off; without it the gradient norm would leave out the split
+    parameters of every rank but the first (`tensor_parallel/layers.py`, `param_is_not_tensor_parallel_duplicate`).
+    """
+    split = {weight.megatron.rpartition("{layer}")[2]: weight for weight in hf.weights if weight.tp_dim is not None}
+    for name, parameter in model.named_parameters():
+        weight = next((split[suffix] for suffix in split if canonical_name(name).endswith(suffix)), None)
+        if name == "output_layer.weight" or weight is not None:
+            if not hasattr(parameter, "tensor_model_parallel"):
+                stride = 2 if weight is not None and weight.layout == "gate_up" else 1
+                set_tensor_model_parallel_attributes(parameter, True, weight.tp_dim if weight else 0, stride)
+
+
+def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    tp = parallel.get("tensor_model_parallel_size", 1)
+    sizes = {key: model[key] for key in ("num_query_groups", "num_attention_heads", "ffn_hidden_size")}
+    for key, size in sizes.items():
+        if size % tp:
+            common = math.gcd(*sizes.values())
+            divisors = [str(n) for n in range(1, common + 1) if common % n == 0]
+            listed = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
+            raise UserError(f"--tensor-model-parallel-size {tp} does not divide {key} {size}; use {listed}")
+    if parallel.get("sequence_parallel") and tp == 1:
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; drop it, or split the tensors")
+
+
+def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
+    pp = parallel.get("pipeline_model_parallel_size", 1)
+    virtual = parallel.get("virtual_pipeline_model_parallel_size")
+    if virtual and pp == 1:
+        raise UserError("virtual pipeline stages need --pipeline-model-parallel-size above 1; drop them, or add stages")
+    if (
+        virtual
+        and pp == 2
+        and not (parallel.get("overlap_p2p_comm", True) and not parallel.get("batch_p2p_comm", False))
+    ):
+        raise UserError(
+            "virtual pipeline stages on 2 pipeline ranks need overlap_p2p_comm and no batch_p2p_comm: Megatron would swap "
+            "the tensors of the two directions; leave both unset"
+        )
+    if parallel.get("pipeline_model_parallel_layout") is not None:
+        return  # Megatron checks it
+    edges = [parallel.get(f"num_layers_in_{edge}_pipeline_stage") for edge in ("first", "last")]
+    given = [n for n in edges if n is not None]
+    layers, stages = num_layers - sum(given), pp - len(given)
+    chunks = stages * (virtual or 1)
+    if layers < 0 or stages < 0 or (layers % chunks if chunks else layers):
+        of = f"{stages} pipeline stages" + (f" of {virtual} virtual stages each" if virtual else "")
+        raise UserError(
+            f"{layers} of the model's {num_layers} layers do not divide into {of}; change --pipeline-model-parallel-size, "
+            "or give the first and the last stage another number of layers"
+        )

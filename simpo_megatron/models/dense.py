@@ -1,0 +1,101 @@
+"""What the dense families share: pre-norm blocks of grouped-query attention and a SwiGLU feed-forward, RMSNorm, RoPE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.family import EMBEDDING, OUTPUT, Weight, refuse, required
+from simpo_megatron.models.rope import read_rope
+
+
+def head_dim(config: dict[str, Any]) -> int:
+    """The width of one attention head."""
+    return config.get("head_dim") or required(config, "hidden_size") // required(config, "num_attention_heads")
+
+
+def query_groups(config: dict[str, Any]) -> int:
+    """The number of key and value heads."""
+    return config.get("num_key_value_heads") or required(config, "num_attention_heads")
+
+
+def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of TransformerConfig every dense family has.
+
+    Raises:
+        UserError: an activation, rope scaling or attention that is not supported, or a value config.json lacks.
+    """
+    refuse(config, "hidden_act", "silu", mend="only SwiGLU models (silu) run")
+    if other := set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(
+            f"config.json lists {', '.join(sorted(other))} in layer_types; only full attention in every layer runs"
+        )
+    read_rope(config)  # for its errors; build.py reads the values
+    return {
+        "num_layers": required(config, "num_hidden_layers"),
+        "hidden_size": required(config, "hidden_size"),
+        "ffn_hidden_size": required(config, "intermediate_size"),
+        "num_attention_heads": required(config, "num_attention_heads"),
+        "num_query_groups": query_groups(config),
+        "kv_channels": head_dim(config),
+        "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+    }
+
+
+def dense_weights(config: dict[str, Any], *, qkv_bias: bool = False, qk_norm: bool = False) -> tuple[Weight, ...]:
+    """The weight table of a dense model; the output layer is absent where it is tied to the embedding.
+
+    Args:
+        config: config.json.
+        qkv_bias: the query, key and value projections have biases.
+        qk_norm: queries and keys are normalised head by head.
+    """
+    hidden, ffn, vocab = (required(config, key) for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    head = head_dim(config)
+    q, kv = required(config, "num_attention_heads") * head, query_groups(config) * head
+    block, layer = "decoder.layers.{layer}.", "model.layers.{layer}."
+    qkv = tuple(f"{layer}self_attn.{part}_proj." for part in "qkv")
+
+    def norm(megatron: str, hf: str, size: int) -> Weight:
+        return Weight(megatron, (hf,), ((size,),), "copy", None)
+
+    table = [
+        Weight(EMBEDDING, ("model.embed_tokens.weight",), ((vocab, hidden),), "copy", 0),
+        norm(f"{block}self_attention.linear_qkv.layer_norm_weight", f"{layer}input_layernorm.weight", hidden),
+        Weight(
+            f"{block}self_attention.linear_qkv.weight",
+            tuple(f"{part}weight" for part in qkv),
+            ((q, hidden), (kv, hidden), (kv, hidden)),
+            "qkv",
+            0,
+            query_groups(config),
+        ),
+    ]
+    if qkv_bias:
+        biases = tuple(f"{part}bias" for part in qkv)
+        table.append(
+            Weight(
+                f"{block}self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv", 0, query_groups(config)
+            )
+        )
+    if qk_norm:
+        table.append(norm(f"{block}self_attention.q_layernorm.weight", f"{layer}self_attn.q_norm.weight", head))
+        table.append(norm(f"{block}self_attention.k_layernorm.weight", f"{layer}self_attn.k_norm.weight", head))
+    table += [
+        Weight(
+            f"{block}self_attention.linear_proj.weight", (f"{layer}self_attn.o_proj.weight",), ((hidden, q),), "copy", 1
+        ),
+        norm(f"{block}mlp.linear_fc1.layer_norm_weight", f"{layer}post_attention_layernorm.weight", hidden),
+        Weight(
+            f"{block}mlp.linear_fc1.weight",
+            (f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
+            ((ffn, hidden), (ffn, hidden)),
+            "gate_up",
+            0,
+        ),
+        Weight(f"{block}mlp.linear_fc2.weight", (f"{layer}mlp.down_proj.weight",), ((hidden, ffn),), "copy", 1),
+        norm("decoder.final_layernorm.weight", "model.norm.weight", hidden),
+    ]
+    if not config.get("tie_word_embeddings", False):
+        table.append(Weight(OUTPUT, ("lm_head.weight",), ((vocab, hidden),), "copy", 0))
+    return tuple(table)

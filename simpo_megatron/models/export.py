@@ -1,0 +1,207 @@
+"""The parameters of all ranks as a Hugging Face checkpoint: the way back of load.py.
+
+Every pipeline stage writes files of its own, so no rank ever holds more than one file (5 GiB) of whole tensors. All of it is
+written into a directory next to the target, which takes the target's name only when every file is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.family import OUTPUT
+from simpo_megatron.models.hf import INDEX, SINGLE, HFModel
+from simpo_megatron.models.layout import from_megatron
+from simpo_megatron.models.load import Placed, is_vocabulary, place_parameters
+
+MAX_FILE_BYTES = 5 * 2**30
+
+# What a checkpoint has besides weights; copied as it is, because saving a tokenizer again loses templates and flags.
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+
+# One file of a stage: its tensors by name, with their bytes.
+File = dict[str, int]
+
+
+def export_hf(
+    models: Sequence[torch.nn.Module],
+    hf: HFModel,
+    directory: Path,
+    progress: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes the models as a checkpoint transformers reads, in the dtype of the parameters. Every rank calls it.
+
+    Collectives, over all ranks: two broadcasts and one gather of small objects at the start and the end; over a pipeline: one
+    gather of names; over a tensor-parallel group of data-parallel rank 0: one gather a parameter.
+
+    Args:
+        models: this rank's, wrapped by DDP or Float16Module or not.
+        hf: the checkpoint they were built from; its config and tokenizer files are copied.
+        directory: the target, on a file system all ranks see; absent or empty.
+        progress: show a progress bar.
+        max_file_bytes: no file gets larger, unless one tensor is.
+
+    Raises:
+        UserError: the target is not empty, or a file cannot be written; on every rank, with nothing left at the target.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    _on_first_rank(lambda: _prepare(directory, partial))
+    placed = [place for model in models for place in place_parameters(model, hf) if not _is_tied_copy(place, hf)]
+    stages: list[list[File]] = [[] for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
+    dist.all_gather_object(
+        stages, plan_files(placed, max_file_bytes), group=parallel_state.get_pipeline_model_parallel_group()
+    )
+    names = file_names(sum(map(len, stages)))
+    first = sum(map(len, stages[: parallel_state.get_pipeline_model_parallel_rank()]))
+
+    error = None
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        files = stages[parallel_state.get_pipeline_model_parallel_rank()]
+        paths = [partial / name for name in names[first : first + len(files)]]
+        places = track(placed, "exporting weights") if progress else placed
+        error = _write_files(_gathered(places), files, paths)
+    _raise_first_error(error, partial)
+    _on_first_rank(lambda: _finish(hf, partial, directory, dict(zip(names, sum(stages, []), strict=True))))
+
+
+def plan_files(placed: Sequence[Placed], max_bytes: int) -> list[File]:
+    """Cuts the tensors of a stage, in their order, into files of at most `max_bytes`."""
+    files: list[File] = [{}]
+    for place in placed:
+        for name, shape in zip(place.hf, place.weight.shapes, strict=True):
+            size = torch.Size(shape).numel() * place.parameter.element_size()
+            if files[-1] and sum(files[-1].values()) + size > max_bytes:
+                files.append({})
+            files[-1][name] = size
+    return [file for file in files if file]
+
+
+def file_names(count: int) -> list[str]:
+    """The names transformers gives to `count` files."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _is_tied_copy(place: Placed, hf: HFModel) -> bool:
+    """The last stage's copy of a tied embedding, which the first stage exports."""
+    return hf.tied and place.name == OUTPUT
+
+
+def _gathered(placed: Sequence[Placed] | Any) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of this stage, whole and on the CPU, on tensor-parallel rank 0; nothing on the others.
+
+    Collectives: one gather over the tensor-parallel group for every parameter that is split.
+    """
+    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    for place in placed:
+        weight, parameter = place.weight, place.parameter.detach().contiguous()
+        shards = [parameter]
+        if weight.tp_dim is not None and ranks > 1:
+            # As bytes: gloo does not gather every dtype.
+            local = parameter.view(torch.uint8)
+            whole = [torch.empty_like(local) for _ in range(ranks)] if rank == 0 else None
+            dist.gather(local, whole, group=parallel_state.get_tensor_model_parallel_group(), group_dst=0)
+            shards = [shard.view(parameter.dtype) for shard in whole or []]
+        if rank != 0:
+            continue
+        parts = [from_megatron(weight, shard.cpu(), ranks) for shard in shards]
+        for name, shape, *slices in zip(place.hf, weight.shapes, *parts, strict=True):
+            tensor = slices[0] if weight.tp_dim is None else torch.cat(slices, dim=weight.tp_dim)
+            if is_vocabulary(weight):
+                tensor = tensor[: shape[0]]
+            yield name, tensor.contiguous()
+
+
+def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], paths: Sequence[Path]) -> str | None:
+    """Writes the tensors into their files as they come; returns what went wrong.
+
+    After an error the rest is still taken from the iterator, because the other ranks of the group gather with this one.
+    """
+    error, current, todo = None, {}, iter(zip(files, paths, strict=True))
+    file, path = next(todo, ({}, None))
+    for name, tensor in tensors:
+        if error is not None:
+            continue
+        current[name] = tensor
+        if len(current) == len(file):
+            try:
+                save_file(current, str(path), metadata={"format": "pt"})
+            except Exception as failure:  # a full disk is an OSError here and a SafetensorError there
+                error = f"{path} cannot be written ({failure}); free space on that file system, or export elsewhere"
+            current = {}
+            file, path = next(todo, ({}, None))
+    return error
+
+
+def _prepare(directory: Path, partial: Path) -> None:
+    """Makes the directory to write into, and refuses a target that holds something."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is not empty; export to a new directory, or remove it")
+    if partial.exists():
+        shutil.rmtree(partial)  # of an export that was cut off
+    partial.mkdir(parents=True)
+
+
+def _finish(hf: HFModel, partial: Path, directory: Path, files: dict[str, File]) -> None:
+    """Adds the index and what is copied, and gives the directory its name."""
+    if missing := [name for name in files if not (partial / name).exists()]:
+        raise UserError(
+            f"{partial} lacks {missing[0]}, which another node wrote; export to a file system all nodes share"
+        )
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(sum(file.values()) for file in files.values())},
+            "weight_map": dict(sorted((tensor, name) for name, file in files.items() for tensor in file)),
+        }
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for source in sorted({file for pattern in _COPIED for file in hf.path.glob(pattern) if file.is_file()}):
+        shutil.copyfile(source, partial / source.name)
+    os.replace(partial, directory)
+
+
+def _on_first_rank(action: Any) -> None:
+    """Runs `action` on global rank 0; what goes wrong there is raised everywhere. Collectives: one broadcast of a sentence."""
+    error: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as failure:
+            error = [str(failure)]
+        except OSError as failure:
+            error = [f"the export cannot be written ({failure}); check the space and the permissions there"]
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise UserError(error[0])
+
+
+def _raise_first_error(error: str | None, partial: Path) -> None:
+    """Raises the first rank's error on every rank, after removing what was written. Collectives: one gather of sentences."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if first := next((message for message in errors if message is not None), None):
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(first)

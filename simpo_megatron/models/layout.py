@@ -1,0 +1,48 @@
+"""Hugging Face tensors <-> one rank's Megatron parameter. Plain torch; no process group.
+
+A tensor-parallel rank holds whole query groups and the same rows of gate and up, so its slice of every Hugging Face tensor
+along `Weight.tp_dim` is all its parameter needs, and the parameter is all its slices need: the two functions below are
+inverse to each other at any tensor-parallel size, and gathering is concatenating slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from simpo_megatron.models.family import Weight
+
+
+def rank_slice(size: int, padded: int, rank: int, ranks: int) -> slice:
+    """The rows of a dimension of `size`, padded to `padded`, that a rank holds; short or empty where the padding is."""
+    share = padded // ranks
+    return slice(min(rank * share, size), min((rank + 1) * share, size))
+
+
+def to_megatron(weight: Weight, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+    """Joins a rank's slices of the parts into its parameter.
+
+    Args:
+        weight: the table's row.
+        parts: slices in the order of `weight.hf`, any dtype and device.
+        ranks: tensor-parallel ranks the slices were cut for.
+    """
+    if weight.layout == "copy":
+        return parts[0]
+    if weight.layout == "gate_up":
+        return torch.cat(list(parts))
+    return torch.cat([part.unflatten(0, (weight.groups // ranks, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def from_megatron(weight: Weight, parameter: Tensor, ranks: int = 1) -> tuple[Tensor, ...]:
+    """Takes a rank's parameter apart into its slices of the parts; views where the layout allows."""
+    if weight.layout == "copy":
+        return (parameter,)
+    if weight.layout == "gate_up":
+        return parameter.chunk(2)
+    rows = [shape[0] for shape in weight.shapes]
+    grouped = parameter.unflatten(0, (weight.groups // ranks, -1))
+    sizes = [row * grouped.shape[1] // sum(rows) for row in rows]
+    return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))

@@ -1,0 +1,62 @@
+"""SimPO training: Hugging Face checkpoint and preferences in, aligned Hugging Face checkpoint out.
+
+    torchrun --nproc-per-node 4 -m simpo_megatron.train --hf-checkpoint MODEL --train-data pairs.jsonl \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --train-epochs 1 --export-hf ALIGNED
+
+`--help` lists every flag. Exit code 2 and one line for a mistake that the user can mend.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from simpo_megatron import compat
+from simpo_megatron.arguments import parse
+from simpo_megatron.config import Config
+from simpo_megatron.errors import UserError
+
+
+def run(config: Config) -> None:
+    """Wires a run together: device, groups, model description, loop.
+
+    Raises:
+        UserError: the same on every rank.
+    """
+    compat.check_megatron_core()
+    compat.quiet_megatron_imports()
+    from simpo_megatron.models import read_hf_checkpoint
+    from simpo_megatron.trainer import checkpointing
+    from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
+    from simpo_megatron.trainer.loop import Run
+
+    device = resolve_device(config.train.device)
+    assert config.model.hf_checkpoint is not None
+    hf = read_hf_checkpoint(config.model.hf_checkpoint)
+    for flag, folder in (("--save", config.checkpoint.save), ("--export-hf", config.model.export_hf)):
+        if folder is not None:
+            checkpointing.check_writable(flag, folder)
+    initialize(config.parallel, device, config.train.seed)
+    Run(config, hf).execute()
+    shut_down()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        run(parse(argv))
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"simpo_megatron.train: {error}", file=sys.stderr, flush=True)
+        else:
+            # Every rank meets the same error. torchrun stops all ranks when one exits, so the others leave rank 0 the
+            # time to say it.
+            time.sleep(20)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

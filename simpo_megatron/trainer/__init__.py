@@ -1,0 +1,1 @@
+"""The training program's parts: processes, engine, checkpoints, logging, and the loop that runs them."""

@@ -1,0 +1,222 @@
+"""Checkpoints in Megatron-LM's directory layout, written and read by Megatron's dist_checkpointing (`torch_dist`).
+
+    SAVE/latest_checkpointed_iteration.txt      "100", replaced last
+    SAVE/iter_0000100/                          .metadata, common.pt, metadata.json, __RANK_THREAD.distcp
+
+The tracker changes only after the new directory is complete on all ranks, so a killed or failed save leaves the previous
+checkpoint as the latest one. `args` holds primitives alone, under Megatron-LM's names, for its `--load`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from simpo_megatron.arguments import flat
+from simpo_megatron.errors import UserError
+from simpo_megatron.trainer.distributed import together
+from simpo_megatron.trainer.engine import Engine
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: with the seed, all that the data order needs to go on."""
+
+    step: int = 0
+    consumed_pairs: int = 0
+    num_pairs: int = 0
+    seed: int = 0
+
+
+def checkpoint_dir(root: Path, step: int) -> Path:
+    """Megatron-LM's name for the checkpoint of a step."""
+    return root / f"iter_{step:07d}"
+
+
+def latest_step(root: Path) -> int | None:
+    """The step the tracker file names, None without one.
+
+    Raises:
+        UserError: the tracker does not hold a number, or its checkpoint is not complete.
+    """
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdecimal():
+        raise UserError(f"{tracker} holds {text!r}, not a step; write the number of an iter_ folder into it")
+    directory = checkpoint_dir(root, int(text))
+    if not (directory / "metadata.json").is_file():
+        raise UserError(
+            f"{directory} is not a complete checkpoint (no metadata.json); write another step into {tracker}"
+        )
+    return int(text)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Writes a probe where the folder is, or where it would be created, and removes it again.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    probe = parent / f".write_probe_{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}; choose a folder that can") from error
+
+
+def _metadata() -> dict[str, Any]:
+    # The optimizer state must load at another data-parallel size, and the default sharding type does not.
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
+    metadata = {**_metadata(), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state: dict[str, Any] = {}
+    for index, model in enumerate(engine.models):
+        state["model" if len(engine.models) == 1 else f"model{index}"] = model.sharded_state_dict(metadata=metadata)
+    state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _rng_state() -> ShardedObject:
+    """Megatron-LM's loader asks for it. Nothing here draws random numbers: no dropout, and a data order by formula."""
+    state = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "rng_state",
+        [state],
+        (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        ),
+        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def _args(engine: Engine, progress: Progress) -> Namespace:
+    transformer, model = engine.transformer, engine.models[0]
+    names = (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
+        "add_bias_linear add_qkv_bias qk_layernorm"
+    ).split()
+    return Namespace(
+        **flat(engine.config),
+        **{name: getattr(transformer, name) for name in names},
+        group_query_attention=transformer.num_query_groups != transformer.num_attention_heads,
+        norm_epsilon=transformer.layernorm_epsilon,
+        swiglu=True,
+        max_position_embeddings=model.max_sequence_length,
+        position_embedding_type="rope",
+        add_position_embedding=False,
+        rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
+        untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
+        padded_vocab_size=model.vocab_size,
+        consumed_train_samples=progress.consumed_pairs,
+        iteration=progress.step,
+        ckpt_format="torch_dist",
+    )
+
+
+def save(engine: Engine, root: Path, progress: Progress) -> None:
+    """Writes a checkpoint and then points the tracker at it.
+
+    Raises:
+        UserError: the file system refused (full disk, no permission); the latest complete checkpoint stays the latest.
+    """
+    directory = checkpoint_dir(root, progress.step)
+    engine.sync_parameters()
+    state = {
+        **_sharded_state(engine, is_loading=False),
+        "args": _args(engine, progress),
+        "checkpoint_version": 3.0,
+        "iteration": progress.step,
+        "progress": asdict(progress),
+        "opt_param_scheduler": engine.scheduler.state_dict(),
+        "rng_state": _rng_state(),
+        "num_floating_point_operations_so_far": 0,
+    }
+    with together():
+        if dist.get_rank() == 0:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{directory} cannot be created: {error.strerror}") from error
+    try:
+        dist_checkpointing.save(state, str(directory), content_metadata=_metadata())
+    except Exception as error:
+        raise _save_error(error, directory, root) from error
+    with together():
+        if dist.get_rank() == 0:
+            try:
+                _replace_text(root / TRACKER, str(progress.step))
+            except OSError as error:
+                raise UserError(f"{root / TRACKER} cannot be written: {error.strerror}") from error
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _save_error(error: Exception, directory: Path, root: Path) -> UserError:
+    """Says what stopped a save; the writer's own processes hand over only the text of an OSError."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    latest = latest_step(root)
+    kept = "no checkpoint was complete yet" if latest is None else f"{checkpoint_dir(root, latest)} is still complete"
+    reason = " ".join(str(error).split())[-300:]
+    return UserError(f"saving {directory} failed: {reason}; {kept}. Free space there, or choose another --save")
+
+
+def load(engine: Engine, root: Path, step: int) -> Progress:
+    """Fills model, optimizer and scheduler from the checkpoint of a step, at any layout.
+
+    Raises:
+        UserError: the checkpoint does not hold exactly the tensors of this model, or cannot be read.
+    """
+    directory = checkpoint_dir(root, step)
+    try:
+        state = dist_checkpointing.load(
+            _sharded_state(engine, is_loading=True), str(directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{directory} does not fit this model or cannot be read: {reason}") from error
+    for index, model in enumerate(engine.models):
+        model.load_state_dict(state["model" if len(engine.models) == 1 else f"model{index}"])
+    engine.optimizer.load_state_dict(state["optimizer"])
+    engine.scheduler.load_state_dict(state["opt_param_scheduler"])
+    if "progress" not in state:
+        raise UserError(f"{directory} was not saved by this program: it does not say where the data stood")
+    return Progress(**state["progress"])

@@ -1,0 +1,102 @@
+"""Processes: start them, cut them into Megatron's groups, and let them fail together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from simpo_megatron import cpu
+from simpo_megatron.config import ParallelConfig
+from simpo_megatron.data import PairStore
+from simpo_megatron.errors import UserError
+
+
+def resolve_device(device: str) -> str:
+    """`cuda` or `cpu` for `--device auto|cpu|cuda`; on `cpu` Megatron is told so (`cpu.enable`)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda finds no CUDA device; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        cpu.enable()
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def initialize(parallel: ParallelConfig, device: str, seed: int) -> None:
+    """Joins the processes torchrun started (or runs as one) and builds Megatron's process groups.
+
+    Raises:
+        UserError: the number of processes does not fit the layout.
+    """
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    backend = "nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if dist.get_world_size() % (tp * pp):
+        raise UserError(
+            f"{dist.get_world_size()} processes cannot be cut into --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp}; start a multiple of {tp * pp} (torchrun --nproc-per-node)"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down() -> None:
+    """Leaves the groups, so that no process outlives the run."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Turns a UserError of any rank inside the block into the same UserError on every rank.
+
+    Collectives: one all-gather of a string at the end of the block. The block itself must not hold collectives that a
+    failing rank would miss.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    first = next((text for text in messages if text), None)
+    if first:
+        raise UserError(first)
+
+
+def broadcast_store(store: PairStore | None) -> PairStore:
+    """Rank 0's tokenized pairs on every rank.
+
+    Collectives: one broadcast of the shapes, one of each array.
+    """
+    arrays: dict[str, np.ndarray] = store.arrays() if store is not None else {}
+    header: list[Any] = [{name: (array.dtype.str, array.shape) for name, array in arrays.items()}]
+    dist.broadcast_object_list(header, src=0)
+    received = {}
+    for name, (dtype, shape) in header[0].items():
+        array = arrays.get(name)
+        host = torch.from_numpy(np.empty(shape, dtype) if array is None else np.ascontiguousarray(array))
+        tensor = host.to(torch.cuda.current_device())
+        dist.broadcast(tensor, src=0)
+        received[name] = tensor.cpu().numpy()
+    return PairStore.from_arrays(received)

@@ -1,0 +1,209 @@
+"""Model, DDP, optimizer and scheduler of one run, all Megatron's, behind two calls: `train_step` and `evaluate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from simpo_megatron.batch import BatchCounts, PreferenceBatch, pack_pairs
+from simpo_megatron.config import Config
+from simpo_megatron.data import PairStore, plan_batch
+from simpo_megatron.errors import UserError
+from simpo_megatron.metrics import reduce_metrics
+from simpo_megatron.step import PreferenceStep
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This rank's rows of a global batch, and what the whole batch holds."""
+
+    store: PairStore
+    rows: list[list[int]]  # one list of pairs a microbatch; an empty one is an empty pack
+    counts: BatchCounts
+    tokens: int  # of the whole batch, padding excluded
+
+
+class Engine:
+    """Trains and evaluates.
+
+    Args:
+        config: the run.
+        models: one GPTModel a virtual pipeline stage of this rank, weights loaded.
+        transformer: their TransformerConfig; its schedule hooks are set here.
+        vocab_size: without padding.
+        train_iters: steps of the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(
+        self, config: Config, models: list[GPTModel], transformer: TransformerConfig, vocab_size: int, train_iters: int
+    ) -> None:
+        self.config, self.models, self.transformer, self.vocab_size = config, models, transformer, vocab_size
+        self.chunks = self._wrap()
+        self.optimizer = self._build_optimizer()
+        self.scheduler = self._build_scheduler(train_iters)
+        self.run_schedule = get_forward_backward_func()
+
+    def _wrap(self) -> list[DistributedDataParallel]:
+        # DDP wraps the bare GPTModel: it is built in bf16 already, and Float16Module would upcast all logits to fp32.
+        parallel, hooks = self.config.parallel, self.transformer
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        )
+        chunks = [
+            DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
+            for index, model in enumerate(self.models)
+        ]
+        single = len(chunks) == 1
+
+        def hook(name: str) -> Any:
+            functions = [getattr(chunk, name) for chunk in chunks]
+            return functions[0] if single else functions
+
+        if parallel.overlap_grad_reduce:
+            hooks.no_sync_func = hook("no_sync")
+        if parallel.overlap_param_gather:
+            hooks.param_sync_func = hook("start_param_sync")
+        hooks.finalize_model_grads_func = finalize_model_grads
+        return chunks
+
+    def _build_optimizer(self) -> Any:
+        settings = self.config.optimizer
+        optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                adam_eps=settings.adam_eps,
+                clip_grad=settings.clip_grad,
+                bf16=self.config.train.bf16,
+                params_dtype=self.transformer.params_dtype,
+                use_distributed_optimizer=self.config.parallel.use_distributed_optimizer,
+                overlap_param_gather=self.config.parallel.overlap_param_gather,
+            ),
+            self.chunks,
+        )
+        self.transformer.grad_scale_func = optimizer.scale_loss
+        measure = optimizer.get_grad_norm
+
+        def finite_grad_norm() -> float:
+            # Megatron asks for the norm before it updates: the last moment to keep a NaN out of the weights.
+            norm = float(measure())
+            if not math.isfinite(norm):
+                raise UserError(f"the gradient norm is {norm}; no weight was changed. Lower --lr or look at the data")
+            return norm
+
+        optimizer.get_grad_norm = finite_grad_norm
+        return optimizer
+
+    def _build_scheduler(self, train_iters: int) -> OptimizerParamScheduler:
+        # Counted in pairs, as Megatron-LM counts samples: one step is --global-batch-size of them.
+        settings, total = self.config.optimizer, train_iters * self.config.train.global_batch_size
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=int(settings.lr_warmup_fraction * total),
+            lr_decay_steps=total,
+            lr_decay_style=settings.lr_decay_style,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=total,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+
+    def plan(self, store: PairStore, pairs: Any) -> GlobalBatch:
+        """Packs the pairs of a global batch into rows and picks this data-parallel rank's."""
+        members = self.config.loss.members
+        lengths = store.pair_tokens[pairs] if members == 2 else (store.prompt_length + store.chosen_length)[pairs]
+        interleaved = len(self.chunks) > 1
+        plan = plan_batch(
+            lengths,
+            self.config.data.seq_length,
+            parallel_state.get_data_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
+        )
+        mine = plan[parallel_state.get_data_parallel_rank()]
+        return GlobalBatch(
+            store=store,
+            rows=[[int(pairs[i]) for i in row] for row in mine],
+            counts=BatchCounts(len(pairs), int(store.chosen_length[pairs].sum())),
+            tokens=int(lengths.sum()),
+        )
+
+    def _microbatches(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
+        parallel = self.config.parallel
+        for row in batch.rows:
+            yield pack_pairs(
+                batch.store,
+                row,
+                batch.counts,
+                members=self.config.loss.members,
+                row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
+                row_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+                device=torch.cuda.current_device(),
+            )
+
+    def _run(self, batch: GlobalBatch, forward_only: bool) -> dict[str, float]:
+        vectors: list[Tensor] = self.run_schedule(
+            forward_step_func=PreferenceStep(self.config.loss, self.vocab_size, len(batch.rows)),
+            data_iterator=[self._microbatches(batch) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(batch.rows),
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return reduce_metrics(vectors, self.config.loss.members)
+
+    def train_step(self, batch: GlobalBatch) -> dict[str, float]:
+        """One optimizer step: metrics of the batch before it, with `grad_norm` (before clipping) and `learning_rate`.
+
+        Raises:
+            UserError: loss or gradient norm is not finite; the weights are as they were.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = self._run(batch, forward_only=False)
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(f"the loss is {metrics['loss']}; no weight was changed. Lower --lr or look at the data")
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        _, metrics["grad_norm"], _ = self.optimizer.step()
+        self.scheduler.step(increment=self.config.train.global_batch_size)
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self, batch: GlobalBatch) -> dict[str, float]:
+        """Metrics of a batch, here the whole validation set at once, by the formula of training."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._run(batch, forward_only=True)
+
+    def sync_parameters(self) -> None:
+        """Gathers the parameters that an overlapped gather would fetch only in the next forward pass."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)

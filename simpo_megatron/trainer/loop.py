@@ -1,0 +1,226 @@
+"""The run: data in, steps, evaluations and checkpoints, model out."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from simpo_megatron.config import Config
+from simpo_megatron.data import DataOptions, PairStore, load_preferences, pairs_of_batch
+from simpo_megatron.errors import UserError
+from simpo_megatron.models import HFModel, build_model, export_hf, load_hf_weights, transformer_config
+from simpo_megatron.trainer import checkpointing
+from simpo_megatron.trainer.checkpointing import Progress
+from simpo_megatron.trainer.distributed import broadcast_store, together
+from simpo_megatron.trainer.engine import Engine, GlobalBatch
+from simpo_megatron.trainer.logging import Logger
+
+
+def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None, list[str]]:
+    """Tokenizes on rank 0 and hands the pairs to every rank; returns the training and validation pairs and what to say."""
+    data, said = config.data, []
+    stores: list[PairStore | None] = [None, None]
+    paths = (data.train_data, data.valid_data)
+    with together():
+        if dist.get_rank() == 0:
+            tokenizer = _tokenizer(hf.path)
+            options = DataOptions(
+                max_length=data.max_length,
+                max_prompt_length=data.max_prompt_length,
+                prompt_truncation=data.prompt_truncation,
+                assistant_header=data.assistant_header,
+                tie_policy=data.tie_policy,
+            )
+            for index, path in enumerate(paths):
+                if path is not None:
+                    stores[index], report = load_preferences(
+                        path, tokenizer, options, eos_token_ids=hf.eos_token_ids, progress=True
+                    )
+                    said.append(report.summary(path))
+    train, valid = (None if path is None else broadcast_store(store) for path, store in zip(paths, stores, strict=True))
+    assert train is not None
+    return train, valid, said
+
+
+def _tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {error}") from error
+
+
+def total_iterations(config: Config, num_pairs: int) -> int:
+    """Optimizer steps of the run, from --train-iters or from --train-epochs and the number of pairs."""
+    train = config.train
+    if train.train_iters is not None:
+        return train.train_iters
+    assert train.train_epochs is not None
+    return max(1, math.ceil(train.train_epochs * num_pairs / train.global_batch_size))
+
+
+class Run:
+    """One training run, from its configuration to its last checkpoint. Megatron's groups must exist."""
+
+    def __init__(self, config: Config, hf: HFModel) -> None:
+        self.config, self.hf = config, hf
+        self.train_pairs, self.valid_pairs, said = load_data(config, hf)
+        self.total = total_iterations(config, len(self.train_pairs))
+        self.engine = self._build_engine()
+        self.state = Progress(num_pairs=len(self.train_pairs), seed=config.train.seed)
+        resumed = self._resume()
+        self.logger = Logger(config, self.total, self.state.step)
+        for line in (*said, *self._opening(), resumed, *(f"warning: {text}" for text in config.warnings())):
+            self.logger.say(line)
+        self.first_eval: dict[str, float] = {}
+        self.last_eval: dict[str, float] = {}
+
+    def _build_engine(self) -> Engine:
+        config, parallel = self.config, self.config.parallel
+        transformer = transformer_config(
+            self.hf,
+            bf16=config.train.bf16,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
+            num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+            num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+            sequence_parallel=parallel.sequence_parallel,
+            recompute_granularity=parallel.recompute_granularity,
+            recompute_method=parallel.recompute_method,
+            recompute_num_layers=parallel.recompute_num_layers,
+            variable_seq_lengths=parallel.variable_seq_lengths,
+        )
+        models = build_model(
+            self.hf,
+            transformer,
+            transformer_impl=config.model.transformer_impl,
+            make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        )
+        with together():
+            if self._checkpoint_to_load() is None:
+                load_hf_weights(models, self.hf, progress=dist.get_rank() == 0)
+        return Engine(config, models, transformer, self.hf.vocab_size, self.total)
+
+    def _checkpoint_to_load(self) -> int | None:
+        settings = self.config.checkpoint
+        if settings.load is None:
+            return None
+        step = checkpointing.latest_step(settings.load)
+        if step is None and settings.load != settings.save:
+            raise UserError(
+                f"--load {settings.load} has no {checkpointing.TRACKER}; give a folder some --save wrote to, or drop --load"
+            )
+        return step
+
+    def _resume(self) -> str:
+        step = self._checkpoint_to_load()
+        if step is None:
+            return f"starting from {self.hf.path}"
+        root = self.config.checkpoint.load
+        assert root is not None
+        saved = checkpointing.load(self.engine, root, step)
+        for name, value in (("num_pairs", saved.num_pairs), ("seed", saved.seed)):
+            if value != getattr(self.state, name):
+                raise UserError(
+                    f"--load {root}: {name} was {value} when it was saved and is {getattr(self.state, name)} now; resuming "
+                    "would repeat or lose pairs. Start a new run from an export instead"
+                )
+        self.state = saved
+        return f"resumed from {checkpointing.checkpoint_dir(root, step)}, after {saved.consumed_pairs} pairs"
+
+    def _opening(self) -> list[str]:
+        loss, parallel = self.config.loss, self.config.parallel
+        layout = (
+            f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data "
+            f"{dist.get_world_size() // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)}"
+        )
+        precision = "bf16" if self.config.train.bf16 else "fp32"
+        lines = [
+            f"{self.hf.family.name} model, {precision}, {layout} on {torch.device(torch.cuda.current_device()).type}"
+        ]
+        if loss.objective == "simpo":
+            lines.append(
+                f"SimPO: beta {loss.simpo_beta:g}, gamma {loss.gamma:g} (gamma / beta {loss.gamma / loss.simpo_beta:g}), "
+                f"{loss.simpo_loss_type}"
+            )
+        lines.append(
+            f"{self.total} steps of {self.config.train.global_batch_size} pairs: "
+            f"{self.total * self.config.train.global_batch_size / len(self.train_pairs):.2f} epochs"
+        )
+        return lines
+
+    def _next_batch(self) -> GlobalBatch:
+        size, position = self.config.train.global_batch_size, self.state.consumed_pairs
+        if self.config.train.train_epochs is not None:
+            size = min(size, max(1, round(self.config.train.train_epochs * len(self.train_pairs)) - position))
+        pairs = pairs_of_batch(position, size, len(self.train_pairs), self.config.train.seed)
+        return self.engine.plan(self.train_pairs, pairs)
+
+    def execute(self) -> None:
+        """Trains to the end: evaluates, logs, saves and exports as configured."""
+        self.logger.start()
+        try:
+            if self.state.step < self.total:
+                self._evaluate()
+            while self.state.step < self.total:
+                self._step()
+            self._finish()
+        finally:
+            self.logger.close()
+
+    def _step(self) -> None:
+        config = self.config
+        started = time.perf_counter()
+        batch = self._next_batch()
+        metrics = self.engine.train_step(batch)
+        self.state = replace(
+            self.state, step=self.state.step + 1, consumed_pairs=self.state.consumed_pairs + batch.counts.pairs
+        )
+        step = self.state.step
+        metrics["tokens_per_second"] = batch.tokens / (time.perf_counter() - started)
+        metrics["memory_gib"] = _memory_gib()
+        metrics["epoch"] = self.state.consumed_pairs / len(self.train_pairs)
+        if step % config.log.log_interval == 0 or step == self.total:
+            self.logger.row(step, metrics)
+            self.logger.step_line(step, metrics)
+        self.logger.advance(step)
+        if config.log.eval_interval and step % config.log.eval_interval == 0:
+            self._evaluate()
+        save = config.checkpoint
+        if save.save is not None and (step == self.total or (save.save_interval and step % save.save_interval == 0)):
+            checkpointing.save(self.engine, save.save, self.state)
+
+    def _evaluate(self) -> None:
+        if self.valid_pairs is None:
+            return
+        batch = self.engine.plan(self.valid_pairs, np.arange(len(self.valid_pairs)))
+        self.last_eval = {f"eval/{name}": value for name, value in self.engine.evaluate(batch).items()}
+        self.first_eval = self.first_eval or self.last_eval
+        self.logger.row(self.state.step, self.last_eval)
+        self.logger.eval_line(self.state.step, {name[5:]: value for name, value in self.last_eval.items()})
+
+    def _finish(self) -> None:
+        interval = self.config.log.eval_interval
+        if not interval or self.state.step % interval:
+            self._evaluate()
+        if self.config.model.export_hf is not None:
+            self.engine.sync_parameters()
+            export_hf(self.engine.models, self.hf, self.config.model.export_hf, progress=dist.get_rank() == 0)
+            self.logger.say(f"exported to {self.config.model.export_hf}")
+        self.logger.summary(self.first_eval, self.last_eval)
+
+
+def _memory_gib() -> float:
+    """Peak memory of this rank: allocated on the GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30

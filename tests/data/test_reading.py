@@ -1,0 +1,130 @@
+"""Every file format gives the same rows, every broken file one sentence with its place."""
+
+import gzip
+import json
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from simpo_megatron.data.reading import read_rows
+from simpo_megatron.errors import UserError
+
+ROWS = [{"prompt": "a", "chosen": "ü\u2028🤝", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": None}]
+TEXT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+
+
+def error_of(path) -> str:
+    with pytest.raises(UserError) as caught:
+        list(read_rows(path))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_lines(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(TEXT, encoding="utf-8")
+    assert list(read_rows(path)) == [(f"{path}:{i + 1}", row) for i, row in enumerate(ROWS)]
+    assert list(read_rows(str(path))) == list(read_rows(path))
+
+
+def test_blank_lines_crlf_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}\r\n')
+    assert list(read_rows(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"a": 2})]
+
+
+def test_gzip(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(TEXT.encode()))
+    assert [row for _, row in read_rows(path)] == ROWS
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = ROWS * 600  # more than one batch
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    read = list(read_rows(path))
+    assert [row for _, row in read] == rows
+    assert [read[0][0], read[1199][0]] == [f"{path} row 1", f"{path} row 1200"]
+
+
+def test_no_such_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert error_of(path) == f"{path}: there is no such file; check the path of the preference data."
+
+
+def test_unknown_type(tmp_path):
+    path = tmp_path / "a.csv"
+    assert error_of(path) == f"{path}: unknown file type; use one of .jsonl, .json, .jsonl.gz, .parquet."
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_no_rows(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    assert error_of(path) == f"{path}: the file has no rows; it needs at least one preference pair."
+
+
+def test_no_rows_in_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"chosen": pyarrow.array([], pyarrow.string())}), path)
+    assert error_of(path) == f"{path}: the file has no rows; it needs at least one preference pair."
+
+
+def test_truncated_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(TEXT[:-9], encoding="utf-8")
+    assert error_of(path) == (
+        f"{path}:2: not valid JSON (Expecting ':' delimiter at column 42 of 41); "
+        "every line must be one whole JSON object, so mend or remove the line."
+    )
+
+
+@pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ("3", "int"), ('"a"', "str")])
+def test_line_that_is_not_an_object(tmp_path, line, kind):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line)
+    assert error_of(path) == (
+        f"{path}:1: the line holds a JSON {kind}, not an object; "
+        'write one object a line, {"prompt": ..., "chosen": ..., "rejected": ...}.'
+    )
+
+
+def test_invalid_utf8(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}')
+    assert error_of(path) == f"{path}:2: byte 8 of the line is not UTF-8; save the file as UTF-8."
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"no gzip", lambda b: b[:-12], lambda b: b[:20] + b"\0\0\0\0\0" + b[25:]])
+def test_damaged_gzip(tmp_path, damage):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(TEXT.encode())))
+    message = error_of(path)
+    assert message.startswith(f"{path}: the gzip data is damaged or cut short (")
+    assert message.endswith("); copy the file again.")
+
+
+@pytest.mark.parametrize("content", [b"no parquet", b""])
+def test_damaged_parquet(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    message = error_of(path)
+    assert message.startswith(f"{path}: not a readable Parquet file after row 0 (")
+    assert message.endswith("); write it again.")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert error_of(path) == (
+        f"{path}: reading Parquet needs pyarrow; run pip install 'simpo-megatron[parquet]' or convert to .jsonl."
+    )
+
+
+def test_folder_in_place_of_a_file(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    assert "there is no such file" in error_of(tmp_path / "a.jsonl")

@@ -1,0 +1,119 @@
+"""The distributed harness: one pool of gloo processes that every distributed test of the session shares.
+
+    def check(x):                        # module-level, runs on every rank inside torch.distributed
+        ...
+    def test_it(pool):
+        results = pool.run(4, check, 3)  # one result a rank; an exception on any rank fails the test
+
+A worker imports torch and Megatron once (seconds) and then takes task after task. Each task gets its own process group and
+leaves no Megatron state behind. A task that hangs is killed with its pool after `TIMEOUT` seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as mp
+
+TIMEOUT = 240.0
+
+
+class WorkerError(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+def _serve(rank: int, connection: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from simpo_megatron import compat, cpu
+
+    torch.set_num_threads(1)
+    compat.quiet_megatron_imports()
+    cpu.enable()
+    from megatron.core import parallel_state
+
+    while (task := connection.recv()) is not None:
+        world_size, store, function, args = task
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+            )
+            outcome = (True, function(*args))
+        except BaseException:
+            outcome = (False, traceback.format_exc())
+        finally:
+            if parallel_state.is_initialized() or parallel_state.model_parallel_is_initialized():
+                parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send(outcome)
+
+
+class WorkerPool:
+    """Processes that start when a task first needs them."""
+
+    def __init__(self) -> None:
+        self.context = mp.get_context("spawn")
+        self.workers: list[tuple[Any, Any]] = []
+
+    def _grow(self, size: int) -> None:
+        while len(self.workers) < size:
+            ours, theirs = self.context.Pipe()
+            # Not daemonic: Megatron's checkpoint writer starts processes of its own.
+            process = self.context.Process(target=_serve, args=(len(self.workers), theirs))
+            process.start()
+            self.workers.append((process, ours))
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Runs `function(*args)` on ranks 0 .. world_size - 1 of a fresh process group.
+
+        Returns:
+            What each rank returned, in rank order.
+
+        Raises:
+            WorkerError: a rank raised or did not answer in time.
+        """
+        self._grow(world_size)
+        with tempfile.TemporaryDirectory() as folder:
+            for _, connection in self.workers[:world_size]:
+                connection.send((world_size, Path(folder) / "store", function, args))
+            outcomes = [self._receive(rank) for rank in range(world_size)]
+        failures = [f"rank {rank}:\n{value}" for rank, (good, value) in enumerate(outcomes) if not good]
+        if failures:
+            # Ranks that waited for the failed one in a collective are of no use to the next task.
+            self.close(kill=True)
+            raise WorkerError("\n".join(failures))
+        return [value for _, value in outcomes]
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        process, connection = self.workers[rank]
+        try:
+            if connection.poll(TIMEOUT):
+                return connection.recv()
+            return False, f"no answer in {TIMEOUT:.0f} s"
+        except EOFError:
+            return False, f"the process died with exit code {process.exitcode}"
+
+    def close(self, kill: bool = False) -> None:
+        """Ends all workers."""
+        for process, connection in self.workers:
+            if kill:
+                process.kill()
+            else:
+                connection.send(None)
+        for process, _ in self.workers:
+            process.join(10)
+        self.workers = []
+
+
+def free_environment() -> dict[str, str]:
+    """The environment for a program under test: this one without a launcher's variables."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launcher}
