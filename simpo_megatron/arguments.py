@@ -93,7 +93,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _convert(value: Any, kind: type) -> Any:
     if value is None:
         return None
-    if kind is bool and not isinstance(value, bool) or kind is not bool and isinstance(value, bool):
+    if (kind is bool and not isinstance(value, bool)) or (kind is not bool and isinstance(value, bool)):
         raise TypeError
     if kind is int and int(value) != float(value):
         raise ValueError

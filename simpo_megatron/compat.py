@@ -1,4 +1,4 @@
-"""Every optional import and version gate of this package, each with its reason. Imports neither torch nor Megatron itself."""
+"""Every optional import and version gate of this package, each with its reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def have_apex() -> bool:
 
 
 def have_fused_weight_gradient() -> bool:
-    """The Apex extension that `gradient_accumulation_fusion` needs; the output layer needs it under Transformer Engine too."""
+    """The Apex extension of `gradient_accumulation_fusion`; the output layer needs it under Transformer Engine too."""
     return _importable("fused_weight_gradient_mlp_cuda")
 
 
@@ -57,7 +57,7 @@ def check_megatron_core() -> None:
 def quiet_megatron_imports() -> None:
     """Silences the warnings Megatron-Core prints at import where Transformer Engine and Apex are absent, and no others.
 
-    Ten lines that are true, expected on a CPU, and nothing the user can act on. Call it before the first Megatron import.
+    They are true, expected on a CPU, and nothing to act on. Call it before the first Megatron import.
     """
     for message in ("Apex is not installed", "Transformer Engine and Apex are not installed"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning, module=r"megatron\.core\.")

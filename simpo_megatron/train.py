@@ -25,12 +25,12 @@ def run(config: Config) -> None:
     Raises:
         UserError: the same on every rank.
     """
-    compat.check_megatron_core()
     compat.quiet_megatron_imports()
-    from simpo_megatron.models import read_hf_checkpoint
+    compat.check_megatron_core()
+    from simpo_megatron.models.hf import read_hf_checkpoint
     from simpo_megatron.trainer import checkpointing
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
-    from simpo_megatron.trainer.loop import Run
+    from simpo_megatron.trainer.loop import Run, layout_config
 
     device = resolve_device(config.train.device)
     assert config.model.hf_checkpoint is not None
@@ -38,8 +38,9 @@ def run(config: Config) -> None:
     for flag, folder in (("--save", config.checkpoint.save), ("--export-hf", config.model.export_hf)):
         if folder is not None:
             checkpointing.check_writable(flag, folder)
-    initialize(config.parallel, device, config.train.seed)
-    Run(config, hf).execute()
+    transformer = layout_config(config, hf)
+    initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
+    Run(config, hf, transformer).execute()
     shut_down()
 
 

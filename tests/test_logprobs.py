@@ -65,7 +65,9 @@ def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None
 
 def count_collectives() -> dict[str, int]:
     counts: dict[str, int] = {}
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")}
+    originals = {
+        name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+    }
 
     def counting(name):
         def call(*args, **kwargs):

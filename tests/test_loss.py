@@ -46,9 +46,7 @@ def assert_same_with_gradients(ours, oracle, inputs) -> None:
 def test_sigmoid_equals_trl(beta: float, gamma: float, label_smoothing: float) -> None:
     inputs = random_logps()
     ours = simpo_loss(*inputs, beta=beta, gamma_P=gamma, label_smoothing=label_smoothing)
-    assert_same_with_gradients(
-        ours, trl_loss(*inputs, beta=beta, gamma=gamma, label_smoothing=label_smoothing), inputs
-    )
+    assert_same_with_gradients(ours, trl_loss(*inputs, beta=beta, gamma=gamma, label_smoothing=label_smoothing), inputs)
 
 
 def test_hinge_equals_the_simpo_repository() -> None:
@@ -86,9 +84,7 @@ def test_gamma_of_one_pair_is_its_own() -> None:
     chosen, rejected = random_logps()
     gammas = torch.linspace(0, 2, 32, dtype=torch.float64)
     ours = simpo_loss(chosen, rejected, beta=2.0, gamma_P=gammas)
-    each = [
-        simpo_loss(chosen[i : i + 1], rejected[i : i + 1], beta=2.0, gamma_P=gammas[i].item()) for i in range(32)
-    ]
+    each = [simpo_loss(chosen[i : i + 1], rejected[i : i + 1], beta=2.0, gamma_P=gammas[i].item()) for i in range(32)]
     torch.testing.assert_close(ours, torch.cat(each))
 
 

@@ -49,8 +49,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{where}: not valid JSON ({error.msg} at column {error.colno} of {len(text.rstrip())}); "
-                "every line must be one whole JSON object, so mend or remove the line."
+                f"{where}: not valid JSON ({error.msg.removesuffix(' at')}, column {error.colno} of "
+                f"{len(text.rstrip())}); every line must be one whole JSON object, so mend or remove the line."
             ) from None
         if not isinstance(row, dict):
             raise UserError(

@@ -54,19 +54,21 @@ class PairEncoder:
         texts = [self._texts(preference) for preference in preferences]
         flat = [text for prompt, chosen, rejected in texts for text in (prompt, prompt + chosen, prompt + rejected)]
         ids = self._ids(flat)
-        prompts = [ids[i - i % 3] for i in range(len(ids))]
-        merged = [i for i, prompt in enumerate(prompts) if ids[i][: len(prompt)] != prompt]
-        tails = [full[len(prompt) :] for full, prompt in zip(ids, prompts, strict=True)]
-        for i, tail in zip(merged, self._alone([texts[i // 3][i % 3] for i in merged]), strict=True):
-            tails[i] = tail
+        # ids[3n] is the prompt of pair n. Where its tokens do not begin a member's, one token straddles the boundary.
+        merged = [i for i, full in enumerate(ids) if full[: len(ids[i - i % 3])] != ids[i - i % 3]]
+        alone = dict(zip(merged, self._alone([texts[i // 3][i % 3] for i in merged]), strict=True))
+
+        def response(i: int) -> list[int]:
+            return self._close(alone[i] if i in alone else ids[i][len(ids[i - i % 3]) :])
+
         return [
             EncodedPair(
-                prompt=self._open(ids[3 * n], preference.where),
-                chosen=self._close(tails[3 * n + 1]),
-                rejected=self._close(tails[3 * n + 2]),
-                boundary_merges=sum(i in merged for i in (3 * n + 1, 3 * n + 2)),
+                prompt=self._open(ids[i], preference.where),
+                chosen=response(i + 1),
+                rejected=response(i + 2),
+                boundary_merges=(i + 1 in alone) + (i + 2 in alone),
             )
-            for n, preference in enumerate(preferences)
+            for i, preference in zip(range(0, len(ids), 3), preferences, strict=True)
         ]
 
     def _texts(self, preference: Preference) -> tuple[str, str, str]:

@@ -6,6 +6,7 @@ llama.py mistral.py qwen2.py qwen3.py, on dense.py, listed in registry.py: the f
 rope.py      rotary embeddings as the config states them
 spec.py      Megatron's layers on plain torch: RMSNorm and packed attention
 build.py     the TransformerConfig and the GPTModels of this rank
+place.py     the parameters of a built model and their rows of the weight table
 layout.py    Hugging Face tensors <-> one rank's Megatron parameter
 load.py      Hugging Face weights -> the parameters of this rank
 export.py    the parameters of all ranks -> a Hugging Face checkpoint

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from simpo_megatron.compat import have_fused_weight_gradient
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.family import canonical_name
 from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.place import place_parameters
 from simpo_megatron.models.rope import Rope
 from simpo_megatron.models.spec import layer_spec
 
@@ -33,7 +33,7 @@ def transformer_config(hf: HFModel, *, bf16: bool, **parallel: Any) -> Transform
     Args:
         hf: the checkpoint.
         bf16: parameters and activations in bfloat16, else float32.
-        **parallel: fields of TransformerConfig: parallel sizes, recomputation, communication. They win over what is set here.
+        **parallel: fields of TransformerConfig: parallel sizes, recomputation, communication; they win.
 
     Raises:
         UserError: the layout does not divide the model, or Megatron refuses it.
@@ -58,6 +58,8 @@ def transformer_config(hf: HFModel, *, bf16: bool, **parallel: Any) -> Transform
         "bias_dropout_fusion": on_gpu,
         "masked_softmax_fusion": False,  # of an attention that is not used here
         "persist_layer_norm": False,
+        "moe_token_dispatcher_type": "alltoall",  # Megatron asks for it with variable_seq_lengths, experts or not
+        "cuda_graph_scope": [],  # the default is deprecated, and says so
         "gradient_accumulation_fusion": on_gpu and have_fused_weight_gradient(),
     }
     if parallel.get("virtual_pipeline_model_parallel_size"):
@@ -87,10 +89,9 @@ def build_model(
     Raises:
         UserError: Transformer Engine is asked for and not installed, or context parallelism without it.
     """
-    stages = range(config.virtual_pipeline_model_parallel_size or 1)
-    vp_stages = list(stages) if config.virtual_pipeline_model_parallel_size else [None]
+    virtual = config.virtual_pipeline_model_parallel_size
     models = []
-    for vp_stage in vp_stages:
+    for vp_stage in range(virtual) if virtual else (None,):
         model = GPTModel(
             config,
             layer_spec(config, transformer_impl, vp_stage),  # type: ignore[arg-type]
@@ -146,16 +147,13 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
 def _mark_tensor_parallel(model: GPTModel, hf: HFModel) -> None:
     """Says which parameters are split over the tensor-parallel ranks, where Megatron did not.
 
-    Its layers say so while they initialise, which is turned off; without it the gradient norm would leave out the split
+    Its layers say so while they initialise, which is turned off; unsaid, the gradient norm would leave out the split
     parameters of every rank but the first (`tensor_parallel/layers.py`, `param_is_not_tensor_parallel_duplicate`).
     """
-    split = {weight.megatron.rpartition("{layer}")[2]: weight for weight in hf.weights if weight.tp_dim is not None}
-    for name, parameter in model.named_parameters():
-        weight = next((split[suffix] for suffix in split if canonical_name(name).endswith(suffix)), None)
-        if name == "output_layer.weight" or weight is not None:
-            if not hasattr(parameter, "tensor_model_parallel"):
-                stride = 2 if weight is not None and weight.layout == "gate_up" else 1
-                set_tensor_model_parallel_attributes(parameter, True, weight.tp_dim if weight else 0, stride)
+    for place in place_parameters(model, hf):
+        if place.weight.tp_dim is not None and not hasattr(place.parameter, "tensor_model_parallel"):
+            stride = 2 if place.weight.layout == "gate_up" else 1
+            set_tensor_model_parallel_attributes(place.parameter, True, place.weight.tp_dim, stride)
 
 
 def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
@@ -182,8 +180,8 @@ def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
         and not (parallel.get("overlap_p2p_comm", True) and not parallel.get("batch_p2p_comm", False))
     ):
         raise UserError(
-            "virtual pipeline stages on 2 pipeline ranks need overlap_p2p_comm and no batch_p2p_comm: Megatron would swap "
-            "the tensors of the two directions; leave both unset"
+            "virtual pipeline stages on 2 pipeline ranks need overlap_p2p_comm and no batch_p2p_comm: Megatron would "
+            "swap the tensors of the two directions; leave both unset"
         )
     if parallel.get("pipeline_model_parallel_layout") is not None:
         return  # Megatron checks it
@@ -194,6 +192,6 @@ def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
     if layers < 0 or stages < 0 or (layers % chunks if chunks else layers):
         of = f"{stages} pipeline stages" + (f" of {virtual} virtual stages each" if virtual else "")
         raise UserError(
-            f"{layers} of the model's {num_layers} layers do not divide into {of}; change --pipeline-model-parallel-size, "
-            "or give the first and the last stage another number of layers"
+            f"{layers} of the model's {num_layers} layers do not divide into {of}; change "
+            "--pipeline-model-parallel-size, or give the first and the last stage another number of layers"
         )

@@ -1,4 +1,4 @@
-"""What the dense families share: pre-norm blocks of grouped-query attention and a SwiGLU feed-forward, RMSNorm, RoPE."""
+"""What the dense families share: RMSNorm, grouped-query attention with RoPE, and a SwiGLU feed-forward."""
 
 from __future__ import annotations
 

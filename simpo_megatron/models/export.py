@@ -1,6 +1,6 @@
 """The parameters of all ranks as a Hugging Face checkpoint: the way back of load.py.
 
-Every pipeline stage writes files of its own, so no rank ever holds more than one file (5 GiB) of whole tensors. All of it is
+Every pipeline stage writes files of its own, so no rank ever holds more than one file (5 GiB) of whole tensors. All is
 written into a directory next to the target, which takes the target's name only when every file is there.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.family import OUTPUT
 from simpo_megatron.models.hf import INDEX, SINGLE, HFModel
 from simpo_megatron.models.layout import from_megatron
-from simpo_megatron.models.load import Placed, is_vocabulary, place_parameters
+from simpo_megatron.models.place import Placed, place_parameters
 
 MAX_FILE_BYTES = 5 * 2**30
 
@@ -54,8 +55,8 @@ def export_hf(
 ) -> None:
     """Writes the models as a checkpoint transformers reads, in the dtype of the parameters. Every rank calls it.
 
-    Collectives, over all ranks: two broadcasts and one gather of small objects at the start and the end; over a pipeline: one
-    gather of names; over a tensor-parallel group of data-parallel rank 0: one gather a parameter.
+    Collectives: over all ranks two broadcasts and one gather of small objects; over a pipeline one gather of names; over
+    the tensor-parallel groups of data-parallel rank 0 one gather for every parameter that is split.
 
     Args:
         models: this rank's, wrapped by DDP or Float16Module or not.
@@ -85,7 +86,7 @@ def export_hf(
         places = track(placed, "exporting weights") if progress else placed
         error = _write_files(_gathered(places), files, paths)
     _raise_first_error(error, partial)
-    _on_first_rank(lambda: _finish(hf, partial, directory, dict(zip(names, sum(stages, []), strict=True))))
+    _on_first_rank(lambda: _finish(hf, partial, directory, dict(zip(names, chain(*stages), strict=True))))
 
 
 def plan_files(placed: Sequence[Placed], max_bytes: int) -> list[File]:
@@ -110,12 +111,13 @@ def _is_tied_copy(place: Placed, hf: HFModel) -> bool:
     return hf.tied and place.name == OUTPUT
 
 
-def _gathered(placed: Sequence[Placed] | Any) -> Iterator[tuple[str, Tensor]]:
+def _gathered(placed: Iterable[Placed]) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of this stage, whole and on the CPU, on tensor-parallel rank 0; nothing on the others.
 
     Collectives: one gather over the tensor-parallel group for every parameter that is split.
     """
-    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     for place in placed:
         weight, parameter = place.weight, place.parameter.detach().contiguous()
         shards = [parameter]
@@ -123,14 +125,14 @@ def _gathered(placed: Sequence[Placed] | Any) -> Iterator[tuple[str, Tensor]]:
             # As bytes: gloo does not gather every dtype.
             local = parameter.view(torch.uint8)
             whole = [torch.empty_like(local) for _ in range(ranks)] if rank == 0 else None
-            dist.gather(local, whole, group=parallel_state.get_tensor_model_parallel_group(), group_dst=0)
+            dist.gather(local, whole, group=group, group_dst=0)
             shards = [shard.view(parameter.dtype) for shard in whole or []]
         if rank != 0:
             continue
         parts = [from_megatron(weight, shard.cpu(), ranks) for shard in shards]
         for name, shape, *slices in zip(place.hf, weight.shapes, *parts, strict=True):
             tensor = slices[0] if weight.tp_dim is None else torch.cat(slices, dim=weight.tp_dim)
-            if is_vocabulary(weight):
+            if weight.is_vocabulary:
                 tensor = tensor[: shape[0]]
             yield name, tensor.contiguous()
 
@@ -182,8 +184,8 @@ def _finish(hf: HFModel, partial: Path, directory: Path, files: dict[str, File])
     os.replace(partial, directory)
 
 
-def _on_first_rank(action: Any) -> None:
-    """Runs `action` on global rank 0; what goes wrong there is raised everywhere. Collectives: one broadcast of a sentence."""
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Runs `action` on global rank 0; its error is raised everywhere. Collectives: one broadcast of a sentence."""
     error: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -198,7 +200,7 @@ def _on_first_rank(action: Any) -> None:
 
 
 def _raise_first_error(error: str | None, partial: Path) -> None:
-    """Raises the first rank's error on every rank, after removing what was written. Collectives: one gather of sentences."""
+    """Raises the first error everywhere, after removing what was written. Collectives: one gather of sentences."""
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     if first := next((message for message in errors if message is not None), None):

@@ -35,7 +35,13 @@ class Weight:
 
     @property
     def per_layer(self) -> bool:
+        """Whether every layer has one."""
         return "{layer}" in self.megatron
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether the first dimension is the vocabulary, which Megatron pads."""
+        return self.megatron in (EMBEDDING, OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class Family:
     Attributes:
         name: for messages.
         model_types: values of `model_type` in config.json.
-        transformer_kwargs: config.json -> arguments of Megatron's TransformerConfig that describe the architecture; raises
-            UserError for what Megatron would compute differently.
+        transformer_kwargs: config.json -> arguments of Megatron's TransformerConfig that describe the architecture;
+            raises UserError for what Megatron would compute differently.
         weights: config.json -> the weight table, embedding first, output last.
     """
 

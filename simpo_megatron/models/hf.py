@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint directory: its config and the names, shapes and files of its tensors.
 
-Reads JSON and safetensors headers, never a weight; no torch, no Megatron. The checks run on names and shapes alone, so what
-is missing or mis-shaped is known before anything is built or written.
+Reads JSON and safetensors headers, never a weight; no torch, no Megatron. The checks run on names and shapes alone, so
+what is missing or mis-shaped is known before anything is built or written.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def read_hf_checkpoint(path: Path) -> HFModel:
     """Reads a local checkpoint directory, headers only.
 
     Raises:
-        UserError: a file is missing, truncated or not JSON, the weights are not safetensors, or the model is not supported.
+        UserError: a file is missing, truncated or not JSON, the weights are not safetensors, or the model is not one
+            that runs.
     """
     path = Path(path)
     if not path.is_dir():
@@ -120,7 +121,7 @@ def check_tensors(hf: HFModel) -> None:
 
 
 def expected_tensors(hf: HFModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of the table with its shape: what is outside the layers in table order, the layers where they stand."""
+    """Every tensor the weight table asks for, with its shape."""
     for weight in hf.weights:
         for layer in range(hf.num_layers) if weight.per_layer else (0,):
             for name, shape in zip(weight.hf, weight.shapes, strict=True):

@@ -1,8 +1,8 @@
 """Hugging Face tensors <-> one rank's Megatron parameter. Plain torch; no process group.
 
-A tensor-parallel rank holds whole query groups and the same rows of gate and up, so its slice of every Hugging Face tensor
-along `Weight.tp_dim` is all its parameter needs, and the parameter is all its slices need: the two functions below are
-inverse to each other at any tensor-parallel size, and gathering is concatenating slices.
+A tensor-parallel rank holds whole query groups and the same rows of gate and up, so its slices of the Hugging Face
+tensors along `Weight.tp_dim` make its parameter, and the parameter makes the slices: the two functions below are inverse
+to each other at any tensor-parallel size, and gathering is concatenating slices.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ class Rope:
 
     Attributes:
         kind: "default"; "linear", every frequency divided by `factor`; "llama3", low frequencies divided by `factor`.
-        low_freq_factor, high_freq_factor, original_max_position_embeddings: of "llama3": frequencies that turn fewer than
-            `low` times over the original context are divided, more than `high` times kept, in between interpolated.
+        low_freq_factor, high_freq_factor, original_max_position_embeddings: of "llama3": frequencies that turn fewer
+            than `low` times over the original context are divided, more than `high` times kept, in between interpolated.
     """
 
     theta: float

@@ -1,14 +1,15 @@
 """Megatron's transformer layers on plain torch, for machines without Transformer Engine.
 
-Megatron's local layers lack two things this package needs: a norm that works under sequence parallelism, and attention over
-packed sequences. Both are here; everything else is Megatron's.
+Megatron's local layers lack two things this package needs: a norm that works under sequence parallelism, and attention
+over packed sequences. Both are here; everything else is Megatron's.
 
-Shapes: T tokens of a pack, n of one segment, S positions and B sequences where nothing is packed, H query heads and G key
-heads of this rank, D head width.
+Shapes: T tokens of a pack, n of one segment, S positions and B sequences where nothing is packed, H query heads and G
+key heads of this rank, D head width.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ from simpo_megatron.errors import UserError
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm as Megatron builds and trains it.
 
-    Under sequence parallelism every tensor-parallel rank sees other tokens, so Megatron sums the gradients of parameters that
-    carry `sequence_parallel` over the ranks (`distributed/finalize_model_grads.py`).
+    Under sequence parallelism every tensor-parallel rank sees other tokens, so Megatron sums the gradients of parameters
+    that carry `sequence_parallel` over the ranks (`distributed/finalize_model_grads.py`).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -43,7 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(torch.nn.Module):
     """Causal attention within each segment of a pack; the signature of Megatron's DotProductAttention.
 
-    One call of torch's scaled dot-product attention a segment: memory and time grow with the segments, not with the pack.
+    One call of torch's scaled dot-product attention a segment: the cost grows with the segments, not with the pack.
     The attention mask is ignored, as Transformer Engine ignores it for causal attention. No collectives.
 
     Raises (when built):
@@ -54,8 +55,8 @@ class PackedAttention(torch.nn.Module):
         super().__init__()
         if config.context_parallel_size > 1:
             raise UserError(
-                f"--context-parallel-size {config.context_parallel_size} needs Transformer Engine, which is not used here; "
-                "install it, or set 1"
+                f"--context-parallel-size {config.context_parallel_size} needs Transformer Engine, which is not used "
+                "here; install it, or set 1"
             )
         if config.attention_dropout:
             raise UserError(f"attention_dropout {config.attention_dropout} needs Transformer Engine; set it to 0")
@@ -90,7 +91,7 @@ class PackedAttention(torch.nn.Module):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, T, D]
         outs = [
             self._attend(q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop]).transpose(1, 2)
-            for start, stop in zip(offsets[:-1], offsets[1:], strict=True)
+            for start, stop in pairwise(offsets)
             if stop > start
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -127,7 +128,7 @@ _offsets = WeakTensorKeyDictionary()
 def _host_offsets(packed: PackedSeqParams) -> list[int]:
     """The segment offsets on the host, copied once for all layers of a microbatch: on a GPU each copy is a wait."""
     cu_seqlens = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-    version, offsets = _offsets.get(cu_seqlens, (None, []))
+    version, offsets = _offsets.get(cu_seqlens) or (None, [])
     if version != cu_seqlens._version:
         offsets = cu_seqlens.tolist()
         _offsets[cu_seqlens] = (cu_seqlens._version, offsets)
@@ -169,7 +170,8 @@ def layer_spec(
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # The whole block, because a bare layer spec would get Megatron's own final norm, which refuses sequence parallelism.
+    # A bare layer spec would get Megatron's own final norm, which refuses sequence parallelism.
     return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage),
+        layer_norm=RMSNorm,  # type: ignore[arg-type]
     )

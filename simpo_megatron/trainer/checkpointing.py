@@ -124,10 +124,18 @@ def _rng_state() -> ShardedObject:
 
 def _args(engine: Engine, progress: Progress) -> Namespace:
     transformer, model = engine.transformer, engine.models[0]
-    names = (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
-        "add_bias_linear add_qkv_bias qk_layernorm"
-    ).split()
+    names = [
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "normalization",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "qk_layernorm",
+    ]
     return Namespace(
         **flat(engine.config),
         **{name: getattr(transformer, name) for name in names},

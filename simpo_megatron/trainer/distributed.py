@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron import cpu
-from simpo_megatron.config import ParallelConfig
 from simpo_megatron.data import PairStore
 from simpo_megatron.errors import UserError
 
@@ -32,19 +32,21 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def initialize(parallel: ParallelConfig, device: str, seed: int) -> None:
-    """Joins the processes torchrun started (or runs as one) and builds Megatron's process groups.
+def initialize(layout: TransformerConfig, timeout_minutes: int, device: str, seed: int) -> None:
+    """Joins the processes torchrun started (or runs as one) and builds Megatron's process groups for the layout.
 
     Raises:
         UserError: the number of processes does not fit the layout.
     """
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if dist.is_initialized():
+        pass  # the caller's processes: a test, or another program
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     if dist.get_world_size() % (tp * pp):
         raise UserError(
             f"{dist.get_world_size()} processes cannot be cut into --tensor-model-parallel-size {tp} x "
@@ -53,7 +55,8 @@ def initialize(parallel: ParallelConfig, device: str, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

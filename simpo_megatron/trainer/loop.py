@@ -12,17 +12,58 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
 from transformers import AutoTokenizer
 
 from simpo_megatron.config import Config
 from simpo_megatron.data import DataOptions, PairStore, load_preferences, pairs_of_batch
 from simpo_megatron.errors import UserError
-from simpo_megatron.models import HFModel, build_model, export_hf, load_hf_weights, transformer_config
+from simpo_megatron.models.build import build_model, transformer_config
+from simpo_megatron.models.export import export_hf
+from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.load import load_hf_weights
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
 from simpo_megatron.trainer.distributed import broadcast_store, together
 from simpo_megatron.trainer.engine import Engine, GlobalBatch
 from simpo_megatron.trainer.logging import Logger
+
+
+def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
+    """Megatron's config of the model in the layout of the run; needs no process group.
+
+    Raises:
+        UserError: the layout does not divide the model.
+    """
+    parallel = config.parallel
+    return transformer_config(
+        hf,
+        bf16=config.train.bf16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_virtual_stages(config, hf),
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        variable_seq_lengths=parallel.variable_seq_lengths,
+    )
+
+
+def _virtual_stages(config: Config, hf: HFModel) -> int | None:
+    parallel, layers = config.parallel, hf.num_layers
+    chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
+    if chunk is None:
+        return None
+    if layers % (stages * chunk):
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {chunk} x --pipeline-model-parallel-size {stages} does not divide "
+            f"the model's {layers} layers; choose a chunk size that does"
+        )
+    virtual = layers // (stages * chunk)
+    return virtual if virtual > 1 else None
 
 
 def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None, list[str]]:
@@ -70,11 +111,11 @@ def total_iterations(config: Config, num_pairs: int) -> int:
 class Run:
     """One training run, from its configuration to its last checkpoint. Megatron's groups must exist."""
 
-    def __init__(self, config: Config, hf: HFModel) -> None:
+    def __init__(self, config: Config, hf: HFModel, transformer: TransformerConfig) -> None:
         self.config, self.hf = config, hf
         self.train_pairs, self.valid_pairs, said = load_data(config, hf)
         self.total = total_iterations(config, len(self.train_pairs))
-        self.engine = self._build_engine()
+        self.engine = self._build_engine(transformer)
         self.state = Progress(num_pairs=len(self.train_pairs), seed=config.train.seed)
         resumed = self._resume()
         self.logger = Logger(config, self.total, self.state.step)
@@ -83,22 +124,8 @@ class Run:
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
 
-    def _build_engine(self) -> Engine:
-        config, parallel = self.config, self.config.parallel
-        transformer = transformer_config(
-            self.hf,
-            bf16=config.train.bf16,
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
-            num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
-            num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
-            sequence_parallel=parallel.sequence_parallel,
-            recompute_granularity=parallel.recompute_granularity,
-            recompute_method=parallel.recompute_method,
-            recompute_num_layers=parallel.recompute_num_layers,
-            variable_seq_lengths=parallel.variable_seq_lengths,
-        )
+    def _build_engine(self, transformer: TransformerConfig) -> Engine:
+        config = self.config
         models = build_model(
             self.hf,
             transformer,

@@ -75,9 +75,9 @@ def test_no_rows_in_parquet(tmp_path):
 
 def test_truncated_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(TEXT[:-9], encoding="utf-8")
+    path.write_text('{"prompt": "a"}\n{"prompt": "a", "chos')
     assert error_of(path) == (
-        f"{path}:2: not valid JSON (Expecting ':' delimiter at column 42 of 41); "
+        f"{path}:2: not valid JSON (Unterminated string starting, column 17 of 21); "
         "every line must be one whole JSON object, so mend or remove the line."
     )
 

@@ -102,5 +102,9 @@ def test_ranks_are_balanced(case, ranks):
     assert max(sums) - min(sums) <= row
 
 
+def test_rows_are_dealt_back_and_forth():
+    assert plan_batch(np.array([10, 9, 8, 7]), 10, 2) == [[[0], [3]], [[1], [2]]]
+
+
 def test_no_pairs_is_one_empty_pack_a_rank():
     assert plan_batch(np.array([], dtype=np.int64), 10, 2, 2) == [[[], []], [[], []]]

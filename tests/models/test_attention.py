@@ -1,0 +1,81 @@
+"""Packed attention equals attention under a mask, written out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from simpo_megatron.models.spec import PackedAttention
+from tests.models.tiny import pack
+
+LENGTHS = [1, 40, 7, 16, 3]
+
+
+def attention(window: int | None = None, scale: float | None = None) -> PackedAttention:
+    config: Any = SimpleNamespace(
+        context_parallel_size=1, attention_dropout=0.0, window_size=None if window is None else (window - 1, 0)
+    )
+    return PackedAttention(config, softmax_scale=scale)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None, scale: float | None) -> Tensor:
+    """The oracle: [T, H, D] with one [T, T] mask -> [T, H * D]."""
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    position = torch.arange(len(segment))
+    distance = position[:, None] - position
+    mask = (distance >= 0) & (segment[:, None] == segment) & (distance < (window or len(segment)))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[2] ** -0.5)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v).flatten(1)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 100])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_packed_equals_masked(heads: tuple[int, int], window: int | None, scale: float | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(sum(LENGTHS), h, 8, dtype=torch.float64, requires_grad=True) for h in (heads[0], *heads[1:] * 2)
+    )
+    weights = torch.randn(sum(LENGTHS), heads[0] * 8, dtype=torch.float64)
+    found = attention(window, scale)(q, k, v, packed_seq_params=pack(LENGTHS))
+    expected = masked(q, k, v, LENGTHS, window, scale)
+    torch.testing.assert_close(found, expected)
+    for ours, oracle in zip(
+        torch.autograd.grad((found * weights).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, oracle)
+
+
+def test_plain_sequences_are_causal() -> None:
+    q, k, v = (torch.randn(12, 3, heads, 8) for heads in (4, 2, 2))
+    found = attention()(q, k, v)
+    for b in range(3):
+        torch.testing.assert_close(found[:, b], masked(q[:, b], k[:, b], v[:, b], [12], None, None))
+
+
+def test_padded_offsets_win() -> None:
+    q, k, v = (torch.randn(12, heads, 8) for heads in (4, 2, 2))
+    packed = pack([4, 5])
+    packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = pack([6, 6]).cu_seqlens_q
+    torch.testing.assert_close(attention()(q, k, v, packed_seq_params=packed), masked(q, k, v, [6, 6], None, None))
+
+
+def test_offsets_are_read_again_when_they_change() -> None:
+    q, k, v = (torch.randn(12, heads, 8) for heads in (4, 2, 2))
+    packed = pack([6, 6])
+    attention()(q, k, v, packed_seq_params=packed)
+    packed.cu_seqlens_q.copy_(pack([3, 9]).cu_seqlens_q)
+    torch.testing.assert_close(attention()(q, k, v, packed_seq_params=packed), masked(q, k, v, [3, 9], None, None))
+
+
+def test_tokens_outside_every_segment_are_an_error() -> None:
+    q, k, v = (torch.randn(12, heads, 8) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match="cu_seqlens end at 9, but the pack has 12 tokens"):
+        attention()(q, k, v, packed_seq_params=pack([4, 5]))

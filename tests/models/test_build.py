@@ -1,0 +1,119 @@
+"""Layouts that do not fit are refused; parameters carry what Megatron's optimizer looks for; padding is empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.build import padded_vocab_size, transformer_config
+from simpo_megatron.models.hf import read_hf_checkpoint
+from tests.models import tiny
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            {"tensor_model_parallel_size": 3},
+            "--tensor-model-parallel-size 3 does not divide num_query_groups 4; use 1, 2 or 4",
+        ),
+        ({"tensor_model_parallel_size": 8}, "does not divide num_query_groups 4"),
+        ({"sequence_parallel": True}, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
+        ({"pipeline_model_parallel_size": 3}, "4 of the model's 4 layers do not divide into 3 pipeline stages"),
+        (
+            {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 1},
+            "3 of the model's 4 layers do not divide into 2 pipeline stages",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
+            "do not divide into 2 pipeline stages of 3 virtual stages each",
+        ),
+        ({"virtual_pipeline_model_parallel_size": 2}, "need --pipeline-model-parallel-size above 1"),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "overlap_p2p_comm": False,
+            },
+            "need overlap_p2p_comm",
+        ),
+    ],
+    ids=str,
+)
+def test_layouts_that_do_not_fit_are_refused(layout: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path)
+    with pytest.raises(UserError, match=message):
+        transformer_config(read_hf_checkpoint(tmp_path), bf16=True, **layout)
+
+
+def refusals(path: Path) -> list[str]:
+    """On a rank: the sentences for what only Megatron or Transformer Engine decides."""
+    from simpo_megatron.models.build import build_model
+
+    hf, config, _ = tiny.build(path)
+    found = []
+    for call in (
+        lambda: transformer_config(hf, bf16=True, recompute_granularity="some"),
+        lambda: build_model(hf, config, transformer_impl="transformer_engine"),
+        lambda: build_model(hf, transformer_config(hf, bf16=True, context_parallel_size=2)),
+    ):
+        with pytest.raises(UserError) as raised:
+            call()
+        found.append(str(raised.value))
+    return found
+
+
+def test_what_is_not_available_is_refused(pool: Any, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path)
+    [[recompute, engine, context]] = pool.run(1, refusals, tmp_path)
+    assert "Megatron refuses this layout" in recompute
+    assert "Transformer Engine is not installed" in engine
+    assert "--context-parallel-size 2" in context
+
+
+def parameters(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
+    """On a rank: what is known of every parameter."""
+    _, _, models = tiny.build(path, bf16=True, **layout)
+    return {
+        name: {
+            "dtype": parameter.dtype,
+            "split": getattr(parameter, "partition_dim", None)
+            if getattr(parameter, "tensor_model_parallel", False)
+            else None,
+            "stride": getattr(parameter, "partition_stride", None),
+            "sequence": getattr(parameter, "sequence_parallel", False),
+            "value": parameter.detach(),
+        }
+        for model in models
+        for name, parameter in model.named_parameters()
+    }
+
+
+def test_parameters_carry_what_megatron_looks_for(pool: Any, tmp_path: Path) -> None:
+    tiny.make("qwen3", tmp_path)
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    ranks = pool.run(2, parameters, tmp_path, layout)
+    for found in ranks:
+        for name, known in found.items():
+            column = any(part in name for part in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer"))
+            assert known["split"] == (0 if column else 1 if "norm" not in name else None), name
+            assert known["sequence"] == ("norm" in name), name
+            assert known["dtype"] == torch.bfloat16
+            if known["split"] is not None:
+                assert known["stride"] == (2 if "fc1" in name else 1)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        whole = torch.cat([found[name]["value"] for found in ranks])
+        assert whole.shape[0] == padded_vocab_size(tiny.VOCAB, 2) == 256
+        assert whole[tiny.VOCAB - 1].any()
+        assert not whole[tiny.VOCAB :].any()
+
+
+def test_a_rank_may_hold_padding_alone(pool: Any, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path, vocab_size=100)
+    ranks = pool.run(2, parameters, tmp_path, {"tensor_model_parallel_size": 2})
+    assert ranks[0]["output_layer.weight"]["value"][:100].any(dim=1).all()
+    assert not ranks[1]["output_layer.weight"]["value"].any()

@@ -1,0 +1,120 @@
+"""Export is the inverse of loading, in every layout, and a failed one leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simpo_megatron.errors import UserError
+from tests.models import tiny
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+
+
+def load_and_export(source: Path, target: Path, bf16: bool, layout: dict[str, Any], max_file_bytes: int) -> None:
+    from simpo_megatron.models.export import export_hf
+
+    hf, _, models = tiny.build(source, bf16=bf16, **layout)
+    export_hf(models, hf, target, max_file_bytes=max_file_bytes)
+
+
+def fail_to_export(source: Path, target: Path, layout: dict[str, Any]) -> str:
+    """On a rank: the disk is full for the second pipeline stage; returns the error every rank raises."""
+    from megatron.core import parallel_state
+
+    from simpo_megatron.models import export
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    hf, _, models = tiny.build(source, **layout)
+    original = export.save_file
+    if parallel_state.get_pipeline_model_parallel_rank() == 1:
+        export.save_file = full_disk
+    try:
+        with pytest.raises(UserError) as raised:
+            export.export_hf(models, hf, target)
+    finally:
+        export.save_file = original
+    return str(raised.value)
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize(("world", "layout"), [(1, {}), (2, {}), (4, {**TP2, **PP2}), (2, VPP2)], ids=str)
+def test_round_trip_keeps_every_bit(name: str, world: int, layout: dict[str, Any], pool: Any, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    model = tiny.make(name, source, torch.bfloat16)
+    pool.run(world, load_and_export, source, target, True, layout, 20_000)
+    before, after = read(source), read(target)
+    assert before.keys() == after.keys()
+    for key in before:
+        assert after[key].dtype == torch.bfloat16
+        assert torch.equal(before[key], after[key]), key
+    for file in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
+        assert (target / file).read_bytes() == (source / file).read_bytes()
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == before.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * 2 for tensor in before.values())
+    assert {path.name for path in target.glob("*.safetensors")} == set(index["weight_map"].values())
+
+    again = type(model).from_pretrained(target)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_one_file_needs_no_index(pool: Any, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "source")
+    pool.run(2, load_and_export, tmp_path / "source", tmp_path / "target", False, TP2, 2**30)
+    assert sorted(path.name for path in (tmp_path / "target").glob("model*")) == ["model.safetensors"]
+    assert not (tmp_path / ".target.partial").exists()
+
+
+def test_sharded_checkpoints_load(pool: Any, tmp_path: Path) -> None:
+    tiny.make("qwen3", tmp_path / "source")
+    pool.run(1, load_and_export, tmp_path / "source", tmp_path / "sharded", False, {}, 20_000)
+    pool.run(2, load_and_export, tmp_path / "sharded", tmp_path / "single", False, TP2, 2**30)
+    before, after = read(tmp_path / "source"), read(tmp_path / "single")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_full_disk_is_an_error_on_every_rank(pool: Any, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "source")
+    target = tmp_path / "target"
+    messages = pool.run(4, fail_to_export, tmp_path / "source", target, {**TP2, **PP2})
+    assert len(set(messages)) == 1
+    assert "No space left" in messages[0]
+    assert "model-00002-of-00002.safetensors" in messages[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def refuse_export(source: Path, target: Path) -> str:
+    from simpo_megatron.models.export import export_hf
+
+    hf, _, models = tiny.build(source)
+    with pytest.raises(UserError) as raised:
+        export_hf(models, hf, target)
+    return str(raised.value)
+
+
+def test_a_target_that_holds_something_is_refused(pool: Any, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "source")
+    for message in pool.run(2, refuse_export, tmp_path / "source", tmp_path / "source"):
+        assert "is not empty" in message

@@ -1,0 +1,90 @@
+"""Tiny models, tokenizers and preferences that the tests make for themselves."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+WORDS = "amber birch cedar delta ember fjord grove heron indigo jasper kelp lotus maple north ochre pine quartz reed".split()
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|h|>{{ m['role'] }}<|/h|>{{ m['content'] }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|h|>assistant<|/h|>{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 300 tokens with Llama-3-like control tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=310,
+        special_tokens=["<|bos|>", "<|eot|>", "<|h|>", "<|/h|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eot|>", pad_token="<|eot|>"
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Weights large enough that every one of them matters, norms and biases included."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.2 * noise if "norm" in name else 0.08 * noise
+    return model
+
+
+def make_checkpoint(folder: Path, **overrides: Any) -> Path:
+    """A random Llama with its tokenizer, saved as a Hugging Face checkpoint."""
+    tokenizer = make_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    model = randomize(LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversational preferences of very unequal lengths."""
+    choose = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return " ".join(choose.choices(WORDS, k=choose.randint(1, longest)))
+
+    return [
+        {
+            "prompt": [{"role": "user", "content": text(8)}],
+            "chosen": [{"role": "assistant", "content": text(20)}],
+            "rejected": [{"role": "assistant", "content": "no " + text(6)}],
+        }
+        for _ in range(count)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

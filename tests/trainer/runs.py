@@ -1,0 +1,54 @@
+"""A whole training run inside the worker pool, and what it logged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import WorkerPool
+
+
+def train(argv: list[str]) -> str | None:
+    """Runs the training program on this rank; the sentence of a UserError, or None."""
+    from simpo_megatron.errors import UserError
+    from simpo_megatron.train import run
+    from simpo_megatron.arguments import parse
+
+    try:
+        run(parse(argv))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def flags(checkpoint: Path, data: Path, **settings: Any) -> list[str]:
+    """The command line of a short fp32 run."""
+    values = {
+        "hf_checkpoint": checkpoint,
+        "train_data": data,
+        "train_iters": 4,
+        "global_batch_size": 8,
+        "seq_length": 512,
+        "lr": 1e-3,
+        "device": "cpu",
+        "fp32": True,
+        **settings,
+    }
+    argv = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        argv += [flag] if value is True else [flag, str(value)]
+    return argv
+
+
+def run_and_read(pool: WorkerPool, world: int, argv: list[str], save: Path) -> list[dict[str, float]]:
+    """Trains on `world` ranks and returns the rows of metrics.jsonl."""
+    outcomes = pool.run(world, train, [*argv, "--save", str(save)])
+    assert outcomes == [None] * world, outcomes[0]
+    return read_rows(save)
+
+
+def read_rows(save: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
