@@ -127,21 +127,20 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int, divisible_by: 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     """The rotary frequencies in radians a token, [dim / 2] float32 on this rank's device.
 
-    Computed in float32, step by step as transformers does (`modeling_rope_utils.py`): at long contexts another order of
-    rounding turns the angles measurably.
+    Computed on the CPU in float32, as transformers does (`modeling_rope_utils.py`): at long contexts another rounding of
+    the frequencies turns the angles measurably.
     """
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=torch.cuda.current_device()) / dim
-    frequency = 1.0 / rope.theta**exponents
+    frequency = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.kind == "linear":
-        return frequency / rope.factor
-    if rope.kind == "llama3":
+        frequency = frequency / rope.factor
+    elif rope.kind == "llama3":
         wavelength = 2 * math.pi / frequency
         turns = rope.original_max_position_embeddings / wavelength
         keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         between = (1 - keep) * frequency / rope.factor + keep * frequency
         scaled = torch.where(turns < rope.low_freq_factor, frequency / rope.factor, between)
-        return torch.where(turns > rope.high_freq_factor, frequency, scaled)
-    return frequency
+        frequency = torch.where(turns > rope.high_freq_factor, frequency, scaled)
+    return frequency.to(torch.cuda.current_device())
 
 
 def _mark_tensor_parallel(model: GPTModel, hf: HFModel) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,11 @@ def export_hf(
         places = track(placed, "exporting weights") if progress else placed
         error = _write_files(_gathered(places), files, paths)
     _raise_first_error(error, partial)
-    _on_first_rank(lambda: _finish(hf, partial, directory, dict(zip(names, chain(*stages), strict=True))))
+    try:
+        _on_first_rank(lambda: _finish(hf, partial, directory, dict(zip(names, chain(*stages), strict=True))))
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def plan_files(placed: Sequence[Placed], max_bytes: int) -> list[File]:
@@ -140,21 +144,21 @@ def _gathered(placed: Iterable[Placed]) -> Iterator[tuple[str, Tensor]]:
 def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], paths: Sequence[Path]) -> str | None:
     """Writes the tensors into their files as they come; returns what went wrong.
 
-    After an error the rest is still taken from the iterator, because the other ranks of the group gather with this one.
+    After an error the rest is still taken from the iterator, because the other ranks of the group gather with this one;
+    they take it too, though for them it ends without a tensor.
     """
-    error, current, todo = None, {}, iter(zip(files, paths, strict=True))
-    file, path = next(todo, ({}, None))
-    for name, tensor in tensors:
-        if error is not None:
+    error = None
+    for file, path in zip(files, paths, strict=True):
+        held = dict(islice(tensors, len(file)))
+        if not held or error is not None:
             continue
-        current[name] = tensor
-        if len(current) == len(file):
-            try:
-                save_file(current, str(path), metadata={"format": "pt"})
-            except Exception as failure:  # a full disk is an OSError here and a SafetensorError there
-                error = f"{path} cannot be written ({failure}); free space on that file system, or export elsewhere"
-            current = {}
-            file, path = next(todo, ({}, None))
+        try:
+            path.parent.mkdir(
+                exist_ok=True
+            )  # exists where nodes share a file system; `_finish` tells where they do not
+            save_file(held, str(path), metadata={"format": "pt"})
+        except Exception as failure:  # a full disk is an OSError here and a SafetensorError there
+            error = f"{path} cannot be written ({failure}); free space on that file system, or export elsewhere"
     return error
 
 

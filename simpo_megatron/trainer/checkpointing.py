@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from simpo_megatron.arguments import flat
 from simpo_megatron.errors import UserError
+from simpo_megatron.trainer import torch_adam
 from simpo_megatron.trainer.distributed import together
 from simpo_megatron.trainer.engine import Engine
 
@@ -214,17 +215,26 @@ def load(engine: Engine, root: Path, step: int) -> Progress:
         UserError: the checkpoint does not hold exactly the tensors of this model, or cannot be read.
     """
     directory = checkpoint_dir(root, step)
-    try:
-        state = dist_checkpointing.load(
-            _sharded_state(engine, is_loading=True), str(directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{directory} does not fit this model or cannot be read: {reason}") from error
-    for index, model in enumerate(engine.models):
-        model.load_state_dict(state["model" if len(engine.models) == 1 else f"model{index}"])
-    engine.optimizer.load_state_dict(state["optimizer"])
+    with torch_adam.loadable(engine.optimizer):
+        state = _load_state(engine, directory)
+        for index, model in enumerate(engine.models):
+            model.load_state_dict(state["model" if len(engine.models) == 1 else f"model{index}"])
+        engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["opt_param_scheduler"])
     if "progress" not in state:
         raise UserError(f"{directory} was not saved by this program: it does not say where the data stood")
     return Progress(**state["progress"])
+
+
+def _load_state(engine: Engine, directory: Path) -> dict[str, Any]:
+    sharded_state = _sharded_state(engine, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(sharded_state, str(directory), strict=StrictHandling.RETURN_ALL)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise UserError(f"{directory} does not fit this model or cannot be read: {reason}") from error
+    state, extra, absent = loaded
+    for keys, fault in ((absent, "lacks"), (extra, "also holds")):
+        if names := sorted(key for key in keys if not key.startswith("rng_state")):
+            raise UserError(f"{directory} {fault} {', '.join(names[:5])} ({len(names)} in all): it is of another model")
+    return state

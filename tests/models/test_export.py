@@ -50,8 +50,14 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
-@pytest.mark.parametrize(("world", "layout"), [(1, {}), (2, {}), (4, {**TP2, **PP2}), (2, VPP2)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "world", "layout"),
+    [
+        *((name, 4, {**TP2, **PP2}) for name in tiny.MODELS),
+        *((name, world, layout) for name in ("llama_tied", "qwen2") for world, layout in ((1, {}), (2, {}), (2, VPP2))),
+    ],
+    ids=str,
+)
 def test_round_trip_keeps_every_bit(name: str, world: int, layout: dict[str, Any], pool: Any, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     model = tiny.make(name, source, torch.bfloat16)

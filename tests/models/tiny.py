@@ -61,11 +61,10 @@ def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: 
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.2 * noise)
-    model = model.to(dtype)
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     for extra in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (path / extra).write_text(f"the {extra} of {name}\n")
-    return model
+    return type(model).from_pretrained(path).eval()  # `to` has rounded the rotary frequencies of the other one
 
 
 def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, list[Any]]:

@@ -14,7 +14,14 @@ from tests.trainer.runs import flags, run_and_read
 
 STEPS, BATCH, PAIRS, SEED = 20, 8, 56, 7
 BETA, GAMMA, LR = 2.5, 1.375, 3e-3
-NAMES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+NAMES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def trl_history(checkpoint: Path, rows: list[dict[str, Any]], output: Path) -> list[dict[str, float]]:

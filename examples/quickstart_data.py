@@ -1,0 +1,219 @@
+"""Data and starting model of the quick start: preferences, a tokenizer and a Llama with random weights; no downloads.
+
+    python examples/quickstart_data.py --output runs/quickstart                       # made-up questions
+    python examples/quickstart_data.py --output runs/mine --data preferences.jsonl    # your own preferences
+
+Writes OUTPUT/data/train.jsonl, OUTPUT/data/heldout.jsonl and OUTPUT/model. Held-out prompts never occur in training. The
+made-up questions ask for one of two numbers or words; chosen and rejected answers use the same phrasings, the rejected ones
+more often the wordy phrasing, and differ in being right. So neither the wording nor the length gives the right answer away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.schema import parse_preference
+from simpo_megatron.errors import UserError
+
+Row = dict[str, Any]
+
+MADE_UP_ROWS = 4300
+HELD_OUT_ROWS = 300  # or a tenth of the rows, whichever is less
+OWN_ROWS = 1500  # what a small model gets through in minutes on two cores
+VOCABULARY = 2000
+
+WORDS = (
+    "acorn amber anchor apple basket birch candle cedar cloud comet coral delta dune eagle ember engine falcon fern "
+    "fjord flute garden glacier grove harbor heron honey igloo indigo island jasper jungle kelp kettle ladder lantern "
+    "lotus maple meadow needle north oasis ochre orchid pebble pine quartz quill raven reed river saddle silver spruce "
+    "thistle tulip umbrella violet walnut willow yarrow"
+).split()
+# (question, what is asked for, whether the answer is the first in order)
+QUESTIONS = {
+    "number": (("is smaller", "smaller number", True), ("is larger", "larger number", False)),
+    "word": (
+        ("comes first in the alphabet", "first word", True),
+        ("comes last in the alphabet", "last word", False),
+    ),
+}
+PHRASINGS = (
+    "It is {answer}.",
+    "The {what} is {answer}.",
+    "I am not quite sure, but I think that the {what} is {answer}.",
+)
+CHOSEN_WEIGHTS, REJECTED_WEIGHTS = (5, 4, 1), (3, 4, 3)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def made_up_rows(seed: int) -> list[Row]:
+    """Questions with a right answer, as TRL's conversational rows. No two questions are about the same two items."""
+    choose = random.Random(seed)
+    items = [("number", str(low), str(high)) for low, high in itertools.combinations(range(10, 100), 2)]
+    items += [("word", first, last) for first, last in itertools.combinations(sorted(WORDS), 2)]
+    rows = []
+    for kind, first, last in choose.sample(items, MADE_UP_ROWS):
+        question, what, wants_first = choose.choice(QUESTIONS[kind])
+        right, wrong = (first, last) if wants_first else (last, first)
+        one, other = choose.sample((first, last), 2)
+
+        def say(answer: str, weights: tuple[int, ...], what: str = what) -> list[dict[str, str]]:
+            (phrasing,) = choose.choices(PHRASINGS, weights)
+            return [{"role": "assistant", "content": phrasing.format(what=what, answer=answer)}]
+
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": f"Which {kind} {question}, {one} or {other}?"}],
+                "chosen": say(right, CHOSEN_WEIGHTS),
+                "rejected": say(wrong, REJECTED_WEIGHTS),
+                "answer": right,
+            }
+        )
+    return rows
+
+
+def own_rows(path: Path) -> list[Row]:
+    """The preferences of a file in TRL's explicit-prompt form, without empty answers, equal answers and ties.
+
+    Raises:
+        UserError: the file or one of its rows cannot be read.
+    """
+    rows: list[Row] = []
+    left_out = 0
+    for where, source in read_rows(path):
+        pair = parse_preference(source, where)
+        if pair.tie or pair.chosen == pair.rejected or not all(text.strip() for text in pair.texts):
+            left_out += 1
+            continue
+        answers = {"chosen": pair.chosen, "rejected": pair.rejected}
+        row = {name: [answer] if pair.conversational else answer for name, answer in answers.items()}
+        kept = {name: source[name] for name in ("weight", "margin") if source.get(name) is not None}
+        rows.append({"prompt": pair.prompt, **row, **kept})
+    if left_out:
+        print(f"{path}: left out {left_out} rows with empty or equal answers or equal scores.")
+    if len(rows) > OWN_ROWS:
+        print(f"{path}: using {OWN_ROWS} of {len(rows)} pairs, so that the quick start stays quick.")
+    return sorted(rows, key=lambda row: _digest(row["prompt"]))[:OWN_ROWS]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """(train, held-out): whole prompts, in the order of their digests, so that the same rows are split the same way.
+
+    Raises:
+        UserError: there are fewer than two different prompts.
+    """
+    wanted = min(HELD_OUT_ROWS, len(rows) // 10 + 1)
+    held_out: list[Row] = []
+    by_prompt = itertools.groupby(sorted(rows, key=lambda row: _digest(row["prompt"])), lambda row: row["prompt"])
+    train: list[Row] = []
+    for _, group in by_prompt:
+        (held_out if len(held_out) < wanted else train).extend(group)
+    if not train:
+        raise UserError("the preferences need at least two different prompts, one of them to be held out")
+    return train, held_out
+
+
+def texts(rows: Iterable[Row]) -> Iterable[str]:
+    """What a tokenizer learns from: every prompt and every answer."""
+    for row in rows:
+        for value in (row["prompt"], row["chosen"], row["rejected"]):
+            yield from (value,) if isinstance(value, str) else (message["content"] for message in value)
+
+
+def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the rows, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(rows), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama of about a million parameters with random weights, divisible by 2 tensor ranks and 2 stages."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Writes JSON Lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def prepare(output: Path, data: Path | None, seed: int) -> None:
+    """Writes data and model below `output`."""
+    train, held_out = split(made_up_rows(seed) if data is None else own_rows(data))
+    write_rows(output / "data" / "train.jsonl", train)
+    write_rows(output / "data" / "heldout.jsonl", held_out)
+    tokenizer = make_tokenizer(train)
+    model = make_model(tokenizer, seed)
+    model.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+    print(
+        f"{len(train)} pairs to train on, {len(held_out)} held out, {len(tokenizer)} tokens, "
+        f"{model.num_parameters() / 1e6:.1f} M parameters with random values."
+    )
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--data", type=Path, help="preferences to use instead of made-up ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the made-up questions and the random weights")
+    options = parser.parse_args()
+    try:
+        prepare(options.output, options.data, options.seed)
+    except UserError as error:
+        print(f"quickstart_data: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Saving and resuming: the same run bit for bit, another layout to rounding, and failures that leave the last checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.trainer.checkpointing import TRACKER, check_writable, checkpoint_dir, latest_step
+from tests.tiny import make_checkpoint, make_rows, write_rows
+from tests.trainer.runs import flags, read_rows, run_and_read, train
+
+MEASURED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return make_checkpoint(folder / "model"), write_rows(folder / "pairs.jsonl", make_rows(30))
+
+
+def numbers(rows: list[dict[str, float]]) -> list[list[float]]:
+    return [[row[name] for name in MEASURED] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "world, layout",
+    [
+        (1, {"no_use_distributed_optimizer": True}),
+        (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "fp32": False, "bf16": True}),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(pool, inputs, tmp_path: Path, world: int, layout: dict) -> None:
+    argv = [str(x) for x in flags(*inputs, train_iters=6, save_interval=3, **layout) if x != "False"]
+    argv = [x for x in argv if not (x == "--fp32" and "bf16" in layout)]
+    whole = run_and_read(pool, world, argv, tmp_path / "whole")
+    # What a kill after step 4 leaves behind: the checkpoint of step 3, and a log that is already further.
+    killed = tmp_path / "killed"
+    assert pool.run(world, train, [*argv, "--save", str(killed)]) == [None] * world
+    (killed / TRACKER).write_text("3")
+    resumed = run_and_read(pool, world, [*argv, "--load", str(killed)], killed)
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
+    assert numbers(resumed) == numbers(whole)
+
+
+def test_resume_in_another_layout(pool, inputs, tmp_path: Path) -> None:
+    argv = flags(*inputs, train_iters=6, save_interval=3)
+    whole = run_and_read(pool, 1, argv, tmp_path / "run")
+    (tmp_path / "run" / TRACKER).write_text("3")
+    layout = ["--tensor-model-parallel-size", "2", "--load", str(tmp_path / "run")]
+    resumed = run_and_read(pool, 4, [*argv, *layout], tmp_path / "other")
+    assert [row["step"] for row in resumed] == [4, 5, 6]
+    for ours, theirs in zip(numbers(resumed), numbers(whole[3:]), strict=True):
+        assert all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+def train_on_a_full_disk(argv: list[str]) -> str | None:
+    """The checkpoint writer meets ENOSPC from step 4 on, as its own process reports it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    original = filesystem_async._write_item
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    from simpo_megatron.trainer import checkpointing
+
+    save = checkpointing.save
+
+    def save_then_fill(engine, root, progress):
+        if progress.step > 3:
+            filesystem_async._write_item = full
+        save(engine, root, progress)
+
+    checkpointing.save = save_then_fill
+    try:
+        return train(argv)
+    finally:
+        filesystem_async._write_item = original
+        checkpointing.save = save
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(pool, inputs, tmp_path: Path) -> None:
+    argv = flags(*inputs, train_iters=6, save_interval=3, save=tmp_path / "run", tensor_model_parallel_size=2)
+    messages = pool.run(2, train_on_a_full_disk, argv)
+    assert (
+        messages[0] == messages[1]
+        and "No space left" in messages[0]
+        and "iter_0000003 is still complete" in messages[0]
+    )
+    assert latest_step(tmp_path / "run") == 3
+    assert not checkpoint_dir(tmp_path / "run", 6).exists()
+    assert pool.run(2, train, [*argv, "--load", str(tmp_path / "run")]) == [None, None]
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_on_other_data_is_refused(pool, inputs, tmp_path: Path) -> None:
+    argv = flags(*inputs, train_iters=2)
+    run_and_read(pool, 1, argv, tmp_path / "run")
+    other = write_rows(tmp_path / "other.jsonl", make_rows(31))
+    [message] = pool.run(1, train, [*flags(inputs[0], other, train_iters=4), "--load", str(tmp_path / "run")])
+    assert "num_pairs was 30" in message and "31 now" in message
+
+
+def test_resuming_another_model_is_refused(pool, inputs, tmp_path: Path) -> None:
+    run_and_read(pool, 1, flags(*inputs, train_iters=1), tmp_path / "run")
+    wider = make_checkpoint(tmp_path / "wider", num_hidden_layers=6)
+    [message] = pool.run(1, train, [*flags(wider, inputs[1]), "--load", str(tmp_path / "run")])
+    assert "does not fit this model" in message
+
+
+def test_load_needs_a_checkpoint_unless_it_is_the_save_folder(pool, inputs, tmp_path: Path) -> None:
+    argv = flags(*inputs, train_iters=1)
+    [message] = pool.run(1, train, [*argv, "--load", str(tmp_path / "nowhere")])
+    assert TRACKER in message and "drop --load" in message
+    assert pool.run(1, train, [*argv, "--load", str(tmp_path / "new"), "--save", str(tmp_path / "new")]) == [None]
+
+
+@pytest.mark.parametrize(
+    "text, complete, words", [("abc", True, "not a step"), ("7", False, "not a complete checkpoint")]
+)
+def test_a_wrong_tracker(tmp_path: Path, text: str, complete: bool, words: str) -> None:
+    (tmp_path / TRACKER).write_text(text)
+    with pytest.raises(UserError, match=words):
+        latest_step(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--save .* cannot be written"):
+        check_writable("--save", tmp_path / "file" / "run")
+    check_writable("--save", tmp_path / "new" / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], "the check must leave nothing behind"

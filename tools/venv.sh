@@ -1,0 +1,27 @@
+# Makes .venv in the repository root, installs this package and its development tools, and activates it.
+#
+#     . tools/venv.sh        # from the repository root, in bash
+#
+# Exact versions come from constraints.txt. Installs again when they, or setup.py, have changed.
+
+simpo_python() {
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+simpo_venv() {
+    local wanted
+    wanted=$(cat setup.py constraints.txt | cksum)
+    if [[ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]]; then
+        if ! simpo_python; then
+            echo "tools/venv.sh: python3 is missing or older than 3.11; put a newer one first in PATH" >&2
+            return 2
+        fi
+        echo "Installing into .venv (minutes the first time)"
+        python3 -m venv .venv
+        .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+        echo "$wanted" >.venv/installed # last: an interrupted install starts over
+    fi
+    . .venv/bin/activate
+}
+
+simpo_venv
