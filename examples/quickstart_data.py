@@ -30,16 +30,15 @@ from simpo_megatron.errors import UserError
 
 Row = dict[str, Any]
 
-MADE_UP_ROWS = 4300
-HELD_OUT_ROWS = 300  # or a tenth of the rows, whichever is less
+NUMBERS = range(10, 50)
+REPEATS = 5  # questions about the same two items, in either order and direction
+HELD_OUT_ROWS = 200  # or a tenth of the rows, whichever is less
 OWN_ROWS = 1500  # what a small model gets through in minutes on two cores
 VOCABULARY = 2000
 
 WORDS = (
-    "acorn amber anchor apple basket birch candle cedar cloud comet coral delta dune eagle ember engine falcon fern "
-    "fjord flute garden glacier grove harbor heron honey igloo indigo island jasper jungle kelp kettle ladder lantern "
-    "lotus maple meadow needle north oasis ochre orchid pebble pine quartz quill raven reed river saddle silver spruce "
-    "thistle tulip umbrella violet walnut willow yarrow"
+    "acorn anchor basket candle cedar dune ember falcon garden harbor island jungle kettle ladder maple needle orchid "
+    "pebble quill river saddle tulip violet willow"
 ).split()
 # (question, what is asked for, whether the answer is the first in order)
 QUESTIONS = {
@@ -63,30 +62,32 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def made_up_rows(seed: int) -> list[Row]:
-    """Questions with a right answer, as TRL's conversational rows. No two questions are about the same two items."""
+def made_up_rows(seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, held-out) questions as TRL's conversational rows; no two items that meet in one meet in the other."""
     choose = random.Random(seed)
-    items = [("number", str(low), str(high)) for low, high in itertools.combinations(range(10, 100), 2)]
-    items += [("word", first, last) for first, last in itertools.combinations(sorted(WORDS), 2)]
-    rows = []
-    for kind, first, last in choose.sample(items, MADE_UP_ROWS):
-        question, what, wants_first = choose.choice(QUESTIONS[kind])
-        right, wrong = (first, last) if wants_first else (last, first)
-        one, other = choose.sample((first, last), 2)
+    items = [("number", str(low), str(high)) for low, high in itertools.combinations(NUMBERS, 2)]
+    items += [("word", first, last) for first, last in itertools.combinations(WORDS, 2)]
+    choose.shuffle(items)
+    held_out = [_question(choose, *drawn) for drawn in items[:HELD_OUT_ROWS]]
+    train = [_question(choose, *drawn) for drawn in items[HELD_OUT_ROWS:] * REPEATS]
+    return train, held_out
 
-        def say(answer: str, weights: tuple[int, ...], what: str = what) -> list[dict[str, str]]:
-            (phrasing,) = choose.choices(PHRASINGS, weights)
-            return [{"role": "assistant", "content": phrasing.format(what=what, answer=answer)}]
 
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": f"Which {kind} {question}, {one} or {other}?"}],
-                "chosen": say(right, CHOSEN_WEIGHTS),
-                "rejected": say(wrong, REJECTED_WEIGHTS),
-                "answer": right,
-            }
-        )
-    return rows
+def _question(choose: random.Random, kind: str, first: str, last: str) -> Row:
+    question, what, wants_first = choose.choice(QUESTIONS[kind])
+    right, wrong = (first, last) if wants_first else (last, first)
+    one, other = choose.sample((first, last), 2)
+
+    def say(answer: str, weights: tuple[int, ...]) -> list[dict[str, str]]:
+        (phrasing,) = choose.choices(PHRASINGS, weights)
+        return [{"role": "assistant", "content": phrasing.format(what=what, answer=answer)}]
+
+    return {
+        "prompt": [{"role": "user", "content": f"Which {kind} {question}, {one} or {other}?"}],
+        "chosen": say(right, CHOSEN_WEIGHTS),
+        "rejected": say(wrong, REJECTED_WEIGHTS),
+        "answer": right,
+    }
 
 
 def own_rows(path: Path) -> list[Row]:
@@ -187,7 +188,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 def prepare(output: Path, data: Path | None, seed: int) -> None:
     """Writes data and model below `output`."""
-    train, held_out = split(made_up_rows(seed) if data is None else own_rows(data))
+    train, held_out = made_up_rows(seed) if data is None else split(own_rows(data))
     write_rows(output / "data" / "train.jsonl", train)
     write_rows(output / "data" / "heldout.jsonl", held_out)
     tokenizer = make_tokenizer(train)

@@ -54,10 +54,17 @@ def check_megatron_core() -> None:
         )
 
 
-def quiet_megatron_imports() -> None:
-    """Silences the warnings Megatron-Core prints at import where Transformer Engine and Apex are absent, and no others.
+def quiet_megatron() -> None:
+    """Silences warnings about Megatron-Core's own code that the user can do nothing about, and no others.
 
-    They are true, expected on a CPU, and nothing to act on. Call it before the first Megatron import.
+    Call it before the first Megatron import. They say that Transformer Engine and Apex are absent (ten lines on a CPU), that
+    the optimizer looks at `.grad` of a shard that is no leaf, and that torch will rename collectives Megatron calls.
     """
-    for message in ("Apex is not installed", "Transformer Engine and Apex are not installed"):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning, module=r"megatron\.core\.")
+    for message in (
+        "Apex is not installed",
+        "Transformer Engine and Apex are not installed",
+        "The .grad attribute of a Tensor that is not a leaf",
+    ):
+        warnings.filterwarnings("ignore", message, UserWarning)
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)

@@ -25,7 +25,7 @@ def run(config: Config) -> None:
     Raises:
         UserError: the same on every rank.
     """
-    compat.quiet_megatron_imports()
+    compat.quiet_megatron()
     compat.check_megatron_core()
     from simpo_megatron.models.hf import read_hf_checkpoint
     from simpo_megatron.trainer import checkpointing

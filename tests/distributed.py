@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-TIMEOUT = 240.0
+TIMEOUT = 150.0
 
 
 class WorkerError(AssertionError):
@@ -35,7 +35,7 @@ def _serve(rank: int, connection: Any) -> None:
     from simpo_megatron import compat, cpu
 
     torch.set_num_threads(1)
-    compat.quiet_megatron_imports()
+    compat.quiet_megatron()
     cpu.enable()
     from megatron.core import parallel_state
 
@@ -43,7 +43,7 @@ def _serve(rank: int, connection: Any) -> None:
         world_size, store, function, args = task
         try:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
             )
             outcome = (True, function(*args))
         except BaseException:

@@ -20,7 +20,7 @@ def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_megatron_imports_quietly() -> None:
     code = (
-        "from simpo_megatron.compat import quiet_megatron_imports; quiet_megatron_imports();"
+        "from simpo_megatron.compat import quiet_megatron; quiet_megatron();"
         "import simpo_megatron.models.build, megatron.core.optimizer, megatron.core.distributed"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
