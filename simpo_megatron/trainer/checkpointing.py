@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from simpo_megatron.arguments import flat
 from simpo_megatron.errors import UserError
@@ -30,6 +31,7 @@ from simpo_megatron.trainer import torch_adam
 from simpo_megatron.trainer.distributed import together
 from simpo_megatron.trainer.engine import Engine
 
+FAILURES = (Exception, CheckpointException)  # torch derives CheckpointException from BaseException
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -182,7 +184,7 @@ def save(engine: Engine, root: Path, progress: Progress) -> None:
                 raise UserError(f"{directory} cannot be created: {error.strerror}") from error
     try:
         dist_checkpointing.save(state, str(directory), content_metadata=_metadata())
-    except Exception as error:
+    except FAILURES as error:
         raise _save_error(error, directory, root) from error
     with together():
         if dist.get_rank() == 0:
@@ -198,14 +200,19 @@ def _replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _save_error(error: Exception, directory: Path, root: Path) -> UserError:
-    """Says what stopped a save; the writer's own processes hand over only the text of an OSError."""
+def _save_error(error: BaseException, directory: Path, root: Path) -> UserError:
+    """Says what stopped a save, on rank 0, which gets the failures of all ranks."""
     if dist.get_rank() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     latest = latest_step(root)
     kept = "no checkpoint was complete yet" if latest is None else f"{checkpoint_dir(root, latest)} is still complete"
-    reason = " ".join(str(error).split())[-300:]
-    return UserError(f"saving {directory} failed: {reason}; {kept}. Free space there, or choose another --save")
+    return UserError(f"saving {directory} failed: {_reason(error)}; {kept}. Free space there, or choose another --save")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the first rank that failed; rank 0 knows of all ranks, the others may have no details."""
+    failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
+    return " ".join(str(failures[0] if failures else error).split())[:400] or type(error).__name__
 
 
 def load(engine: Engine, root: Path, step: int) -> Progress:
@@ -230,9 +237,8 @@ def _load_state(engine: Engine, directory: Path) -> dict[str, Any]:
     sharded_state = _sharded_state(engine, is_loading=True)
     try:
         loaded = dist_checkpointing.load(sharded_state, str(directory), strict=StrictHandling.RETURN_ALL)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise UserError(f"{directory} does not fit this model or cannot be read: {reason}") from error
+    except FAILURES as error:
+        raise UserError(f"{directory} does not fit this model or cannot be read: {_reason(error)}") from error
     state, extra, absent = loaded
     for keys, fault in ((absent, "lacks"), (extra, "also holds")):
         if names := sorted(key for key in keys if not key.startswith("rng_state")):

@@ -88,11 +88,8 @@ def train_on_a_full_disk(argv: list[str]) -> str | None:
 def test_a_full_disk_leaves_the_last_checkpoint(pool, inputs, tmp_path: Path) -> None:
     argv = flags(*inputs, train_iters=6, save_interval=3, save=tmp_path / "run", tensor_model_parallel_size=2)
     messages = pool.run(2, train_on_a_full_disk, argv)
-    assert (
-        messages[0] == messages[1]
-        and "No space left" in messages[0]
-        and "iter_0000003 is still complete" in messages[0]
-    )
+    assert None not in messages
+    assert "No space left" in messages[0] and "iter_0000003 is still complete" in messages[0]
     assert latest_step(tmp_path / "run") == 3
     assert not checkpoint_dir(tmp_path / "run", 6).exists()
     assert pool.run(2, train, [*argv, "--load", str(tmp_path / "run")]) == [None, None]
