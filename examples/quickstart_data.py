@@ -3,9 +3,11 @@
     python examples/quickstart_data.py --output runs/quickstart                       # made-up questions
     python examples/quickstart_data.py --output runs/mine --data preferences.jsonl    # your own preferences
 
-Writes OUTPUT/data/train.jsonl, OUTPUT/data/heldout.jsonl and OUTPUT/model. Held-out prompts never occur in training. The
-made-up questions ask for one of two numbers or words; chosen and rejected answers use the same phrasings, the rejected ones
-more often the wordy phrasing, and differ in being right. So neither the wording nor the length gives the right answer away.
+Writes OUTPUT/data/{sft,train,heldout}.jsonl and OUTPUT/model. Held-out questions never occur in the other two files.
+
+The made-up questions ask for one of two numbers or words. Chosen answers are right and rejected ones wrong, in the same three
+phrasings, the rejected more often in the longest. As demonstrations often are, those of sft.jsonl are imperfect: a part of
+them are wrong. SimPO then has something to put right. With your own data SFT takes the chosen answers as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -32,14 +35,15 @@ Row = dict[str, Any]
 
 NUMBERS = range(10, 50)
 REPEATS = 5  # questions about the same two items, in either order and direction
-HELD_OUT_ROWS = 200  # or a tenth of the rows, whichever is less
+HELD_OUT_ROWS = 200  # of own data at most a tenth
 OWN_ROWS = 1500  # what a small model gets through in minutes on two cores
 VOCABULARY = 2000
 
-WORDS = (
+_WORDS = (
     "acorn anchor basket candle cedar dune ember falcon garden harbor island jungle kettle ladder maple needle orchid "
     "pebble quill river saddle tulip violet willow"
-).split()
+)
+WORDS = _WORDS.split()
 # (question, what is asked for, whether the answer is the first in order)
 QUESTIONS = {
     "number": (("is smaller", "smaller number", True), ("is larger", "larger number", False)),
@@ -53,7 +57,8 @@ PHRASINGS = (
     "The {what} is {answer}.",
     "I am not quite sure, but I think that the {what} is {answer}.",
 )
-CHOSEN_WEIGHTS, REJECTED_WEIGHTS = (5, 4, 1), (3, 4, 3)
+CHOSEN_WEIGHTS, REJECTED_WEIGHTS = (5, 4, 1), (4, 4, 2)
+WRONG_DEMONSTRATIONS = 0.25
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -88,6 +93,16 @@ def _question(choose: random.Random, kind: str, first: str, last: str) -> Row:
         "rejected": say(wrong, REJECTED_WEIGHTS),
         "answer": right,
     }
+
+
+def demonstrations(rows: list[Row], seed: int) -> list[Row]:
+    """The rows with the answers of some exchanged: SFT learns from `chosen`."""
+    choose = random.Random(seed)
+    wrong = [choose.random() < WRONG_DEMONSTRATIONS for _ in rows]
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if swap else row
+        for row, swap in zip(rows, wrong, strict=True)
+    ]
 
 
 def own_rows(path: Path) -> list[Row]:
@@ -125,9 +140,9 @@ def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
         UserError: there are fewer than two different prompts.
     """
     wanted = min(HELD_OUT_ROWS, len(rows) // 10 + 1)
-    held_out: list[Row] = []
     by_prompt = itertools.groupby(sorted(rows, key=lambda row: _digest(row["prompt"])), lambda row: row["prompt"])
     train: list[Row] = []
+    held_out: list[Row] = []
     for _, group in by_prompt:
         (held_out if len(held_out) < wanted else train).extend(group)
     if not train:
@@ -189,10 +204,12 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def prepare(output: Path, data: Path | None, seed: int) -> None:
     """Writes data and model below `output`."""
     train, held_out = made_up_rows(seed) if data is None else split(own_rows(data))
+    write_rows(output / "data" / "sft.jsonl", demonstrations(train, seed) if data is None else train)
     write_rows(output / "data" / "train.jsonl", train)
     write_rows(output / "data" / "heldout.jsonl", held_out)
     tokenizer = make_tokenizer(train)
     model = make_model(tokenizer, seed)
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     print(

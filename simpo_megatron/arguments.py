@@ -17,6 +17,7 @@ from simpo_megatron.errors import UserError
 GROUPS: dict[str, type] = {
     field.name: typing.get_type_hints(c.Config)[field.name] for field in dataclasses.fields(c.Config)
 }
+METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,16 +26,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _value_type(annotation: Any) -> type:
-    """`int` of `int | None`."""
-    return next((t for t in typing.get_args(annotation) if t is not type(None)), annotation)
+    """`int` of `int | None`, `str` of a Literal."""
+    if c.choices(annotation):
+        return str
+    return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
 
 
-def _fields() -> list[tuple[str, dataclasses.Field, type]]:
-    found = []
-    for group, cls in GROUPS.items():
-        hints = typing.get_type_hints(cls)
-        found += [(group, field, _value_type(hints[field.name])) for field in dataclasses.fields(cls)]
-    return found
+def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
+    """Group, field and annotation of every setting."""
+    return [
+        (group, field, typing.get_type_hints(cls)[field.name])
+        for group, cls in GROUPS.items()
+        for field in dataclasses.fields(cls)
+    ]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,25 +52,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, help="YAML file of the same names, e.g. `train_iters: 100`; flags win")
     sections = {group: parser.add_argument_group(str(cls.__doc__)) for group, cls in GROUPS.items()}
-    for group, field, kind in _fields():
+    for group, field, annotation in _fields():
         text = field.metadata["help"]
         if field.default is not None:
             text += f" (default {field.default})"
-        name, section = c.flag(field.name), sections[group]
+        name, section, kind, allowed = (
+            c.flag(field.name),
+            sections[group],
+            _value_type(annotation),
+            c.choices(annotation),
+        )
         if kind is bool:
             section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        elif allowed:
+            section.add_argument(name, choices=allowed, help=text)
         else:
-            section.add_argument(
-                name, type=kind, help=text, choices=field.metadata["choices"], metavar=_metavar(field, kind)
-            )
+            section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind])
     return parser
-
-
-def _metavar(field: dataclasses.Field, kind: type) -> str | None:
-    choices = field.metadata["choices"]
-    if choices:
-        return "{" + ",".join(choice for choice in choices if choice) + "}"
-    return {int: "N", float: "X", Path: "PATH", str: "NAME"}[kind]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `name: value` lines, not a {type(content).__name__}")
-    kinds = {field.name: kind for _, field, kind in _fields()}
+    kinds = {field.name: _value_type(annotation) for _, field, annotation in _fields()}
     settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")

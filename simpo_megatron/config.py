@@ -1,7 +1,8 @@
 """What the user can set: frozen dataclasses, one a group of flags, each validated where it is made.
 
 A field `train_iters` is the flag `--train-iters` and the YAML key `train_iters`; names follow Megatron-LM where it has the
-setting. `arguments.py` turns the groups into flags. Fields carry their help text and, where closed, their choices.
+setting. `arguments.py` turns the groups into flags. Fields carry their help text; a closed set of
+values is a `Literal`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from simpo_megatron.data.options import AssistantHeader, DataOptions, PromptTruncation, TiePolicy
 from simpo_megatron.errors import UserError
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with the text `--help` shows and the values it may take."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with the text `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, alone or with None; nothing for other types."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(value for part in get_args(annotation) for value in choices(part))
 
 
 def flag(name: str) -> str:
@@ -33,10 +42,10 @@ class Group:
     """Checks the closed choices of a group; a group with more to check extends `__post_init__`."""
 
     def __post_init__(self) -> None:
-        for name, spec in type(self).__dataclass_fields__.items():  # type: ignore[attr-defined]
-            value, choices = getattr(self, name), spec.metadata["choices"]
-            if choices and value not in choices:
-                raise UserError(f"{flag(name)} {value} is not known; use {' or '.join(choices)}")
+        for name, annotation in get_type_hints(type(self)).items():
+            value, allowed = getattr(self, name), choices(annotation)
+            if allowed and value is not None and value not in allowed:
+                raise UserError(f"{flag(name)} {value} is not known; use {' or '.join(allowed)}")
 
     def _positive(self, *names: str) -> None:
         for name in names:
@@ -55,10 +64,9 @@ class ModelConfig(Group):
 
     hf_checkpoint: Path | None = setting(None, "folder of the Hugging Face checkpoint: weights, config, tokenizer")
     export_hf: Path | None = setting(None, "write the trained model here as a Hugging Face checkpoint")
-    transformer_impl: str = setting(
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(
         "auto",
         "layers: Transformer Engine's, Megatron's own (local), or TE where it is installed (auto)",
-        ("auto", "local", "transformer_engine"),
     )
     make_vocab_size_divisible_by: int = setting(
         128, "pad the vocabulary to a multiple of this times the tensor-parallel size"
@@ -86,10 +94,10 @@ class ParallelConfig(Group):
     use_distributed_optimizer: bool = setting(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = setting(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = setting(False, "gather parameters while the forward pass runs")
-    recompute_granularity: str | None = setting(
-        None, "recompute activations: attention alone, or whole layers", (None, "selective", "full")
+    recompute_granularity: Literal["selective", "full"] | None = setting(
+        None, "recompute activations: attention alone, or whole layers"
     )
-    recompute_method: str | None = setting(None, "with full recompute: which layers", (None, "uniform", "block"))
+    recompute_method: Literal["uniform", "block"] | None = setting(None, "with full recompute: which layers")
     recompute_num_layers: int | None = setting(None, "with full recompute: layers a recomputed block holds")
     variable_seq_lengths: bool = setting(
         True, "end every row after its last pair; off: pad each to --seq-length, so that shapes never change"
@@ -97,7 +105,6 @@ class ParallelConfig(Group):
     distributed_timeout_minutes: int = setting(10, "give up on a collective after this long")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recompute_granularity", self.recompute_granularity or None)
         super().__post_init__()
         self._positive(
             "tensor_model_parallel_size",
@@ -136,15 +143,12 @@ class DataConfig(Group):
     max_prompt_length: int | None = setting(
         None, "tokens a prompt is cut to when its sequence is too long; default half of --max-length"
     )
-    prompt_truncation: str = setting("keep_end", "the part of a cut prompt that stays", ("keep_end", "keep_start"))
-    assistant_header: str = setting(
+    prompt_truncation: PromptTruncation = setting("keep_end", "the part of a cut prompt that stays")
+    assistant_header: AssistantHeader = setting(
         "prompt",
         "where the assistant's header counts; response is the SimPO repository's way: it is scored",
-        ("prompt", "response"),
     )
-    tie_policy: str = setting(
-        "drop", "pairs with equal scores: drop them, or keep them with target margin 0", ("drop", "zero-margin")
-    )
+    tie_policy: TiePolicy = setting("drop", "pairs with equal scores: drop them, or keep them with target margin 0")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,17 +164,30 @@ class DataConfig(Group):
         )
         if self.max_prompt_length is None:
             object.__setattr__(self, "max_prompt_length", self.max_length // 2)
+        _ = self.options  # checks them against each other
+
+    @property
+    def options(self) -> DataOptions:
+        """What tokenizing needs to know."""
+        assert self.max_length is not None and self.max_prompt_length is not None, "set in __post_init__"
+        return DataOptions(
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            prompt_truncation=self.prompt_truncation,
+            assistant_header=self.assistant_header,
+            tie_policy=self.tie_policy,
+        )
 
 
 @dataclass(frozen=True)
 class LossConfig(Group):
     """loss"""
 
-    objective: str = setting("simpo", "simpo, or sft: NLL of the chosen responses", ("simpo", "sft"))
+    objective: Literal["simpo", "sft"] = setting("simpo", "simpo, or sft: NLL of the chosen responses")
     simpo_beta: float = setting(2.0, "scale of the rewards")
     simpo_gamma: float | None = setting(None, "target reward margin, absolute")
     simpo_gamma_beta_ratio: float | None = setting(None, "target reward margin divided by beta; default 0.5")
-    simpo_loss_type: str = setting("sigmoid", "sigmoid is the paper's", ("sigmoid", "hinge"))
+    simpo_loss_type: Literal["sigmoid", "hinge"] = setting("sigmoid", "sigmoid is the paper's")
     simpo_label_smoothing: float = setting(0.0, "probability that a pair's members were swapped")
     simpo_sft_weight: float = setting(0.0, "weight of the NLL of the chosen responses, a mean over their tokens")
 
@@ -221,8 +238,8 @@ class TrainConfig(Group):
     train_iters: int | None = setting(None, "optimizer steps")
     train_epochs: float | None = setting(None, "passes over the training pairs, instead of --train-iters")
     seed: int = setting(1234, "of the data order")
-    device: str = setting(
-        "auto", "cuda with nccl, or cpu with gloo; auto: cuda where there is one", ("auto", "cpu", "cuda")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "cuda with nccl, or cpu with gloo; auto: cuda where there is one"
     )
     bf16: bool = setting(True, "bf16 weights and activations with fp32 main gradients and fp32 master weights")
     fp32: bool = setting(False, "everything in fp32, for checks")
@@ -252,8 +269,8 @@ class OptimizerConfig(Group):
 
     lr: float = setting(1e-6, "highest learning rate")
     min_lr: float = setting(0.0, "lowest learning rate after decay")
-    lr_decay_style: str = setting(
-        "cosine", "decay after the warm-up", ("constant", "linear", "cosine", "inverse-square-root")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = setting(
+        "cosine", "decay after the warm-up"
     )
     lr_warmup_fraction: float = setting(0.1, "share of the steps that warm up")
     weight_decay: float = setting(0.0, "decoupled weight decay; norms and biases have none")

@@ -42,7 +42,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         if world > 1:
             stats_2N = torch.stack((lse_N, target_N))
             gathered_G2N = stats_2N.new_empty(world, *stats_2N.shape)
-            dist.all_gather_into_tensor(gathered_G2N.view(-1, targets_N.shape[0]), stats_2N, group=group)
+            dist.all_gather_into_tensor(gathered_G2N.flatten(0, 1), stats_2N, group=group)
             lse_N = torch.logsumexp(gathered_G2N[:, 0], dim=0)
             target_N = gathered_G2N[:, 1].sum(0)
         ctx.save_for_backward(logits_NV, lse_N, local_N, owned_N)

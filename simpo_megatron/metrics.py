@@ -7,6 +7,7 @@ after beta and without gamma. Accuracy is strict: a tie counts as wrong, and `ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,7 +81,8 @@ def reduce_metrics(vectors: Sequence[Tensor], members: int) -> dict[str, float]:
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
+        pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(total, last, group=pipeline)
     sums = dict(zip(names, total.tolist(), strict=True))
     pairs, chosen_tokens = (max(sums.pop(name), 1.0) for name in DIVISORS)
     means = {name: value / pairs for name, value in sums.items()}

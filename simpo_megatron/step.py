@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -59,12 +60,9 @@ class PreferenceStep:
 
         Collectives: one all-gather over the tensor-parallel ranks (`vocab_parallel_logprobs`).
         """
-        logps_R = vocab_parallel_logprobs(
-            logits_1TV[0].index_select(0, batch.rows),
-            batch.targets,
-            self.vocab_size,
-            parallel_state.get_tensor_model_parallel_group(),
-        )
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        logits_RV = logits_1TV[0].index_select(0, batch.rows)
+        logps_R = vocab_parallel_logprobs(logits_RV, batch.targets, self.vocab_size, group)
         sums_PM = batch.segment_sums(logps_R)
         loss, nll, pair_metrics = batch_loss(self.loss, batch, sums_PM)
         divisors = (sums_PM.new_tensor(sums_PM.shape[0]), batch.lengths[:: batch.members].sum())

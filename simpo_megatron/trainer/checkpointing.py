@@ -106,12 +106,13 @@ def _sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
 
 def _rng_state() -> ShardedObject:
     """Megatron-LM's loader asks for it. Nothing here draws random numbers: no dropout, and a data order by formula."""
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
     state = {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": torch.cuda.get_rng_state(),
-        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "rng_tracker_states": tracker.get_states(),
     }
     return ShardedObject(
         "rng_state",
@@ -239,6 +240,7 @@ def _load_state(engine: Engine, directory: Path) -> dict[str, Any]:
         loaded = dist_checkpointing.load(sharded_state, str(directory), strict=StrictHandling.RETURN_ALL)
     except FAILURES as error:
         raise UserError(f"{directory} does not fit this model or cannot be read: {_reason(error)}") from error
+    state: Any
     state, extra, absent = loaded
     for keys, fault in ((absent, "lacks"), (extra, "also holds")):
         if names := sorted(key for key in keys if not key.startswith("rng_state")):

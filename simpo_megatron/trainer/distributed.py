@@ -45,7 +45,8 @@ def initialize(layout: TransformerConfig, timeout_minutes: int, device: str, see
     elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     if dist.get_world_size() % (tp * pp):
         raise UserError(

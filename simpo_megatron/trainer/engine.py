@@ -51,7 +51,7 @@ class Engine:
         self, config: Config, models: list[GPTModel], transformer: TransformerConfig, vocab_size: int, train_iters: int
     ) -> None:
         self.config, self.models, self.transformer, self.vocab_size = config, models, transformer, vocab_size
-        self.chunks = self._wrap()
+        self.chunks: list[Any] = self._wrap()
         self.optimizer = self._build_optimizer()
         self.scheduler = self._build_scheduler(train_iters)
         self.run_schedule = get_forward_backward_func()
@@ -162,7 +162,7 @@ class Engine:
                 members=self.config.loss.members,
                 row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
                 row_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-                device=torch.cuda.current_device(),
+                device=torch.device(torch.cuda.current_device()),
             )
 
     def _run(self, batch: GlobalBatch, forward_only: bool) -> dict[str, float]:

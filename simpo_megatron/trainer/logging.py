@@ -118,9 +118,9 @@ class Logger:
         """A table of the held-out metrics before and after training."""
         if not self.enabled or not before:
             return
-        table = Table("held-out metric", "before", "after", title="evaluation")
+        table = Table("held-out pairs", "before", "after")
         for name, value in before.items():
-            table.add_row(name, f"{value:.4f}", f"{after[name]:.4f}")
+            table.add_row(name.removeprefix("eval/"), f"{value:.4f}", f"{after[name]:.4f}")
         self.console.print(table)
 
     def close(self) -> None:

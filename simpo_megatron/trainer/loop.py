@@ -16,7 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from transformers import AutoTokenizer
 
 from simpo_megatron.config import Config
-from simpo_megatron.data import DataOptions, PairStore, load_preferences, pairs_of_batch
+from simpo_megatron.data import PairStore, load_preferences, pairs_of_batch
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
@@ -74,17 +74,10 @@ def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None,
     with together():
         if dist.get_rank() == 0:
             tokenizer = _tokenizer(hf.path)
-            options = DataOptions(
-                max_length=data.max_length,
-                max_prompt_length=data.max_prompt_length,
-                prompt_truncation=data.prompt_truncation,
-                assistant_header=data.assistant_header,
-                tie_policy=data.tie_policy,
-            )
             for index, path in enumerate(paths):
                 if path is not None:
                     stores[index], report = load_preferences(
-                        path, tokenizer, options, eos_token_ids=hf.eos_token_ids, progress=True
+                        path, tokenizer, data.options, eos_token_ids=hf.eos_token_ids, progress=True
                     )
                     said.append(report.summary(path))
     train, valid = (None if path is None else broadcast_store(store) for path, store in zip(paths, stores, strict=True))
@@ -96,7 +89,8 @@ def _tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
-        raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {reason}") from error
 
 
 def total_iterations(config: Config, num_pairs: int) -> int:
@@ -196,7 +190,7 @@ class Run:
         """Trains to the end: evaluates, logs, saves and exports as configured."""
         self.logger.start()
         try:
-            if self.state.step < self.total:
+            if self.state.step == 0:  # a resumed run has logged it
                 self._evaluate()
             while self.state.step < self.total:
                 self._step()

@@ -1,0 +1,163 @@
+"""Before and after: measures two Hugging Face checkpoints on held-out preferences with transformers alone, and plots a run.
+
+    python examples/quickstart_report.py --before SFT --after ALIGNED --held-out heldout.jsonl \\
+        --metrics RUN/metrics.jsonl --plot curves.png
+
+Ranking: a pair is right when the chosen answer has the higher average log-prob, the end token included. Greedy answers
+are right when they end with the row's `answer`; rows without one are counted by length: nearer to chosen than to rejected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+matplotlib.use("Agg")  # draws to files; needs no screen
+from matplotlib import pyplot
+
+Row = dict[str, Any]
+BATCH = 50
+GREEDY_ROWS = 100
+
+
+def text(answer: Any) -> str:
+    """What an answer says, whether it is a string or a list of one message."""
+    return answer if isinstance(answer, str) else answer[-1]["content"]
+
+
+class Checkpoint:
+    """A checkpoint in transformers, and what it makes of preferences."""
+
+    def __init__(self, folder: Path, max_length: int) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+        self.max_length = max_length
+
+    def _ids(self, written: str) -> list[int]:
+        return self.tokenizer(written, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, row: Row, longest_answer: int = 0) -> list[int]:
+        """Tokens of the prompt; as in training, half of the length at most where the whole does not fit."""
+        written = row["prompt"]
+        if not isinstance(written, str):
+            written = self.tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True)
+        ids, room = self._ids(written), self.max_length // 2
+        if len(ids) > room and len(ids) + longest_answer > self.max_length:
+            ids = [ids[0], *ids[len(ids) - room + 1 :]]
+        return ids
+
+    def members(self, row: Row) -> list[tuple[list[int], list[int]]]:
+        """(prompt, answer) tokens of the chosen and the rejected answer, cut to the length of training."""
+        answers = [[*self._ids(text(row[name])), self.tokenizer.eos_token_id] for name in ("chosen", "rejected")]
+        prompt = self.prompt(row, max(map(len, answers)))
+        return [(prompt, answer[: self.max_length - len(prompt)]) for answer in answers]
+
+    @torch.no_grad()
+    def average_logprobs(self, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+        """Mean log-prob of the answer's tokens for each (prompt, answer)."""
+        width = max(len(prompt) + len(answer) for prompt, answer in sequences)
+        ids = torch.full((len(sequences), width), self.tokenizer.eos_token_id)
+        scored = torch.zeros(ids.shape, dtype=torch.bool)
+        for i, (prompt, answer) in enumerate(sequences):
+            end = len(prompt) + len(answer)
+            ids[i, :end] = torch.tensor(prompt + answer)
+            scored[i, len(prompt) : end] = True
+        logits = self.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        logprobs = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) * scored[:, 1:]
+        return logprobs.sum(1) / scored.sum(1)
+
+    @torch.no_grad()
+    def greedy(self, rows: list[Row], new_tokens: int) -> list[list[int]]:
+        """The answer's tokens of greedy generation, without the end token."""
+        prompts = [{"input_ids": self.prompt(row)} for row in rows]
+        inputs = self.tokenizer.pad(prompts, return_tensors="pt")
+        made = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        answers = made[:, inputs["input_ids"].shape[1] :].tolist()
+        end = self.tokenizer.eos_token_id
+        return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
+
+    def measure(self, rows: list[Row], beta: float, new_tokens: int) -> dict[str, float]:
+        """The numbers of the table, in its order."""
+        scores = []
+        for start in range(0, len(rows), BATCH):
+            sequences = [member for row in rows[start : start + BATCH] for member in self.members(row)]
+            scores.append(self.average_logprobs(sequences).view(-1, 2))
+        chosen, rejected = torch.cat(scores).unbind(1)
+        asked = rows[:GREEDY_ROWS]
+        answers = self.greedy(asked, new_tokens)
+        good = [self._is_good(row, answer) for row, answer in zip(asked, answers, strict=True)]
+        label = "right greedy answers" if "answer" in rows[0] else "greedy length nearer to chosen"
+        return {
+            "ranking accuracy": (chosen > rejected).float().mean().item(),
+            "reward margin": beta * (chosen - rejected).mean().item(),
+            "average log-prob, chosen": chosen.mean().item(),
+            "average log-prob, rejected": rejected.mean().item(),
+            "greedy length in tokens": sum(map(len, answers)) / len(answers),
+            label: sum(good) / len(good),
+        }
+
+    def _is_good(self, row: Row, answer: list[int]) -> bool:
+        if "answer" in row:
+            return self.tokenizer.decode(answer).rstrip(".").split()[-1:] == [row["answer"]]
+        chosen, rejected = (len(self._ids(text(row[name]))) for name in ("chosen", "rejected"))
+        return abs(len(answer) - chosen) < abs(len(answer) - rejected)
+
+
+def print_table(before: dict[str, float], after: dict[str, float], pairs: int) -> None:
+    """The numbers side by side."""
+    table = Table("held-out", "before (SFT)", "after (SimPO)", title=f"{pairs} held-out pairs, by transformers alone")
+    for name, value in before.items():
+        table.add_row(name, f"{value:.3f}", f"{after[name]:.3f}")
+    Console(highlight=False).print(table)
+
+
+def plot(metrics: Path, file: Path) -> None:
+    """Loss, margin and accuracy by step: the batches of training, and the held-out pairs."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    panels = (("loss", "SimPO loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "ranking accuracy"))
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        for key, label, style in ((name, "training batch", "-"), (f"eval/{name}", "held out", "o-")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points, strict=True), style, label=label, alpha=0.6 if style == "-" else 1)
+        axis.set(title=title, xlabel="step")
+        axis.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--before", type=Path, required=True, help="Hugging Face checkpoint before SimPO")
+    parser.add_argument("--after", type=Path, required=True, help="Hugging Face checkpoint after SimPO")
+    parser.add_argument("--held-out", type=Path, required=True, help="preferences neither was trained on")
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of the SimPO run")
+    parser.add_argument("--plot", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--beta", type=float, default=2.0, help="scale of the rewards, as in training")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of prompt and answer, as in training")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").splitlines()]
+    before, after = (
+        Checkpoint(folder, options.max_length).measure(rows, options.beta, new_tokens=options.max_length // 2)
+        for folder in (options.before, options.after)
+    )
+    print_table(before, after, len(rows))
+    plot(options.metrics, options.plot)
+    print(f"Curves: {options.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""`batch.py` against a loop over tokens: what is scored, by which position, for which sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from simpo_megatron.batch import BatchCounts, PreferenceBatch, pack_pairs
+from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, PairStore
+from tests.pairs import make_store
+
+# Unequal prompts and responses; prompts and responses of a single token among them.
+LENGTHS = [(5, 3, 2), (1, 1, 4), (7, 2, 1), (2, 6, 3)]
+COUNTS = BatchCounts(pairs=9, chosen_tokens=31)
+
+
+@dataclass
+class Naive:
+    """One token after the other."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    scored: list[tuple[int, int, int]] = field(default_factory=list)  # row, target, sequence
+    lengths: list[int] = field(default_factory=list)
+
+    def add(self, prompt: Any, response: Any) -> None:
+        self.starts.append(len(self.tokens))
+        for position, token in enumerate([*prompt, *response]):
+            if position >= len(prompt):
+                self.scored.append((len(self.tokens) - 1, int(token), len(self.lengths)))
+            self.tokens.append(int(token))
+            self.positions.append(position)
+        self.lengths.append(len(response))
+
+    def pad(self, total: int) -> None:
+        if total > len(self.tokens):
+            self.starts.append(len(self.tokens))
+        for position in range(total - len(self.tokens)):
+            self.tokens.append(0)
+            self.positions.append(position)
+
+
+def naive_row(store: PairStore, pairs: list[int], members: int, total: int) -> Naive:
+    row = Naive()
+    for i in pairs:
+        prompt, chosen, rejected = store.pair(i)
+        for response in (chosen, rejected)[:members]:
+            row.add(prompt, response)
+    row.pad(total)
+    return row
+
+
+def check(batch: PreferenceBatch, row: Naive) -> None:
+    assert batch.tokens.tolist() == [row.tokens]
+    assert batch.position_ids.tolist() == [row.positions]
+    packed = batch.packed_seq_params
+    for cu_seqlens in (packed.cu_seqlens_q, packed.cu_seqlens_kv):
+        assert cu_seqlens.tolist() == [*row.starts, len(row.tokens)]
+        assert cu_seqlens.dtype == torch.int32
+    longest = max(end - start for start, end in zip(row.starts, [*row.starts[1:], len(row.tokens)], strict=True))
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == longest
+    scored = list(zip(batch.rows.tolist(), batch.targets.tolist(), batch.segments.tolist(), strict=True))
+    assert scored == row.scored
+    assert batch.lengths.tolist() == row.lengths
+    for tensor in (batch.tokens, batch.position_ids, batch.rows, batch.targets, batch.segments, batch.lengths):
+        assert tensor.dtype == torch.int64
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("pairs", [[0], [3, 1], [0, 1, 2, 3]])
+@pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 61}], ids=str)
+def test_row_equals_a_loop_over_tokens(members: int, pairs: list[int], padding: dict[str, int]) -> None:
+    store = make_store(LENGTHS)
+    used = sum(LENGTHS[i][0] * members + sum(LENGTHS[i][1 : 1 + members]) for i in pairs)
+    multiple = padding.get("row_multiple", 1)
+    total = padding.get("row_length") or (used + multiple - 1) // multiple * multiple
+    batch = pack_pairs(store, pairs, COUNTS, members=members, **padding)
+    check(batch, naive_row(store, pairs, members, total))
+    assert batch.members == members and batch.counts == COUNTS
+
+
+def test_a_pair_written_out() -> None:
+    """No loop, no helper: the row of the module's docstring."""
+    store = make_store([(3, 2, 1)])
+    store.tokens[:] = [10, 11, 12, 0, 21, 30]
+    batch = pack_pairs(store, [0], COUNTS, row_length=12)
+    assert batch.tokens.tolist() == [[10, 11, 12, 0, 21, 10, 11, 12, 30, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch.packed_seq_params.cu_seqlens_q.tolist() == [0, 5, 9, 12]
+    assert batch.rows.tolist() == [2, 3, 7]
+    assert batch.targets.tolist() == [0, 21, 30]
+    assert batch.segments.tolist() == [0, 0, 1]
+    assert batch.lengths.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("padding, total", [({}, 1), ({"row_multiple": 4}, 4), ({"row_length": 16}, 16)])
+def test_an_empty_pack_is_padding_alone(members: int, padding: dict[str, int], total: int) -> None:
+    batch = pack_pairs(make_store(LENGTHS), [], COUNTS, members=members, **padding)
+    check(batch, naive_row(make_store(LENGTHS), [], members, total))
+    assert batch.weight.shape == batch.margin.shape == batch.truncated.shape == (0,)
+    sums = batch.segment_sums(torch.zeros(0, requires_grad=True))
+    assert sums.shape == (0, members) and sums.requires_grad
+
+
+def test_what_belongs_to_a_pair_follows_it() -> None:
+    store = make_store(
+        LENGTHS,
+        weight=[1, 2, 3, 4],
+        margin=[float("nan"), 0.5, 0, -1],
+        truncated=[0, CHOSEN_CUT, REJECTED_CUT, CHOSEN_CUT | REJECTED_CUT],
+    )
+    batch = pack_pairs(store, [3, 0, 2], COUNTS)
+    assert batch.weight.tolist() == [4, 1, 3]
+    torch.testing.assert_close(batch.margin, torch.tensor([-1, float("nan"), 0]), equal_nan=True)
+    assert batch.truncated.tolist() == [True, True, False, False, False, True]
+    assert batch.weight.dtype == batch.margin.dtype == torch.float32
+    assert pack_pairs(store, [3, 1, 2], COUNTS, members=1).truncated.tolist() == [True, True, False]
+
+
+def test_pairs_that_do_not_fit() -> None:
+    store = make_store(LENGTHS)
+    pack_pairs(store, [0, 1], COUNTS, row_length=22)
+    with pytest.raises(ValueError, match=r"pairs \[0, 1\] need 22 tokens, the row has 21"):
+        pack_pairs(store, [0, 1], COUNTS, row_length=21)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_segment_sums_and_their_gradient(members: int) -> None:
+    batch = pack_pairs(make_store(LENGTHS), [2, 0, 3], COUNTS, members=members)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(len(batch.rows), dtype=torch.float64, generator=generator, requires_grad=True)
+    weights = torch.randn(3, members, dtype=torch.float64, generator=generator)
+    want = [0.0] * len(batch.lengths)
+    for value, segment in zip(values.tolist(), batch.segments.tolist(), strict=True):
+        want[segment] += value
+    sums = batch.segment_sums(values)
+    torch.testing.assert_close(sums, torch.tensor(want, dtype=torch.float64).view(3, members))
+    [gradient] = torch.autograd.grad((weights * sums).sum(), values)
+    assert gradient.tolist() == [weights.view(-1)[segment].item() for segment in batch.segments]

@@ -1,0 +1,308 @@
+"""Tokens per second of whole training steps: this package at TP1 beside TRL's CPOTrainer, same model, pairs and machine.
+
+    python tools/bench_step.py --data pairs.jsonl [--hf-checkpoint DIR] [--steps 6] [--json rows.json]
+
+Each side runs in a process of its own, in turns (`--rounds`), on the same pairs in the same order, with forward, backward,
+clipping and AdamW. Tokens are those of prompts and responses; padding is nobody's work. TRL pads every micro-batch to its
+longest response, so it is measured at several micro-batch sizes and compared at its best. Without `--hf-checkpoint` a random
+Llama with a tokenizer trained on the data is made. The table goes to the terminal, the rows to `tools/results/step.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CSV = ROOT / "tools" / "results" / "step.csv"
+SEED, BETA, GAMMA, LR = 1234, 2.0, 1.0, 1e-5
+
+
+def make_model(folder: Path, data: Path) -> Path:
+    """A random Llama of about 20M parameters and a byte-level BPE of 8,000 tokens, as a Hugging Face checkpoint."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    special = ["<|bos|>", "<|eot|>", "<|start|>", "<|end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train([str(data)], trainers.BpeTrainer(vocab_size=8000, special_tokens=special, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|bos|>", eos_token="<|eot|>", pad_token="<|eot|>"
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>{{ m['content'] }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def batches(store: Any, args: argparse.Namespace) -> list[Any]:
+    """The pairs of every step, the same for both sides."""
+    from simpo_megatron.data import pairs_of_batch
+
+    return [pairs_of_batch(step * args.pairs, args.pairs, len(store), SEED) for step in range(args.steps)]
+
+
+def read_store(args: argparse.Namespace) -> Any:
+    """The tokenized pairs, as training reads them."""
+    from transformers import AutoTokenizer
+
+    from simpo_megatron.data import DataOptions, load_preferences
+
+    options = DataOptions(max_length=args.max_length, max_prompt_length=args.max_length // 2)
+    return load_preferences(args.data, AutoTokenizer.from_pretrained(args.hf_checkpoint), options)[0]
+
+
+def run_ours(args: argparse.Namespace) -> list[float]:
+    """Seconds of each step of this package."""
+    from simpo_megatron.arguments import parse
+    from simpo_megatron.train import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {
+            "hf-checkpoint": args.hf_checkpoint,
+            "train-data": args.data,
+            "train-iters": args.steps,
+            "global-batch-size": args.pairs,
+            "seq-length": args.seq_length,
+            "max-length": args.max_length,
+            "lr": LR,
+            "lr-warmup-fraction": 0,
+            "simpo-beta": BETA,
+            "simpo-gamma": GAMMA,
+            "seed": SEED,
+            "device": "cpu",
+            "tensorboard-dir": folder,
+        }
+        argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        from simpo_megatron.trainer.engine import Engine
+
+        seconds, step = [], Engine.train_step
+
+        def timed(self: Engine, batch: Any) -> dict[str, float]:
+            started = time.perf_counter()
+            metrics = step(self, batch)
+            seconds.append(time.perf_counter() - started)
+            return metrics
+
+        Engine.train_step = timed  # type: ignore[method-assign]
+        run(parse([*argv, *(["--fp32"] if args.precision == "fp32" else [])]))
+    return seconds
+
+
+def run_trl(args: argparse.Namespace) -> list[float]:
+    """Seconds of each optimizer step of TRL's CPOTrainer, on the same token ids, with micro-batches of --micro-batch pairs."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    store = read_store(args)
+    rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
+    if len(rows) != len(store):
+        raise SystemExit(
+            f"{args.data}: {len(rows) - len(store)} rows were dropped; give data of which every row is a pair"
+        )
+    order = [int(i) for batch in batches(store, args) for i in batch]
+    messages = [
+        {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]}
+        for row in (rows[i] for i in order)
+    ]
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    class Sequential(CPOTrainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = CPOConfig(
+            output_dir=folder,
+            loss_type="simpo",
+            cpo_alpha=0.0,
+            beta=BETA,
+            simpo_gamma=GAMMA,
+            max_length=args.max_length,
+            per_device_train_batch_size=args.micro_batch,
+            gradient_accumulation_steps=args.pairs // args.micro_batch,
+            max_steps=args.steps,
+            learning_rate=LR,
+            max_grad_norm=1.0,
+            bf16=args.precision == "bf16",
+            gradient_checkpointing=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Sequential(
+            model=AutoModelForCausalLM.from_pretrained(args.hf_checkpoint, dtype=torch.float32),
+            args=config,
+            train_dataset=Dataset.from_list(messages),
+            processing_class=AutoTokenizer.from_pretrained(args.hf_checkpoint),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return seconds
+
+
+def measure(args: argparse.Namespace, implementation: str, micro_batch: int, precision: str) -> list[float]:
+    """Runs one side in its own process; the seconds of its steps, the first one (warm-up) left out."""
+    command = [sys.executable, __file__, "--only", implementation, "--micro-batch", str(micro_batch)]
+    for name in ("data", "hf_checkpoint", "steps", "pairs", "seq_length", "max_length"):
+        command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
+    result = subprocess.run([*command, "--precision", precision], capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise SystemExit(f"{implementation} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.splitlines()[-1])[1:]
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """The rows as a table, TRL's best micro-batch as the yardstick."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table("precision", "implementation", "micro-batch", "seconds a step", "tokens/s", "ratio to TRL's best")
+    for row in rows:
+        ratio, micro = f"{row['ratio_to_best_trl']:.2f}", str(row["micro_batch"] or "packed")
+        shown.add_row(
+            row["precision"],
+            row["implementation"],
+            micro,
+            f"{row['seconds']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            ratio,
+        )
+    Console().print(shown)
+
+
+def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both sides in turns; one row for each implementation, micro-batch and precision."""
+    store = read_store(args)
+    tokens = statistics.mean(int(store.pair_tokens[batch].sum()) for batch in batches(store, args)[1:])
+    sides = [("simpo_megatron", 0), *(("trl", size) for size in args.trl_micro_batches)]
+    rows = []
+    for precision in args.precisions:
+        seconds: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
+        for _ in range(args.rounds):
+            for side in sides:
+                seconds[side] += measure(args, *side, precision)
+        mean = {side: statistics.mean(values) for side, values in seconds.items()}
+        best = min(value for (name, _), value in mean.items() if name == "trl")
+        rows += [
+            {
+                "precision": precision,
+                "implementation": name,
+                "micro_batch": micro,
+                "seconds": round(mean[name, micro], 4),
+                "tokens_per_second": round(tokens / mean[name, micro], 1),
+                "ratio_to_best_trl": round(best / mean[name, micro], 3),
+            }
+            for name, micro in sides
+        ]
+    return rows
+
+
+def append_csv(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Appends the rows with machine, versions and setting."""
+    where = {
+        "date": time.strftime("%Y-%m-%d"),
+        "data": args.data.name,
+        "pairs": args.pairs,
+        "steps": args.steps * args.rounds,
+        "max_length": args.max_length,
+        "threads": args.threads,
+        "machine": processor(),
+        **{name: version(name) for name in ("torch", "megatron-core", "transformers", "trl")},
+    }
+    CSV.parent.mkdir(exist_ok=True)
+    new = not CSV.exists()
+    with CSV.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*where, *rows[0]])
+        if new:
+            writer.writeheader()
+        writer.writerows({**where, **row} for row in rows)
+
+
+def processor() -> str:
+    """The name of the CPU and how many cores there are."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor()} x {os.cpu_count()}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="JSONL of conversational pairs (UltraFeedback-binarized)"
+    )
+    parser.add_argument("--hf-checkpoint", type=Path)
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps a round; the first is left out")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=16, help="pairs of a step")
+    parser.add_argument("--seq-length", type=int, default=2048)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--trl-micro-batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--json", type=Path)
+    for name, kind in (("--only", str), ("--micro-batch", int), ("--precision", str)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # how the tool calls itself
+    args = parser.parse_args()
+    if args.only:
+        print("\n" + json.dumps((run_trl if args.only == "trl" else run_ours)(args)))
+        return
+    if not args.data.is_file():
+        parser.error(f"--data {args.data} is not a file")
+    with tempfile.TemporaryDirectory() as folder:
+        args.hf_checkpoint = args.hf_checkpoint or make_model(Path(folder), args.data)
+        rows = benchmark(args)
+    table(rows)
+    append_csv(rows, args)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
