@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SimPO from nothing to an aligned Hugging Face checkpoint, on a CPU: 4 processes, tensor 2 x pipeline 2.
 #
-#     bash examples/quickstart.sh [--data FILE] [--output DIR]
+#     bash examples/quickstart.sh [--data FILE [--held-out FILE]] [--output DIR]
 #
 # Two cores and 4 GB of memory do; minutes, after the first call has installed what is needed into .venv. Without --data
 # it asks made-up questions, with --data it learns from your own preferences (.jsonl, .jsonl.gz or .parquet; TRL's forms or
@@ -13,22 +13,25 @@ fail() {
     exit 2
 }
 
-data="" output=""
+data="" held_out="" output=""
 while (($#)); do
     case $1 in
-    --data | --output)
+    --data | --held-out | --output)
         (($# > 1)) || fail "$1 needs a value"
-        declare "${1#--}=$(realpath -m -- "$2")"
+        name=${1#--}
+        declare "${name//-/_}=$(realpath -m -- "$2")"
         shift 2
         ;;
     -h | --help)
         sed -n '2,8s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
-    *) fail "$1 is not a flag; use --data FILE or --output DIR" ;;
+    *) fail "$1 is not a flag; use --data FILE, --held-out FILE or --output DIR" ;;
     esac
 done
 [[ -z $data || -f $data ]] || fail "--data $data: there is no such file"
+[[ -z $held_out || -f $held_out ]] || fail "--held-out $held_out: there is no such file"
+[[ -z $held_out || -n $data ]] || fail "--held-out needs --data, the preferences to train on"
 cd "$(dirname "$0")/.."
 output=${output:-runs/quickstart}
 marker=$output/.quickstart # says that the folder is ours to replace
@@ -58,13 +61,14 @@ train() {
 
 if [[ -z $data ]]; then
     max_length=64 row_length=2048
-    sft=(--train-iters 150 --global-batch-size 64 --lr 2e-3)
-    simpo=(--train-iters 150 --global-batch-size 64 --lr 3e-4 --eval-interval 25)
+    sft=(--train-iters 200 --global-batch-size 64 --lr 2e-3)
+    simpo=(--train-iters 120 --global-batch-size 64 --lr 1e-4 --eval-interval 20)
 else
-    max_length=256 row_length=2048
-    sft=(--train-epochs 4 --global-batch-size 32 --lr 2e-3)
-    simpo=(--train-epochs 1 --global-batch-size 32 --lr 1e-4 --eval-interval 10)
+    max_length=192 row_length=2048
+    sft=(--train-epochs 3 --global-batch-size 32 --lr 2e-3)
+    simpo=(--train-epochs 1 --global-batch-size 32 --lr 5e-5 --eval-interval 15)
 fi
+beta=10.0 # with gamma / beta 0.3: the SimPO repository's setting for Llama-3-Instruct v2
 
 if [[ -e $marker ]]; then
     rm -r "$output"
@@ -72,15 +76,15 @@ fi
 mkdir -p "$output" && touch "$marker"
 
 stage "1/4 Preferences, a tokenizer and a small Llama with random weights (seconds)" \
-    python examples/quickstart_data.py --output "$output" ${data:+--data "$data"}
+    python examples/quickstart_data.py --output "$output" ${data:+--data "$data"} ${held_out:+--held-out "$held_out"}
 stage "2/4 SFT on the demonstrations (1 to 3 minutes)" \
     train --objective sft --hf-checkpoint "$output/model" --train-data "$output/data/sft.jsonl" "${sft[@]}" \
     --save "$output/sft_run" --export-hf "$output/sft"
 stage "3/4 SimPO on the preferences (2 to 5 minutes)" \
     train --objective simpo --hf-checkpoint "$output/sft" --train-data "$output/data/train.jsonl" "${simpo[@]}" \
-    --simpo-beta 2.0 --simpo-gamma-beta-ratio 0.5 --save "$output/simpo_run" --export-hf "$output/aligned"
+    --simpo-beta "$beta" --simpo-gamma-beta-ratio 0.3 --save "$output/simpo_run" --export-hf "$output/aligned"
 stage "4/4 Before and after, measured with transformers alone (seconds)" \
     python examples/quickstart_report.py --before "$output/sft" --after "$output/aligned" \
     --held-out "$output/data/heldout.jsonl" --metrics "$output/simpo_run/metrics.jsonl" \
-    --plot "$output/curves.png" --beta 2.0 --max-length "$max_length"
+    --plot "$output/curves.png" --beta "$beta" --max-length "$max_length"
 echo "Aligned model: $output/aligned. All of it took $((SECONDS / 60)) min $((SECONDS % 60)) s."

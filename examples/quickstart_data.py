@@ -3,6 +3,8 @@
     python examples/quickstart_data.py --output runs/quickstart                       # made-up questions
     python examples/quickstart_data.py --output runs/mine --data preferences.jsonl    # your own preferences
 
+`--held-out FILE` names the pairs to evaluate on; without it a tenth of your prompts is held out.
+
 Writes OUTPUT/data/{sft,train,heldout}.jsonl and OUTPUT/model. Held-out questions never occur in the other two files.
 
 The made-up questions ask for one of two numbers or words. Chosen answers are right and rejected ones wrong, in the same three
@@ -64,7 +66,8 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+BEGIN, END = "<|begin|>", "<|end|>"
+SPECIAL_TOKENS = [BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>"]
 
 
 def made_up_rows(seed: int) -> tuple[list[Row], list[Row]]:
@@ -165,14 +168,12 @@ def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         min_frequency=2,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=SPECIAL_TOKENS,  # get the first ids, in this order
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(rows), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|end|>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -188,9 +189,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=SPECIAL_TOKENS.index(BEGIN),
+        eos_token_id=SPECIAL_TOKENS.index(END),
+        pad_token_id=SPECIAL_TOKENS.index(END),
     )
     return LlamaForCausalLM(config)
 
@@ -201,9 +202,14 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def prepare(output: Path, data: Path | None, seed: int) -> None:
+def prepare(output: Path, data: Path | None, held_out_data: Path | None, seed: int) -> None:
     """Writes data and model below `output`."""
-    train, held_out = made_up_rows(seed) if data is None else split(own_rows(data))
+    if data is None:
+        train, held_out = made_up_rows(seed)
+    elif held_out_data is None:
+        train, held_out = split(own_rows(data))
+    else:
+        train, held_out = own_rows(data), own_rows(held_out_data)
     write_rows(output / "data" / "sft.jsonl", demonstrations(train, seed) if data is None else train)
     write_rows(output / "data" / "train.jsonl", train)
     write_rows(output / "data" / "heldout.jsonl", held_out)
@@ -223,10 +229,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     parser.add_argument("--data", type=Path, help="preferences to use instead of made-up ones")
+    parser.add_argument("--held-out", type=Path, help="with --data: the preferences to evaluate on")
     parser.add_argument("--seed", type=int, default=0, help="of the made-up questions and the random weights")
     options = parser.parse_args()
     try:
-        prepare(options.output, options.data, options.seed)
+        prepare(options.output, options.data, options.held_out, options.seed)
     except UserError as error:
         print(f"quickstart_data: {error}", file=sys.stderr)
         return 2

@@ -28,7 +28,7 @@ from matplotlib import pyplot
 
 Row = dict[str, Any]
 BATCH = 50
-GREEDY_ROWS = 100
+GREEDY_ROWS = 200
 
 
 def text(answer: Any) -> str:
@@ -41,7 +41,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path, max_length: int) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32
+        ).eval()
         self.max_length = max_length
 
     def _ids(self, written: str) -> list[int]:

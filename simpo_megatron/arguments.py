@@ -79,21 +79,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `name: value` lines, not a {type(content).__name__}")
-    kinds = {field.name: _value_type(annotation) for _, field, annotation in _fields()}
+    annotations = {field.name: annotation for _, field, annotation in _fields()}
     settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in kinds:
+        if name not in annotations:
             raise UserError(f"--config {path}: {key} is not a setting; --help lists them")
         try:
-            settings[name] = _convert(value, kinds[name])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--config {path}: {key}: {value!r} is not of type {kinds[name].__name__}") from error
+            settings[name] = _convert(value, annotations[name])
+        except (TypeError, ValueError, OverflowError) as error:
+            kind = _value_type(annotations[name]).__name__
+            raise UserError(f"--config {path}: {key}: {value!r} is not of type {kind}") from error
     return settings
 
 
-def _convert(value: Any, kind: type) -> Any:
-    if value is None:
+def _convert(value: Any, annotation: Any) -> Any:
+    kind = _value_type(annotation)
+    if value is None and type(None) in typing.get_args(annotation):
         return None
     if (kind is bool and not isinstance(value, bool)) or (kind is not bool and isinstance(value, bool)):
         raise TypeError

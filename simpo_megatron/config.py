@@ -39,11 +39,13 @@ def _require(condition: bool, sentence: str) -> None:
 
 
 class Group:
-    """Checks the closed choices of a group; a group with more to check extends `__post_init__`."""
+    """Checks that numbers are finite and choices known; a group with more to check extends `__post_init__`."""
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():
             value, allowed = getattr(self, name), choices(annotation)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag(name)} {value} must be a finite number")
             if allowed and value is not None and value not in allowed:
                 raise UserError(f"{flag(name)} {value} is not known; use {' or '.join(allowed)}")
 
@@ -207,9 +209,6 @@ class LossConfig(Group):
             "--simpo-label-smoothing has no meaning with --simpo-loss-type hinge; drop one of them",
         )
         _require(self.simpo_sft_weight >= 0, f"--simpo-sft-weight {self.simpo_sft_weight} must not be negative")
-        for name in ("simpo_beta", "simpo_gamma", "simpo_gamma_beta_ratio", "simpo_sft_weight"):
-            value = getattr(self, name)
-            _require(value is None or math.isfinite(value), f"{flag(name)} {value} must be a finite number")
 
     @property
     def gamma(self) -> float:
@@ -255,6 +254,7 @@ class TrainConfig(Group):
         if self.fp32:
             object.__setattr__(self, "bf16", False)
         _require(self.bf16 or self.fp32, "--no-bf16 leaves no precision; say --fp32")
+        _require(self.seed >= 0, f"--seed {self.seed} must not be negative")
         self._positive("global_batch_size", "train_iters", "train_epochs")
         _require(
             (self.train_iters is None) != (self.train_epochs is None),
@@ -330,6 +330,18 @@ class Config:
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+
+    def __post_init__(self) -> None:
+        save, export = self.checkpoint.save, self.model.export_hf
+        _require(
+            save is None or save != export, f"--export-hf {export} is the --save folder too; export to another folder"
+        )
+        parallel, tensor = self.parallel, self.parallel.tensor_model_parallel_size
+        _require(
+            parallel.variable_seq_lengths or not parallel.sequence_parallel or self.data.seq_length % tensor == 0,
+            f"--seq-length {self.data.seq_length} must be a multiple of --tensor-model-parallel-size {tensor} where "
+            "--sequence-parallel cuts rows of fixed length",
+        )
 
     def warnings(self) -> list[str]:
         """Settings that are allowed and have spoilt other people's runs."""

@@ -32,6 +32,7 @@ out of reach. Undo with `disable()` (tests only).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,6 +118,8 @@ def enable() -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("cpu.enable() was called after CUDA was initialised; call it first, or run on the GPU")
+    # Megatron's advice about a CUDA environment variable is for GPUs.
+    warnings.filterwarnings("ignore", "When using async grad allreduce it is recommended", UserWarning)
     _replace(torch._dynamo.config, "disable", True)
     _replace(torch.cuda, "current_device", lambda: _CPU)
     for name in ("Stream", "Event"):

@@ -27,19 +27,27 @@ def run(config: Config) -> None:
     """
     compat.quiet_megatron()
     compat.check_megatron_core()
+    from simpo_megatron.models.export import check_target
     from simpo_megatron.models.hf import read_hf_checkpoint
-    from simpo_megatron.trainer import checkpointing
-    from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
+    from simpo_megatron.trainer.checkpointing import check_writable
+    from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down, together
     from simpo_megatron.trainer.loop import Run, layout_config
 
     device = resolve_device(config.train.device)
     assert config.model.hf_checkpoint is not None
     hf = read_hf_checkpoint(config.model.hf_checkpoint)
-    for flag, folder in (("--save", config.checkpoint.save), ("--export-hf", config.model.export_hf)):
+    for flag, folder in (
+        ("--save", config.checkpoint.save),
+        ("--export-hf", config.model.export_hf),
+        ("--tensorboard-dir", config.log.tensorboard_dir),
+    ):
         if folder is not None:
-            checkpointing.check_writable(flag, folder)
+            check_writable(flag, folder)
     transformer = layout_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
+    if config.model.export_hf is not None:
+        with together():  # no rank is still probing the folder
+            check_target(config.model.export_hf)
     Run(config, hf, transformer).execute()
     shut_down()
 

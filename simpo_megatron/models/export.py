@@ -93,6 +93,16 @@ def export_hf(
         raise
 
 
+def check_target(directory: Path) -> None:
+    """Refuses a target that holds something; `export_hf` does so too, but only after the training it ends.
+
+    Raises:
+        UserError: the target is neither absent nor an empty directory.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is not empty; export to a new directory, or remove it")
+
+
 def plan_files(placed: Sequence[Placed], max_bytes: int) -> list[File]:
     """Cuts the tensors of a stage, in their order, into files of at most `max_bytes`."""
     files: list[File] = [{}]
@@ -163,9 +173,8 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], p
 
 
 def _prepare(directory: Path, partial: Path) -> None:
-    """Makes the directory to write into, and refuses a target that holds something."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} is not empty; export to a new directory, or remove it")
+    """Makes the directory to write into."""
+    check_target(directory)
     if partial.exists():
         shutil.rmtree(partial)  # of an export that was cut off
     partial.mkdir(parents=True)
