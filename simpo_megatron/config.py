@@ -343,12 +343,14 @@ class Config:
             "--sequence-parallel cuts rows of fixed length",
         )
 
-    def warnings(self) -> list[str]:
-        """Settings that are allowed and have spoilt other people's runs."""
+    def warnings(self, num_parameters: int) -> list[str]:
+        """Settings that are allowed and have spoilt other people's runs, for a model of this size."""
         found = []
         if self.loss.objective == "simpo":
-            if self.optimizer.lr >= 1e-5:
-                found.append(f"--lr {self.optimizer.lr:g}: SimPO on models of 7B and up collapses from 1e-5 on")
+            if self.optimizer.lr >= 1e-5 and num_parameters >= 1e9:
+                found.append(
+                    f"--lr {self.optimizer.lr:g}: SimPO on models of billions of parameters collapses from 1e-5 on"
+                )
             if self.loss.simpo_beta < 1:
                 found.append(f"--simpo-beta {self.loss.simpo_beta:g}: SimPO uses 2 to 10, DPO's 0.1 is too small here")
             if self.loss.gamma > self.loss.simpo_beta:

@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parse(argv))
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"simpo_megatron.train: {error}", file=sys.stderr, flush=True)
-        else:
+        if int(os.environ.get("RANK", 0)) != 0:
             # Every rank meets the same error. torchrun stops all ranks when one exits, so the others leave rank 0 the
-            # time to say it.
+            # time to say it. What only another node met (a folder it does not share), its first rank says after that.
             time.sleep(20)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"simpo_megatron.train: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

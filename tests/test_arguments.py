@@ -42,7 +42,7 @@ def test_defaults() -> None:
     assert config.train.bf16 and not config.train.fp32
     assert config.parallel.use_distributed_optimizer
     assert config.data.max_length == config.data.seq_length // 2
-    assert config.warnings() == []
+    assert config.warnings(10**10) == []
 
 
 def test_flags_reach_every_group() -> None:
@@ -158,10 +158,16 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--recompute-method", "uniform", "--recompute-num-layers", "1"], "--recompute-granularity full goes with"),
         (["--num-layers-per-virtual-pipeline-stage", "1"], "needs --pipeline-model-parallel-size of at least 2"),
         ([*PP2, "--num-layers-per-virtual-pipeline-stage", "0"], "--num-layers-per-virtual-pipeline-stage 0 must be"),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "0"],
+            "--recompute-num-layers 0 must be greater than 0",
+        ),
         (["--distributed-timeout-minutes", "0"], "--distributed-timeout-minutes 0 must be greater than 0"),
         ([*SP2, "--no-variable-seq-lengths", "--seq-length", "511"], "--seq-length 511 must be a multiple of --tensor"),
         # data
         (["--seq-length", "0"], "--seq-length 0 must be greater than 0"),
+        (["--max-length", "0"], "--max-length 0 must be greater than 0"),
+        (["--max-prompt-length", "0"], "--max-prompt-length 0 must be greater than 0"),
         (
             ["--seq-length", "100", "--max-length", "51"],
             "--max-length 51 lets a pair outgrow its row; use at most half",
@@ -222,6 +228,7 @@ def test_what_cannot_be_is_one_sentence_with_its_flag(argv: list[str], words: st
         (["--train-data", "d", "--train-iters", "1"], "--hf-checkpoint is missing"),
         (["--hf-checkpoint", "m", "--train-iters", "1"], "--train-data is missing"),
         (["--hf-checkpoint", "m", "--train-data", "d"], "give one of --train-iters and --train-epochs: neither is set"),
+        ([*REQUIRED, "--train-epochs", "0"], "--train-epochs 0.0 must be greater than 0"),
     ],
 )
 def test_what_is_missing(argv: list[str], words: str) -> None:
@@ -246,9 +253,13 @@ def test_choices_bind_in_the_file_too(yaml_file: Path, text: str) -> None:
     ],
 )
 def test_warnings_one_by_one(argv: list[str], words: str) -> None:
-    [warning] = parse([*ENOUGH, *argv]).warnings()
+    [warning] = parse([*ENOUGH, *argv]).warnings(10**10)
     assert words in warning
-    assert parse([*ENOUGH, *argv, "--objective", "sft"]).warnings() == [], "they are about SimPO"
+    assert parse([*ENOUGH, *argv, "--objective", "sft"]).warnings(10**10) == [], "they are about SimPO"
+
+
+def test_small_models_take_larger_steps() -> None:
+    assert parse([*ENOUGH, "--lr", "1e-3"]).warnings(10**6) == []
 
 
 def test_every_flag_of_the_interface_exists() -> None:

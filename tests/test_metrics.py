@@ -14,7 +14,7 @@ from simpo_megatron.metrics import CHOSEN_METRICS, PAIR_METRICS, metric_names, p
 BETA = 2.0
 # chosen, rejected; wins by much, by less than its gamma, by exactly gamma, ties, loses.
 LOGPS = torch.tensor([[-1.0, -3.0], [-1.0, -1.25], [-1.0, -1.5], [-2.0, -2.0], [-2.0, -1.5]])
-GAMMA = torch.tensor([1.0, 1.0, 1.0, -0.5, -2.0])
+GAMMA = torch.tensor([3.5, 1.0, 1.0, -0.5, -2.0])
 LENGTHS = torch.tensor([[5, 2], [1, 9], [3, 3], [40, 7], [2, 6]])
 TRUNCATED = torch.tensor([[True, False], [False, False], [True, True], [False, True], [True, False]])
 EXPECTED = {

@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,6 +269,20 @@ def test_wrong_input_is_one_line(pool, inputs: Inputs, mistake: Callable[[Inputs
         for words in wrong.words:
             assert words in line
     assert sorted(inputs.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "rank, local_rank, waits, says", [(0, 0, False, True), (1, 1, True, False), (8, 0, True, True)]
+)
+def test_who_says_it(monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, waits: bool, says: bool) -> None:
+    """Rank 0 at once; a rank that is still alive after that only if it is the first of another node."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    code, _, stderr = run_main(["--fp16"])
+    assert (code, bool(waited)) == (2, waits)
+    assert stderr.count("simpo_megatron.train: ") == says
 
 
 def test_useless_rows_are_dropped_counted_and_reported(pool, inputs: Inputs) -> None:

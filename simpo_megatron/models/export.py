@@ -163,12 +163,12 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], p
         if not held or error is not None:
             continue
         try:
-            path.parent.mkdir(
-                exist_ok=True
-            )  # exists where nodes share a file system; `_finish` tells where they do not
+            path.parent.mkdir(exist_ok=True)  # there already on a shared file system; `_finish` tells where it is none
             save_file(held, str(path), metadata={"format": "pt"})
         except Exception as failure:  # a full disk is an OSError here and a SafetensorError there
             error = f"{path} cannot be written ({failure}); free space on that file system, or export elsewhere"
+    for _ in tensors:
+        pass  # nothing is left, but the progress bar sees the end
     return error
 
 

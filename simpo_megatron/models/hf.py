@@ -7,6 +7,7 @@ what is missing or mis-shaped is known before anything is built or written.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class HFModel:
     @property
     def num_layers(self) -> int:
         return required(self.config, "num_hidden_layers")
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the tensors on disk."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def weights(self) -> tuple[Weight, ...]:

@@ -113,7 +113,12 @@ class Run:
         self.state = Progress(num_pairs=len(self.train_pairs), seed=config.train.seed)
         resumed = self._resume()
         self.logger = Logger(config, self.total, self.state.step)
-        for line in (*said, *self._opening(), resumed, *(f"warning: {text}" for text in config.warnings())):
+        for line in (
+            *said,
+            *self._opening(),
+            resumed,
+            *(f"warning: {text}" for text in config.warnings(hf.num_parameters)),
+        ):
             self.logger.say(line)
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
