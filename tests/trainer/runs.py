@@ -11,9 +11,9 @@ from tests.distributed import WorkerPool
 
 def train(argv: list[str]) -> str | None:
     """Runs the training program on this rank; the sentence of a UserError, or None."""
+    from simpo_megatron.arguments import parse
     from simpo_megatron.errors import UserError
     from simpo_megatron.train import run
-    from simpo_megatron.arguments import parse
 
     try:
         run(parse(argv))

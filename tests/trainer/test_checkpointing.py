@@ -129,7 +129,7 @@ def test_a_wrong_tracker(tmp_path: Path, text: str, complete: bool, words: str) 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--save .* cannot be written"):
+    with pytest.raises(UserError, match=r"--save .* cannot be written"):
         check_writable("--save", tmp_path / "file" / "run")
     check_writable("--save", tmp_path / "new" / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"], "the check must leave nothing behind"
