@@ -94,7 +94,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _convert(value: Any, annotation: Any) -> Any:
-    kind = _value_type(annotation)
+    kind: Any = _value_type(annotation)
     if value is None and type(None) in typing.get_args(annotation):
         return None
     if (kind is bool and not isinstance(value, bool)) or (kind is not bool and isinstance(value, bool)):
