@@ -97,7 +97,7 @@ def _convert(value: Any, annotation: Any) -> Any:
     kind: Any = _value_type(annotation)
     if value is None and type(None) in typing.get_args(annotation):
         return None
-    if (kind is bool and not isinstance(value, bool)) or (kind is not bool and isinstance(value, bool)):
+    if value is None or (kind is bool) != isinstance(value, bool):
         raise TypeError
     if kind is int and int(value) != float(value):
         raise ValueError
