@@ -202,7 +202,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def prepare(output: Path, data: Path | None, held_out_data: Path | None, seed: int) -> None:
+def prepare(output: Path, data: Path | None, seed: int, held_out_data: Path | None = None) -> None:
     """Writes data and model below `output`."""
     if data is None:
         train, held_out = made_up_rows(seed)
@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the made-up questions and the random weights")
     options = parser.parse_args()
     try:
-        prepare(options.output, options.data, options.held_out, options.seed)
+        prepare(options.output, options.data, options.seed, options.held_out)
     except UserError as error:
         print(f"quickstart_data: {error}", file=sys.stderr)
         return 2

@@ -39,8 +39,8 @@ def _serve(rank: int, connection: Any) -> None:
     cpu.enable()
     from megatron.core import parallel_state
 
-    while (task := connection.recv()) is not None:
-        world_size, store, function, args = task
+    while True:
+        world_size, store, function, args = connection.recv()
         try:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
@@ -88,7 +88,7 @@ class WorkerPool:
         failures = [f"rank {rank}:\n{value}" for rank, (good, value) in enumerate(outcomes) if not good]
         if failures:
             # Ranks that waited for the failed one in a collective are of no use to the next task.
-            self.close(kill=True)
+            self.close()
             raise WorkerError("\n".join(failures))
         return [value for _, value in outcomes]
 
@@ -101,15 +101,12 @@ class WorkerPool:
         except EOFError:
             return False, f"the process died with exit code {process.exitcode}"
 
-    def close(self, kill: bool = False) -> None:
-        """Ends all workers."""
-        for process, connection in self.workers:
-            if kill:
-                process.kill()
-            else:
-                connection.send(None)
+    def close(self) -> None:
+        """Ends all workers; they hold nothing that outlives them."""
         for process, _ in self.workers:
-            process.join(10)
+            process.kill()
+        for process, _ in self.workers:
+            process.join()
         self.workers = []
 
 

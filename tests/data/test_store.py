@@ -150,8 +150,11 @@ def test_an_error_names_the_row(write):
         load_preferences(path, with_template("qwen", None), DataOptions())
 
 
-def test_progress_goes_to_stderr(write, capsys):
+def test_progress_goes_to_a_terminal_on_stderr_alone(write, capsys, monkeypatch):
     path = write([row()])
+    load_preferences(path, toy("qwen"), DataOptions(), progress=True)
+    assert capsys.readouterr() == ("", ""), "a log file gets no bar"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
     load_preferences(path, toy("qwen"), DataOptions(), progress=True)
     out, err = capsys.readouterr()
     assert out == ""
