@@ -34,7 +34,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "pyright>=1.1.380",
-            "trl==1.16.0",  # the oracle of the loss: its CPOTrainer is experimental, so the version is exact
+            # The oracle of the loss; its CPOTrainer is experimental, so the version is exact.
+            "trl==1.16.0; python_version >= '3.11'",
             "pyarrow>=15",
             "matplotlib>=3.8",
         ],

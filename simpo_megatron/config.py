@@ -111,6 +111,8 @@ class ParallelConfig(Group):
         self._positive(
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
             "num_layers_per_virtual_pipeline_stage",
             "recompute_num_layers",
             "distributed_timeout_minutes",
@@ -125,8 +127,14 @@ class ParallelConfig(Group):
         )
         full = self.recompute_granularity == "full"
         _require(
-            full == (self.recompute_method is not None and self.recompute_num_layers is not None),
+            all((given is not None) == full for given in (self.recompute_method, self.recompute_num_layers)),
             "--recompute-granularity full goes with --recompute-method and --recompute-num-layers, and they with it",
+        )
+        uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
+        _require(
+            not uneven or self.pipeline_model_parallel_size > 1,
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need "
+            "--pipeline-model-parallel-size of at least 2",
         )
         _require(
             self.num_layers_per_virtual_pipeline_stage is None or self.pipeline_model_parallel_size > 1,
@@ -138,7 +146,9 @@ class ParallelConfig(Group):
 class DataConfig(Group):
     """data"""
 
-    train_data: Path | None = setting(None, "preferences to train on: .jsonl, .jsonl.gz or .parquet")
+    train_data: Path | None = setting(
+        None, "preferences to train on: .jsonl (or .json, the same lines), .jsonl.gz, .parquet"
+    )
     valid_data: Path | None = setting(None, "preferences to evaluate on")
     seq_length: int = setting(4096, "tokens of a row; whole pairs are packed into it")
     max_length: int | None = setting(None, "tokens of prompt and response together; default half of --seq-length")
@@ -159,6 +169,11 @@ class DataConfig(Group):
         if self.max_length is None:
             object.__setattr__(self, "max_length", self.seq_length // 2)
         assert self.max_length is not None
+        _require(
+            self.max_length >= 2,
+            f"--max-length {self.max_length} leaves no room for a prompt and a response; use at least 2, and --seq-length "
+            "at least twice that",
+        )
         _require(
             2 * self.max_length <= self.seq_length,
             f"--max-length {self.max_length} lets a pair outgrow its row; use at most half of --seq-length "
@@ -254,7 +269,7 @@ class TrainConfig(Group):
         if self.fp32:
             object.__setattr__(self, "bf16", False)
         _require(self.bf16 or self.fp32, "--no-bf16 leaves no precision; say --fp32")
-        _require(self.seed >= 0, f"--seed {self.seed} must not be negative")
+        _require(0 <= self.seed < 2**32, f"--seed {self.seed} must be at least 0 and below 2**32")
         self._positive("global_batch_size", "train_iters", "train_epochs")
         _require(
             (self.train_iters is None) != (self.train_epochs is None),

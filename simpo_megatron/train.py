@@ -29,7 +29,7 @@ def run(config: Config) -> None:
     compat.check_megatron_core()
     from simpo_megatron.models.export import check_target
     from simpo_megatron.models.hf import read_hf_checkpoint
-    from simpo_megatron.trainer.checkpointing import check_writable
+    from simpo_megatron.trainer.checkpointing import check_new_run, check_writable
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down, together
     from simpo_megatron.trainer.loop import Run, layout_config
 
@@ -43,6 +43,7 @@ def run(config: Config) -> None:
     ):
         if folder is not None:
             check_writable(flag, folder)
+    check_new_run(config.checkpoint.save, config.checkpoint.load)
     transformer = layout_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
     if config.model.export_hf is not None:

@@ -52,6 +52,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{where}: not valid JSON ({error.msg.removesuffix(' at')}, column {error.colno} of "
                 f"{len(text.rstrip())}); every line must be one whole JSON object, so mend or remove the line."
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not readable JSON ({error}); remove the line.") from None
         if not isinstance(row, dict):
             raise UserError(
                 f"{where}: the line holds a JSON {type(row).__name__}, not an object; "

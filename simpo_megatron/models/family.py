@@ -84,16 +84,18 @@ def canonical_name(parameter: str) -> str:
     return parameter
 
 
-def required(config: dict[str, Any], key: str) -> Any:
-    """The value of `key` in config.json.
+def required(config: dict[str, Any], key: str) -> int:
+    """The size that `key` gives in config.json.
 
     Raises:
-        UserError: it is absent.
+        UserError: it is absent, or no positive integer.
     """
     if config.get(key) is None:
         raise UserError(
             f"config.json has no {key!r}, which a {config.get('model_type')!r} model needs; is the file complete?"
         )
+    if type(config[key]) is not int or config[key] < 1:
+        raise UserError(f"config.json sets {key} to {config[key]!r}, which is no positive integer; copy the file again")
     return config[key]
 
 

@@ -144,7 +144,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; is {file.parent} a complete Hugging Face checkpoint?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); copy it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{file} holds {type(value).__name__} instead of a JSON object; copy it again")
@@ -155,6 +155,8 @@ def _read_tensors(path: Path) -> dict[str, HFTensor]:
     """The tensors of model.safetensors, or of the shards the index names."""
     if (path / INDEX).exists():
         index = _read_json(path / INDEX).get("weight_map") or {}
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise UserError(f"{path / INDEX}: weight_map must map tensor names to file names; download it again")
         files = sorted(set(index.values()))
     elif (path / SINGLE).exists():
         index, files = {}, [SINGLE]
@@ -183,16 +185,20 @@ def read_safetensors_header(file: Path) -> dict[str, HFTensor]:
     Raises:
         UserError: the file is shorter than its header says, or has no header.
     """
+    try:
+        return _read_header(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is not a safetensors file ({error!r}); download it again") from None
+
+
+def _read_header(file: Path) -> dict[str, HFTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + length > size:
             raise UserError(f"{file} is truncated ({size} bytes, shorter than its header); download it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f"{file} is not a safetensors file ({error}); download it again") from None
+        header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < end:

@@ -42,6 +42,7 @@ class Progress:
     step: int = 0
     consumed_pairs: int = 0
     num_pairs: int = 0
+    tokens_crc32: int = 0
     seed: int = 0
 
 
@@ -60,8 +61,8 @@ def latest_step(root: Path) -> int | None:
     if not tracker.is_file():
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdecimal():
-        raise UserError(f"{tracker} holds {text!r}, not a step; write the number of an iter_ folder into it")
+    if not text.isdecimal() or len(text) > 18:
+        raise UserError(f"{tracker} holds {text[:40]!r}, not a step; write the number of an iter_ folder into it")
     directory = checkpoint_dir(root, int(text))
     if not (directory / "metadata.json").is_file():
         raise UserError(
@@ -76,13 +77,25 @@ def check_writable(flag: str, folder: Path) -> None:
     Raises:
         UserError: it cannot be written to.
     """
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    probe = parent / f".write_probe_{os.getpid()}"
     try:
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        probe = parent / f".write_probe_{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}; choose a folder that can") from error
+
+
+def check_new_run(save: Path | None, load: Path | None) -> None:
+    """Keeps a new run from writing between the checkpoints of another.
+
+    Raises:
+        UserError: `save` holds a run and is not resumed.
+    """
+    if save is None or (load is not None and load.resolve() == save.resolve()):
+        return
+    if (save / TRACKER).exists():
+        raise UserError(f"--save {save} holds another run; resume it with --load {save}, or choose a new folder")
 
 
 def _metadata() -> dict[str, Any]:
@@ -235,6 +248,15 @@ def load(engine: Engine, root: Path, step: int) -> Progress:
 
 
 def _load_state(engine: Engine, directory: Path) -> dict[str, Any]:
+    try:
+        saved = dist_checkpointing.load_common_state_dict(str(directory))["args"].use_distributed_optimizer
+    except (*FAILURES, AttributeError, KeyError) as error:
+        raise UserError(f"{directory}/common.pt cannot be read ({_reason(error)}); resume from another step") from error
+    if saved != engine.config.parallel.use_distributed_optimizer:
+        raise UserError(
+            f"{directory} was saved {'with' if saved else 'without'} the distributed optimizer; resume with "
+            f"{'--use-distributed-optimizer' if saved else '--no-use-distributed-optimizer'}"
+        )
     sharded_state = _sharded_state(engine, is_loading=True)
     try:
         loaded = dist_checkpointing.load(sharded_state, str(directory), strict=StrictHandling.RETURN_ALL)

@@ -116,13 +116,15 @@ class Engine:
 
     def _build_scheduler(self, train_iters: int) -> OptimizerParamScheduler:
         # Counted in pairs, as Megatron-LM counts samples: one step is --global-batch-size of them.
-        settings, total = self.config.optimizer, train_iters * self.config.train.global_batch_size
+        settings, pairs = self.config.optimizer, self.config.train.global_batch_size
+        total = train_iters * pairs
         return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
             max_lr=settings.lr,
             min_lr=settings.min_lr,
-            lr_warmup_steps=int(settings.lr_warmup_fraction * total),
+            # In whole steps: a shorter warm-up would only rob the first step of its learning rate.
+            lr_warmup_steps=int(settings.lr_warmup_fraction * train_iters) * pairs,
             lr_decay_steps=total,
             lr_decay_style=settings.lr_decay_style,
             start_wd=settings.weight_decay,

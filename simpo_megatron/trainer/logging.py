@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 from rich.console import Console
@@ -23,6 +23,8 @@ from simpo_megatron.errors import UserError
 
 class Logger:
     """Writes rows and lines.
+
+    Raises a UserError where a file cannot be written or wandb cannot start.
 
     Args:
         config: where to.
@@ -46,15 +48,22 @@ class Logger:
             transient=True,
         )
         self.task = self.progress.add_task("", total=total_steps, completed=first_step)
-        save = config.checkpoint.save
-        self.rows = None
-        if save is not None:
-            save.mkdir(parents=True, exist_ok=True)
-            path = save / "metrics.jsonl"
-            _drop_rows_after(path, first_step)
-            self.rows = path.open("a", encoding="utf-8")
-        self.tensorboard = self._tensorboard(config)
+        try:
+            self.rows = self._rows(config.checkpoint.save, first_step)
+            self.tensorboard = self._tensorboard(config)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be written: {error.strerror}; mend it, or choose another --save"
+            ) from error
         self.wandb = self._wandb(config)
+
+    def _rows(self, save: Path | None, first_step: int) -> TextIO | None:
+        if save is None:
+            return None
+        save.mkdir(parents=True, exist_ok=True)
+        path = save / "metrics.jsonl"
+        _drop_rows_after(path, first_step)
+        return path.open("a", encoding="utf-8")
 
     def _tensorboard(self, config: Config) -> Any:
         save = config.checkpoint.save
@@ -72,7 +81,10 @@ class Logger:
             import wandb
         except ImportError as error:
             raise UserError("--wandb-project needs wandb: pip install 'simpo-megatron[wandb]'") from error
-        return wandb.init(project=config.log.wandb_project, config=flat(config))
+        try:
+            return wandb.init(project=config.log.wandb_project, config=flat(config))
+        except wandb.Error as error:
+            raise UserError(f"--wandb-project {config.log.wandb_project}: {error}") from error
 
     def start(self) -> None:
         """Shows the progress bar."""
@@ -159,10 +171,10 @@ def _drop_rows_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):  # the last line of a killed process
+        except (ValueError, KeyError, TypeError):  # the last line of a killed process
             continue
     path.write_text("".join(kept), encoding="utf-8")

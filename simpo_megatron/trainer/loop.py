@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,19 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
         UserError: the layout does not divide the model.
     """
     parallel = config.parallel
+    virtual = _virtual_stages(config, hf)
+    chunk = hf.num_layers // (parallel.pipeline_model_parallel_size * (virtual or 1))
+    if parallel.recompute_method == "uniform" and chunk % (parallel.recompute_num_layers or 1):
+        raise UserError(
+            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {chunk} layers of a model chunk; "
+            "choose a number that does, or --recompute-method block"
+        )
     return transformer_config(
         hf,
         bf16=config.train.bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=_virtual_stages(config, hf),
+        virtual_pipeline_model_parallel_size=virtual,
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         sequence_parallel=parallel.sequence_parallel,
@@ -76,13 +84,24 @@ def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None,
             tokenizer = _tokenizer(hf.path)
             for index, path in enumerate(paths):
                 if path is not None:
-                    stores[index], report = load_preferences(
+                    store, report = load_preferences(
                         path, tokenizer, data.options, eos_token_ids=hf.eos_token_ids, progress=True
                     )
+                    _check_ids(store, hf, path)
+                    stores[index] = store
                     said.append(report.summary(path))
     train, valid = (None if path is None else broadcast_store(store) for path, store in zip(paths, stores, strict=True))
     assert train is not None
     return train, valid, said
+
+
+def _check_ids(store: PairStore, hf: HFModel, data: Path) -> None:
+    largest = int(store.tokens.max())
+    if largest >= hf.vocab_size:
+        raise UserError(
+            f"the tokenizer of {hf.path} gives token id {largest} for {data}, but the model's vocab_size is {hf.vocab_size}; "
+            "use the tokenizer the model was made with"
+        )
 
 
 def _tokenizer(path: Path) -> Any:
@@ -93,13 +112,13 @@ def _tokenizer(path: Path) -> Any:
         raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {reason}") from error
 
 
-def total_iterations(config: Config, num_pairs: int) -> int:
-    """Optimizer steps of the run, from --train-iters or from --train-epochs and the number of pairs."""
+def total_pairs(config: Config, num_pairs: int) -> int:
+    """Pairs the whole run sees, repeats counted, from --train-iters or from --train-epochs."""
     train = config.train
     if train.train_iters is not None:
-        return train.train_iters
+        return train.train_iters * train.global_batch_size
     assert train.train_epochs is not None
-    return max(1, math.ceil(train.train_epochs * num_pairs / train.global_batch_size))
+    return max(1, round(train.train_epochs * num_pairs))
 
 
 class Run:
@@ -108,16 +127,19 @@ class Run:
     def __init__(self, config: Config, hf: HFModel, transformer: TransformerConfig) -> None:
         self.config, self.hf = config, hf
         self.train_pairs, self.valid_pairs, said = load_data(config, hf)
-        self.total = total_iterations(config, len(self.train_pairs))
+        self.limit = total_pairs(config, len(self.train_pairs))
+        self.total = math.ceil(self.limit / config.train.global_batch_size)
         self.engine = self._build_engine(transformer)
-        self.state = Progress(num_pairs=len(self.train_pairs), seed=config.train.seed)
+        fingerprint = zlib.crc32(self.train_pairs.tokens.tobytes())
+        self.state = Progress(num_pairs=len(self.train_pairs), tokens_crc32=fingerprint, seed=config.train.seed)
         resumed = self._resume()
-        self.logger = Logger(config, self.total, self.state.step)
+        with together():
+            self.logger = Logger(config, self.total, self.state.step)
         for line in (
             *said,
             *self._opening(),
             resumed,
-            *(f"warning: {text}" for text in config.warnings(hf.num_parameters)),
+            *(f"warning: {text}" for text in self._warnings()),
         ):
             self.logger.say(line)
         self.first_eval: dict[str, float] = {}
@@ -154,14 +176,27 @@ class Run:
         root = self.config.checkpoint.load
         assert root is not None
         saved = checkpointing.load(self.engine, root, step)
-        for name, value in (("num_pairs", saved.num_pairs), ("seed", saved.seed)):
-            if value != getattr(self.state, name):
+        for name in ("num_pairs", "tokens_crc32", "seed"):
+            before, now = getattr(saved, name), getattr(self.state, name)
+            if before != now:
                 raise UserError(
-                    f"--load {root}: {name} was {value} when it was saved and is {getattr(self.state, name)} now; resuming "
+                    f"--load {root}: {name} of the training data was {before} when it was saved and is {now} now; resuming "
                     "would repeat or lose pairs. Start a new run from an export instead"
                 )
         self.state = saved
-        return f"resumed from {checkpointing.checkpoint_dir(root, step)}, after {saved.consumed_pairs} pairs"
+        done = "" if self._unfinished() else "; that is the whole run, nothing is left to train"
+        return f"resumed from {checkpointing.checkpoint_dir(root, step)}, after {saved.consumed_pairs} pairs{done}"
+
+    def _unfinished(self) -> bool:
+        return self.state.step < self.total and self.state.consumed_pairs < self.limit
+
+    def _warnings(self) -> list[str]:
+        longest = self.hf.config.get("max_position_embeddings")
+        tokens = self.config.data.options.max_length
+        found = self.config.warnings(self.hf.num_parameters)
+        if longest and tokens > longest:
+            found.append(f"--max-length {tokens} exceeds the {longest} positions the model was made for")
+        return found
 
     def _opening(self) -> list[str]:
         loss, parallel = self.config.loss, self.config.parallel
@@ -180,14 +215,13 @@ class Run:
             )
         lines.append(
             f"{self.total} steps of {self.config.train.global_batch_size} pairs: "
-            f"{self.total * self.config.train.global_batch_size / len(self.train_pairs):.2f} epochs"
+            f"{self.limit / len(self.train_pairs):.2f} epochs"
         )
         return lines
 
     def _next_batch(self) -> GlobalBatch:
-        size, position = self.config.train.global_batch_size, self.state.consumed_pairs
-        if self.config.train.train_epochs is not None:
-            size = min(size, max(1, round(self.config.train.train_epochs * len(self.train_pairs)) - position))
+        position = self.state.consumed_pairs
+        size = min(self.config.train.global_batch_size, self.limit - position)
         pairs = pairs_of_batch(position, size, len(self.train_pairs), self.config.train.seed)
         return self.engine.plan(self.train_pairs, pairs)
 
@@ -197,7 +231,7 @@ class Run:
         try:
             if self.state.step == 0:  # a resumed run has logged it
                 self._evaluate()
-            while self.state.step < self.total:
+            while self._unfinished():
                 self._step()
             self._finish()
         finally:
@@ -215,14 +249,16 @@ class Run:
         metrics["tokens_per_second"] = batch.tokens / (time.perf_counter() - started)
         metrics["memory_gib"] = _memory_gib()
         metrics["epoch"] = self.state.consumed_pairs / len(self.train_pairs)
-        if step % config.log.log_interval == 0 or step == self.total:
+        if step % config.log.log_interval == 0 or not self._unfinished():
             self.logger.row(step, metrics)
             self.logger.step_line(step, metrics)
         self.logger.advance(step)
         if config.log.eval_interval and step % config.log.eval_interval == 0:
             self._evaluate()
         save = config.checkpoint
-        if save.save is not None and (step == self.total or (save.save_interval and step % save.save_interval == 0)):
+        if save.save is not None and (
+            not self._unfinished() or (save.save_interval and step % save.save_interval == 0)
+        ):
             checkpointing.save(self.engine, save.save, self.state)
 
     def _evaluate(self) -> None:
