@@ -156,6 +156,9 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--overlap-param-gather"], "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad"),
         (["--recompute-granularity", "full"], "--recompute-granularity full goes with --recompute-method and"),
         (["--recompute-method", "uniform", "--recompute-num-layers", "1"], "--recompute-granularity full goes with"),
+        (["--recompute-method", "uniform"], "--recompute-granularity full goes with"),
+        (["--decoder-first-pipeline-num-layers", "1"], "--pipeline-model-parallel-size of at least 2"),
+        ([*PP2, "--decoder-last-pipeline-num-layers", "0"], "--decoder-last-pipeline-num-layers 0 must be greater"),
         (["--num-layers-per-virtual-pipeline-stage", "1"], "needs --pipeline-model-parallel-size of at least 2"),
         ([*PP2, "--num-layers-per-virtual-pipeline-stage", "0"], "--num-layers-per-virtual-pipeline-stage 0 must be"),
         (
@@ -167,6 +170,7 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         # data
         (["--seq-length", "0"], "--seq-length 0 must be greater than 0"),
         (["--max-length", "0"], "--max-length 0 must be greater than 0"),
+        (["--max-length", "1"], "--max-length 1 leaves no room for a prompt and a response"),
         (["--max-prompt-length", "0"], "--max-prompt-length 0 must be greater than 0"),
         (
             ["--seq-length", "100", "--max-length", "51"],
@@ -194,7 +198,8 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--global-batch-size", "0"], "--global-batch-size 0 must be greater than 0"),
         (["--train-iters", "0"], "--train-iters 0 must be greater than 0"),
         (["--train-epochs", "1"], "give one of --train-iters and --train-epochs, not both"),
-        (["--seed", "-1"], "--seed -1 must not be negative"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--seed", "4294967296"], "--seed 4294967296 must be at least 0 and below 2**32"),
         # optimizer
         (["--lr", "0"], "--lr 0.0 must be greater than 0"),
         (["--lr", "inf"], "--lr inf must be a finite number"),

@@ -202,6 +202,13 @@ def export_over_something(inputs: Inputs) -> Wrong:
     return Wrong({"export_hf": checkpoint, **TP2}, [f"{checkpoint} is not empty; export to a new directory"], world=2)
 
 
+def save_among_the_checkpoints_of_another_run(inputs: Inputs) -> Wrong:
+    folder = inputs.folder / "other"
+    folder.mkdir()
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    return Wrong({"save": folder}, [f"--save {folder} holds another run; resume it with --load {folder}"])
+
+
 def resume_from_nothing(inputs: Inputs) -> Wrong:
     folder = inputs.folder / "absent"
     return Wrong({"load": folder}, [f"--load {folder} has no latest_checkpointed_iteration.txt"])
@@ -248,6 +255,7 @@ WRONG: list[Callable[[Inputs], Wrong]] = [
     save_without_permission,
     export_below_a_file,
     export_over_something,
+    save_among_the_checkpoints_of_another_run,
     resume_from_nothing,
     half_precision,
     unknown_flag,
