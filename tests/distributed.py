@@ -12,13 +12,12 @@ leaves no Megatron state behind. A task that hangs is killed with its pool after
 from __future__ import annotations
 
 import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 150.0
@@ -40,11 +39,11 @@ def _serve(rank: int, connection: Any) -> None:
     from megatron.core import parallel_state
 
     while True:
-        world_size, store, function, args = connection.recv()
+        world_size, port, task, function, args = connection.recv()
         try:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-            )
+            timeout = timedelta(seconds=60)
+            store = dist.PrefixStore(str(task), dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
             outcome = (True, function(*args))
         except BaseException:
             outcome = (False, traceback.format_exc())
@@ -62,6 +61,8 @@ class WorkerPool:
     def __init__(self) -> None:
         self.context = mp.get_context("spawn")
         self.workers: list[tuple[Any, Any]] = []
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.tasks = 0
 
     def _grow(self, size: int) -> None:
         while len(self.workers) < size:
@@ -81,10 +82,10 @@ class WorkerPool:
             WorkerError: a rank raised or did not answer in time.
         """
         self._grow(world_size)
-        with tempfile.TemporaryDirectory() as folder:
-            for _, connection in self.workers[:world_size]:
-                connection.send((world_size, Path(folder) / "store", function, args))
-            outcomes = [self._receive(rank) for rank in range(world_size)]
+        self.tasks += 1  # every task has its own part of the store
+        for _, connection in self.workers[:world_size]:
+            connection.send((world_size, self.store.port, self.tasks, function, args))
+        outcomes = [self._receive(rank) for rank in range(world_size)]
         failures = [f"rank {rank}:\n{value}" for rank, (good, value) in enumerate(outcomes) if not good]
         if failures:
             # Ranks that waited for the failed one in a collective are of no use to the next task.
