@@ -8,6 +8,8 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.family import EMBEDDING, OUTPUT, Weight, refuse, required
 from simpo_megatron.models.rope import read_rope
 
+BLOCK, LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
+
 
 def head_dim(config: dict[str, Any]) -> int:
     """The width of one attention head."""
@@ -42,28 +44,34 @@ def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def dense_weights(config: dict[str, Any], *, qkv_bias: bool = False, qk_norm: bool = False) -> tuple[Weight, ...]:
+def dense_weights(
+    config: dict[str, Any],
+    *,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    feed_forward: tuple[Weight, ...] | None = None,
+) -> tuple[Weight, ...]:
     """The weight table of a dense model; the output layer is absent where it is tied to the embedding.
 
     Args:
         config: config.json.
         qkv_bias: the query, key and value projections have biases.
         qk_norm: queries and keys are normalised head by head.
+        feed_forward: the rows that stand where a dense model has its SwiGLU.
     """
-    hidden, ffn, vocab = (required(config, key) for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    hidden, vocab = required(config, "hidden_size"), required(config, "vocab_size")
     head = head_dim(config)
     q, kv = required(config, "num_attention_heads") * head, query_groups(config) * head
-    block, layer = "decoder.layers.{layer}.", "model.layers.{layer}."
-    qkv = tuple(f"{layer}self_attn.{part}_proj." for part in "qkv")
+    qkv = tuple(f"{LAYER}self_attn.{part}_proj." for part in "qkv")
 
     def norm(megatron: str, hf: str, size: int) -> Weight:
         return Weight(megatron, (hf,), ((size,),), "copy", None)
 
     table = [
         Weight(EMBEDDING, ("model.embed_tokens.weight",), ((vocab, hidden),), "copy", 0),
-        norm(f"{block}self_attention.linear_qkv.layer_norm_weight", f"{layer}input_layernorm.weight", hidden),
+        norm(f"{BLOCK}self_attention.linear_qkv.layer_norm_weight", f"{LAYER}input_layernorm.weight", hidden),
         Weight(
-            f"{block}self_attention.linear_qkv.weight",
+            f"{BLOCK}self_attention.linear_qkv.weight",
             tuple(f"{part}weight" for part in qkv),
             ((q, hidden), (kv, hidden), (kv, hidden)),
             "qkv",
@@ -75,27 +83,30 @@ def dense_weights(config: dict[str, Any], *, qkv_bias: bool = False, qk_norm: bo
         biases = tuple(f"{part}bias" for part in qkv)
         table.append(
             Weight(
-                f"{block}self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv", 0, query_groups(config)
+                f"{BLOCK}self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv", 0, query_groups(config)
             )
         )
     if qk_norm:
-        table.append(norm(f"{block}self_attention.q_layernorm.weight", f"{layer}self_attn.q_norm.weight", head))
-        table.append(norm(f"{block}self_attention.k_layernorm.weight", f"{layer}self_attn.k_norm.weight", head))
+        table.append(norm(f"{BLOCK}self_attention.q_layernorm.weight", f"{LAYER}self_attn.q_norm.weight", head))
+        table.append(norm(f"{BLOCK}self_attention.k_layernorm.weight", f"{LAYER}self_attn.k_norm.weight", head))
     table += [
         Weight(
-            f"{block}self_attention.linear_proj.weight", (f"{layer}self_attn.o_proj.weight",), ((hidden, q),), "copy", 1
+            f"{BLOCK}self_attention.linear_proj.weight", (f"{LAYER}self_attn.o_proj.weight",), ((hidden, q),), "copy", 1
         ),
-        norm(f"{block}mlp.linear_fc1.layer_norm_weight", f"{layer}post_attention_layernorm.weight", hidden),
-        Weight(
-            f"{block}mlp.linear_fc1.weight",
-            (f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
-            ((ffn, hidden), (ffn, hidden)),
-            "gate_up",
-            0,
-        ),
-        Weight(f"{block}mlp.linear_fc2.weight", (f"{layer}mlp.down_proj.weight",), ((hidden, ffn),), "copy", 1),
+        norm(f"{BLOCK}mlp.linear_fc1.layer_norm_weight", f"{LAYER}post_attention_layernorm.weight", hidden),
+        *(swiglu(config) if feed_forward is None else feed_forward),
         norm("decoder.final_layernorm.weight", "model.norm.weight", hidden),
     ]
     if not config.get("tie_word_embeddings", False):
         table.append(Weight(OUTPUT, ("lm_head.weight",), ((vocab, hidden),), "copy", 0))
     return tuple(table)
+
+
+def swiglu(config: dict[str, Any]) -> tuple[Weight, ...]:
+    """The rows of a dense feed-forward."""
+    hidden, ffn = required(config, "hidden_size"), required(config, "intermediate_size")
+    gate, up, down = (f"{LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
+    return (
+        Weight(f"{BLOCK}mlp.linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), "gate_up", 0),
+        Weight(f"{BLOCK}mlp.linear_fc2.weight", (down,), ((hidden, ffn),), "copy", 1),
+    )

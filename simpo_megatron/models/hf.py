@@ -129,9 +129,9 @@ def check_tensors(hf: HFModel) -> None:
 def expected_tensors(hf: HFModel) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor the weight table asks for, with its shape."""
     for weight in hf.weights:
-        for layer in range(hf.num_layers) if weight.per_layer else (0,):
+        for where in weight.instances(hf.num_layers):
             for name, shape in zip(weight.hf, weight.shapes, strict=True):
-                yield name.format(layer=layer), shape
+                yield name.format(**where), shape
 
 
 def _ignored(name: str, tied: bool) -> bool:

@@ -8,10 +8,12 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.family import Family
 from simpo_megatron.models.llama import LLAMA
 from simpo_megatron.models.mistral import MISTRAL
+from simpo_megatron.models.mixtral import MIXTRAL
 from simpo_megatron.models.qwen2 import QWEN2
 from simpo_megatron.models.qwen3 import QWEN3
+from simpo_megatron.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
 
 
 def family_of(config: dict[str, Any]) -> Family:

@@ -53,7 +53,7 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        ("llama", {"model_type": "gpt2"}, ["'gpt2'", "llama, mistral, qwen2, qwen3"]),
+        ("llama", {"model_type": "gpt2"}, ["'gpt2'", "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
         ("llama", {"attention_bias": True}, ["attention_bias"]),
         ("llama", {"mlp_bias": True}, ["mlp_bias"]),
