@@ -13,6 +13,7 @@ import yaml
 
 from simpo_megatron import config as c
 from simpo_megatron.errors import UserError
+from simpo_megatron.settings import choices, flag
 
 GROUPS: dict[str, type] = {
     field.name: typing.get_type_hints(c.Config)[field.name] for field in dataclasses.fields(c.Config)
@@ -27,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _value_type(annotation: Any) -> type:
     """`int` of `int | None`, `str` of a Literal."""
-    if c.choices(annotation):
+    if choices(annotation):
         return str
     return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
 
@@ -57,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
         if field.default is not None:
             text += f" (default {field.default})"
         name, section, kind, allowed = (
-            c.flag(field.name),
+            flag(field.name),
             sections[group],
             _value_type(annotation),
-            c.choices(annotation),
+            choices(annotation),
         )
         if kind is bool:
             section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)

@@ -22,6 +22,8 @@ name                                                   answer
 `torch.cuda.synchronize`, `empty_cache`                nothing
 `torch.cuda.manual_seed`, `get_rng_state`,             the CPU generator (also `torch.cuda.random.get_rng_state` and the
 `set_rng_state`                                        private getter and setter of `tensor_parallel.random`)
+`torch.distributed.all_to_all_single`                  the same, with split sizes as lists: gloo takes no tensors, which
+                                                       Megatron's token dispatcher moves to the host only from a GPU
 `torch._dynamo.config.disable`                         True: `jit_fuser` is torch.compile, which would compile for minutes
 =====================================================  ==============================================================
 
@@ -37,9 +39,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_dist_all_to_all_single = dist.all_to_all_single
 _undo: list[Callable[[], None]] = []
 
 
@@ -102,6 +106,15 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _all_to_all_single(
+    output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **rest: Any
+) -> Any:
+    def listed(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    return _dist_all_to_all_single(output, input, listed(output_split_sizes), listed(input_split_sizes), **rest)
+
+
 def _replace(owner: Any, name: str, value: Any) -> None:
     old = getattr(owner, name)
     setattr(owner, name, value)
@@ -130,6 +143,7 @@ def enable() -> None:
     for name in ("synchronize", "empty_cache"):
         _replace(torch.cuda, name, _nothing)
     _replace(torch.cuda, "manual_seed", torch.manual_seed)
+    _replace(dist, "all_to_all_single", _all_to_all_single)
     for owner in (torch.cuda, torch.cuda.random):
         _replace(owner, "get_rng_state", _get_rng_state)
         _replace(owner, "set_rng_state", _set_rng_state)

@@ -82,6 +82,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 sp pp2": (4, {**SP, **PP2}),
     "tp2 sp dp2, fixed": (4, {**SP, **FIXED}),
     "vpp2 dp2": (4, VPP),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "cp2 tp2 sp, fixed": (4, {**SP, **FIXED, "context_parallel_size": 2}),
 }
 TIED = {
     "one": (1, {}),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from simpo_megatron.batch import BatchCounts, PreferenceBatch, pack_pairs
 from simpo_megatron.config import Config
+from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.data import PairStore, plan_batch
 from simpo_megatron.errors import UserError
 from simpo_megatron.metrics import reduce_metrics
@@ -137,11 +139,12 @@ class Engine:
 
     def plan(self, store: PairStore, pairs: Any) -> GlobalBatch:
         """Packs the pairs of a global batch into rows and picks this data-parallel rank's."""
-        members = self.config.loss.members
-        lengths = store.pair_tokens[pairs] if members == 2 else (store.prompt_length + store.chosen_length)[pairs]
+        responses = (store.chosen_length, store.rejected_length)[: self.config.loss.members]
+        lengths = [(store.prompt_length + response)[pairs].astype(np.int64) for response in responses]
+        multiple = sequence_multiple(self.config.parallel.context_parallel_size)
         interleaved = len(self.chunks) > 1
         plan = plan_batch(
-            lengths,
+            np.sum([round_up(length, multiple) for length in lengths], axis=0),
             self.config.data.seq_length,
             parallel_state.get_data_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
@@ -151,7 +154,7 @@ class Engine:
             store=store,
             rows=[[int(pairs[i]) for i in row] for row in mine],
             counts=BatchCounts(len(pairs), int(store.chosen_length[pairs].sum())),
-            tokens=int(lengths.sum()),
+            tokens=int(np.sum(lengths)),
         )
 
     def _microbatches(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
@@ -164,6 +167,8 @@ class Engine:
                 members=self.config.loss.members,
                 row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
                 row_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+                context_parallel_size=parallel_state.get_context_parallel_world_size(),
+                context_parallel_rank=parallel_state.get_context_parallel_rank(),
                 device=torch.device(torch.cuda.current_device()),
             )
 
