@@ -105,15 +105,19 @@ def _convert(value: Any, annotation: Any) -> Any:
     return kind(value)  # YAML reads 1e-6 as a string: float() takes it
 
 
-def parse(argv: Sequence[str] | None = None) -> c.Config:
+def parse(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None) -> c.Config:
     """The configuration of the command line.
+
+    Args:
+        argv: the flags; None for those of this process.
+        defaults: settings by field name where neither a flag nor the file gives them.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
     """
     given = vars(build_parser().parse_args(argv))
     path = given.pop("config", None)
-    settings = {**(read_yaml(path) if path else {}), **given}
+    settings = {**(defaults or {}), **(read_yaml(path) if path else {}), **given}
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for group, field, _ in _fields():
         if field.name in settings:

@@ -132,7 +132,8 @@ def enable() -> None:
     if torch.cuda.is_initialized():
         raise RuntimeError("cpu.enable() was called after CUDA was initialised; call it first, or run on the GPU")
     # Megatron's advice about a CUDA environment variable is for GPUs.
-    warnings.filterwarnings("ignore", "When using async grad allreduce it is recommended", UserWarning)
+    for region in ("async grad allreduce", "sequence parallelism"):
+        warnings.filterwarnings("ignore", f"When using {region} it is recommended", UserWarning)
     _replace(torch._dynamo.config, "disable", True)
     _replace(torch.cuda, "current_device", lambda: _CPU)
     for name in ("Stream", "Event"):

@@ -44,11 +44,13 @@ class PreferenceStep:
         loss: objective, beta, gamma and the rest.
         vocab_size: the true vocabulary, without Megatron's padding.
         num_microbatches: of this step and data-parallel rank; the same on all of them.
+        on_sums: called on the last stage with every microbatch and the summed log-probs of its responses, [P, members].
     """
 
     loss: LossConfig
     vocab_size: int
     num_microbatches: int
+    on_sums: Callable[[PreferenceBatch, Tensor], None] | None = None
 
     def __call__(self, data_iterator: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Runs the model on the next batch.
@@ -77,6 +79,8 @@ class PreferenceStep:
         logits_RV = logits_1TV[0].index_select(0, batch.rows)
         logps_R = vocab_parallel_logprobs(logits_RV, batch.targets, self.vocab_size, group)
         sums_PM = sum_over_context(batch.segment_sums(logps_R))
+        if self.on_sums is not None:
+            self.on_sums(batch, sums_PM.detach())
         loss, nll, pair_metrics = batch_loss(self.loss, batch, sums_PM)
         divisors = (sums_PM.new_tensor(sums_PM.shape[0]), batch.lengths[:: batch.members].sum())
         vector = torch.stack([value.detach().double() for value in (*divisors, loss, nll, *pair_metrics)])

@@ -172,9 +172,9 @@ class Engine:
                 device=torch.device(torch.cuda.current_device()),
             )
 
-    def _run(self, batch: GlobalBatch, forward_only: bool) -> dict[str, float]:
+    def _run(self, batch: GlobalBatch, forward_only: bool, on_sums: Any = None) -> dict[str, float]:
         vectors: list[Tensor] = self.run_schedule(
-            forward_step_func=PreferenceStep(self.config.loss, self.vocab_size, len(batch.rows)),
+            forward_step_func=PreferenceStep(self.config.loss, self.vocab_size, len(batch.rows), on_sums),
             data_iterator=[self._microbatches(batch) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batch.rows),
@@ -184,17 +184,26 @@ class Engine:
         )
         return reduce_metrics(vectors, self.config.loss.members)
 
+    def compute_gradients(self, batch: GlobalBatch, on_sums: Any = None) -> dict[str, float]:
+        """Fills the gradient buffers with the gradient of the batch alone and returns its metrics.
+
+        Args:
+            batch: from `plan`.
+            on_sums: see `PreferenceStep`.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batch, forward_only=False, on_sums=on_sums)
+
     def train_step(self, batch: GlobalBatch) -> dict[str, float]:
         """One optimizer step: metrics of the batch before it, with `grad_norm` (before clipping) and `learning_rate`.
 
         Raises:
             UserError: loss or gradient norm is not finite; the weights are as they were.
         """
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        metrics = self._run(batch, forward_only=False)
+        metrics = self.compute_gradients(batch)
         if not math.isfinite(metrics["loss"]):
             raise UserError(f"the loss is {metrics['loss']}; no weight was changed. Lower --lr or look at the data")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
