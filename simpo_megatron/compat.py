@@ -69,12 +69,14 @@ def quiet_megatron() -> None:
     """Silences warnings about Megatron-Core's own code that the user can do nothing about, and no others.
 
     Call it before the first Megatron import. They say that Transformer Engine and Apex are absent (ten lines on a CPU), that
-    the optimizer looks at `.grad` of a shard that is no leaf, and that torch will rename collectives Megatron calls.
+    the optimizer looks at `.grad` of a shard that is no leaf, that whole experts are not sequence-parallel, and that torch
+    will rename collectives Megatron calls.
     """
     for message in (
         "Apex is not installed",
         "Transformer Engine and Apex are not installed",
         "The .grad attribute of a Tensor that is not a leaf",
+        "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
     ):
         warnings.filterwarnings("ignore", message, UserWarning)
     for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
