@@ -166,7 +166,23 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
             "--recompute-num-layers 0 must be greater than 0",
         ),
         (["--distributed-timeout-minutes", "0"], "--distributed-timeout-minutes 0 must be greater than 0"),
-        ([*SP2, "--no-variable-seq-lengths", "--seq-length", "511"], "--seq-length 511 must be a multiple of --tensor"),
+        (
+            [*SP2, "--no-variable-seq-lengths", "--seq-length", "511"],
+            "must be a multiple of 2 (--tensor-model-parallel",
+        ),
+        (
+            ["--context-parallel-size", "2", "--seq-length", "1020"],
+            "1020 must be a multiple of 8 (4 x --context-parallel",
+        ),
+        (["--context-parallel-size", "2", "--seq-length", "5"], "use 8"),
+        (
+            [*SP2, "--no-variable-seq-lengths", "--context-parallel-size", "3", "--seq-length", "90"],
+            "multiple of 12 (4 x --context-parallel-size 3 and --tensor-model-parallel-size 2, which cuts rows of fixed "
+            "length); use 84 or 96",
+        ),
+        (["--context-parallel-size", "0"], "--context-parallel-size 0 must be greater than 0"),
+        (["--expert-model-parallel-size", "0"], "--expert-model-parallel-size 0 must be greater than 0"),
+        (["--moe-aux-loss-coeff", "-1"], "--moe-aux-loss-coeff -1.0 must not be negative"),
         # data
         (["--seq-length", "0"], "--seq-length 0 must be greater than 0"),
         (["--max-length", "0"], "--max-length 0 must be greater than 0"),
