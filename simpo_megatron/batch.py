@@ -40,6 +40,7 @@ class PreferenceBatch:
     targets: Tensor  # [R] int64, the token each of them scores
     segments: Tensor  # [R] int64, the sequence (0 .. S-1) it belongs to
     lengths: Tensor  # [S] int64, scored tokens of each sequence
+    pair_rows: tuple[int, ...]  # [P] of `rows`, how many each pair has; on the host
     weight: Tensor  # [P] fp32
     margin: Tensor  # [P] fp32, NaN where gamma applies
     truncated: Tensor  # [S] bool, the response lost its end
@@ -117,6 +118,7 @@ def pack_pairs(
         targets=tensor(np.concatenate(targets) if targets else np.zeros(0)),
         segments=tensor(np.repeat(np.arange(len(lengths)), lengths)),
         lengths=tensor(lengths),
+        pair_rows=tuple(lengths.reshape(-1, members).sum(axis=1).tolist()),
         weight=tensor(store.weight[index], torch.float32),
         margin=tensor(store.margin[index], torch.float32),
         truncated=tensor(truncated, torch.bool),

@@ -8,6 +8,7 @@ values is a `Literal`.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -73,6 +74,10 @@ class ModelConfig(Group):
     make_vocab_size_divisible_by: int = setting(
         128, "pad the vocabulary to a multiple of this times the tensor-parallel size"
     )
+    head: Literal["fused", "plain"] = setting(
+        "fused", "log-probs a slab of logits at a time, or from all logits of the row at once"
+    )
+    head_slab_bytes: str = setting("256MiB", "logits the fused head holds at a time, in bytes, KiB, MiB or GiB")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +86,15 @@ class ModelConfig(Group):
             self.hf_checkpoint is not None,
             "--hf-checkpoint is missing; give the folder of a Hugging Face checkpoint",
         )
+        _ = self.slab_bytes  # checks it
+
+    @property
+    def slab_bytes(self) -> int:
+        """--head-slab-bytes as a number."""
+        found = re.fullmatch(r"([1-9]\d*) *([KMG]iB)?", self.head_slab_bytes)
+        if found is None:
+            raise UserError(f"--head-slab-bytes {self.head_slab_bytes} is no size; give bytes, or e.g. 256MiB or 1GiB")
+        return int(found[1]) * 1024 ** (" KMG".index(found[2][0]) if found[2] else 0)
 
 
 @dataclass(frozen=True)
