@@ -147,10 +147,11 @@ class _FusedHead(torch.autograd.Function):
         ctx: Any, hidden_T1H: Tensor, weight_VH: Tensor, head: LogProbHead, task: HeadTask, training: bool
     ) -> tuple[Tensor, Tensor]:
         hidden_TH = hidden_T1H.flatten(0, 1)
+        group: Any = head.tp_group
         if head.sequence_parallel:
-            local_TH, ranks = hidden_TH.contiguous(), head.tp_group.size()
-            hidden_TH = local_TH.new_empty(local_TH.shape[0] * ranks, local_TH.shape[1])
-            dist.all_gather_into_tensor(hidden_TH, local_TH, group=head.tp_group)
+            local_TH = hidden_TH.contiguous()
+            hidden_TH = local_TH.new_empty(local_TH.shape[0] * group.size(), local_TH.shape[1])
+            dist.all_gather_into_tensor(hidden_TH, local_TH, group=group)
         hidden_RH = hidden_TH.index_select(0, task.rows_R)
 
         ctx.into_main_grad = False
@@ -165,9 +166,7 @@ class _FusedHead(torch.autograd.Function):
                 factor=1.0 if task.loss_gradient is None else task.loss_gradient,
             )
         context: Any = parallel_state.get_context_parallel_group(check_initialized=False)
-        loss, sums_PM = score_slabs(
-            hidden_RH, weight_VH.detach(), task, gradients, head.slab_bytes, head.tp_group, context
-        )
+        loss, sums_PM = score_slabs(hidden_RH, weight_VH.detach(), task, gradients, head.slab_bytes, group, context)
         ctx.gradients, ctx.head, ctx.task = gradients, head, task
         ctx.weight, ctx.hidden_shape, ctx.tokens = weight_VH, hidden_T1H.shape, hidden_TH.shape[0]
         ctx.dtype = hidden_T1H.dtype
@@ -176,7 +175,9 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(  # type: ignore[override]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         gradients, weight, task = ctx.gradients, ctx.weight, ctx.task
         ratio = grads[0] / gradients.factor
         grad_hidden = grad_weight = None
@@ -206,10 +207,11 @@ def _accumulates(weight: Tensor) -> bool:
 
 def _reduce(grad_TH: Tensor, head: LogProbHead) -> Tensor:
     """Sums the gradient of the hidden states over the vocabulary shards."""
+    group: Any = head.tp_group
     if head.sequence_parallel:
-        part_TH = grad_TH.new_empty(grad_TH.shape[0] // head.tp_group.size(), grad_TH.shape[1])
-        dist.reduce_scatter_tensor(part_TH, grad_TH, group=head.tp_group)
+        part_TH = grad_TH.new_empty(grad_TH.shape[0] // group.size(), grad_TH.shape[1])
+        dist.reduce_scatter_tensor(part_TH, grad_TH, group=group)
         return part_TH
     if head.allreduce_dgrad:
-        dist.all_reduce(grad_TH, group=head.tp_group)
+        dist.all_reduce(grad_TH, group=group)
     return grad_TH
