@@ -72,7 +72,8 @@ def score_slabs(
     pairs, members = len(task.pair_rows), task.members
     dtype = _accumulate(weight_VH.dtype)
     sums_PM = torch.zeros(pairs, members, dtype=dtype, device=weight_VH.device)
-    slab_rows = max(1, slab_bytes // (max(1, columns) * projection.dtype.itemsize))
+    # By the shard with its padding: all tensor-parallel ranks cut alike, though one may hold more padding than another.
+    slab_rows = max(1, slab_bytes // (weight_VH.shape[0] * projection.dtype.itemsize))
     plan = cut_slabs(task.pair_rows, _largest(task.pair_rows, sums_PM.device, context_group), slab_rows)
     longest = max((rows.stop - rows.start for slab in plan for rows in slab.chunks), default=0)
     logits_NV = torch.empty(longest, columns, dtype=projection.dtype, device=weight_VH.device)
