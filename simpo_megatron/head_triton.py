@@ -49,14 +49,14 @@ def statistics_kernel(logits, targets, lse, target_logits, stride, columns, BLOC
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, columns, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        x = tl.load(start + index, mask=index < columns, other=float("-inf")).to(tl.float32)
+        real = index < columns
+        x = tl.load(start + index, mask=real, other=0.0).to(tl.float32)
         larger = tl.maximum(maximum, x)
-        # A lane that has seen nothing but padding keeps its sum of 0: -inf - -inf is not a number.
-        seen = larger > float("-inf")
-        total = tl.where(seen, total * tl.exp(maximum - larger) + tl.exp(x - larger), 0.0)
-        maximum = larger
+        total = tl.where(real, total * tl.exp(maximum - larger) + tl.exp(x - larger), total)
+        maximum = tl.where(real, larger, maximum)
     highest = tl.max(maximum, 0)
-    total = tl.sum(tl.where(maximum > float("-inf"), total * tl.exp(maximum - highest), 0.0), 0)
+    # A lane without columns has a sum of 0 and a maximum of -inf. One that met a NaN keeps it: tl.maximum does not.
+    total = tl.sum(total * tl.where(total == 0.0, 0.0, tl.exp(maximum - highest)), 0)
     tl.store(lse + row, highest + tl.log(total))
     target = tl.load(targets + row)
     tl.store(target_logits + row, tl.load(start + target, mask=target >= 0, other=0.0).to(tl.float32))

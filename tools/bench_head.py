@@ -111,13 +111,16 @@ def count_collectives() -> dict[str, int]:
     import torch.distributed as dist
 
     counts: dict[str, int] = {}
+
+    def counting(name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        return call
+
     for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
-
-        def call(*args: Any, _name: str = name, _original: Any = getattr(dist, name), **kwargs: Any) -> Any:
-            counts[_name] = counts.get(_name, 0) + 1
-            return _original(*args, **kwargs)
-
-        setattr(dist, name, call)
+        setattr(dist, name, counting(name, getattr(dist, name)))
     return counts
 
 
