@@ -72,6 +72,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one, recompute": (1, FULL),
     "tp2": (2, TP2),
     "tp2 sp": (2, SP),
+    "tp2 sp, plain head": (2, {**SP, "head": "plain"}),
+    "tp2 sp, slabs smaller than most pairs": (2, {**SP, "head_slab_bytes": "16KiB"}),
     "pp2": (2, PP2),
     "pp2, fixed": (2, {**PP2, **FIXED}),
     "pp2, uneven": (2, {**PP2, "decoder_first_pipeline_num_layers": 1}),
