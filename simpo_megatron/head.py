@@ -81,8 +81,13 @@ class LogProbHead(ColumnParallelLinear):
         Args:
             model: a GPTModel of the last pipeline stage.
             slab_bytes: bytes of logits held at a time (at least one token's).
+
+        Raises:
+            ValueError: the model predicts several tokens at a time, through this same layer.
         """
         old = model.output_layer
+        if getattr(old.config, "mtp_num_layers", None):
+            raise ValueError("LogProbHead does not know multi-token prediction; leave mtp_num_layers unset")
         head = cls(
             old.input_size,
             old.output_size,

@@ -3,8 +3,9 @@
     python tools/bench_step.py --data pairs.jsonl [--hf-checkpoint DIR] [--steps 6] [--json rows.json]
 
 Each side runs in a process of its own, in turns (`--rounds`), on the same pairs in the same order, with forward, backward,
-clipping and AdamW; `--heads fused plain` measures both heads of this package. Tokens are those of prompts and responses; padding is nobody's work. TRL pads every micro-batch to its
-longest response, so it is measured at several micro-batch sizes and compared at its best. Without `--hf-checkpoint` a random
+clipping and AdamW; `--heads fused plain` measures both heads of this package. Tokens are those of prompts and responses;
+padding is nobody's work. TRL pads every micro-batch to its longest response, so it is measured at several micro-batch sizes and
+compared at its best; `--trl-micro-batches` without a number leaves it out. Without `--hf-checkpoint` a random
 Llama with a tokenizer trained on the data is made. The table goes to the terminal, the rows to `tools/results/step.csv`.
 """
 
