@@ -31,6 +31,7 @@ from tests.head_problems import (
     random_packs,
     score,
     sigmoid,
+    weighted_nll,
 )
 from tests.memory import peak_allocated
 
@@ -67,9 +68,13 @@ CONTEXT = [(1, False, 2), (2, False, 2), (2, True, 2), (4, True, 2)]
 
 @pytest.mark.parametrize("layout", LAYOUTS + CONTEXT, ids=lambda x: "tp{} sp{:d} cp{}".format(*x))
 def test_values_and_gradients(pool, layout: tuple[int, bool, int]) -> None:
-    """Slabs of 1 row (every pair too large), of 9 (some), and of all."""
+    """Slabs smaller than most pairs, than some, and larger than all; fewer combinations where many ranks share few cores."""
     tp, _, cp = layout
-    pool.run(tp * cp, check_problems, random_packs(), PAIR_LOSSES, *layout, [1, 9, 1000])
+    if tp * cp <= 2:
+        problems, losses, slabs = random_packs(), PAIR_LOSSES, [1, 9, 1000]
+    else:
+        problems, losses, slabs = random_packs()[1:], [weighted_nll], [6, 1000]
+    pool.run(tp * cp, check_problems, problems, losses, *layout, slabs)
 
 
 @pytest.mark.parametrize("layout", [(1, False, 1), (2, True, 1)], ids=str)
