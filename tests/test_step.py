@@ -103,15 +103,15 @@ def test_a_number_that_is_not_finite_changes_nothing(
 
 
 def loss_collectives(checkpoint: Path, layout: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
-    """On a rank: the collectives of `loss_func`, and of its backward pass."""
+    """On a rank: the collectives of `loss_func` without the fused head, and of its backward pass."""
     case = CASES["sigmoid"]
-    engine, hf = build_engine(command_line(checkpoint, {**layout, **case.loss}))
+    engine, hf = build_engine(command_line(checkpoint, {**layout, **case.loss, "head": "plain"}))
     batch = next(engine._microbatches(engine.plan(case.pair_store, np.array(case.pairs))))
     columns = engine.models[0].output_layer.weight.shape[0]
     logits = torch.randn(1, batch.tokens.shape[1], columns, requires_grad=True)
     step = PreferenceStep(engine.config.loss, hf.vocab_size, 1)
     with Collectives() as forward:
-        loss, _ = step.loss_func(batch, logits)
+        loss, _ = step.loss_func(batch, False, logits)
     with Collectives() as backward:
         loss.backward()
     return forward.counts, backward.counts

@@ -24,6 +24,7 @@ from simpo_megatron.config import Config
 from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.data import PairStore, plan_batch
 from simpo_megatron.errors import UserError
+from simpo_megatron.head import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.step import PreferenceStep
 
@@ -43,7 +44,7 @@ class Engine:
 
     Args:
         config: the run.
-        models: one GPTModel a virtual pipeline stage of this rank, weights loaded.
+        models: one GPTModel a virtual pipeline stage of this rank, weights loaded; the last one's output layer becomes a head.
         transformer: their TransformerConfig; its schedule hooks are set here.
         vocab_size: without padding.
         train_iters: steps of the whole run, for the learning-rate schedule.
@@ -53,6 +54,10 @@ class Engine:
         self, config: Config, models: list[GPTModel], transformer: TransformerConfig, vocab_size: int, train_iters: int
     ) -> None:
         self.config, self.models, self.transformer, self.vocab_size = config, models, transformer, vocab_size
+        if config.model.head == "fused":
+            for model in models:
+                if model.post_process:
+                    LogProbHead.install(model, config.model.slab_bytes)
         self.chunks: list[Any] = self._wrap()
         self.optimizer = self._build_optimizer()
         self.scheduler = self._build_scheduler(train_iters)
