@@ -40,7 +40,7 @@ class PreferenceBatch:
 
     tokens: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, from 0 in every sequence
-    padding_mask: Tensor  # [1, T] bool, True where a token is padding
+    padding_mask: Tensor  # [1, T] bool, True where a token is padding; the first of an empty pack stands for text
     packed_seq_params: (
         PackedSeqParams  # cu_seqlens of the whole row: all CP * T tokens, the padding at its end a sequence too
     )
@@ -109,6 +109,8 @@ def pack_pairs(
         padding[start : first + len(response)] = False
         rows.append(np.arange(first - 1, first - 1 + len(response)))
         targets.append(response)
+    if not sequences:
+        padding[0] = False  # Megatron's balancing loss divides by the tokens that are no padding
     lengths = np.array([len(response) for _, response in sequences], dtype=np.int64)
     segments = np.repeat(np.arange(len(lengths)), lengths)
     position_ids = np.concatenate([np.arange(size) for size in sizes])

@@ -71,6 +71,13 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts, one": ("mixtral", 1, {}),
     "experts, ep2": ("mixtral", 2, EP2),
     "experts, tp2 sp": ("mixtral", 2, SP),
+    "experts, tp2 sp whole": ("mixtral", 2, {**SP, **WHOLE}),
+    "experts, dp2, each over 2": ("mixtral", 2, {"expert_tensor_parallel_size": 2}),
+    "experts, cp2, each over 2, distributed optimizer": (
+        "mixtral",
+        2,
+        {**CP2, "expert_tensor_parallel_size": 2, **SHARDED},
+    ),
     "experts, tp2 sp ep2 whole": ("mixtral", 2, {**SP, **EP2, **WHOLE}),
     "experts, cp2 ep2": ("mixtral", 2, {**CP2, **EP2}),
     "experts, tp2 sp ep2": ("mixtral", 4, {**SP, **EP2}),
