@@ -13,6 +13,7 @@ import yaml
 
 from simpo_megatron import config as c
 from simpo_megatron.errors import UserError
+from simpo_megatron.settings import choices, flag
 
 GROUPS: dict[str, type] = {
     field.name: typing.get_type_hints(c.Config)[field.name] for field in dataclasses.fields(c.Config)
@@ -27,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _value_type(annotation: Any) -> type:
     """`int` of `int | None`, `str` of a Literal."""
-    if c.choices(annotation):
+    if choices(annotation):
         return str
     return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
 
@@ -57,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
         if field.default is not None:
             text += f" (default {field.default})"
         name, section, kind, allowed = (
-            c.flag(field.name),
+            flag(field.name),
             sections[group],
             _value_type(annotation),
-            c.choices(annotation),
+            choices(annotation),
         )
         if kind is bool:
             section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
@@ -104,15 +105,19 @@ def _convert(value: Any, annotation: Any) -> Any:
     return kind(value)  # YAML reads 1e-6 as a string: float() takes it
 
 
-def parse(argv: Sequence[str] | None = None) -> c.Config:
+def parse(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None) -> c.Config:
     """The configuration of the command line.
+
+    Args:
+        argv: the flags; None for those of this process.
+        defaults: settings by field name where neither a flag nor the file gives them.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
     """
     given = vars(build_parser().parse_args(argv))
     path = given.pop("config", None)
-    settings = {**(read_yaml(path) if path else {}), **given}
+    settings = {**(defaults or {}), **(read_yaml(path) if path else {}), **given}
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for group, field, _ in _fields():
         if field.name in settings:

@@ -5,11 +5,14 @@
 
 Targets and segments are computed on the whole row, shifted by one, before anything else happens to it: position t scores
 token t + 1 of its own sequence, so the last prompt token scores the first response token and the last token of a sequence
-scores nothing. Shapes: T tokens in the row, S sequences, R scored positions, P pairs.
+scores nothing. Under context parallelism every sequence is padded to a multiple of 2 * CP and each rank then takes its
+zig-zag slices of all of them together (`context_parallel.py`). Shapes: T tokens of this rank, S sequences, R scored positions
+of this rank, P pairs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +21,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from simpo_megatron.context_parallel import positions, round_up, sequence_multiple
 from simpo_megatron.data import PairStore
 
 
@@ -31,12 +35,16 @@ class BatchCounts:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """One packed row. Sequences come as chosen, rejected, chosen, rejected, ...; or chosen alone (`members` is 1)."""
+    """One packed row, or this rank's slices of it. Sequences come as chosen, rejected, chosen, rejected, ...; or chosen
+    alone (`members` is 1). What is said of sequences and pairs covers all context-parallel ranks."""
 
     tokens: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, from 0 in every sequence
-    packed_seq_params: PackedSeqParams  # cu_seqlens cover all T tokens, the padding as a sequence of its own
-    rows: Tensor  # [R] int64, the positions that score a response token
+    padding_mask: Tensor  # [1, T] bool, True where a token is padding
+    packed_seq_params: (
+        PackedSeqParams  # cu_seqlens of the whole row: all CP * T tokens, the padding at its end a sequence too
+    )
+    rows: Tensor  # [R] int64, the positions in `tokens` that score a response token
     targets: Tensor  # [R] int64, the token each of them scores
     segments: Tensor  # [R] int64, the sequence (0 .. S-1) it belongs to
     lengths: Tensor  # [S] int64, scored tokens of each sequence
@@ -47,7 +55,7 @@ class PreferenceBatch:
     counts: BatchCounts  # of the global batch
 
     def segment_sums(self, values_R: Tensor) -> Tensor:
-        """Sums the values of the scored positions by sequence: [R] -> [P, members]."""
+        """Sums the values of this rank's scored positions by sequence: [R] -> [P, members]."""
         sums_S = values_R.new_zeros(self.lengths.shape[0]).index_add(0, self.segments, values_R)
         return sums_S.view(-1, self.members)
 
@@ -60,43 +68,56 @@ def pack_pairs(
     members: int = 2,
     row_length: int | None = None,
     row_multiple: int = 1,
+    context_parallel_size: int = 1,
+    context_parallel_rank: int = 0,
     device: torch.device | str = "cpu",
 ) -> PreferenceBatch:
-    """Builds the row of the given pairs.
+    """Builds the row of the given pairs, or the slices of it that a context-parallel rank holds.
 
     Args:
         store: tokenized pairs.
         pairs: indices into the store, whole pairs; none gives an empty pack: padding alone, which keeps collectives matched.
         counts: what the global batch of this row holds.
         members: 2 for chosen and rejected, 1 for chosen alone.
-        row_length: pad to this many tokens; None pads only to `row_multiple`.
-        row_multiple: the row is a multiple of this (tensor_model_parallel_size under sequence parallelism).
+        row_length: pad the whole row to this many tokens; None pads only to `row_multiple`.
+        row_multiple: the tokens of a rank are a multiple of this (tensor_model_parallel_size under sequence parallelism).
+        context_parallel_size, context_parallel_rank: which slices of the row.
         device: where the tensors go.
 
     Raises:
         ValueError: the pairs do not fit into `row_length`.
     """
     sequences = [(prompt, response) for i in pairs for prompt, *rs in [store.pair(i)] for response in rs[:members]]
-    sizes = [len(prompt) + len(response) for prompt, response in sequences]
+    chunk = sequence_multiple(context_parallel_size)
+    sizes = [round_up(len(prompt) + len(response), chunk) for prompt, response in sequences]
     used = sum(sizes)
-    total = row_length or max(row_multiple, -(-used // row_multiple) * row_multiple)
+    total = row_length or round_up(max(used, 1), math.lcm(row_multiple * context_parallel_size, chunk))
     if used > total:
         raise ValueError(f"pairs {list(pairs)} need {used} tokens, the row has {total}")
     if total > used:
         sizes.append(total - used)
 
     offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
-    tokens = np.zeros(total, dtype=np.int64)
+    tokens, padding = np.zeros(total, dtype=np.int64), np.ones(total, dtype=bool)
     rows, targets = [], []
     for start, (prompt, response) in zip(offsets.tolist(), sequences, strict=False):
         first = start + len(prompt)
         tokens[start:first] = prompt
         tokens[first : first + len(response)] = response
+        padding[start : first + len(response)] = False
         rows.append(np.arange(first - 1, first - 1 + len(response)))
         targets.append(response)
     lengths = np.array([len(response) for _, response in sequences], dtype=np.int64)
+    position_ids = np.concatenate([np.arange(size) for size in sizes])
+    scored = np.concatenate([np.zeros(0, np.int64), *rows])
     index = np.asarray(pairs, dtype=np.int64)
     truncated = np.stack([store.truncated[index] & bit != 0 for bit in (1, 2)[:members]], axis=1).reshape(-1)
+
+    # All of the row is known and shifted: only now may it be cut.
+    mine = positions(offsets.tolist(), context_parallel_size, context_parallel_rank)
+    place = np.full(total, -1)
+    place[mine] = np.arange(len(mine))
+    here = place[scored] >= 0
 
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
@@ -104,8 +125,9 @@ def pack_pairs(
     cu_seqlens = tensor(offsets, torch.int32)
     longest = max(sizes)
     return PreferenceBatch(
-        tokens=tensor(tokens)[None],
-        position_ids=tensor(np.concatenate([np.arange(size) for size in sizes]))[None],
+        tokens=tensor(tokens[mine])[None],
+        position_ids=tensor(position_ids[mine])[None],
+        padding_mask=tensor(padding[mine], torch.bool)[None],
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -113,9 +135,9 @@ def pack_pairs(
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         ),
-        rows=tensor(np.concatenate(rows) if rows else np.zeros(0)),
-        targets=tensor(np.concatenate(targets) if targets else np.zeros(0)),
-        segments=tensor(np.repeat(np.arange(len(lengths)), lengths)),
+        rows=tensor(place[scored][here]),
+        targets=tensor(np.concatenate([np.zeros(0, np.int64), *targets])[here]),
+        segments=tensor(np.repeat(np.arange(len(lengths)), lengths)[here]),
         lengths=tensor(lengths),
         weight=tensor(store.weight[index], torch.float32),
         margin=tensor(store.margin[index], torch.float32),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from typing import Any
 
 from simpo_megatron.errors import UserError
 
@@ -22,7 +23,7 @@ def _importable(module: str) -> bool:
 
 
 def have_transformer_engine() -> bool:
-    """Transformer Engine: fused layers, and the only attention of Megatron-Core 0.16 that does context parallelism."""
+    """Transformer Engine: fused layers and experts, and attention that overlaps context parallelism."""
     return _importable("transformer_engine.pytorch")
 
 
@@ -34,6 +35,16 @@ def have_apex() -> bool:
 def have_fused_weight_gradient() -> bool:
     """The Apex extension of `gradient_accumulation_fusion`; the output layer needs it under Transformer Engine too."""
     return _importable("fused_weight_gradient_mlp_cuda")
+
+
+def moe_without_transformer_engine() -> None:
+    """Lets Megatron's router run where Transformer Engine is absent.
+
+    `moe_utils.py` of 0.16 asks whether `te_general_gemm` is None, a name that only the import of Transformer Engine defines.
+    """
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def check_megatron_core() -> None:
@@ -58,12 +69,14 @@ def quiet_megatron() -> None:
     """Silences warnings about Megatron-Core's own code that the user can do nothing about, and no others.
 
     Call it before the first Megatron import. They say that Transformer Engine and Apex are absent (ten lines on a CPU), that
-    the optimizer looks at `.grad` of a shard that is no leaf, and that torch will rename collectives Megatron calls.
+    the optimizer looks at `.grad` of a shard that is no leaf, that whole experts are not sequence-parallel, and that torch
+    will rename collectives Megatron calls.
     """
     for message in (
         "Apex is not installed",
         "Transformer Engine and Apex are not installed",
         "The .grad attribute of a Tensor that is not a leaf",
+        "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
     ):
         warnings.filterwarnings("ignore", message, UserWarning)
     for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):

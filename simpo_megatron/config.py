@@ -1,63 +1,19 @@
 """What the user can set: frozen dataclasses, one a group of flags, each validated where it is made.
 
 A field `train_iters` is the flag `--train-iters` and the YAML key `train_iters`; names follow Megatron-LM where it has the
-setting. `arguments.py` turns the groups into flags. Fields carry their help text; a closed set of
-values is a `Literal`.
+setting. `arguments.py` turns the groups into flags. Fields carry their help text; a closed set of values is a `Literal`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.data.options import AssistantHeader, DataOptions, PromptTruncation, TiePolicy
-from simpo_megatron.errors import UserError
-
-
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with the text `--help` shows."""
-    return field(default=default, metadata={"help": help})
-
-
-def choices(annotation: Any) -> tuple[str, ...]:
-    """The values of a `Literal`, alone or with None; nothing for other types."""
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    return tuple(value for part in get_args(annotation) for value in choices(part))
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
-
-
-class Group:
-    """Checks that numbers are finite and choices known; a group with more to check extends `__post_init__`."""
-
-    def __post_init__(self) -> None:
-        for name, annotation in get_type_hints(type(self)).items():
-            value, allowed = getattr(self, name), choices(annotation)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{flag(name)} {value} must be a finite number")
-            if allowed and value is not None and value not in allowed:
-                raise UserError(f"{flag(name)} {value} is not known; use {' or '.join(allowed)}")
-
-    def _positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"{flag(name)} {value} must be greater than 0")
-
-    def _fraction(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{flag(name)} {value} must be at least 0 and less than 1")
+from simpo_megatron.settings import Group, flag, require, setting
 
 
 @dataclass(frozen=True)
@@ -76,8 +32,8 @@ class ModelConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._positive("make_vocab_size_divisible_by")
-        _require(
+        self.positive("make_vocab_size_divisible_by")
+        require(
             self.hf_checkpoint is not None,
             "--hf-checkpoint is missing; give the folder of a Hugging Face checkpoint",
         )
@@ -93,6 +49,11 @@ class ParallelConfig(Group):
     decoder_first_pipeline_num_layers: int | None = setting(None, "layers of the first stage, where stages are uneven")
     decoder_last_pipeline_num_layers: int | None = setting(None, "layers of the last stage, where stages are uneven")
     sequence_parallel: bool = setting(False, "shard activations between tensor-parallel regions")
+    context_parallel_size: int = setting(1, "ranks that share every sequence")
+    expert_model_parallel_size: int = setting(1, "ranks that share the experts of a layer")
+    expert_tensor_parallel_size: int | None = setting(
+        None, "ranks that share every expert; default --tensor-model-parallel-size"
+    )
     use_distributed_optimizer: bool = setting(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = setting(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = setting(False, "gather parameters while the forward pass runs")
@@ -108,35 +69,38 @@ class ParallelConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._positive(
+        self.positive(
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
             "decoder_first_pipeline_num_layers",
             "decoder_last_pipeline_num_layers",
             "num_layers_per_virtual_pipeline_stage",
             "recompute_num_layers",
             "distributed_timeout_minutes",
         )
-        _require(
+        require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "--sequence-parallel needs --tensor-model-parallel-size of at least 2; drop it for a single tensor rank",
         )
-        _require(
+        require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",
         )
         full = self.recompute_granularity == "full"
-        _require(
+        require(
             all((given is not None) == full for given in (self.recompute_method, self.recompute_num_layers)),
             "--recompute-granularity full goes with --recompute-method and --recompute-num-layers, and they with it",
         )
         uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
-        _require(
+        require(
             not uneven or self.pipeline_model_parallel_size > 1,
             "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need "
             "--pipeline-model-parallel-size of at least 2",
         )
-        _require(
+        require(
             self.num_layers_per_virtual_pipeline_stage is None or self.pipeline_model_parallel_size > 1,
             "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2",
         )
@@ -164,17 +128,17 @@ class DataConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.train_data is not None, "--train-data is missing; give a .jsonl, .jsonl.gz or .parquet file")
-        self._positive("seq_length", "max_length", "max_prompt_length")
+        require(self.train_data is not None, "--train-data is missing; give a .jsonl, .jsonl.gz or .parquet file")
+        self.positive("seq_length", "max_length", "max_prompt_length")
         if self.max_length is None:
             object.__setattr__(self, "max_length", self.seq_length // 2)
         assert self.max_length is not None
-        _require(
+        require(
             self.max_length >= 2,
             f"--max-length {self.max_length} leaves no room for a prompt and a response; use at least 2, and --seq-length "
             "at least twice that",
         )
-        _require(
+        require(
             2 * self.max_length <= self.seq_length,
             f"--max-length {self.max_length} lets a pair outgrow its row; use at most half of --seq-length "
             f"{self.seq_length}, or a longer row",
@@ -207,23 +171,27 @@ class LossConfig(Group):
     simpo_loss_type: Literal["sigmoid", "hinge"] = setting("sigmoid", "sigmoid is the paper's")
     simpo_label_smoothing: float = setting(0.0, "probability that a pair's members were swapped")
     simpo_sft_weight: float = setting(0.0, "weight of the NLL of the chosen responses, a mean over their tokens")
+    moe_aux_loss_coeff: float = setting(
+        0.0, "weight of Megatron's load-balancing loss of every layer with experts, a mean over microbatches"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._positive("simpo_beta")
-        _require(
+        self.positive("simpo_beta")
+        require(
             self.simpo_gamma is None or self.simpo_gamma_beta_ratio is None,
             "--simpo-gamma and --simpo-gamma-beta-ratio set the same margin (gamma = ratio * beta); give one of them",
         )
-        _require(
+        require(
             0 <= self.simpo_label_smoothing < 0.5,
             f"--simpo-label-smoothing {self.simpo_label_smoothing} must be at least 0 and less than 0.5",
         )
-        _require(
+        require(
             not (self.simpo_label_smoothing and self.simpo_loss_type == "hinge"),
             "--simpo-label-smoothing has no meaning with --simpo-loss-type hinge; drop one of them",
         )
-        _require(self.simpo_sft_weight >= 0, f"--simpo-sft-weight {self.simpo_sft_weight} must not be negative")
+        for name in ("simpo_sft_weight", "moe_aux_loss_coeff"):
+            require(getattr(self, name) >= 0, f"{flag(name)} {getattr(self, name)} must not be negative")
 
     @property
     def gamma(self) -> float:
@@ -261,17 +229,17 @@ class TrainConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        require(
             not self.fp16,
             "--fp16 is not supported: a response's log-prob sum leaves fp16's range and loss scaling would hide it; "
             "use bf16 (the default) or --fp32",
         )
         if self.fp32:
             object.__setattr__(self, "bf16", False)
-        _require(self.bf16 or self.fp32, "--no-bf16 leaves no precision; say --fp32")
-        _require(0 <= self.seed < 2**32, f"--seed {self.seed} must be at least 0 and below 2**32")
-        self._positive("global_batch_size", "train_iters", "train_epochs")
-        _require(
+        require(self.bf16 or self.fp32, "--no-bf16 leaves no precision; say --fp32")
+        require(0 <= self.seed < 2**32, f"--seed {self.seed} must be at least 0 and below 2**32")
+        self.positive("global_batch_size", "train_iters", "train_epochs")
+        require(
             (self.train_iters is None) != (self.train_epochs is None),
             "give one of --train-iters and --train-epochs"
             + (", not both" if self.train_iters is not None else ": neither is set"),
@@ -296,11 +264,11 @@ class OptimizerConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._positive("lr", "adam_eps")
-        self._fraction("lr_warmup_fraction", "adam_beta1", "adam_beta2")
-        _require(0 <= self.min_lr <= self.lr, f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
+        self.positive("lr", "adam_eps")
+        self.fraction("lr_warmup_fraction", "adam_beta1", "adam_beta2")
+        require(0 <= self.min_lr <= self.lr, f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
         for name in ("weight_decay", "clip_grad"):
-            _require(getattr(self, name) >= 0, f"{flag(name)} {getattr(self, name)} must not be negative")
+            require(getattr(self, name) >= 0, f"{flag(name)} {getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -313,8 +281,8 @@ class CheckpointConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._positive("save_interval")
-        _require(
+        self.positive("save_interval")
+        require(
             self.save_interval is None or self.save is not None, "--save-interval needs --save, the folder to save into"
         )
 
@@ -330,7 +298,7 @@ class LogConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._positive("log_interval", "eval_interval")
+        self.positive("log_interval", "eval_interval")
 
 
 @dataclass(frozen=True)
@@ -348,15 +316,24 @@ class Config:
 
     def __post_init__(self) -> None:
         save, export = self.checkpoint.save, self.model.export_hf
-        _require(
+        require(
             save is None or save != export, f"--export-hf {export} is the --save folder too; export to another folder"
         )
-        parallel, tensor = self.parallel, self.parallel.tensor_model_parallel_size
-        _require(
-            parallel.variable_seq_lengths or not parallel.sequence_parallel or self.data.seq_length % tensor == 0,
-            f"--seq-length {self.data.seq_length} must be a multiple of --tensor-model-parallel-size {tensor} where "
-            "--sequence-parallel cuts rows of fixed length",
-        )
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        # Under context parallelism each half of a row must take the longest sequence, padded to its multiple.
+        parallel, length = self.parallel, self.data.seq_length
+        context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+        multiple, why = 2 * sequence_multiple(context), f"4 x --context-parallel-size {context}"
+        if context == 1:
+            multiple, why = 1, ""
+        if parallel.sequence_parallel and not parallel.variable_seq_lengths:
+            multiple = math.lcm(multiple, context * tensor)
+            why += f"{' and ' if why else ''}--tensor-model-parallel-size {tensor}, which cuts rows of fixed length"
+        below, above = length // multiple * multiple, round_up(length, multiple)
+        near = " or ".join(str(n) for n in (below, above) if n)
+        require(length % multiple == 0, f"--seq-length {length} must be a multiple of {multiple} ({why}); use {near}")
 
     def warnings(self, num_parameters: int) -> list[str]:
         """Settings that are allowed and have spoilt other people's runs, for a model of this size."""

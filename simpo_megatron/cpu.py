@@ -22,6 +22,10 @@ name                                                   answer
 `torch.cuda.synchronize`, `empty_cache`                nothing
 `torch.cuda.manual_seed`, `get_rng_state`,             the CPU generator (also `torch.cuda.random.get_rng_state` and the
 `set_rng_state`                                        private getter and setter of `tensor_parallel.random`)
+`torch.distributed.all_to_all_single`                  the same, with split sizes as lists: gloo takes no tensors, which
+                                                       Megatron's token dispatcher moves to the host only from a GPU
+`torch.distributed.all_gather`, `reduce_scatter`       the same for lists of tensors of unequal length, which gloo refuses
+                                                       and experts split over tensor-parallel ranks need
 `torch._dynamo.config.disable`                         True: `jit_fuser` is torch.compile, which would compile for minutes
 =====================================================  ==============================================================
 
@@ -37,9 +41,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_dist_all_to_all_single, _dist_all_gather, _dist_reduce_scatter = (
+    dist.all_to_all_single,
+    dist.all_gather,
+    dist.reduce_scatter,
+)
 _undo: list[Callable[[], None]] = []
 
 
@@ -102,6 +112,38 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _all_to_all_single(
+    output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **rest: Any
+) -> Any:
+    def listed(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    return _dist_all_to_all_single(output, input, listed(output_split_sizes), listed(input_split_sizes), **rest)
+
+
+def _all_gather(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+    longest = max(len(output) for output in tensor_list)
+    if async_op or all(len(output) == longest for output in tensor_list):
+        return _dist_all_gather(tensor_list, tensor, group=group, async_op=async_op)
+    padded = [tensor.new_zeros(longest, *tensor.shape[1:]) for _ in (tensor, *tensor_list)]
+    padded[0][: len(tensor)] = tensor
+    _dist_all_gather(padded[1:], padded[0], group=group)
+    for output, whole in zip(tensor_list, padded[1:], strict=True):
+        output.copy_(whole[: len(output)])
+    return None
+
+
+def _reduce_scatter(
+    output: Any, input_list: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+) -> Any:
+    if async_op or len({len(piece) for piece in input_list}) == 1:
+        return _dist_reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+    whole = torch.cat(list(input_list))
+    dist.all_reduce(whole, op=op, group=group)
+    output.copy_(whole.split([len(piece) for piece in input_list])[dist.get_rank(group)])
+    return None
+
+
 def _replace(owner: Any, name: str, value: Any) -> None:
     old = getattr(owner, name)
     setattr(owner, name, value)
@@ -119,7 +161,8 @@ def enable() -> None:
     if torch.cuda.is_initialized():
         raise RuntimeError("cpu.enable() was called after CUDA was initialised; call it first, or run on the GPU")
     # Megatron's advice about a CUDA environment variable is for GPUs.
-    warnings.filterwarnings("ignore", "When using async grad allreduce it is recommended", UserWarning)
+    for region in ("async grad allreduce", "sequence parallelism"):
+        warnings.filterwarnings("ignore", f"When using {region} it is recommended", UserWarning)
     _replace(torch._dynamo.config, "disable", True)
     _replace(torch.cuda, "current_device", lambda: _CPU)
     for name in ("Stream", "Event"):
@@ -130,6 +173,9 @@ def enable() -> None:
     for name in ("synchronize", "empty_cache"):
         _replace(torch.cuda, name, _nothing)
     _replace(torch.cuda, "manual_seed", torch.manual_seed)
+    _replace(dist, "all_to_all_single", _all_to_all_single)
+    _replace(dist, "all_gather", _all_gather)
+    _replace(dist, "reduce_scatter", _reduce_scatter)
     for owner in (torch.cuda, torch.cuda.random):
         _replace(owner, "get_rng_state", _get_rng_state)
         _replace(owner, "set_rng_state", _set_rng_state)

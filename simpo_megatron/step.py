@@ -9,6 +9,10 @@ The loss of a global batch is
 the step (`batch.BatchCounts`), so packing, accumulation and data parallelism cannot change the loss. Megatron divides a
 2-tuple loss by num_microbatches (`pipeline_parallel/schedules.py`, forward_step_calc_loss) and DDP averages over the
 data-parallel ranks, so the loss is handed over multiplied by both.
+
+Under context parallelism the sums of log-probs are added up over the ranks before anything else is done with them; every rank
+then knows the same loss, and its backward pass reaches its own tokens. Megatron multiplies that loss by CP and DDP divides by
+DP * CP, so the gradients of the ranks add up, and no factor CP stands here.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 from simpo_megatron.batch import PreferenceBatch
@@ -39,11 +44,13 @@ class PreferenceStep:
         loss: objective, beta, gamma and the rest.
         vocab_size: the true vocabulary, without Megatron's padding.
         num_microbatches: of this step and data-parallel rank; the same on all of them.
+        on_sums: called on the last stage with every microbatch and the summed log-probs of its responses, [P, members].
     """
 
     loss: LossConfig
     vocab_size: int
     num_microbatches: int
+    on_sums: Callable[[PreferenceBatch, Tensor], None] | None = None
 
     def __call__(self, data_iterator: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Runs the model on the next batch.
@@ -52,23 +59,39 @@ class PreferenceStep:
             The stage's output (on the last stage logits [1, T, V / tensor_model_parallel_size]) and the loss function.
         """
         batch = next(data_iterator)
-        output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.packed_seq_params)
+        padding_mask = batch.padding_mask if self.loss.moe_aux_loss_coeff else None
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            packed_seq_params=batch.packed_seq_params,
+            padding_mask=padding_mask,
+        )
         return output, partial(self.loss_func, batch)
 
     def loss_func(self, batch: PreferenceBatch, logits_1TV: Tensor) -> tuple[Tensor, Tensor]:
         """The share of this microbatch in the loss, scaled as Megatron expects it, and its vector of metric sums.
 
-        Collectives: one all-gather over the tensor-parallel ranks (`vocab_parallel_logprobs`).
+        Collectives: one all-gather over the tensor-parallel ranks (`vocab_parallel_logprobs`), one all-reduce of a number a
+        sequence over the context-parallel ranks; none in the backward pass.
         """
         group: Any = parallel_state.get_tensor_model_parallel_group()
         logits_RV = logits_1TV[0].index_select(0, batch.rows)
         logps_R = vocab_parallel_logprobs(logits_RV, batch.targets, self.vocab_size, group)
-        sums_PM = batch.segment_sums(logps_R)
+        sums_PM = sum_over_context(batch.segment_sums(logps_R))
+        if self.on_sums is not None:
+            self.on_sums(batch, sums_PM.detach())
         loss, nll, pair_metrics = batch_loss(self.loss, batch, sums_PM)
         divisors = (sums_PM.new_tensor(sums_PM.shape[0]), batch.lengths[:: batch.members].sum())
         vector = torch.stack([value.detach().double() for value in (*divisors, loss, nll, *pair_metrics)])
         scale = self.num_microbatches * parallel_state.get_data_parallel_world_size()
         return loss * scale, vector
+
+
+def sum_over_context(sums_PM: Tensor) -> Tensor:
+    """The sums of all context-parallel ranks. The gradient is handed on unchanged: every rank computes the whole loss."""
+    group: Any = parallel_state.get_context_parallel_group()
+    return reduce_from_tensor_model_parallel_region(sums_PM, group)
 
 
 def batch_loss(config: LossConfig, batch: PreferenceBatch, sums_PM: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -8,15 +8,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Sequence
 
 from simpo_megatron import compat
 from simpo_megatron.arguments import parse
 from simpo_megatron.config import Config
-from simpo_megatron.errors import UserError
+from simpo_megatron.program import exit_code
 
 
 def run(config: Config) -> None:
@@ -55,17 +53,7 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    try:
-        run(parse(argv))
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) != 0:
-            # Every rank meets the same error. torchrun stops all ranks when one exits, so the others leave rank 0 the
-            # time to say it. What only another node met (a folder it does not share), its first rank says after that.
-            time.sleep(20)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"simpo_megatron.train: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return exit_code("simpo_megatron.train", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,18 @@ def make_store(
     weight: Sequence[float] | None = None,
     margin: Sequence[float] | None = None,
     truncated: Sequence[int] | None = None,
+    planted: Sequence[int] = (),
 ) -> PairStore:
-    """Pairs of (prompt, chosen, rejected) tokens. The first token of every chosen response has id 0, as padding has."""
+    """Pairs of (prompt, chosen, rejected) tokens. The first token of every chosen response has id 0, as padding has; the
+    longest chosen response begins with the planted ids.
+    """
     sizes = np.array(lengths, np.int32).reshape(-1, 3)
     offsets = np.concatenate(([0], np.cumsum(sizes.sum(axis=1, dtype=np.int64))))
     tokens = np.random.default_rng(seed).integers(1, vocab_size, offsets[-1], dtype=np.int32)
     tokens[offsets[:-1] + sizes[:, 0]] = 0
+    longest = int(sizes[:, 1].argmax())
+    start = offsets[longest] + sizes[longest, 0]
+    tokens[start : start + len(planted)] = planted
     count = len(sizes)
     return PairStore(
         tokens=tokens,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 WORDS = "amber birch cedar delta ember fjord grove heron indigo jasper kelp lotus maple north ochre pine quartz reed".split()
 CHAT_TEMPLATE = (
@@ -46,8 +47,13 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def make_checkpoint(folder: Path, **overrides: Any) -> Path:
-    """A random Llama with its tokenizer, saved as a Hugging Face checkpoint."""
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def make_checkpoint(
+    folder: Path, architecture: str = "Llama", dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
+    """A random model with its tokenizer, saved as a Hugging Face checkpoint."""
     tokenizer = make_tokenizer()
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -61,8 +67,9 @@ def make_checkpoint(folder: Path, **overrides: Any) -> Path:
         "eos_token_id": 1,
         "tie_word_embeddings": False,
     }
-    model = randomize(LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})))
-    model.save_pretrained(folder)
+    config = getattr(transformers, f"{architecture}Config")(**{**settings, **overrides})
+    model = randomize(getattr(transformers, f"{architecture}ForCausalLM")(config))
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

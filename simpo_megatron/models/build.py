@@ -22,25 +22,28 @@ from torch import Tensor
 from simpo_megatron.compat import have_fused_weight_gradient
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.limits import check_layout
 from simpo_megatron.models.place import place_parameters
 from simpo_megatron.models.rope import Rope
-from simpo_megatron.models.spec import layer_spec
+from simpo_megatron.models.spec import layer_spec, use_transformer_engine
 
 
-def transformer_config(hf: HFModel, *, bf16: bool, **parallel: Any) -> TransformerConfig:
+def transformer_config(
+    hf: HFModel, *, bf16: bool, transformer_impl: str = "auto", **parallel: Any
+) -> TransformerConfig:
     """Megatron's config of a model and its layout.
 
     Args:
         hf: the checkpoint.
         bf16: parameters and activations in bfloat16, else float32.
+        transformer_impl: "auto" (Transformer Engine where it is installed), "local" or "transformer_engine".
         **parallel: fields of TransformerConfig: parallel sizes, recomputation, communication; they win.
 
     Raises:
         UserError: the layout does not divide the model, or Megatron refuses it.
     """
     model = hf.family.transformer_kwargs(hf.config)
-    _check_tensor_parallel(model, parallel)
-    _check_pipeline(model["num_layers"], parallel)
+    check_layout(model, parallel)
     dtype = torch.bfloat16 if bf16 else torch.float32
     on_gpu = torch.empty(0, device=torch.cuda.current_device()).is_cuda
     fields: dict[str, Any] = {
@@ -59,6 +62,8 @@ def transformer_config(hf: HFModel, *, bf16: bool, **parallel: Any) -> Transform
         "masked_softmax_fusion": False,  # of an attention that is not used here
         "persist_layer_norm": False,
         "moe_token_dispatcher_type": "alltoall",  # Megatron asks for it with variable_seq_lengths, experts or not
+        "moe_router_dtype": "fp32",  # which experts are chosen turns on small differences
+        "moe_grouped_gemm": "num_moe_experts" in model and use_transformer_engine(transformer_impl),
         "cuda_graph_scope": [],  # the default is deprecated, and says so
         "gradient_accumulation_fusion": on_gpu and have_fused_weight_gradient(),
     }
@@ -87,7 +92,7 @@ def build_model(
         One model for every virtual pipeline stage of this rank; one where there are none.
 
     Raises:
-        UserError: Transformer Engine is asked for and not installed, or context parallelism without it.
+        UserError: Transformer Engine is asked for and not installed.
     """
     virtual = config.virtual_pipeline_model_parallel_size
     models = []
@@ -153,44 +158,3 @@ def _mark_tensor_parallel(model: GPTModel, hf: HFModel) -> None:
         if place.weight.tp_dim is not None and not hasattr(place.parameter, "tensor_model_parallel"):
             stride = 2 if place.weight.layout == "gate_up" else 1
             set_tensor_model_parallel_attributes(place.parameter, True, place.weight.tp_dim, stride)
-
-
-def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
-    tp = parallel.get("tensor_model_parallel_size", 1)
-    sizes = {key: model[key] for key in ("num_query_groups", "num_attention_heads", "ffn_hidden_size")}
-    for key, size in sizes.items():
-        if size % tp:
-            common = math.gcd(*sizes.values())
-            divisors = [str(n) for n in range(1, common + 1) if common % n == 0]
-            listed = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
-            raise UserError(f"--tensor-model-parallel-size {tp} does not divide {key} {size}; use {listed}")
-    if parallel.get("sequence_parallel") and tp == 1:
-        raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; drop it, or split the tensors")
-
-
-def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
-    pp = parallel.get("pipeline_model_parallel_size", 1)
-    virtual = parallel.get("virtual_pipeline_model_parallel_size")
-    if virtual and pp == 1:
-        raise UserError("virtual pipeline stages need --pipeline-model-parallel-size above 1; drop them, or add stages")
-    if (
-        virtual
-        and pp == 2
-        and not (parallel.get("overlap_p2p_comm", True) and not parallel.get("batch_p2p_comm", False))
-    ):
-        raise UserError(
-            "virtual pipeline stages on 2 pipeline ranks need overlap_p2p_comm and no batch_p2p_comm: Megatron would "
-            "swap the tensors of the two directions; leave both unset"
-        )
-    if parallel.get("pipeline_model_parallel_layout") is not None:
-        return  # Megatron checks it
-    edges = [parallel.get(f"num_layers_in_{edge}_pipeline_stage") for edge in ("first", "last")]
-    given = [n for n in edges if n is not None]
-    layers, stages = num_layers - sum(given), pp - len(given)
-    chunks = stages * (virtual or 1)
-    if layers < 0 or stages < 0 or (layers % chunks if chunks else layers):
-        of = f"{stages} pipeline stages" + (f" of {virtual} virtual stages each" if virtual else "")
-        raise UserError(
-            f"{layers} of the model's {num_layers} layers do not divide into {of}; change "
-            "--pipeline-model-parallel-size, or give the first and the last stage another number of layers"
-        )

@@ -1,7 +1,8 @@
 """The parameters of all ranks as a Hugging Face checkpoint: the way back of load.py.
 
-Every pipeline stage writes files of its own, so no rank ever holds more than one file (5 GiB) of whole tensors. All is
-written into a directory next to the target, which takes the target's name only when every file is there.
+One rank of every tensor-parallel group writes files of its own, and so does one of every group of ranks that share experts: no
+rank ever holds more than one file (5 GiB) of whole tensors. All is written into a directory next to the target, which takes
+the target's name only when every file is there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from simpo_megatron.models.hf import INDEX, MAX_FILE_BYTES, HFModel, copied_file
 from simpo_megatron.models.layout import from_megatron
 from simpo_megatron.models.place import Placed, place_parameters
 
-# One file of a stage: its tensors by name, with their bytes.
+# One file: its tensors by name, with their bytes.
 File = dict[str, int]
 
 
@@ -40,8 +40,8 @@ def export_hf(
 ) -> None:
     """Writes the models as a checkpoint transformers reads, in the dtype of the parameters. Every rank calls it.
 
-    Collectives: over all ranks two broadcasts and one gather of small objects; over a pipeline one gather of names; over
-    the tensor-parallel groups of data-parallel rank 0 one gather for every parameter that is split.
+    Collectives: over all ranks two broadcasts and two gathers of small objects; over one group of tensor-parallel ranks (for
+    experts, of expert-tensor-parallel ranks) among the replicas one gather for every parameter that is split.
 
     Args:
         models: this rank's, wrapped by DDP or Float16Module or not.
@@ -57,22 +57,24 @@ def export_hf(
     partial = directory.with_name(f".{directory.name}.partial")
     _on_first_rank(lambda: _prepare(directory, partial))
     placed = [place for model in models for place in place_parameters(model, hf) if not _is_tied_copy(place, hf)]
-    stages: list[list[File]] = [[] for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
-    dist.all_gather_object(
-        stages, plan_files(placed, max_file_bytes), group=parallel_state.get_pipeline_model_parallel_group()
-    )
-    names = file_names(sum(map(len, stages)))
-    first = sum(map(len, stages[: parallel_state.get_pipeline_model_parallel_rank()]))
+    placed = [place for place in placed if _first_replica(place)]
+    # Experts and the rest are gathered over different groups, so that a rank may write one of them and not the other.
+    halves = [[place for place in placed if bool(place.weight.experts) == experts] for experts in (False, True)]
+    written = [plan_files(half, max_file_bytes) if half and half[0].group.rank() == 0 else [] for half in halves]
+    ranks: list[list[File]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(ranks, [*written[0], *written[1]])
+    names = file_names(sum(map(len, ranks)))
 
-    error = None
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        files = stages[parallel_state.get_pipeline_model_parallel_rank()]
+    errors, first = [], sum(map(len, ranks[: dist.get_rank()]))
+    for half, files in zip(halves, written, strict=True):
         paths = [partial / name for name in names[first : first + len(files)]]
-        places = track(placed, "exporting weights") if progress else placed
-        error = _write_files(_gathered(places), files, paths)
+        first += len(files)
+        places = track(half, "exporting weights") if progress and half else half
+        errors.append(_write_files(_gathered(places), files, paths))
+    error = next(filter(None, errors), None)
     _raise_first_error(error, partial)
     try:
-        _on_first_rank(lambda: _finish(hf, partial, directory, dict(zip(names, chain(*stages), strict=True))))
+        _on_first_rank(lambda: _finish(hf, partial, directory, dict(zip(names, chain(*ranks), strict=True))))
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -89,7 +91,7 @@ def check_target(directory: Path) -> None:
 
 
 def plan_files(placed: Sequence[Placed], max_bytes: int) -> list[File]:
-    """Cuts the tensors of a stage, in their order, into files of at most `max_bytes`."""
+    """Cuts the tensors of these parameters, in their order, into files of at most `max_bytes`."""
     files: list[File] = [{}]
     for place in placed:
         for name, shape in zip(place.hf, place.weight.shapes, strict=True):
@@ -105,14 +107,21 @@ def _is_tied_copy(place: Placed, hf: HFModel) -> bool:
     return hf.tied and place.name == OUTPUT
 
 
-def _gathered(placed: Iterable[Placed]) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of this stage, whole and on the CPU, on tensor-parallel rank 0; nothing on the others.
+def _first_replica(place: Placed) -> bool:
+    """Whether this rank's group is the one among the data-parallel replicas that exports the parameter."""
+    if place.weight.experts:
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
-    Collectives: one gather over the tensor-parallel group for every parameter that is split.
+
+def _gathered(placed: Iterable[Placed]) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of these parameters, whole and on the CPU, on the first rank of their groups; nothing on the
+    others.
+
+    Collectives: one gather over `Placed.group` for every parameter that is split.
     """
-    group: Any = parallel_state.get_tensor_model_parallel_group()
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     for place in placed:
+        group, rank, ranks = place.group, place.group.rank(), place.group.size()
         weight, parameter = place.weight, place.parameter.detach().contiguous()
         shards = [parameter]
         if weight.tp_dim is not None and ranks > 1:

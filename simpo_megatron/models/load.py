@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from rich.progress import track
 from safetensors import safe_open
 
@@ -44,7 +43,7 @@ def load_hf_weights(models: Sequence[torch.nn.Module], hf: HFModel, progress: bo
 def _fill(place: Placed, slices: dict[str, Any]) -> None:
     """Reads a rank's slices of the parts and copies them into its parameter."""
     weight, parameter, dim = place.weight, place.parameter, place.weight.tp_dim
-    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    rank, ranks = place.group.rank(), place.group.size()
     parts = []
     for name, shape in zip(place.hf, weight.shapes, strict=True):
         index = [slice(None)] * len(shape)

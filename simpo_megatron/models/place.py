@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,20 +14,30 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from simpo_megatron.models.family import EMBEDDING, OUTPUT, Weight, canonical_name
 from simpo_megatron.models.hf import HFModel
 
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter of this rank, its row of the table, and its global layer (None outside the layers)."""
+    """A parameter of this rank, its row of the table, and its global layer and expert (None where it has none)."""
 
     name: str
     parameter: torch.nn.Parameter
     weight: Weight
     layer: int | None
+    expert: int | None
 
     @property
     def hf(self) -> tuple[str, ...]:
         """The names of its parts in the checkpoint."""
-        return tuple(name.format(layer=self.layer) for name in self.weight.hf)
+        return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.weight.hf)
+
+    @property
+    def group(self) -> Any:
+        """The tensor-parallel ranks among which it is split: those of the experts for an expert's weight."""
+        if self.weight.experts:
+            return parallel_state.get_expert_tensor_parallel_group()
+        return parallel_state.get_tensor_model_parallel_group()
 
 
 def place_parameters(model: torch.nn.Module, hf: HFModel) -> Iterator[Placed]:
@@ -42,20 +53,35 @@ def place_parameters(model: torch.nn.Module, hf: HFModel) -> Iterator[Placed]:
         table[OUTPUT] = table[EMBEDDING]
     decoder: Any = gpt.decoder
     layers = [layer.layer_number - 1 for layer in decoder.layers]
-    missing = {(name, layer) for name in table if table[name].per_layer for layer in layers}
+    missing = {
+        (name, layer, expert)
+        for name, weight in table.items()
+        if weight.per_layer
+        for layer in layers
+        for expert in (_local_experts(weight) if weight.experts else (None,))
+    }
     for name, parameter in gpt.named_parameters():
-        key, layer = canonical_name(name), None
+        key, layer, expert = canonical_name(name), None, None
         if key.startswith("decoder.layers."):
             _, _, index, tail = key.split(".", 3)
             key, layer = f"decoder.layers.{{layer}}.{tail}", layers[int(index)]
-            missing.discard((key, layer))
+        if found := _EXPERT.search(key):
+            key = key.replace(found[0], ".local_experts.{expert}.")
+            expert = _local_experts(table[key])[int(found[1])] if key in table else None
+        missing.discard((key, layer, expert))
         if key not in table:
             raise ValueError(f"the weight table of {hf.family.name} has no row for the parameter {name}")
-        place = Placed(name, parameter, table[key], layer)
+        place = Placed(name, parameter, table[key], layer, expert)
         _check_shape(place)
         yield place
     if missing:
-        raise ValueError(f"the model has no parameter for {sorted(missing)}; was it built from {hf.path}?")
+        raise ValueError(f"the model has no parameter for {sorted(missing, key=str)}; was it built from {hf.path}?")
+
+
+def _local_experts(weight: Weight) -> range:
+    """The global indices of the experts this rank holds: expert parallelism cuts them into equal runs."""
+    share = weight.experts // parallel_state.get_expert_model_parallel_world_size()
+    return range(share * parallel_state.get_expert_model_parallel_rank(), weight.experts)[:share]
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
@@ -72,7 +98,7 @@ def _check_shape(place: Placed) -> None:
     if weight.layout != "copy":
         whole[0] = sum(shape[0] for shape in weight.shapes)
     if weight.tp_dim is not None:
-        whole[weight.tp_dim] //= parallel_state.get_tensor_model_parallel_world_size()
+        whole[weight.tp_dim] //= place.group.size()
     found = list(place.parameter.shape)
     if found != whole and not (weight.is_vocabulary and found[0] >= whole[0] and found[1:] == whole[1:]):
         raise ValueError(f"{place.name} has shape {found} on this rank, but config.json gives {whole}")

@@ -153,9 +153,12 @@ def _args(engine: Engine, progress: Progress) -> Namespace:
         "add_qkv_bias",
         "qk_layernorm",
     ]
+    if transformer.num_moe_experts is not None:
+        names += ["moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "moe_grouped_gemm"]
     return Namespace(
         **flat(engine.config),
         **{name: getattr(transformer, name) for name in names},
+        num_experts=transformer.num_moe_experts,
         group_query_attention=transformer.num_query_groups != transformer.num_attention_heads,
         norm_epsilon=transformer.layernorm_epsilon,
         swiglu=True,

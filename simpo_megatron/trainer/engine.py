@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from simpo_megatron.batch import BatchCounts, PreferenceBatch, pack_pairs
 from simpo_megatron.config import Config
+from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.data import PairStore, plan_batch
 from simpo_megatron.errors import UserError
 from simpo_megatron.metrics import reduce_metrics
@@ -137,11 +139,12 @@ class Engine:
 
     def plan(self, store: PairStore, pairs: Any) -> GlobalBatch:
         """Packs the pairs of a global batch into rows and picks this data-parallel rank's."""
-        members = self.config.loss.members
-        lengths = store.pair_tokens[pairs] if members == 2 else (store.prompt_length + store.chosen_length)[pairs]
+        responses = (store.chosen_length, store.rejected_length)[: self.config.loss.members]
+        lengths = [(store.prompt_length + response)[pairs].astype(np.int64) for response in responses]
+        multiple = sequence_multiple(self.config.parallel.context_parallel_size)
         interleaved = len(self.chunks) > 1
         plan = plan_batch(
-            lengths,
+            np.sum([round_up(length, multiple) for length in lengths], axis=0),
             self.config.data.seq_length,
             parallel_state.get_data_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
@@ -151,7 +154,7 @@ class Engine:
             store=store,
             rows=[[int(pairs[i]) for i in row] for row in mine],
             counts=BatchCounts(len(pairs), int(store.chosen_length[pairs].sum())),
-            tokens=int(lengths.sum()),
+            tokens=int(np.sum(lengths)),
         )
 
     def _microbatches(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
@@ -164,12 +167,14 @@ class Engine:
                 members=self.config.loss.members,
                 row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
                 row_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+                context_parallel_size=parallel_state.get_context_parallel_world_size(),
+                context_parallel_rank=parallel_state.get_context_parallel_rank(),
                 device=torch.device(torch.cuda.current_device()),
             )
 
-    def _run(self, batch: GlobalBatch, forward_only: bool) -> dict[str, float]:
+    def _run(self, batch: GlobalBatch, forward_only: bool, on_sums: Any = None) -> dict[str, float]:
         vectors: list[Tensor] = self.run_schedule(
-            forward_step_func=PreferenceStep(self.config.loss, self.vocab_size, len(batch.rows)),
+            forward_step_func=PreferenceStep(self.config.loss, self.vocab_size, len(batch.rows), on_sums),
             data_iterator=[self._microbatches(batch) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batch.rows),
@@ -179,17 +184,26 @@ class Engine:
         )
         return reduce_metrics(vectors, self.config.loss.members)
 
+    def compute_gradients(self, batch: GlobalBatch, on_sums: Any = None) -> dict[str, float]:
+        """Fills the gradient buffers with the gradient of the batch alone and returns its metrics.
+
+        Args:
+            batch: from `plan`.
+            on_sums: see `PreferenceStep`.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batch, forward_only=False, on_sums=on_sums)
+
     def train_step(self, batch: GlobalBatch) -> dict[str, float]:
         """One optimizer step: metrics of the batch before it, with `grad_norm` (before clipping) and `learning_rate`.
 
         Raises:
             UserError: loss or gradient norm is not finite; the weights are as they were.
         """
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        metrics = self._run(batch, forward_only=False)
+        metrics = self.compute_gradients(batch)
         if not math.isfinite(metrics["loss"]):
             raise UserError(f"the loss is {metrics['loss']}; no weight was changed. Lower --lr or look at the data")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]

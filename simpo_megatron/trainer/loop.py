@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from transformers import AutoTokenizer
 
@@ -47,12 +48,17 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
     return transformer_config(
         hf,
         bf16=config.train.bf16,
+        transformer_impl=config.model.transformer_impl,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        moe_aux_loss_coeff=config.loss.moe_aux_loss_coeff,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
@@ -200,10 +206,15 @@ class Run:
 
     def _opening(self) -> list[str]:
         loss, parallel = self.config.loss, self.config.parallel
-        layout = (
-            f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data "
-            f"{dist.get_world_size() // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)}"
-        )
+        sizes = {
+            "tensor": parallel.tensor_model_parallel_size,
+            "context": parallel.context_parallel_size,
+            "pipeline": parallel.pipeline_model_parallel_size,
+            "data": parallel_state.get_data_parallel_world_size(),
+        }
+        layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        if parallel.expert_model_parallel_size > 1:
+            layout += f", experts over {parallel.expert_model_parallel_size}"
         precision = "bf16" if self.config.train.bf16 else "fp32"
         lines = [
             f"{self.hf.family.name} model, {precision}, {layout} on {torch.device(torch.cuda.current_device()).type}"

@@ -31,7 +31,7 @@ def packed_reference(model: Any) -> Tensor:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()  # an expert may get no token
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -74,7 +74,7 @@ SELECTIVE = {"recompute_granularity": "selective"}
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3")),
+        *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain")),
         *((name, layout) for name in ("mistral", "qwen3") for layout in (FULL, SELECTIVE)),
         *((name, layout) for name in ("qwen2", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
     ],
@@ -86,7 +86,7 @@ def test_gradients_equal_transformers(name: str, layout: dict[str, Any], pool: A
     (packed_reference(model) * weights).sum().backward()
     results = pool.run(world(layout), tiny.gradients, tmp_path, IDS, LENGTHS, weights, layout)
     found = {name: gradient for result in results for name, gradient in result.items()}
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = tiny.on_disk(model, {name: parameter.grad for name, parameter in model.named_parameters()})
     assert found.keys() == expected.keys()
     for parameter in expected:
         # Megatron's schedule divides the loss by the microbatches, of which there are two alike.

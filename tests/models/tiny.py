@@ -32,6 +32,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
 # name: class prefix in transformers, and what its config sets besides the sizes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -44,6 +45,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe_plain": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
 }
 
 
@@ -67,6 +71,13 @@ def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: 
     return type(model).from_pretrained(path).eval()  # `to` has rounded the rotary frequencies of the other one
 
 
+def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of a checkpoint: transformers fuses the experts of a layer once they are loaded."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
+
+
 def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, list[Any]]:
     """On a rank: model-parallel groups, then the checkpoint at `path`, built and loaded for `layout`."""
     from megatron.core import parallel_state, tensor_parallel
@@ -78,6 +89,8 @@ def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, l
         layout.get("tensor_model_parallel_size", 1),
         layout.get("pipeline_model_parallel_size", 1),
         layout.get("virtual_pipeline_model_parallel_size"),
+        expert_model_parallel_size=layout.get("expert_model_parallel_size", 1),
+        expert_tensor_parallel_size=layout.get("expert_tensor_parallel_size"),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     hf = read_hf_checkpoint(path)
@@ -165,18 +178,15 @@ def gradients(
     Parameters that see other tokens or heads on every rank are summed over the ranks by the rule of Megatron's
     `finalize_model_grads`: by their `sequence_parallel` attribute, and query and key norms by name.
     """
-    from megatron.core import parallel_state
 
     from simpo_megatron.models.layout import from_megatron
     from simpo_megatron.models.place import place_parameters
 
     hf, config, models = build(path, **layout)
     run_schedule(config, models, ids, lengths, weights)
-    group = parallel_state.get_tensor_model_parallel_group()
-    ranks = dist.get_world_size(group)
     found = {}
     for place in (place for model in models for place in place_parameters(model, hf)):
-        gradient = place.parameter.grad
+        gradient, group, ranks = place.parameter.grad, place.group, place.group.size()
         assert gradient is not None, place.name
         shards = [torch.empty_like(gradient) for _ in range(ranks)]
         dist.all_gather(shards, gradient, group=group)

@@ -38,7 +38,8 @@ def flags(checkpoint: Path, data: Path, **settings: Any) -> list[str]:
     argv = []
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
-        argv += [flag] if value is True else [flag, str(value)]
+        if value is not False:
+            argv += [flag] if value is True else [flag, str(value)]
     return argv
 
 

@@ -1,0 +1,155 @@
+"""Causal attention within each sequence of a packed row, on plain torch, also under context parallelism.
+
+It stands in for Megatron's `DotProductAttention`, which refuses packed sequences and context parallelism. Under context
+parallelism every rank gathers all keys and values of the row and attends with the queries of its zig-zag slices
+(`context_parallel.py`): one all-gather in the forward pass, one reduce-scatter in the backward pass of every layer.
+
+Shapes: T tokens of this rank, n of one sequence, S positions and B sequences where nothing is packed, H query heads and G key
+heads of this rank, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from simpo_megatron.context_parallel import chunks, positions
+from simpo_megatron.errors import UserError
+
+_BLOCK = 1024  # queries under one explicit mask
+
+
+class PackedAttention(torch.nn.Module):
+    """The signature of Megatron's DotProductAttention.
+
+    One call of torch's scaled dot-product attention a sequence: the cost grows with the sequences, not with the row. The
+    attention mask is ignored, as Transformer Engine ignores it for causal attention.
+
+    Raises (when built):
+        UserError: attention dropout, which this attention does not have.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
+    ) -> None:
+        super().__init__()
+        if config.attention_dropout:
+            raise UserError(f"attention_dropout {config.attention_dropout} needs Transformer Engine; set it to 0")
+        self.scale = softmax_scale
+        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.cp_group: Any = None
+        if config.context_parallel_size > 1:
+            self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            query: [T, H, D] packed, [S, B, H, D] otherwise, any float dtype; key and value with G heads.
+            packed_seq_params: where the sequences of the whole row start; padded offsets win, as they do for the rotary
+                embedding.
+
+        Returns:
+            [T, H * D] packed, [S, B, H * D] otherwise, in the dtype of query.
+
+        Raises:
+            ValueError: the offsets do not fit the row, or context parallelism without a packed row.
+        """
+        size, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
+        if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
+            if size > 1:
+                raise ValueError("context parallelism needs a packed row: pass packed_seq_params of the format thd")
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            out_BHSD = self._attend(q, k, v, 0)
+            return out_BHSD.permute(2, 0, 1, 3).flatten(2)
+        offsets, order = _row_layout(packed_seq_params, size)
+        if offsets[-1] != size * query.shape[0]:
+            raise ValueError(f"cu_seqlens end at {offsets[-1]}, but the pack has {size * query.shape[0]} tokens")
+        if size > 1:
+            gathered: Any = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
+            key, value = gathered.index_select(0, order.to(gathered.device)).unbind(1)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, tokens, D]
+        outs = [
+            self._attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], at).transpose(1, 2)
+            for queries, keys, at in _pieces(offsets, size, rank)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return out.squeeze(0).flatten(1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, at: int) -> Tensor:
+        """Causal attention of the n queries at positions `at` .. on the at + n keys before them: [B, H, n, D]."""
+        n, window = q.shape[2], self.window
+        gqa = q.shape[1] != k.shape[1]
+        if at == 0 and (window is None or n <= window):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=gqa)
+        # Block by block: no mask of all queries and keys, and under a window time linear in n.
+        blocks, step = [], window or _BLOCK
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            first = max(0, at + start - window + 1) if window else 0
+            of_query = torch.arange(at + start, at + stop, device=q.device)
+            distance = of_query[:, None] - torch.arange(first, at + stop, device=q.device)
+            mask = (distance >= 0) & (distance < window) if window else distance >= 0
+            blocks.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, start:stop],
+                    k[:, :, first : at + stop],
+                    v[:, :, first : at + stop],
+                    attn_mask=mask,
+                    scale=self.scale,
+                    enable_gqa=gqa,
+                )
+            )
+        return torch.cat(blocks, dim=2)
+
+
+def _pieces(offsets: list[int], size: int, rank: int) -> Iterator[tuple[slice, slice, int]]:
+    """What a rank attends with: its queries, in its own order, the keys they see in the row, the first one's position."""
+    done = 0
+    for start, stop in pairwise(offsets):
+        if stop == start:
+            continue
+        for piece in chunks(start, stop, size, rank) if size > 1 else (slice(start, stop),):
+            length = piece.stop - piece.start
+            yield slice(done, done + length), slice(start, piece.stop), piece.start - start
+            done += length
+
+
+_rows = WeakTensorKeyDictionary()
+
+
+def _row_layout(packed: PackedSeqParams, size: int) -> tuple[list[int], Tensor]:
+    """The offsets on the host, and where each token of the row stands once the slices of all ranks are gathered.
+
+    Copied once for all layers of a microbatch: on a GPU each copy is a wait.
+    """
+    cu_seqlens = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+    version, *layout = _rows.get(cu_seqlens) or (None,)
+    if version != (cu_seqlens._version, size):
+        offsets = cu_seqlens.tolist()
+        if size > 1 and any((stop - start) % (2 * size) for start, stop in pairwise(offsets)):
+            raise ValueError(f"every sequence must be a multiple of {2 * size} tokens, but cu_seqlens are {offsets}")
+        gathered = np.concatenate([positions(offsets, size, rank) for rank in range(size)]) if size > 1 else np.zeros(0)
+        layout = [offsets, torch.from_numpy(np.argsort(gathered)).to(cu_seqlens.device)]
+        _rows[cu_seqlens] = ((cu_seqlens._version, size), *layout)
+    return layout[0], layout[1]

@@ -1,0 +1,111 @@
+"""Layouts that a model cannot have, each refused with the nearest values that it can.
+
+Some of them Megatron would refuse in its own words, some it would train on with wrong numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from simpo_megatron.errors import UserError
+
+
+def one_of(values: Iterable[int]) -> str:
+    """A list for people.
+
+    >>> one_of([1, 2, 4])
+    '1, 2 or 4'
+    """
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    """Checks a layout against a model.
+
+    Args:
+        model: the arguments of TransformerConfig that describe the architecture (`Family.transformer_kwargs`).
+        parallel: those that describe the layout; absent is Megatron's default.
+
+    Raises:
+        UserError: the layout does not divide the model, or Megatron would train it wrongly.
+    """
+    _check_tensor_parallel(model, parallel)
+    _check_experts(model, parallel)
+    _check_pipeline(model["num_layers"], parallel)
+
+
+def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    tp = parallel.get("tensor_model_parallel_size", 1)
+    keys = ["num_query_groups", "num_attention_heads"]
+    sizes = {key: model[key] for key in (keys if "num_moe_experts" in model else [*keys, "ffn_hidden_size"])}
+    for key, size in sizes.items():
+        if size % tp:
+            listed = one_of(divisors(math.gcd(*sizes.values())))
+            raise UserError(f"--tensor-model-parallel-size {tp} does not divide {key} {size}; use {listed}")
+    if parallel.get("sequence_parallel") and tp == 1:
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; drop it, or split the tensors")
+
+
+def _check_experts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    experts, ep = model.get("num_moe_experts"), parallel.get("expert_model_parallel_size", 1)
+    tp = parallel.get("tensor_model_parallel_size", 1)
+    etp = parallel.get("expert_tensor_parallel_size")
+    if experts is None:
+        for name, size in (("--expert-model-parallel-size", ep), ("--expert-tensor-parallel-size", etp or 1)):
+            if size > 1:
+                raise UserError(f"{name} {size} needs a model with experts; this one is dense, drop the flag")
+        return
+    if experts % ep:
+        raise UserError(
+            f"--expert-model-parallel-size {ep} does not divide the {experts} experts of a layer; use "
+            f"{one_of(divisors(experts))}"
+        )
+    ffn = model["moe_ffn_hidden_size"]
+    if ffn % (etp or tp):
+        name = "--expert-tensor-parallel-size" if etp else "--tensor-model-parallel-size, which splits experts too,"
+        raise UserError(
+            f"{name} {etp or tp} does not divide moe_ffn_hidden_size {ffn}; give --expert-tensor-parallel-size "
+            f"{one_of(n for n in divisors(ffn) if n <= max(tp, etp or 1))}"
+        )
+    if tp > 1 and not parallel.get("sequence_parallel"):
+        raise UserError(
+            f"--tensor-model-parallel-size {tp} of a model with experts needs --sequence-parallel: without it Megatron "
+            "does not train experts; add it"
+        )
+
+
+def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
+    pp = parallel.get("pipeline_model_parallel_size", 1)
+    virtual = parallel.get("virtual_pipeline_model_parallel_size")
+    if virtual and pp == 1:
+        raise UserError("virtual pipeline stages need --pipeline-model-parallel-size above 1; drop them, or add stages")
+    if (
+        virtual
+        and pp == 2
+        and not (parallel.get("overlap_p2p_comm", True) and not parallel.get("batch_p2p_comm", False))
+    ):
+        raise UserError(
+            "virtual pipeline stages on 2 pipeline ranks need overlap_p2p_comm and no batch_p2p_comm: Megatron would "
+            "swap the tensors of the two directions; leave both unset"
+        )
+    if parallel.get("pipeline_model_parallel_layout") is not None:
+        return  # Megatron checks it
+    edges = [parallel.get(f"num_layers_in_{edge}_pipeline_stage") for edge in ("first", "last")]
+    given = [n for n in edges if n is not None]
+    layers, stages = num_layers - sum(given), pp - len(given)
+    chunks = stages * (virtual or 1)
+    if layers < 0 or stages < 0 or (layers % chunks if chunks else layers) or (chunks and not layers):
+        of = f"{stages} pipeline stages" + (f" of {virtual} virtual stages each" if virtual else "")
+        counts = [len(given) + n // (virtual or 1) for n in divisors(max(layers, 1)) if n % (virtual or 1) == 0]
+        raise UserError(
+            f"{layers} of the model's {num_layers} layers do not divide into {of}; use --pipeline-model-parallel-size "
+            f"{one_of(counts or [1])}, or give the first and the last stage another number of layers"
+        )

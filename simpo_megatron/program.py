@@ -1,0 +1,24 @@
+"""How a distributed program ends: exit code 0, or 2 and one sentence for a mistake that the user can mend."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from simpo_megatron.errors import UserError
+
+
+def exit_code(program: str, action: Callable[[], int | None]) -> int:
+    """Runs `action`; returns what it returns (0 for None), or 2 after printing its UserError once a node."""
+    try:
+        return action() or 0
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) != 0:
+            # Every rank meets the same error. torchrun stops all ranks when one exits, so the others leave rank 0 the
+            # time to say it. What only another node met (a folder it does not share), its first rank says after that.
+            time.sleep(20)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        return 2

@@ -1,0 +1,56 @@
+"""What a group of settings is made of: fields with help texts, closed choices, and checks that end in a sentence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from simpo_megatron.errors import UserError
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with the text `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, alone or with None; nothing for other types."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(value for part in get_args(annotation) for value in choices(part))
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises UserError with the sentence where the condition does not hold."""
+    if not condition:
+        raise UserError(sentence)
+
+
+class Group:
+    """Checks that numbers are finite and choices known; a group with more to check extends `__post_init__`."""
+
+    def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(type(self)).items():
+            value, allowed = getattr(self, name), choices(annotation)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag(name)} {value} must be a finite number")
+            if allowed and value is not None and value not in allowed:
+                raise UserError(f"{flag(name)} {value} is not known; use {' or '.join(allowed)}")
+
+    def positive(self, *names: str) -> None:
+        """Requires numbers above 0; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{flag(name)} {value} must be greater than 0")
+
+    def fraction(self, *names: str) -> None:
+        """Requires numbers from 0 up to, but not, 1."""
+        for name in names:
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{flag(name)} {value} must be at least 0 and less than 1")

@@ -1,0 +1,170 @@
+"""Sums of log-probs and gradients of a Hugging Face checkpoint, by transformers on one device, one layer at a time.
+
+Every sequence runs alone, unpadded. Layers are transformers' own: each becomes a model of one layer, loaded when it is needed,
+so that one layer, the embedding or the output layer, and the hidden states between layers are all that is held. The backward
+pass runs every layer again, last to first, from the hidden states it was given.
+
+Shapes: n tokens of a sequence, H hidden size, V vocabulary, P pairs, M members of a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from simpo_megatron.data import PairStore
+from simpo_megatron.models.hf import HFModel
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+class Reference:
+    """One batch through a checkpoint.
+
+    Args:
+        hf: the checkpoint.
+        dtype: of weights and activations; log-softmax and sums are float32 at least.
+        device: where layers run; hidden states stay on the CPU.
+    """
+
+    def __init__(self, hf: HFModel, dtype: torch.dtype, device: torch.device | str) -> None:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.hf, self.dtype, self.device = hf, dtype, torch.device(device)
+        self.config = transformers.AutoConfig.from_pretrained(hf.path, local_files_only=True)
+        with torch.device("meta"):
+            self.model_class: Any = type(transformers.AutoModelForCausalLM.from_config(self._one_layer_config()))
+        self.sequences: list[tuple[Tensor, int]] = []  # ids and where the response starts
+        self.hidden: list[
+            list[Tensor]
+        ] = []  # by layer, by sequence [1, n, H]: what went into it; then what came out last
+
+    def forward(self, store: PairStore, pairs: list[int], members: int) -> Tensor:
+        """Summed log-probs of the responses: [P, M] float64, chosen first."""
+        self.sequences = [
+            (torch.tensor([*prompt.tolist(), *response.tolist()]), len(prompt))
+            for prompt, *responses in map(store.pair, pairs)
+            for response in responses[:members]
+        ]
+        with torch.no_grad():
+            embedding = self._tensor(EMBEDDING)
+            self.hidden = [[F.embedding(ids.to(self.device), embedding)[None].cpu() for ids, _ in self.sequences]]
+            del embedding
+            for layer in range(self.hf.num_layers):
+                model = self._layer(layer)
+                self.hidden.append([self._run(model, hidden).cpu() for hidden in self.hidden[-1]])
+            norm, head = self._norm(), self._tensor(self._head_name)
+            sums = [self._sum(norm, head, i, hidden) for i, hidden in enumerate(self.hidden[-1])]
+        return torch.stack(sums).view(-1, members).double().cpu()
+
+    def gradients(self, of_sums_PM: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The gradient of every tensor of the checkpoint by its name, output layer first; after `forward`.
+
+        Args:
+            of_sums_PM: derivative of the loss by each sum that `forward` returned.
+        """
+        scales = of_sums_PM.flatten().tolist()
+        norm, head = self._norm(), self._tensor(self._head_name).requires_grad_()
+        total = _Total({NORM: norm.weight, HEAD: head})
+        above = []
+        for i, hidden in enumerate(self.hidden.pop()):
+            given = hidden.to(self.device).requires_grad_()
+            (scales[i] * self._sum(norm, head, i, given)).backward()
+            above.append(_gradient(given))
+            total.add()
+        of_head = total.sums.pop(HEAD)
+        yield from total.sums.items()
+        if not self.hf.tied:
+            yield HEAD, of_head
+        for layer in reversed(range(self.hf.num_layers)):
+            yield from self._layer_gradients(layer, above)
+        embedding = of_head if self.hf.tied else torch.zeros_like(of_head)
+        for (ids, _), gradient in zip(self.sequences, above, strict=True):
+            embedding.index_add_(0, ids.to(self.device), gradient[0].float())
+        yield EMBEDDING, embedding
+
+    def _layer_gradients(self, layer: int, above: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Gradients of one layer's tensors; replaces those of its outputs in `above` by those of its inputs."""
+        model = self._layer(layer)
+        total = _Total(dict(model.model.layers[0].named_parameters(prefix="model.layers.0")))
+        for i, hidden in enumerate(self.hidden.pop()):
+            given = hidden.to(self.device).requires_grad_()
+            self._run(model, given).backward(above[i])
+            above[i] = _gradient(given)
+            total.add()
+        for name, gradient in revert_weight_conversion(model, total.sums).items():
+            yield name.replace("layers.0.", f"layers.{layer}.", 1), gradient
+
+    @property
+    def _head_name(self) -> str:
+        return EMBEDDING if self.hf.tied else HEAD
+
+    def _one_layer_config(self) -> Any:
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = 1, 1, False
+        config.pad_token_id = None
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1]  # the families that run have one type
+        return config
+
+    def _tensor(self, name: str) -> Tensor:
+        with safe_open(str(self.hf.tensors[name].file), framework="pt", device="cpu") as file:
+            return file.get_tensor(name).to(self.device, self.dtype)
+
+    def _layer(self, layer: int) -> Any:
+        """A causal model whose one layer is this one, and whose final norm does nothing."""
+        prefix = f"model.layers.{layer}."
+        state = {
+            name.replace(prefix, "model.layers.0.", 1): self._tensor(name)
+            for name in self.hf.tensors
+            if name.startswith(prefix)
+        }
+        model = self.model_class.from_pretrained(
+            None, config=self._one_layer_config(), state_dict=state, dtype=self.dtype
+        )
+        model.model.norm = torch.nn.Identity()
+        return model.to(self.device).eval()  # no dropout: training has none
+
+    def _norm(self) -> Any:
+        """The final norm, as transformers computes it."""
+        state = {NORM: self._tensor(NORM)}
+        model = self.model_class.from_pretrained(
+            None, config=self._one_layer_config(), state_dict=state, dtype=self.dtype
+        )
+        return model.model.norm.to(self.device)
+
+    def _run(self, model: Any, hidden: Tensor) -> Tensor:
+        return model.model(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state
+
+    def _sum(self, norm: Any, head: Tensor, i: int, hidden: Tensor) -> Tensor:
+        """Summed log-probs of the response of sequence i from its last hidden states [1, n, H]."""
+        ids, start = self.sequences[i]
+        ids = ids.to(self.device)
+        logits = F.linear(norm(hidden.to(self.device))[0, start - 1 : -1], head)
+        return -F.cross_entropy(logits.float(), ids[start:], reduction="sum")
+
+
+class _Total:
+    """Sums gradients in float32 over the sequences, whatever the dtype of the parameters."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+
+    def add(self) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:  # an expert that got no token
+                self.sums[name] += parameter.grad
+                parameter.grad = None
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None, "a backward pass has just reached it"
+    return tensor.grad

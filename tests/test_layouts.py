@@ -1,0 +1,161 @@
+"""The loss of a global batch and the gradient of every parameter, in every layout, against transformers on one process.
+
+fp32 to 1e-5 relative; in bf16 the error may be 1.2 times that of the single process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from simpo_megatron.data import pack_rows
+from tests.steps import CASES, EDGES, SEQ_LENGTH, VOCAB, check_layout, one_thread, oracle, run_cases
+from tests.tiny import EXPERTS, make_checkpoint
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+SP = {**TP2, "sequence_parallel": True}
+SP4 = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+VPP = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
+FIXED = {"no_variable_seq_lengths": True}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective"}
+SHARDED = {"use_distributed_optimizer": True}
+EP2 = {"expert_model_parallel_size": 2}
+WHOLE = {"expert_tensor_parallel_size": 1}  # experts are not split over the tensor-parallel ranks
+
+# The model, the number of processes, the layout. "wide" has 4 key and value heads, for 4 tensor-parallel ranks.
+LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one": ("llama", 1, {}),
+    "one, fixed": ("llama", 1, FIXED),
+    "one, recompute": ("llama", 1, FULL),
+    "one, selective": ("llama", 1, SELECTIVE),
+    "tp2": ("llama", 2, TP2),
+    "tp2 sp": ("llama", 2, SP),
+    "pp2": ("llama", 2, PP2),
+    "pp2, fixed": ("llama", 2, {**PP2, **FIXED}),
+    "pp2, uneven": ("llama", 2, {**PP2, "decoder_first_pipeline_num_layers": 1}),
+    "vpp2": ("llama", 2, VPP),
+    "cp2": ("llama", 2, CP2),
+    "cp2, fixed": ("llama", 2, {**CP2, **FIXED}),
+    "cp2, recompute": ("llama", 2, {**CP2, **FULL}),
+    "cp2, selective": ("llama", 2, {**CP2, **SELECTIVE}),
+    "dp2": ("llama", 2, {}),
+    "dp2, distributed optimizer": ("llama", 2, SHARDED),
+    "dp4": ("llama", 4, {}),  # three rows: one rank has an empty pack and nothing else
+    "pp4": ("llama", 4, {"pipeline_model_parallel_size": 4}),
+    "tp2 pp2": ("llama", 4, {**TP2, **PP2}),
+    "tp2 sp pp2": ("llama", 4, {**SP, **PP2}),
+    "tp2 sp dp2, fixed": ("llama", 4, {**SP, **FIXED}),
+    "tp4 sp": ("wide", 4, SP4),
+    "vpp2 dp2": ("llama", 4, VPP),
+    "cp4": ("llama", 4, {"context_parallel_size": 4}),
+    "cp2 tp2": ("llama", 4, {**CP2, **TP2}),
+    "cp2 tp2 sp, fixed": ("llama", 4, {**CP2, **SP, **FIXED}),
+    "cp2 pp2": ("llama", 4, {**CP2, **PP2}),
+    "cp2 vpp2, fixed": ("llama", 4, {**CP2, **VPP, **FIXED}),
+    "cp2 dp2, distributed optimizer": ("llama", 4, {**CP2, **SHARDED}),
+    "cp2 tp2 sp pp2, recompute": ("llama", 8, {**CP2, **SP, **PP2, **FULL}),
+    "cp2 vpp2 dp2, distributed optimizer": ("llama", 8, {**CP2, **VPP, **SHARDED}),
+    "tp4 sp cp2": ("wide", 8, {**SP4, **CP2}),
+    "tp2 sp pp2 dp2": ("llama", 8, {**SP, **PP2}),
+    "experts, one": ("mixtral", 1, {}),
+    "experts, ep2": ("mixtral", 2, EP2),
+    "experts, tp2 sp": ("mixtral", 2, SP),
+    "experts, tp2 sp ep2 whole": ("mixtral", 2, {**SP, **EP2, **WHOLE}),
+    "experts, cp2 ep2": ("mixtral", 2, {**CP2, **EP2}),
+    "experts, tp2 sp ep2": ("mixtral", 4, {**SP, **EP2}),
+    "experts, ep4": ("mixtral", 4, {"expert_model_parallel_size": 4}),  # one rank has an empty pack and nothing else
+    "experts, ep2 dp4, distributed optimizer": ("mixtral", 4, {**EP2, **SHARDED}),
+    "experts, ep2 vpp2, recompute": ("mixtral", 4, {**EP2, **VPP, **FULL}),
+    "experts, tp2 sp cp2 pp2 ep2 whole": ("mixtral", 8, {**SP, **CP2, **PP2, **EP2, **WHOLE}),
+}
+TIED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "tied, one": ("tied", 1, {}),
+    "tied, tp2 sp": ("tied", 2, SP),
+    "tied, pp2": ("tied", 2, PP2),
+    "tied, tp2 pp2": ("tied", 4, {**TP2, **PP2}),
+    "tied, vpp2 dp2": ("tied", 4, VPP),
+    "tied, cp2 tp2 sp pp2, distributed optimizer": ("tied", 8, {**CP2, **SP, **PP2, **SHARDED}),
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "wide": ("Llama", {"num_key_value_heads": 4}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", EXPERTS),
+}
+# All kinds of losses in a few layouts; two that together have every setting in the rest.
+EVERY = ("one", "tp2 sp", "cp2", "dp4", "tp2 pp2")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_checkpoint(folder / name, family, **own) for name, (family, own) in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def oracles(checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What `oracle` says of every case, by model."""
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in checkpoints.items()
+    }
+    with one_thread():
+        return {name: {key: oracle(model, case) for key, case in CASES.items()} for name, model in models.items()}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *TIED])
+def test_loss_and_gradients(pool, checkpoints, oracles, layout: str) -> None:
+    model, world, settings = {**LAYOUTS, **TIED}[layout]
+    cases = CASES if layout in EVERY else ("hinge", "columns")
+    check_layout(pool, checkpoints[model], {name: oracles[model][name] for name in cases}, world, settings)
+
+
+def test_the_cases_are_what_they_say(oracles) -> None:
+    """Rows of unequal pair counts, hinges on both sides, losses that differ, targets at the edges of vocabulary shards."""
+    case = CASES["sigmoid"]
+    rows = pack_rows(case.pair_store.pair_tokens[list(case.pairs)], SEQ_LENGTH)
+    assert sorted(map(len, rows)) == [1, 2, 5]
+    found = oracles["llama"]
+    assert len({round(metrics["loss"], 3) for metrics, _ in found.values()}) == len(CASES)
+    assert 0 < found["hinge"][0]["rewards/above_gamma"] < 1
+    assert set(EDGES) <= set(case.pair_store.pair(1)[1].tolist()) and max(EDGES) == VOCAB - 1
+
+
+BF16 = {
+    "tp2 sp": (2, SP),
+    "cp2": (2, CP2),
+    "pp2": (2, PP2),
+    "tp2 sp cp2 pp2": (8, {**SP, **CP2, **PP2}),
+}
+
+
+@pytest.fixture(scope="module")
+def bf16(pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], float]:
+    """A checkpoint in bf16, its gradients in fp32, and the error of the single bf16 process."""
+    path = make_checkpoint(tmp_path_factory.mktemp("bf16"), dtype=torch.bfloat16)
+    with one_thread():
+        _, exact = oracle(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), CASES["columns"])
+    return path, exact, bf16_error(pool, path, exact, 1, {})
+
+
+def bf16_error(pool: Any, path: Path, exact: dict[str, torch.Tensor], world: int, layout: dict[str, Any]) -> float:
+    """Relative error of all gradients as one vector."""
+    found: dict[str, torch.Tensor] = {}
+    for rank in pool.run(world, run_cases, path, {**layout, "fp32": False}, ["columns"]):
+        found.update(rank["columns"][2])
+    assert found.keys() == exact.keys()
+    off = sum((found[name] - exact[name]).double().square().sum() for name in exact)
+    return (off / sum(gradient.double().square().sum() for gradient in exact.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("world, layout", BF16.values(), ids=BF16)
+def test_bf16_is_as_close_as_a_single_process(pool, bf16, world: int, layout: dict[str, Any]) -> None:
+    path, exact, single = bf16
+    assert 1e-4 < single < 0.1  # it is bf16, and it is right
+    assert bf16_error(pool, path, exact, world, layout) <= 1.2 * single
