@@ -120,7 +120,7 @@ def plan_export(
             )
             for stored, part in members
         ]
-        header, offsets = _header(found)
+        header, offsets = safetensors_header(found)
         steps: list[Step] = [
             read_step(stored.item, part, stored.tiles, (), size, (name, offset, tensor.dtype))
             for (stored, part), tensor, offset in zip(members, found, offsets, strict=True)
@@ -131,7 +131,7 @@ def plan_export(
     return Export(hf, saved, tuple(units), tuple(tensors))
 
 
-def _header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
+def safetensors_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
     """The header of a safetensors file, and the first byte of every tensor in the file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, starts = 0, []
