@@ -201,6 +201,8 @@ def _publish(units: Sequence[Unit], target: Target, finish: Callable[[Path, dict
             if done < len(unit.steps) or not path.exists():
                 return False
             hashes |= found
+        for torn in target.data.glob(".*.tmp"):  # of a kill in here
+            torn.unlink()
         finish(target.data, hashes)
         for file in (*target.data.rglob("*"), target.data):
             _sync(file)
