@@ -236,6 +236,8 @@ def _read_header(file: Path) -> dict[str, HFTensor]:
             raise UserError(f"{file} is truncated ({size} bytes, shorter than its header); download it again")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
+    if any(not 0 <= first <= last for first, last in (entry["data_offsets"] for entry in header.values())):
+        raise ValueError("data_offsets outside the data")
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < end:
         raise UserError(f"{file} is truncated ({size} of {end} bytes); download it again")
