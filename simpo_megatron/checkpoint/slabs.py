@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from simpo_megatron.checkpoint.items import Block, Item
+from simpo_megatron.checkpoint.items import Block, Item, Stored
 from simpo_megatron.checkpoint.pickles import ITEM_SIZE
 from simpo_megatron.checkpoint.work import BUFFERS, Rect, Slab, Step
 from simpo_megatron.models.hf import HFTensor
@@ -116,3 +116,8 @@ def _cut(start: int, stop: int, row_bytes: int, size: int) -> Iterator[tuple[int
     step = max(1, size // row_bytes)
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
+
+
+def stored_rects(stored: Stored) -> Iterator[Rect]:
+    """Where a whole parameter, without its padding, is read from into one buffer."""
+    return _overlap(stored.item, stored.tiles, 0, stored.item.rows, 0)
