@@ -44,7 +44,13 @@ def run(argv: Sequence[str] | None) -> int:
     from simpo_megatron.checkpoint.plan import report_to_hf
     from simpo_megatron.checkpoint.run import Options
     from simpo_megatron.checkpoint.source import read_config
-    from simpo_megatron.checkpoint.to_hf import check_padding, checkpoint_folder, convert_to_hf, plan_export, read_checkpoint
+    from simpo_megatron.checkpoint.to_hf import (
+        check_padding,
+        checkpoint_folder,
+        convert_to_hf,
+        plan_export,
+        read_checkpoint,
+    )
 
     folder = checkpoint_folder(args.load)
     hf = read_config(args.hf_reference) if args.hf_reference else model_from_args(folder, args.vocab_size)

@@ -26,8 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="verify_checkpoint.py", description="Compares a Megatron checkpoint with its source.")
     parser.add_argument("--hf-checkpoint", type=Path, metavar="DIR", help="the source; without, the recorded hashes do")
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="the Megatron checkpoint")
-    parser.add_argument("--logits", action="store_true",
-                        help="also run both models in fp32 on the CPU, layer by layer, and compare hidden states and logits")  # fmt: skip
+    parser.add_argument(
+        "--logits",
+        action="store_true",
+        help="also run both models in fp32 on the CPU, layer by layer, and compare hidden states and logits",
+    )
     add_work_flags(parser)
     return parser
 

@@ -1,8 +1,8 @@
 """The Megatron-LM arguments of a model, as names and values, as a YAML file and as a line of flags.
 
-Megatron-LM's `--load --use-checkpoint-args` restores most of them from the checkpoint, but not the norm's epsilon, qk-layernorm,
-rope scaling and its factor, the window or the vocabulary's divisor (`checkpointing.py`, `load_args_from_checkpoint`): a
-run without them starts from the right weights and computes another model.
+Megatron-LM's `--load --use-checkpoint-args` restores most of them from the checkpoint, but not the norm's epsilon,
+qk-layernorm, rope scaling and its factor, the window or the vocabulary's divisor (`checkpointing.py`,
+`load_args_from_checkpoint`): a run without them starts from the right weights and computes another model.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def _config(folder: Path, args: dict[str, Any], vocab_size: int | None) -> dict[
         )
     for name, expected in (("normalization", "RMSNorm"), ("swiglu", True), ("add_bias_linear", False)):
         if args.get(name, expected) != expected:
-            raise UserError(f"the checkpoint in {folder} has {name} {args[name]!r}; only models with {expected!r} convert")
+            raise UserError(
+                f"the checkpoint in {folder} has {name} {args[name]!r}; only models with {expected!r} convert"
+            )
     experts, qk_norm, bias = args.get("num_experts"), args.get("qk_layernorm"), args.get("add_qkv_bias")
     kind = ("qwen3_moe" if qk_norm else "mixtral") if experts else "qwen3" if qk_norm else "qwen2" if bias else "llama"
     prefix = {"qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral", "qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[kind]

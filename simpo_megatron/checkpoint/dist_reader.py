@@ -192,4 +192,5 @@ def _block(place: _Place, index: Sequence[int], row: int, dtypes: set[str]) -> B
     start = file.place(tensor) + before * math.prod(inner) * ITEM_SIZE[tensor.dtype]
     offsets = place.offsets[lead:]
     column = offsets[1] if len(offsets) > 1 else 0
-    return Block(str(place.file), start, row + offsets[0], inner[0], column, math.prod(inner[1:]))
+    first, rows = offsets[0] if offsets else 0, inner[0] if inner else 1
+    return Block(str(place.file), start, row + first, rows, column, math.prod(inner[1:]))

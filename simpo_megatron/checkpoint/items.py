@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +136,21 @@ def split_replicas(item: Item, blocks: Iterable[Block], padded_rows: int = 0) ->
         else:
             seen[key] = block
     tiles = sorted(seen.values(), key=lambda block: (block.row, block.column))
-    rows = max(item.rows, padded_rows)
-    covered = sum(block.rows * block.columns for block in tiles)
-    if covered != rows * item.columns or any(
-        first.row + first.rows > second.row and first.column + first.columns > second.column
-        for first, second in zip(tiles, tiles[1:], strict=False)
-    ):
+    covered, wanted = sum(block.rows * block.columns for block in tiles), max(item.rows, padded_rows) * item.columns
+    # Whole rows in order overlap only with the next; anything else is few blocks.
+    whole = all(block.columns == item.columns for block in tiles)
+    if covered != wanted or any(_overlap(*two) for two in (pairwise(tiles) if whole else combinations(tiles, 2))):
         raise UserError(
-            f"the checkpoint holds {covered} of the {rows * item.columns} numbers of {item.name}; a file or rank of it is missing"
+            f"the checkpoint holds {covered} of the {wanted} numbers of {item.name}, or some of them twice; a file or rank "
+            "of it is missing"
         )
     return tiles, replicas
+
+
+def _overlap(one: Block, two: Block) -> bool:
+    return max(one.row, two.row) < min(one.row + one.rows, two.row + two.rows) and max(one.column, two.column) < min(
+        one.column + one.columns, two.column + two.columns
+    )
 
 
 @dataclass(frozen=True)

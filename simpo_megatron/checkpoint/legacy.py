@@ -18,7 +18,7 @@ import torch
 from simpo_megatron.checkpoint import bundle
 from simpo_megatron.checkpoint.dtypes import TORCH
 from simpo_megatron.checkpoint.items import Block, Item
-from simpo_megatron.checkpoint.work import OutFile
+from simpo_megatron.checkpoint.moves import OutFile
 from simpo_megatron.checkpoint.zips import lay_out
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.family import EMBEDDING, OUTPUT

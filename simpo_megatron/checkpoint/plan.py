@@ -18,10 +18,11 @@ from rich.console import Console
 
 from simpo_megatron.checkpoint.cli import human
 from simpo_megatron.checkpoint.items import Block, Item
+from simpo_megatron.checkpoint.moves import Unit
 from simpo_megatron.checkpoint.run import Options
 from simpo_megatron.checkpoint.to_hf import Export
 from simpo_megatron.checkpoint.to_megatron import Conversion
-from simpo_megatron.checkpoint.work import BUFFERS, Unit
+from simpo_megatron.checkpoint.work import BUFFERS
 
 WORKER = 60 * 2**20  # a worker's interpreter with numpy
 TRIAL = 64 * 2**20  # bytes written to measure a disk
@@ -101,7 +102,8 @@ def summary(found: Estimate, units: Sequence[Unit], save: Path) -> str:
     parent = next(path for path in (save, *save.absolute().parents) if path.is_dir())
     files, tensors = sum(len(unit.files) for unit in units), sum(len(unit.steps) for unit in units)
     return (
-        f"{tensors} tensors into {files} files, {human(found.disk)} to write; {human(shutil.disk_usage(parent).free)} are free\n"
+        f"{tensors} tensors into {files} files, {human(found.disk)} to write; "
+        f"{human(shutil.disk_usage(parent).free)} are free\n"
         f"peak memory about {human(found.memory)}; about {found.seconds / 60:.1f} minutes at {found.speed / 1e6:.0f} MB/s "
         "of this disk"
     )

@@ -12,7 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.checkpoint.work import Outcome, Report, Unit, read_unit, write_unit
+from simpo_megatron.checkpoint.moves import Unit
+from simpo_megatron.checkpoint.work import Outcome, Report, read_unit, write_unit
 from simpo_megatron.errors import UserError
 
 _moved: Any = None  # bytes that all workers have moved, shared

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.checkpoint.cli import human
+from simpo_megatron.checkpoint.moves import Unit
 from simpo_megatron.checkpoint.progress import transfer_bar
-from simpo_megatron.checkpoint.work import Unit, journal_path, read_journal, run_units
+from simpo_megatron.checkpoint.work import journal_path, read_journal, run_units
 from simpo_megatron.errors import UserError
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from simpo_megatron.checkpoint.items import Block, Item, Stored
+from simpo_megatron.checkpoint.moves import Rect, Slab, Step
 from simpo_megatron.checkpoint.pickles import ITEM_SIZE
-from simpo_megatron.checkpoint.work import BUFFERS, Rect, Slab, Step
+from simpo_megatron.checkpoint.work import BUFFERS
 from simpo_megatron.models.hf import HFTensor
 from simpo_megatron.models.layout import parameter_rows, part_rows
 
@@ -26,7 +28,7 @@ def write_step(item: Item, blocks: Sequence[Block], sources: Mapping[str, HFTens
     """The parts of a parameter into its blocks: every byte of them is read, hashed and written once."""
     slabs = []
     edges = sorted({0, item.rows, *(block.row for block in blocks if block.row < item.rows)})
-    for edge, end in zip(edges, edges[1:], strict=False):
+    for edge, end in pairwise(edges):
         for start, stop in _cut(edge, end, item.row_bytes, size):
             reads, hashed = [], []
             for part, first, last in part_rows(item.weight, start, stop):

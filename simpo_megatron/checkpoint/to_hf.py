@@ -15,11 +15,12 @@ import numpy as np
 from simpo_megatron.checkpoint.dist_reader import read_dist
 from simpo_megatron.checkpoint.items import Stored, StoredModel
 from simpo_megatron.checkpoint.legacy_reader import read_legacy
+from simpo_megatron.checkpoint.moves import OutFile, Rect, Step, Unit
 from simpo_megatron.checkpoint.pickles import ITEM_SIZE
 from simpo_megatron.checkpoint.run import Options, Target, file_stamps, fingerprint, replace_text, run
 from simpo_megatron.checkpoint.slabs import read_step, slab_bytes
 from simpo_megatron.checkpoint.to_megatron import RELEASE, TRACKER
-from simpo_megatron.checkpoint.work import Files, OutFile, Rect, Step, Unit, read_rect
+from simpo_megatron.checkpoint.work import Files, read_rect
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf import COPIED, INDEX, MAX_FILE_BYTES, HFModel, copied_files, file_names
 

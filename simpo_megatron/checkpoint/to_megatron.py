@@ -12,10 +12,10 @@ from simpo_megatron.checkpoint.items import Block, Item, model_items
 from simpo_megatron.checkpoint.legacy import Layout, RankFile, lay_out_ranks, stages
 from simpo_megatron.checkpoint.legacy_reader import read_legacy
 from simpo_megatron.checkpoint.manifest import write_manifest
+from simpo_megatron.checkpoint.moves import Step, Unit
 from simpo_megatron.checkpoint.run import Options, Target, file_stamps, fingerprint, replace_text, run
 from simpo_megatron.checkpoint.slabs import slab_bytes, write_step
 from simpo_megatron.checkpoint.torch_dist import DistFile, lay_out_files, write_metadata
-from simpo_megatron.checkpoint.work import Step, Unit
 from simpo_megatron.models.hf import HFModel
 
 TRACKER = "latest_checkpointed_iteration.txt"

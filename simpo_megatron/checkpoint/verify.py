@@ -13,10 +13,11 @@ from typing import Any
 
 from simpo_megatron.checkpoint.items import StoredModel
 from simpo_megatron.checkpoint.manifest import file_facts
+from simpo_megatron.checkpoint.moves import Step, Unit
 from simpo_megatron.checkpoint.progress import transfer_bar
 from simpo_megatron.checkpoint.run import Options
 from simpo_megatron.checkpoint.slabs import read_step, slab_bytes, tensor_step
-from simpo_megatron.checkpoint.work import Outcome, Step, Unit, run_units
+from simpo_megatron.checkpoint.work import Outcome, run_units
 from simpo_megatron.models.hf import HFModel, HFTensor
 
 UNIT_BYTES = 2 * 2**30
@@ -86,7 +87,9 @@ def _hash(steps: Sequence[Step], options: Options, label: str) -> tuple[dict[str
 
 def _compare(found: dict[str, str], expected: dict[str, str], folder: Path, other: str) -> list[str]:
     differences = [
-        f"{name} in {folder} differs from {other}" for name in found if name in expected and found[name] != expected[name]
+        f"{name} in {folder} differs from {other}"
+        for name in found
+        if name in expected and found[name] != expected[name]
     ]
     differences += [f"{name} is in {folder}, but not in {other}" for name in found.keys() - expected.keys()]
     return differences + [f"{name} of {other} is not in {folder}" for name in expected.keys() - found.keys()]

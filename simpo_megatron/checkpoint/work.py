@@ -24,84 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from simpo_megatron.checkpoint.moves import OutFile, Rect, Slab, Step, Unit
 from simpo_megatron.errors import UserError
 
 SYNC_BYTES = 2 * 2**30  # a journal line at least this often: what a kill costs at most
 BUFFERS = 3
 OPEN_FILES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Rect:
-    """Rows that lie one after the other in a file, and apart by `stride` bytes in a buffer.
-
-    Attributes:
-        file: a path to read from, or the name of one of the unit's files to write to.
-        offset: the first byte in the file.
-        rows, row_bytes: its size; contiguous in the file.
-        at: the first byte in the buffer.
-        stride: from row to row in the buffer.
-    """
-
-    file: str
-    offset: int
-    rows: int
-    row_bytes: int
-    at: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class Slab:
-    """One buffer full: filled by `reads`, hashed and emptied by `writes`.
-
-    Attributes:
-        size: bytes of the buffer.
-        hashed: (tensor, first byte, bytes) in the order in which the tensor's bytes are hashed.
-        checks: replicas that must equal the buffer.
-        cast: (from, to) dtypes; the writes then lie in the converted buffer.
-    """
-
-    size: int
-    reads: tuple[Rect, ...]
-    writes: tuple[Rect, ...] = ()
-    hashed: tuple[tuple[str, int, int], ...] = ()
-    checks: tuple[Rect, ...] = ()
-    cast: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One tensor's slabs; hashes of tensors begin and end within a step."""
-
-    name: str
-    slabs: tuple[Slab, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(slab.size for slab in self.slabs)
-
-
-@dataclass(frozen=True)
-class OutFile:
-    """A file to write: its name in the target folder, its size, and the bytes of it that are no tensor's."""
-
-    name: str
-    size: int
-    fixed: tuple[tuple[int, bytes], ...]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Files and the steps that fill them."""
-
-    name: str
-    files: tuple[OutFile, ...]
-    steps: tuple[Step, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(step.size for step in self.steps)
 
 
 @dataclass
@@ -154,7 +82,7 @@ def read_rect(files: Files, rect: Rect, buffer: np.ndarray) -> None:
     size = rect.rows * rect.row_bytes
     whole = rect.stride == rect.row_bytes
     target = buffer[rect.at : rect.at + size] if whole else np.empty(size, np.uint8)
-    view, done = memoryview(target), 0
+    view, done = target.data, 0
     try:
         with files.descriptor(rect.file, write=False) as handle:
             while done < size:
@@ -173,7 +101,7 @@ def write_rect(files: Files, rect: Rect, buffer: np.ndarray) -> None:
     size = rect.rows * rect.row_bytes
     whole = rect.stride == rect.row_bytes
     data = buffer[rect.at : rect.at + size] if whole else np.ascontiguousarray(_rows(buffer, rect)).reshape(-1)
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     with files.descriptor(rect.file, write=True) as handle:
         while done < size:
             done += os.pwrite(handle, view[done:], rect.offset + done)
@@ -234,7 +162,7 @@ class _Runner:
 
     def _hash(self, slab: Slab, data: np.ndarray) -> None:
         for name, at, size in slab.hashed:
-            self.hashes.setdefault(name, hashlib.sha256()).update(memoryview(data[at : at + size]))
+            self.hashes.setdefault(name, hashlib.sha256()).update(data[at : at + size].data)
 
     def _write(self, slab: Slab, data: np.ndarray) -> None:
         for rect in slab.writes:

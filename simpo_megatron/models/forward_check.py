@@ -19,8 +19,8 @@ from torch import Tensor
 from simpo_megatron import cpu
 from simpo_megatron.checkpoint.dtypes import TORCH
 from simpo_megatron.checkpoint.items import Stored, StoredModel
-from simpo_megatron.checkpoint.work import Files, read_rect
 from simpo_megatron.checkpoint.slabs import stored_rects
+from simpo_megatron.checkpoint.work import Files, read_rect
 from simpo_megatron.models.hf import HFModel
 
 TOLERANCE = 1e-5  # relative to the largest value, in fp32
@@ -37,8 +37,7 @@ def compare_forward(hf: HFModel, saved: StoredModel, tolerance: float = TOLERANC
         tolerance: the largest difference allowed, divided by the largest value.
     """
     errors = [
-        (name, error)
-        for name, error in track(_errors(hf, saved), "forward", total=hf.num_layers + 2, transient=True)
+        (name, error) for name, error in track(_errors(hf, saved), "forward", total=hf.num_layers + 2, transient=True)
     ]
     wrong = [(name, error) for name, error in errors if not error <= tolerance]
     table = Table("computed by", "relative difference", "")
@@ -59,7 +58,7 @@ def _errors(hf: HFModel, saved: StoredModel) -> Iterator[tuple[str, float]]:
     from simpo_megatron.verify.reference import Reference
 
     cpu.enable()
-    store = dist.HashStore()
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         ids = torch.randint(hf.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
@@ -102,7 +101,9 @@ class _OneLayer:
         if config.get("layer_types"):
             config["layer_types"] = config["layer_types"][:1]
         self.hf = replace(hf, config=config)
-        self.stored = {(stored.item.weight.megatron, stored.item.layer, stored.item.expert): stored for stored in saved.parameters}
+        self.stored = {
+            (stored.item.weight.megatron, stored.item.layer, stored.item.expert): stored for stored in saved.parameters
+        }
         [model] = build_model(self.hf, transformer_config(self.hf, bf16=False), transformer_impl="local")
         self.model: Any = model.eval()
 

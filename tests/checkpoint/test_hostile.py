@@ -193,9 +193,7 @@ def test_bin_that_runs_code(models: tuple[Path, Path, Path], tmp_path: Path, cap
     (tmp_path / "hf").mkdir()
     shutil.copy(models[0] / "config.json", tmp_path / "hf")
     torch.save({"model.norm.weight": Bomb(tmp_path / "bomb")}, tmp_path / "hf" / "pytorch_model.bin")
-    check_refused(
-        PROGRAMS["to_megatron"], argv(hf_checkpoint=tmp_path / "hf", save=tmp_path / "out"), "mkdir", capsys
-    )
+    check_refused(PROGRAMS["to_megatron"], argv(hf_checkpoint=tmp_path / "hf", save=tmp_path / "out"), "mkdir", capsys)
     assert not (tmp_path / "bomb").exists() and not (tmp_path / "out").exists()
 
 
@@ -223,7 +221,9 @@ def test_trained_padding_is_not_dropped_silently(tmp_path: Path, capsys: Any, po
         ({"resume": True, "overwrite": True}, "not allowed with"),
     ],
 )
-def test_bad_flags(flags: dict[str, Any], said: str, models: tuple[Path, Path, Path], tmp_path: Path, capsys: Any) -> None:
+def test_bad_flags(
+    flags: dict[str, Any], said: str, models: tuple[Path, Path, Path], tmp_path: Path, capsys: Any
+) -> None:
     line = argv(hf_checkpoint=models[0], save=tmp_path / "out", **flags)
     check_refused(PROGRAMS["to_megatron"], line, said, capsys)
     assert not (tmp_path / "out").exists()
@@ -237,5 +237,7 @@ def test_a_folder_that_holds_something_else(models: tuple[Path, Path, Path], tmp
         ("to_hf", {"load": models[1], "hf_reference": models[0]}),
     ):
         check_refused(PROGRAMS[program], argv(save=tmp_path / "out", **flags), "not empty", capsys)
-        check_refused(PROGRAMS[program], argv(save=tmp_path / "out", overwrite=True, **flags), "holds more than", capsys)
+        check_refused(
+            PROGRAMS[program], argv(save=tmp_path / "out", overwrite=True, **flags), "holds more than", capsys
+        )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]

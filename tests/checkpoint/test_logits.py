@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 from simpo_megatron.checkpoint.source import read_source
 from simpo_megatron.checkpoint.to_hf import read_checkpoint
 from tests.checkpoint.checkpoints import to_megatron
@@ -33,7 +32,9 @@ def test_layer_by_layer(tmp_path: Path) -> None:
         release = to_megatron(tmp_path / name, tmp_path / f"{name}.megatron") / "release"
         pairs.append(f"{tmp_path / name}:{release}")
     last = read_checkpoint(release, read_source(tmp_path / name))
-    stored = next(stored for stored in last.parameters if stored.item.name.endswith("layers.2.self_attention.linear_proj.weight"))
+    stored = next(
+        stored for stored in last.parameters if stored.item.name.endswith("layers.2.self_attention.linear_proj.weight")
+    )
     twin = tmp_path / "changed"
     twin.mkdir()
     for file in release.iterdir():

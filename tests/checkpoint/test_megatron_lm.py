@@ -22,7 +22,9 @@ from tests.distributed import free_environment
 from tests.models import tiny
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
-pytestmark = pytest.mark.skipif(not MEGATRON_LM, reason="set MEGATRON_LM_PATH to a checkout of Megatron-LM core_v0.16.1")
+pytestmark = pytest.mark.skipif(
+    not MEGATRON_LM, reason="set MEGATRON_LM_PATH to a checkout of Megatron-LM core_v0.16.1"
+)
 
 # One rank: parses the flags of every bundle, restores arguments from the checkpoint, loads it, computes logits.
 PROGRAM = """
@@ -73,7 +75,14 @@ def command_line(load: Path, kind: str) -> list[str]:
     return [
         *shlex.split(bundle["flags"]),
         *("--load", str(load), "--use-checkpoint-args", "--ckpt-format", kind, "--transformer-impl", "local"),
-        *("--seq-length", "64", "--micro-batch-size", "1", "--no-persist-layer-norm", "--no-gradient-accumulation-fusion"),
+        *(
+            "--seq-length",
+            "64",
+            "--micro-batch-size",
+            "1",
+            "--no-persist-layer-norm",
+            "--no-gradient-accumulation-fusion",
+        ),
         *("--exit-on-missing-checkpoint", "--train-iters", "1", "--lr", "1e-5", "--vocab-size", str(tiny.VOCAB)),
         *("--no-masked-softmax-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion"),
     ]

@@ -1,4 +1,4 @@
-"""Every family there and back bit for bit, and its converted weights in Megatron-Core at several layouts against transformers."""
+"""Every family there and back bit for bit, and converted weights in Megatron-Core at several layouts against transformers."""
 
 from __future__ import annotations
 
