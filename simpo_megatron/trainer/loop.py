@@ -161,16 +161,23 @@ class Run:
             make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         )
         with together():
-            if self._checkpoint_to_load() is None:
+            if (converted := self._converted()) is not None:
+                checkpointing.load_weights(models, self.hf, converted)
+            elif self._checkpoint_to_load() is None:
                 load_hf_weights(models, self.hf, progress=dist.get_rank() == 0)
         return Engine(config, models, transformer, self.hf.vocab_size, self.total)
+
+    def _converted(self) -> Path | None:
+        """Weights to start from that are no run's, such as tools/hf_to_megatron.py writes."""
+        load = self.config.checkpoint.load
+        return None if load is None else checkpointing.release_dir(load)
 
     def _checkpoint_to_load(self) -> int | None:
         settings = self.config.checkpoint
         if settings.load is None:
             return None
         step = checkpointing.latest_step(settings.load)
-        if step is None and settings.load != settings.save:
+        if step is None and settings.load != settings.save and self._converted() is None:
             raise UserError(
                 f"--load {settings.load} has no {checkpointing.TRACKER}; give a folder some --save wrote to, or drop --load"
             )
@@ -179,7 +186,7 @@ class Run:
     def _resume(self) -> str:
         step = self._checkpoint_to_load()
         if step is None:
-            return f"starting from {self.hf.path}"
+            return f"starting from {self._converted() or self.hf.path}"
         root = self.config.checkpoint.load
         assert root is not None
         saved = checkpointing.load(self.engine, root, step)
