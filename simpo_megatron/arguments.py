@@ -42,34 +42,53 @@ def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
     ]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `-m simpo_megatron.train`; a flag that is not given is absent from the namespace."""
+def build_parser(
+    prog: str = "torchrun --nproc-per-node N -m simpo_megatron.train",
+    description: str = "SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, "
+    "aligned Hugging Face checkpoint out.",
+) -> argparse.ArgumentParser:
+    """A parser of every setting, for the training program unless said otherwise; a flag that is not given is absent from
+    the namespace."""
     parser = _Parser(
-        prog="torchrun --nproc-per-node N -m simpo_megatron.train",
-        description="SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, "
-        "aligned Hugging Face checkpoint out.",
+        prog=prog,
+        description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, help="YAML file of the same names, e.g. `train_iters: 100`; flags win")
     sections = {group: parser.add_argument_group(str(cls.__doc__)) for group, cls in GROUPS.items()}
-    for group, field, annotation in _fields():
+    for group, cls in GROUPS.items():
+        add_settings(sections[group], cls)
+    return parser
+
+
+def add_settings(section: Any, group: type, names: Sequence[str] | None = None, with_defaults: bool = False) -> None:
+    """Adds a group's fields as flags to a parser or a section of one.
+
+    Args:
+        section: what has `add_argument`.
+        group: the dataclass.
+        names: of the fields; None for all.
+        with_defaults: a flag that is not given is its default; else it is absent.
+    """
+    annotations = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        if names is not None and field.name not in names:
+            continue
+        annotation = annotations[field.name]
         text = field.metadata["help"]
         if field.default is not None:
             text += f" (default {field.default})"
-        name, section, kind, allowed = (
-            flag(field.name),
-            sections[group],
-            _value_type(annotation),
-            choices(annotation),
-        )
+        options: dict[str, Any] = {"help": text}
+        if with_defaults:
+            options["default"] = field.default
+        kind, allowed = _value_type(annotation), choices(annotation)
         if kind is bool:
-            section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+            section.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
         elif allowed:
-            section.add_argument(name, choices=allowed, help=text)
+            section.add_argument(flag(field.name), choices=allowed, **options)
         else:
-            section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind])
-    return parser
+            section.add_argument(flag(field.name), type=kind, metavar=METAVARS[kind], **options)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -105,19 +124,28 @@ def _convert(value: Any, annotation: Any) -> Any:
     return kind(value)  # YAML reads 1e-6 as a string: float() takes it
 
 
-def parse(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None) -> c.Config:
+def parse(
+    argv: Sequence[str] | None = None,
+    parser: argparse.ArgumentParser | None = None,
+    defaults: dict[str, Any] | None = None,
+    fixed: dict[str, Any] | None = None,
+) -> c.Config:
     """The configuration of the command line.
 
     Args:
         argv: the flags; None for those of this process.
+        parser: from `build_parser`, with more flags for fields; None for the training program's.
         defaults: settings by field name where neither a flag nor the file gives them.
+        fixed: settings of another program than training, whatever the file says; giving the flag is a mistake.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
     """
-    given = vars(build_parser().parse_args(argv))
+    given = vars((parser or build_parser()).parse_args(argv))
     path = given.pop("config", None)
-    settings = {**(defaults or {}), **(read_yaml(path) if path else {}), **given}
+    for name in given.keys() & (fixed or {}).keys():
+        raise UserError(f"{flag(name)} {given[name]} has no meaning here; drop it")
+    settings = {**(defaults or {}), **(read_yaml(path) if path else {}), **given, **(fixed or {})}
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for group, field, _ in _fields():
         if field.name in settings:

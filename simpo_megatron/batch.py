@@ -40,7 +40,7 @@ class PreferenceBatch:
 
     tokens: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, from 0 in every sequence
-    padding_mask: Tensor  # [1, T] bool, True where a token is padding
+    padding_mask: Tensor  # [1, T] bool, True where a token is padding; the first of an empty pack stands for text
     packed_seq_params: (
         PackedSeqParams  # cu_seqlens of the whole row: all CP * T tokens, the padding at its end a sequence too
     )
@@ -48,6 +48,8 @@ class PreferenceBatch:
     targets: Tensor  # [R] int64, the token each of them scores
     segments: Tensor  # [R] int64, the sequence (0 .. S-1) it belongs to
     lengths: Tensor  # [S] int64, scored tokens of each sequence
+    pair_rows: tuple[int, ...]  # [P] of `rows`, how many each pair has here; on the host
+    largest_rows: tuple[int, ...]  # [P] the same on the context-parallel rank that has most of the pair
     weight: Tensor  # [P] fp32
     margin: Tensor  # [P] fp32, NaN where gamma applies
     truncated: Tensor  # [S] bool, the response lost its end
@@ -107,17 +109,26 @@ def pack_pairs(
         padding[start : first + len(response)] = False
         rows.append(np.arange(first - 1, first - 1 + len(response)))
         targets.append(response)
+    if not sequences:
+        padding[0] = False  # Megatron's balancing loss divides by the tokens that are no padding
     lengths = np.array([len(response) for _, response in sequences], dtype=np.int64)
+    segments = np.repeat(np.arange(len(lengths)), lengths)
     position_ids = np.concatenate([np.arange(size) for size in sizes])
     scored = np.concatenate([np.zeros(0, np.int64), *rows])
     index = np.asarray(pairs, dtype=np.int64)
     truncated = np.stack([store.truncated[index] & bit != 0 for bit in (1, 2)[:members]], axis=1).reshape(-1)
 
     # All of the row is known and shifted: only now may it be cut.
-    mine = positions(offsets.tolist(), context_parallel_size, context_parallel_rank)
+    ranks = [positions(offsets.tolist(), context_parallel_size, rank) for rank in range(context_parallel_size)]
+    mine = ranks[context_parallel_rank]
     place = np.full(total, -1)
     place[mine] = np.arange(len(mine))
     here = place[scored] >= 0
+    holder = np.empty(total, dtype=np.int64)
+    for rank, held in enumerate(ranks):
+        holder[held] = rank
+    pair_rows = np.zeros((context_parallel_size, len(index)), dtype=np.int64)
+    np.add.at(pair_rows, (holder[scored], segments // members), 1)
 
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
@@ -137,8 +148,10 @@ def pack_pairs(
         ),
         rows=tensor(place[scored][here]),
         targets=tensor(np.concatenate([np.zeros(0, np.int64), *targets])[here]),
-        segments=tensor(np.repeat(np.arange(len(lengths)), lengths)[here]),
+        segments=tensor(segments[here]),
         lengths=tensor(lengths),
+        pair_rows=tuple(pair_rows[context_parallel_rank].tolist()),
+        largest_rows=tuple(pair_rows.max(axis=0).tolist()),
         weight=tensor(store.weight[index], torch.float32),
         margin=tensor(store.margin[index], torch.float32),
         truncated=tensor(truncated, torch.bool),

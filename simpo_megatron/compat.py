@@ -47,6 +47,25 @@ def moe_without_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+@functools.cache
+def have_native_bf16() -> bool:
+    """bf16 arithmetic on this CPU (AVX512-BF16 or AMX). Elsewhere torch emulates it, hundreds of times slower than fp32."""
+    torch = importlib.import_module("torch")
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def have_fp32_accumulating_addmm() -> bool:
+    """`addmm` of bf16 matrices into an fp32 one, on CUDA; torch has it from 2.8 on."""
+    torch = importlib.import_module("torch")
+    return hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def have_triton() -> bool:
+    """Triton, which torch brings on CUDA alone."""
+    return _importable("triton")
+
+
 def check_megatron_core() -> None:
     """Refuses a Megatron-Core this package does not know: schedules, specs and checkpoint keys change between releases.
 

@@ -7,12 +7,14 @@ setting. `arguments.py` turns the groups into flags. Fields carry their help tex
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.data.options import AssistantHeader, DataOptions, PromptTruncation, TiePolicy
+from simpo_megatron.errors import UserError
 from simpo_megatron.settings import Group, flag, require, setting
 
 
@@ -29,6 +31,10 @@ class ModelConfig(Group):
     make_vocab_size_divisible_by: int = setting(
         128, "pad the vocabulary to a multiple of this times the tensor-parallel size"
     )
+    head: Literal["fused", "plain"] = setting(
+        "fused", "log-probs a slab of logits at a time, or from all logits of the row at once"
+    )
+    head_slab_bytes: str = setting("256MiB", "logits the fused head holds at a time, in bytes, KiB, MiB or GiB")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,6 +43,15 @@ class ModelConfig(Group):
             self.hf_checkpoint is not None,
             "--hf-checkpoint is missing; give the folder of a Hugging Face checkpoint",
         )
+        _ = self.slab_bytes  # checks it
+
+    @property
+    def slab_bytes(self) -> int:
+        """--head-slab-bytes as a number."""
+        found = re.fullmatch(r"([1-9]\d*) *([KMG]iB)?", self.head_slab_bytes)
+        if found is None:
+            raise UserError(f"--head-slab-bytes {self.head_slab_bytes} is no size; give bytes, or e.g. 256MiB or 1GiB")
+        return int(found[1]) * 1024 ** (" KMG".index(found[2][0]) if found[2] else 0)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,34 @@ from torch import Tensor
 _SLAB_BYTES = 64 * 2**20
 
 
+def shard_targets(
+    targets_N: Tensor, vocab_size: int, shard_size: int, group: dist.ProcessGroup | None
+) -> tuple[int, Tensor]:
+    """Where this rank's shard of `shard_size` columns meets the vocabulary and the targets.
+
+    Returns:
+        columns: how many of its columns are real; from there on they pad the vocabulary to a multiple of the ranks.
+        local_N: column of each target, -1 where another rank holds it.
+    """
+    start = 0 if group is None else group.rank() * shard_size
+    columns = min(max(vocab_size - start, 0), shard_size)
+    local_N = targets_N - start
+    return columns, local_N.where((local_N >= 0) & (local_N < columns), -1)
+
+
+def join_shards(lse_N: Tensor, target_N: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over all columns and the target's logit, from each rank's own (0 where it does not hold the target).
+
+    Collectives: one all-gather of two numbers a token; none for one rank.
+    """
+    if group is None or group.size() == 1:
+        return lse_N, target_N
+    stats_2N = torch.stack((lse_N, target_N))
+    gathered_G2N = stats_2N.new_empty(group.size(), *stats_2N.shape)
+    dist.all_gather_into_tensor(gathered_G2N.flatten(0, 1), stats_2N, group=group)
+    return torch.logsumexp(gathered_G2N[:, 0], dim=0), gathered_G2N[:, 1].sum(0)
+
+
 def _row_slabs(logits_NV: Tensor) -> list[slice]:
     rows = max(1, _SLAB_BYTES // (4 * max(1, logits_NV.shape[1])))
     return [slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows)]
@@ -25,13 +53,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits_NV: Tensor, targets_N: Tensor, vocab_size: int, group: dist.ProcessGroup | None
     ) -> Tensor:
-        world, rank = (1, 0) if group is None else (group.size(), group.rank())
-        start = rank * logits_NV.shape[1]
-        # Columns from here on pad the vocabulary to a multiple of the ranks: they get no probability.
-        columns = min(max(vocab_size - start, 0), logits_NV.shape[1])
-        local_N = targets_N - start
-        owned_N = (local_N >= 0) & (local_N < columns)
-        local_N = local_N.where(owned_N, 0)
+        columns, local_N = shard_targets(targets_N, vocab_size, logits_NV.shape[1], group)
+        owned_N = local_N >= 0
+        local_N = local_N.clamp(min=0)
 
         accumulate = torch.promote_types(logits_NV.dtype, torch.float32)
         lse_N = torch.empty(targets_N.shape, dtype=accumulate, device=logits_NV.device)
@@ -39,12 +63,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             lse_N[rows] = torch.logsumexp(logits_NV[rows, :columns].to(accumulate), dim=-1)
         target_N = logits_NV.gather(1, local_N[:, None])[:, 0].to(accumulate) * owned_N
 
-        if world > 1:
-            stats_2N = torch.stack((lse_N, target_N))
-            gathered_G2N = stats_2N.new_empty(world, *stats_2N.shape)
-            dist.all_gather_into_tensor(gathered_G2N.flatten(0, 1), stats_2N, group=group)
-            lse_N = torch.logsumexp(gathered_G2N[:, 0], dim=0)
-            target_N = gathered_G2N[:, 1].sum(0)
+        lse_N, target_N = join_shards(lse_N, target_N, group)
         ctx.save_for_backward(logits_NV, lse_N, local_N, owned_N)
         ctx.columns = columns
         return target_N - lse_N

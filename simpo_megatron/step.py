@@ -17,6 +17,7 @@ DP * CP, so the gradients of the ranks add up, and no factor CP stands here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +30,11 @@ from torch import Tensor
 
 from simpo_megatron.batch import PreferenceBatch
 from simpo_megatron.config import LossConfig
+from simpo_megatron.head import HeadTask, find_head, split_output
 from simpo_megatron.logprobs import vocab_parallel_logprobs
 from simpo_megatron.loss import simpo_loss
 from simpo_megatron.metrics import pair_sums
+from simpo_megatron.models.place import unwrap
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -56,36 +59,67 @@ class PreferenceStep:
         """Runs the model on the next batch.
 
         Returns:
-            The stage's output (on the last stage logits [1, T, V / tensor_model_parallel_size]) and the loss function.
+            The stage's output (on the last stage the loss with the sums where there is a `LogProbHead`, else logits
+            [1, T, V / tensor_model_parallel_size]) and the loss function.
         """
         batch = next(data_iterator)
-        padding_mask = batch.padding_mask if self.loss.moe_aux_loss_coeff else None
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            None,
-            packed_seq_params=batch.packed_seq_params,
-            padding_mask=padding_mask,
-        )
-        return output, partial(self.loss_func, batch)
+        head = find_head(model)
+        with head.armed(self.head_task(batch)) if head else contextlib.nullcontext():
+            output = model(
+                batch.tokens,
+                batch.position_ids,
+                None,
+                packed_seq_params=batch.packed_seq_params,
+                padding_mask=self._padding_mask(batch, model),
+            )
+        return output, partial(self.loss_func, batch, head is not None)
 
-    def loss_func(self, batch: PreferenceBatch, logits_1TV: Tensor) -> tuple[Tensor, Tensor]:
+    def _padding_mask(self, batch: PreferenceBatch, model: Any) -> Tensor | None:
+        """What Megatron's balancing loss must not count. Only the first stage cuts it for sequence parallelism by itself."""
+        if not self.loss.moe_aux_loss_coeff:
+            return None
+        gpt = unwrap(model)
+        if gpt.pre_process or not gpt.config.sequence_parallel:
+            return batch.padding_mask
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        return batch.padding_mask.chunk(group.size(), dim=1)[group.rank()]
+
+    def head_task(self, batch: PreferenceBatch) -> HeadTask:
+        """What the head is to do with a batch."""
+        return HeadTask(
+            rows_R=batch.rows,
+            targets_R=batch.targets,
+            segments_R=batch.segments,
+            pair_rows=batch.pair_rows,
+            largest_rows=batch.largest_rows,
+            members=batch.members,
+            vocab_size=self.vocab_size,
+            loss=partial(batch_loss, self.loss, batch),
+            # `scale` below; Megatron divides by num_microbatches and multiplies by the context-parallel size.
+            loss_gradient=float(parallel_state.get_data_parallel_world_size(with_context_parallel=True)),
+        )
+
+    def loss_func(self, batch: PreferenceBatch, fused: bool, output: Tensor) -> tuple[Tensor, Tensor]:
         """The share of this microbatch in the loss, scaled as Megatron expects it, and its vector of metric sums.
 
-        Collectives: one all-gather over the tensor-parallel ranks (`vocab_parallel_logprobs`), one all-reduce of a number a
-        sequence over the context-parallel ranks; none in the backward pass.
+        Collectives: none with the fused head. Else one all-gather over the tensor-parallel ranks (`vocab_parallel_logprobs`)
+        and one all-reduce of a number a sequence over the context-parallel ranks; none in the backward pass.
         """
-        group: Any = parallel_state.get_tensor_model_parallel_group()
-        logits_RV = logits_1TV[0].index_select(0, batch.rows)
-        logps_R = vocab_parallel_logprobs(logits_RV, batch.targets, self.vocab_size, group)
-        sums_PM = sum_over_context(batch.segment_sums(logps_R))
+        if fused:
+            loss, sums_PM = split_output(output, batch.members)
+        else:
+            group: Any = parallel_state.get_tensor_model_parallel_group()
+            logits_RV = output[0].index_select(0, batch.rows)
+            logps_R = vocab_parallel_logprobs(logits_RV, batch.targets, self.vocab_size, group)
+            sums_PM = sum_over_context(batch.segment_sums(logps_R))
+            loss = batch_loss(self.loss, batch, sums_PM)
+        sums_PM = sums_PM.detach()
         if self.on_sums is not None:
-            self.on_sums(batch, sums_PM.detach())
-        loss, nll, pair_metrics = batch_loss(self.loss, batch, sums_PM)
+            self.on_sums(batch, sums_PM)
         divisors = (sums_PM.new_tensor(sums_PM.shape[0]), batch.lengths[:: batch.members].sum())
-        vector = torch.stack([value.detach().double() for value in (*divisors, loss, nll, *pair_metrics)])
+        metrics = (*divisors, loss.detach(), -sums_PM[:, 0].sum(), *batch_metrics(self.loss, batch, sums_PM))
         scale = self.num_microbatches * parallel_state.get_data_parallel_world_size()
-        return loss * scale, vector
+        return loss * scale, torch.stack([value.double() for value in metrics])
 
 
 def sum_over_context(sums_PM: Tensor) -> Tensor:
@@ -94,35 +128,38 @@ def sum_over_context(sums_PM: Tensor) -> Tensor:
     return reduce_from_tensor_model_parallel_region(sums_PM, group)
 
 
-def batch_loss(config: LossConfig, batch: PreferenceBatch, sums_PM: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def batch_loss(config: LossConfig, batch: PreferenceBatch, sums_PM: Tensor) -> Tensor:
     """The loss of the pairs of one microbatch, already divided by the counts of the global batch.
+
+    The losses of all microbatches of all data-parallel ranks add up to the loss of the global batch. A sum over pairs, which
+    the fused head relies on: the derivative by one pair's sums does not look at the others.
 
     Args:
         sums_PM: summed log-probs of the responses, fp32; chosen first.
-
-    Returns:
-        loss: scalar; the losses of all microbatches of all data-parallel ranks add up to the loss of the global batch.
-        nll: scalar, summed -log p of the chosen responses.
-        pair_metrics: scalars, see `metrics.pair_sums`.
     """
-    lengths_PM = batch.lengths.view(-1, batch.members)
-    logps_PM = sums_PM / lengths_PM
-    gamma_P = torch.where(batch.margin.isnan(), config.gamma, batch.margin)
-    nll = -sums_PM[:, 0].sum()
+    logps_PM = sums_PM / batch.lengths.view(-1, batch.members)
     loss = sums_PM.new_zeros(())
     if config.nll_weight:
-        loss = loss + config.nll_weight * nll / batch.counts.chosen_tokens
+        loss = loss - config.nll_weight * sums_PM[:, 0].sum() / batch.counts.chosen_tokens
     if config.objective == "simpo":
         losses_P = simpo_loss(
             logps_PM[:, 0],
             logps_PM[:, 1],
             beta=config.simpo_beta,
-            gamma_P=gamma_P,
+            gamma_P=gammas(config, batch),
             loss_type=config.simpo_loss_type,
             label_smoothing=config.simpo_label_smoothing,
         )
         loss = loss + (batch.weight * losses_P).sum() / batch.counts.pairs
-    metrics = pair_sums(
-        logps_PM.detach(), lengths_PM, batch.truncated.view(-1, batch.members), config.simpo_beta, gamma_P
-    )
-    return loss, nll, metrics
+    return loss
+
+
+def batch_metrics(config: LossConfig, batch: PreferenceBatch, sums_PM: Tensor) -> list[Tensor]:
+    """The sums over pairs of one microbatch that are logged, see `metrics.pair_sums`."""
+    lengths_PM, truncated_PM = (values.view(-1, batch.members) for values in (batch.lengths, batch.truncated))
+    return pair_sums(sums_PM / lengths_PM, lengths_PM, truncated_PM, config.simpo_beta, gammas(config, batch))
+
+
+def gammas(config: LossConfig, batch: PreferenceBatch) -> Tensor:
+    """The target margin of each pair: its own where the data brings one."""
+    return torch.where(batch.margin.isnan(), config.gamma, batch.margin)

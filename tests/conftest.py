@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.distributed import WorkerPool
+from tests.tiny import make_checkpoint, make_rows, write_rows
+from tests.trainer.runs import Inputs
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +18,14 @@ def pool() -> Iterator[WorkerPool]:
     workers = WorkerPool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("good")
+    return make_checkpoint(folder / "model"), write_rows(folder / "pairs.jsonl", make_rows(10))
+
+
+@pytest.fixture
+def inputs(good: tuple[Path, Path], tmp_path: Path) -> Inputs:
+    return Inputs(*good, tmp_path)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMEOUT = 150.0
 
@@ -109,6 +110,20 @@ class WorkerPool:
         for process, _ in self.workers:
             process.join()
         self.workers = []
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives called inside a `with` block, those of the backward pass included, whoever calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket._qualified_op_name.removeprefix("c10d::").strip("_")
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
 
 
 def free_environment() -> dict[str, str]:

@@ -149,6 +149,9 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--objective", "dpo"], "argument --objective: invalid choice: 'dpo'"),
         (["--lr-decay-style", "step"], "argument --lr-decay-style: invalid choice"),
         # model and layout
+        (["--head", "eager"], "argument --head: invalid choice: 'eager'"),
+        (["--head-slab-bytes", "256MB"], "--head-slab-bytes 256MB is no size; give bytes, or e.g. 256MiB or 1GiB"),
+        (["--head-slab-bytes", "0"], "--head-slab-bytes 0 is no size"),
         (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0 must be greater than 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be greater than 0"),
         (["--pipeline-model-parallel-size", "-1"], "--pipeline-model-parallel-size -1 must be greater than 0"),
@@ -166,7 +169,23 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
             "--recompute-num-layers 0 must be greater than 0",
         ),
         (["--distributed-timeout-minutes", "0"], "--distributed-timeout-minutes 0 must be greater than 0"),
-        ([*SP2, "--no-variable-seq-lengths", "--seq-length", "511"], "--seq-length 511 must be a multiple of --tensor"),
+        (
+            [*SP2, "--no-variable-seq-lengths", "--seq-length", "511"],
+            "must be a multiple of 2 (--tensor-model-parallel",
+        ),
+        (
+            ["--context-parallel-size", "2", "--seq-length", "1020"],
+            "1020 must be a multiple of 8 (4 x --context-parallel",
+        ),
+        (["--context-parallel-size", "2", "--seq-length", "5"], "use 8"),
+        (
+            [*SP2, "--no-variable-seq-lengths", "--context-parallel-size", "3", "--seq-length", "90"],
+            "multiple of 12 (4 x --context-parallel-size 3 and --tensor-model-parallel-size 2, which cuts rows of fixed "
+            "length); use 84 or 96",
+        ),
+        (["--context-parallel-size", "0"], "--context-parallel-size 0 must be greater than 0"),
+        (["--expert-model-parallel-size", "0"], "--expert-model-parallel-size 0 must be greater than 0"),
+        (["--moe-aux-loss-coeff", "-1"], "--moe-aux-loss-coeff -1.0 must not be negative"),
         # data
         (["--seq-length", "0"], "--seq-length 0 must be greater than 0"),
         (["--max-length", "0"], "--max-length 0 must be greater than 0"),
@@ -239,6 +258,12 @@ def test_what_cannot_be_is_one_sentence_with_its_flag(argv: list[str], words: st
 def test_what_is_missing(argv: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse(argv)
+
+
+@pytest.mark.parametrize("text, size", [("1024", 1024), ("3KiB", 3072), ("256MiB", 2**28), ("2 GiB", 2**31)])
+def test_sizes(yaml_file: Path, text: str, size: int) -> None:
+    assert parse([*ENOUGH, "--head-slab-bytes", text]).model.slab_bytes == size
+    assert parse_yaml(yaml_file, f"train_iters: 1\nhead_slab_bytes: {text}").model.slab_bytes == size
 
 
 @pytest.mark.parametrize("text", ["objective: dpo", "simpo_loss_type: ipo", "tie_policy: keep", "device: tpu"])

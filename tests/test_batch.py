@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -142,3 +143,73 @@ def test_segment_sums_and_their_gradient(members: int) -> None:
     torch.testing.assert_close(sums, torch.tensor(want, dtype=torch.float64).view(3, members))
     [gradient] = torch.autograd.grad((weights * sums).sum(), values)
     assert gradient.tolist() == [weights.view(-1)[segment].item() for segment in batch.segments]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 192}], ids=str)
+def test_context_parallel_slices_hold_the_row_once(members: int, size: int, padding: dict[str, int]) -> None:
+    """Put back where zig-zag takes them from, the slices of all ranks are the row of a single rank, sequences padded."""
+    store, pairs = make_store(LENGTHS), [3, 0, 2]
+    ranks = [
+        pack_pairs(
+            store,
+            pairs,
+            COUNTS,
+            members=members,
+            context_parallel_size=size,
+            context_parallel_rank=rank,
+            **padding,
+        )
+        for rank in range(size)
+    ]
+    row, starts = Naive(), []
+    for i in pairs:
+        prompt, *responses = store.pair(i)
+        for response in responses[:members]:
+            starts.append(len(row.tokens))
+            row.add(prompt, response)
+            row.pad(-(-len(row.tokens) // (2 * size)) * 2 * size)
+    ends = ranks[0].packed_seq_params.cu_seqlens_q.tolist()
+    assert ends[: len(starts)] == starts
+    row.pad(ends[-1])
+
+    tokens, positions, scored = [None] * ends[-1], [None] * ends[-1], []
+    for rank, batch in enumerate(ranks):
+        assert batch.packed_seq_params.cu_seqlens_q.tolist() == ends
+        assert batch.tokens.shape == batch.padding_mask.shape == (1, ends[-1] // size)
+        assert batch.tokens.shape[1] % padding.get("row_multiple", 1) == 0
+        assert batch.lengths.tolist() == row.lengths
+        places = []
+        for start, end in pairwise(ends):
+            chunks = torch.arange(start, end).chunk(2 * size)
+            places += [*chunks[rank].tolist(), *chunks[2 * size - 1 - rank].tolist()]
+        for local, place in enumerate(places):
+            tokens[place], positions[place] = batch.tokens[0, local].item(), batch.position_ids[0, local].item()
+        scored += [
+            (places[local], target, segment)
+            for local, target, segment in zip(
+                batch.rows.tolist(), batch.targets.tolist(), batch.segments.tolist(), strict=True
+            )
+        ]
+    assert tokens == row.tokens
+    assert sorted(scored) == sorted(row.scored)
+    assert sum((~batch.padding_mask).sum().item() for batch in ranks) == sum(
+        LENGTHS[i][0] * members + sum(LENGTHS[i][1 : 1 + members]) for i in pairs
+    )
+    real = [
+        place
+        for start, (_, length) in zip(starts, _used(pairs, members), strict=True)
+        for place in range(start, start + length)
+    ]
+    assert [positions[place] for place in real] == [i for _, length in _used(pairs, members) for i in range(length)]
+
+
+def _used(pairs: list[int], members: int) -> list[tuple[int, int]]:
+    """Pair and tokens of every sequence, padding left out."""
+    return [(i, LENGTHS[i][0] + LENGTHS[i][1 + member]) for i in pairs for member in range(members)]
+
+
+def test_padding_is_marked() -> None:
+    batch = pack_pairs(make_store([(3, 2, 1)]), [0], COUNTS, row_length=12)
+    assert batch.padding_mask.tolist() == [[False] * 9 + [True] * 3]

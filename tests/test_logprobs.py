@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from simpo_megatron import logprobs
 from simpo_megatron.logprobs import vocab_parallel_logprobs
+from tests.distributed import Collectives
 
 VOCAB, PADDED, TOKENS = 50, 64, 40
 
@@ -64,29 +65,12 @@ def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def count_collectives() -> dict[str, int]:
-    counts: dict[str, int] = {}
-    originals = {
-        name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
-    }
-
-    def counting(name):
-        def call(*args, **kwargs):
-            counts[name] = counts.get(name, 0) + 1
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    for name in originals:
-        setattr(dist, name, counting(name))
-    try:
+    with Collectives() as collectives:
         run_shard(torch.float32)
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-    return counts
+    return collectives.counts
 
 
-@pytest.mark.parametrize("world, expected", [(1, {}), (2, {"all_gather_into_tensor": 1})])
+@pytest.mark.parametrize("world, expected", [(1, {}), (2, {"allgather_base": 1})])
 def test_collectives_are_those_of_the_docstring(pool, world: int, expected: dict[str, int]) -> None:
     assert pool.run(world, count_collectives) == [expected] * world
 

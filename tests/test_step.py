@@ -12,9 +12,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.step import PreferenceStep
+from tests.distributed import Collectives
 from tests.pairs import make_store
 from tests.steps import CASES, LENGTHS, NAN, build_engine, command_line, one_thread, oracle, oracle_metrics
-from tests.test_layouts import PP2, SP, TP2, VPP
+from tests.test_layouts import CP2, PP2, SP, TP2, VPP
 from tests.tiny import make_checkpoint
 
 
@@ -23,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"))
 
 
-TRAINING = {"lr": 1e-2, "lr_decay_style": "constant", "lr_warmup_fraction": 0, "weight_decay": 0.1, "clip_grad": 0.5}
+TRAINING = {"lr": 3e-3, "lr_decay_style": "constant", "lr_warmup_fraction": 0, "weight_decay": 0.1, "clip_grad": 0.5}
 DISTRIBUTED: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "dp4, overlap": (4, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
@@ -98,3 +100,34 @@ def test_a_number_that_is_not_finite_changes_nothing(
     for message, unchanged in pool.run(world, fail_step, checkpoint, layout, weight):
         assert words in message and "no weight was changed" in message
         assert unchanged
+
+
+def loss_collectives(checkpoint: Path, layout: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """On a rank: the collectives of `loss_func` without the fused head, and of its backward pass."""
+    case = CASES["sigmoid"]
+    engine, hf = build_engine(command_line(checkpoint, {**layout, **case.loss, "head": "plain"}))
+    batch = next(engine._microbatches(engine.plan(case.pair_store, np.array(case.pairs))))
+    columns = engine.models[0].output_layer.weight.shape[0]
+    logits = torch.randn(1, batch.tokens.shape[1], columns, requires_grad=True)
+    step = PreferenceStep(engine.config.loss, hf.vocab_size, 1)
+    with Collectives() as forward:
+        loss, _ = step.loss_func(batch, False, logits)
+    with Collectives() as backward:
+        loss.backward()
+    return forward.counts, backward.counts
+
+
+@pytest.mark.parametrize(
+    "world, layout, expected",
+    [
+        (1, {}, {}),
+        (2, TP2, {"allgather_base": 1}),
+        (2, CP2, {"allreduce": 1}),
+        (4, {**TP2, **CP2}, {"allgather_base": 1, "allreduce": 1}),
+    ],
+    ids=str,
+)
+def test_collectives_of_a_microbatch_are_those_of_the_docstring(
+    pool, checkpoint, world: int, layout: dict[str, Any], expected: dict[str, int]
+) -> None:
+    assert pool.run(world, loss_collectives, checkpoint, layout) == [(expected, {})] * world

@@ -3,18 +3,18 @@
     python tools/bench_step.py --data pairs.jsonl [--hf-checkpoint DIR] [--steps 6] [--json rows.json]
 
 Each side runs in a process of its own, in turns (`--rounds`), on the same pairs in the same order, with forward, backward,
-clipping and AdamW. Tokens are those of prompts and responses; padding is nobody's work. TRL pads every micro-batch to its
-longest response, so it is measured at several micro-batch sizes and compared at its best. Without `--hf-checkpoint` a random
+clipping and AdamW; `--heads fused plain` measures both heads of this package. Tokens are those of prompts and responses;
+padding is nobody's work. TRL pads every micro-batch to its longest response, so it is measured at several micro-batch sizes and
+compared at its best; `--trl-micro-batches` without a number leaves it out. Without `--hf-checkpoint` a random
 Llama with a tokenizer trained on the data is made. The table goes to the terminal, the rows to `tools/results/step.csv`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +23,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from machine import append_rows, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "tools" / "results" / "step.csv"
@@ -101,6 +105,7 @@ def run_ours(args: argparse.Namespace) -> list[float]:
             "simpo-gamma": GAMMA,
             "seed": SEED,
             "device": "cpu",
+            "head": args.only.removeprefix("simpo_megatron "),
             "tensorboard-dir": folder,
         }
         argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
@@ -216,7 +221,10 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Both sides in turns; one row for each implementation, micro-batch and precision."""
     store = read_store(args)
     tokens = statistics.mean(int(store.pair_tokens[batch].sum()) for batch in batches(store, args)[1:])
-    sides = [("simpo_megatron", 0), *(("trl", size) for size in args.trl_micro_batches)]
+    sides = [
+        *((f"simpo_megatron {head}", 0) for head in args.heads),
+        *(("trl", size) for size in args.trl_micro_batches),
+    ]
     rows = []
     for precision in args.precisions:
         seconds: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
@@ -224,7 +232,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
             for side in sides:
                 seconds[side] += measure(args, *side, precision)
         mean = {side: statistics.mean(values) for side, values in seconds.items()}
-        best = min(value for (name, _), value in mean.items() if name == "trl")
+        best = min((value for (name, _), value in mean.items() if name == "trl"), default=math.nan)
         rows += [
             {
                 "precision": precision,
@@ -239,9 +247,9 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def append_csv(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Appends the rows with machine, versions and setting."""
-    where = {
+def setting(args: argparse.Namespace) -> dict[str, Any]:
+    """Machine, versions and setting of a row."""
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "data": args.data.name,
         "pairs": args.pairs,
@@ -251,24 +259,6 @@ def append_csv(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         "machine": processor(),
         **{name: version(name) for name in ("torch", "megatron-core", "transformers", "trl")},
     }
-    CSV.parent.mkdir(exist_ok=True)
-    new = not CSV.exists()
-    with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*where, *rows[0]])
-        if new:
-            writer.writeheader()
-        writer.writerows({**where, **row} for row in rows)
-
-
-def processor() -> str:
-    """The name of the CPU and how many cores there are."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor()} x {os.cpu_count()}"
 
 
 def main() -> None:
@@ -285,7 +275,10 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--trl-micro-batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument(
+        "--heads", nargs="+", default=["fused"], choices=["fused", "plain"], help="--head of this package"
+    )
+    parser.add_argument("--trl-micro-batches", nargs="*", type=int, default=[1, 4, 16], help="none: without TRL")
     parser.add_argument("--json", type=Path)
     for name, kind in (("--only", str), ("--micro-batch", int), ("--precision", str)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # how the tool calls itself
@@ -299,7 +292,7 @@ def main() -> None:
         args.hf_checkpoint = args.hf_checkpoint or make_model(Path(folder), args.data)
         rows = benchmark(args)
     table(rows)
-    append_csv(rows, args)
+    append_rows(CSV, rows, setting(args))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
 

@@ -13,12 +13,15 @@ BLOCK, LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 def head_dim(config: dict[str, Any]) -> int:
     """The width of one attention head."""
-    return config.get("head_dim") or required(config, "hidden_size") // required(config, "num_attention_heads")
+    if config.get("head_dim") is not None:
+        return required(config, "head_dim")
+    return required(config, "hidden_size") // required(config, "num_attention_heads")
 
 
 def query_groups(config: dict[str, Any]) -> int:
     """The number of key and value heads."""
-    return config.get("num_key_value_heads") or required(config, "num_attention_heads")
+    key = "num_attention_heads" if config.get("num_key_value_heads") is None else "num_key_value_heads"
+    return required(config, key)
 
 
 def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": required(config, "num_attention_heads"),
         "num_query_groups": query_groups(config),
         "kv_channels": head_dim(config),
-        "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
     }
 
 

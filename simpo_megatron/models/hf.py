@@ -115,8 +115,7 @@ def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTe
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give a local Hugging Face checkpoint (download it first)")
     config = read_json(path / "config.json")
-    family = family_of(config)
-    family.transformer_kwargs(config)  # raises for what is not supported
+    family = _family(path, config)
     generation = path / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = config.get("eos_token_id") if eos is None else eos
@@ -129,6 +128,19 @@ def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTe
         tied=bool(config.get("tie_word_embeddings", False)),
         tensors=(read_tensors or read_safetensors)(path),
     )
+
+
+def _family(path: Path, config: dict[str, Any]) -> Family:
+    """The family of a config.json it can use."""
+    try:
+        family = family_of(config)
+        family.transformer_kwargs(config)
+        family.weights(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: config.json holds a value of the wrong kind ({error}); copy it again") from error
+    return family
 
 
 def check_tensors(hf: HFModel) -> None:

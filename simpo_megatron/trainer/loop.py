@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from simpo_megatron.config import Config
 from simpo_megatron.data import PairStore, load_preferences, pairs_of_batch
 from simpo_megatron.errors import UserError
+from simpo_megatron.microbatches import GlobalBatch
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.hf import HFModel
@@ -27,7 +28,7 @@ from simpo_megatron.models.load import load_hf_weights
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
 from simpo_megatron.trainer.distributed import broadcast_store, together
-from simpo_megatron.trainer.engine import Engine, GlobalBatch
+from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.logging import Logger
 
 
@@ -208,7 +209,10 @@ class Run:
         tokens = self.config.data.options.max_length
         found = self.config.warnings(self.hf.num_parameters)
         if longest and tokens > longest:
-            found.append(f"--max-length {tokens} exceeds the {longest} positions the model was made for")
+            found.append(
+                f"--max-length {tokens} (half of --seq-length unless set) exceeds the {longest} positions the model was made "
+                "for"
+            )
         return found
 
     def _opening(self) -> list[str]:
@@ -222,6 +226,8 @@ class Run:
         layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
         if parallel.expert_model_parallel_size > 1:
             layout += f", experts over {parallel.expert_model_parallel_size}"
+        if parallel.expert_tensor_parallel_size is not None:
+            layout += f", each over {parallel.expert_tensor_parallel_size}"
         precision = "bf16" if self.config.train.bf16 else "fp32"
         lines = [
             f"{self.hf.family.name} model, {precision}, {layout} on {torch.device(torch.cuda.current_device()).type}"
@@ -231,6 +237,8 @@ class Run:
                 f"SimPO: beta {loss.simpo_beta:g}, gamma {loss.gamma:g} (gamma / beta {loss.gamma / loss.simpo_beta:g}), "
                 f"{loss.simpo_loss_type}"
             )
+        if loss.moe_aux_loss_coeff:
+            lines.append(f"balancing loss of the experts: coefficient {loss.moe_aux_loss_coeff:g}")
         lines.append(
             f"{self.total} steps of {self.config.train.global_batch_size} pairs: "
             f"{self.limit / len(self.train_pairs):.2f} epochs"

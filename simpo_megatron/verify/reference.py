@@ -2,7 +2,8 @@
 
 Every sequence runs alone, unpadded. Layers are transformers' own: each becomes a model of one layer, loaded when it is needed,
 so that one layer, the embedding or the output layer, and the hidden states between layers are all that is held. The backward
-pass runs every layer again, last to first, from the hidden states it was given.
+pass runs every layer again, last to first, from the hidden states it was given. The embedding is a plain lookup: transformers
+gives the row of `pad_token_id` no gradient even where that token is text (an end of text that is padding too).
 
 Shapes: n tokens of a sequence, H hidden size, V vocabulary, P pairs, M members of a pair.
 """

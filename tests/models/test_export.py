@@ -14,8 +14,14 @@ from simpo_megatron.errors import UserError
 from tests.models import tiny
 
 TP2 = {"tensor_model_parallel_size": 2}
+SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+
+
+def _needs(name: str) -> dict[str, Any]:
+    """What a family cannot do without under tensor parallelism."""
+    return {"sequence_parallel": True} if name in tiny.WITH_EXPERTS else {}
 
 
 def load_and_export(source: Path, target: Path, bf16: bool, layout: dict[str, Any], max_file_bytes: int) -> None:
@@ -53,7 +59,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "world", "layout"),
     [
-        *((name, 4, {**TP2, **PP2}) for name in tiny.MODELS),
+        *((name, 4, {**TP2, **PP2, **_needs(name)}) for name in tiny.MODELS),
+        ("mixtral", 4, {**SP, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}),
+        ("qwen3_moe", 4, {**SP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
         *((name, world, layout) for name in ("llama_tied", "qwen2") for world, layout in ((1, {}), (2, {}), (2, VPP2))),
     ],
     ids=str,

@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe_plain": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
 }
 
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain")
+
 
 def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """Saves a random model to `path` and returns it; norms and biases are random too, so a swapped one shows."""

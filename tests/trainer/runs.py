@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.distributed import WorkerPool
+from tests.tiny import write_rows
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A checkpoint and preferences with nothing wrong, and a folder for what is."""
+
+    checkpoint: Path
+    data: Path
+    folder: Path
+
+    def with_rows(self, rows: list[dict[str, Any]]) -> Path:
+        return write_rows(self.folder / "wrong.jsonl", rows)
+
+    def copy_checkpoint(self) -> Path:
+        return Path(shutil.copytree(self.checkpoint, self.folder / "wrong"))
+
+
+def run_main(argv: list[str]) -> tuple[int, str, str]:
+    """On a rank: exit code, stdout and stderr of the program."""
+    from simpo_megatron.train import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv)
+    return code, out.getvalue(), err.getvalue()
 
 
 def train(argv: list[str]) -> str | None:

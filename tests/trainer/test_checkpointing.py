@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.trainer.checkpointing import TRACKER, check_writable, checkpoint_dir, latest_step
-from tests.tiny import make_checkpoint, make_rows, write_rows
+from tests.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 from tests.trainer.runs import flags, read_rows, run_and_read, train
 
 MEASURED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "learning_rate")
@@ -57,6 +59,32 @@ def test_resume_in_another_layout(pool, inputs, tmp_path: Path) -> None:
     assert [row["step"] for row in resumed] == [4, 5, 6]
     for ours, theirs in zip(numbers(resumed), numbers(whole[3:]), strict=True):
         assert all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_experts_and_context_parallelism_resume_too(pool, tmp_path: Path) -> None:
+    """Saved with experts over 2 ranks, resumed with experts split over tensor-parallel ranks and sequences over two."""
+    inputs = (
+        make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS),
+        write_rows(tmp_path / "pairs.jsonl", make_rows(30)),
+    )
+    argv = flags(*inputs, train_iters=4, save_interval=2, export_hf=tmp_path / "export")
+    layout = ["--expert-model-parallel-size", "2", "--context-parallel-size", "2"]
+    whole = run_and_read(pool, 2, [*argv, *layout], tmp_path / "run")
+    (tmp_path / "run" / TRACKER).write_text("2")
+    other = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2"]
+    argv[argv.index(str(tmp_path / "export"))] = str(tmp_path / "export of the resumed run")
+    resumed = run_and_read(pool, 4, [*argv, *other, "--load", str(tmp_path / "run")], tmp_path / "other")
+    assert [row["step"] for row in resumed] == [3, 4]
+    for ours, theirs in zip(numbers(resumed), numbers(whole[2:]), strict=True):
+        assert all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    exported = [load_tensors(tmp_path / name) for name in ("export", "export of the resumed run")]
+    assert exported[0].keys() == exported[1].keys() == load_tensors(inputs[0]).keys()
+    for name, tensor in exported[0].items():
+        torch.testing.assert_close(tensor, exported[1][name], rtol=1e-3, atol=1e-4)
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def train_on_a_full_disk(argv: list[str]) -> str | None:

@@ -1,0 +1,224 @@
+"""LogProbHead: from hidden states to the loss of a microbatch, without its [tokens, vocabulary] logits.
+
+    head = LogProbHead.install(gpt_model, slab_bytes=256 * 2**20)   # once, before DDP wraps the model
+    with head.armed(HeadTask(...)):
+        output = gpt_model(tokens, position_ids, None, ...)         # what `split_output` takes apart, no logits
+    loss, sums_PM = split_output(output, members)
+
+Armed, the output layer scores the response tokens alone. It projects whole pairs, a slab of logits at a time. Once a slab's
+sums are known, so is the derivative of the loss by each of its log-probs, for the loss of a pair is a function of that pair's
+sums; both gradients are made while the logits are still there: the three GEMMs of 6NHV FLOPs, nothing stored, nothing computed
+twice. The backward pass only scales. Unarmed it is Megatron's layer.
+
+A pair larger than a slab goes through it in chunks, first for the sums, then for the gradients; all chunks but the last are
+projected a second time (at most 8NHV FLOPs, for such pairs alone). Its gradient could be summed with coefficients known in
+advance and multiplied by the pair's scalar afterwards, but a loss with an NLL term moves the two responses by two independent
+scalars: that takes two more copies of the weight gradient in fp32, more memory than the slabs save. A larger slab is the mend.
+
+Shapes: T tokens of the row, R scored ones of this context-parallel rank, N those of a slab, H hidden, V columns of this
+tensor-parallel rank, P pairs, M members of a pair (1 or 2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
+
+from simpo_megatron.head_slabs import Gradients, score_slabs
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """What one forward pass is to score: this context-parallel rank's rows, the same on all tensor-parallel ranks.
+
+    Attributes:
+        rows_R: positions in the row of tokens that score a response token, int64, in the order of the pairs.
+        targets_R: token ids they score, int64, in the whole vocabulary.
+        segments_R: sequence (pair * members + member) each belongs to, int64.
+        pair_rows: scored rows of each pair here, on the host: slabs are cut without waiting for a GPU.
+        largest_rows: the same on the context-parallel rank that has most of the pair; all ranks cut by them.
+        members: sequences a pair, M.
+        vocab_size: true vocabulary; columns from there on get neither probability nor gradient.
+        loss: sums [P, M] of log-probs over all context-parallel ranks, fp32 (fp64 for fp64 weights) -> scalar, a sum of one
+            differentiable term a pair. Called once a slab while the sums of later pairs are still 0, and once at the end.
+        loss_gradient: the number by which the backward pass will multiply the gradient of the loss, where it is known. Then
+            the gradient of the weight goes straight into an fp32 `main_grad`: no copy of it in fp32, no rounding.
+    """
+
+    rows_R: Tensor
+    targets_R: Tensor
+    segments_R: Tensor
+    pair_rows: tuple[int, ...]
+    largest_rows: tuple[int, ...]
+    members: int
+    vocab_size: int
+    loss: Callable[[Tensor], Tensor]
+    loss_gradient: float | None = None
+
+
+class LogProbHead(ColumnParallelLinear):
+    """Megatron's output layer, which can be armed with a task; same parameter, names and checkpoint.
+
+    Collectives of an armed pass over the tensor-parallel ranks: forward one all-gather of the hidden states under sequence
+    parallelism and one of two numbers a token for each slab; backward one reduce-scatter of the hidden states' gradient under
+    sequence parallelism, else one all-reduce. None for one rank. Over the context-parallel ranks: forward one all-reduce of
+    a number a response for each slab.
+    """
+
+    slab_bytes: int
+    _task: HeadTask | None = None
+
+    @classmethod
+    def install(cls, model: Any, slab_bytes: int) -> LogProbHead:
+        """Puts a head in the place of a GPTModel's output layer, on its parameter. Before DDP wraps the model.
+
+        Args:
+            model: a GPTModel of the last pipeline stage.
+            slab_bytes: bytes of logits held at a time (at least one token's).
+
+        Raises:
+            ValueError: the model predicts several tokens at a time, through this same layer.
+        """
+        old = model.output_layer
+        if getattr(old.config, "mtp_num_layers", None):
+            raise ValueError("LogProbHead does not know multi-token prediction; leave mtp_num_layers unset")
+        head = cls(
+            old.input_size,
+            old.output_size,
+            config=old.config,
+            init_method=old.config.init_method,
+            bias=False,
+            gather_output=old.gather_output,
+            skip_weight_param_allocation=True,
+            embedding_activation_buffer=old.embedding_activation_buffer,
+            grad_output_buffer=old.grad_output_buffer,
+            tp_group=old.tp_group,
+        )
+        if old.weight is not None:  # tied to the embedding of the same stage, there is none
+            head.weight = old.weight
+        head.slab_bytes = slab_bytes
+        model.output_layer = head
+        return head
+
+    @contextlib.contextmanager
+    def armed(self, task: HeadTask) -> Iterator[None]:
+        """Within it the layer returns the loss of `task` instead of logits."""
+        self._task = task
+        try:
+            yield
+        finally:
+            self._task = None
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Unarmed: Megatron's. Armed: [1, 1, 1 + P * M] in fp32, the loss and the detached sums, and no bias.
+
+        Args:
+            input_: hidden states [T, 1, H], a part of the tokens under sequence parallelism.
+            weight: [V, H] where it is tied.
+        """
+        task = self._task
+        if task is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        weight = self.weight if weight is None else weight
+        loss, sums_PM = _FusedHead.apply(input_, weight, self, task, torch.is_grad_enabled())
+        return torch.cat((loss[None], sums_PM.flatten()))[None, None], None
+
+
+def find_head(model: Any) -> LogProbHead | None:
+    """The head inside DDP and Float16Module, if this stage has one."""
+    while hasattr(model, "module"):
+        model = model.module
+    layer = getattr(model, "output_layer", None)
+    return layer if isinstance(layer, LogProbHead) else None
+
+
+def split_output(output: Tensor, members: int) -> tuple[Tensor, Tensor]:
+    """Loss (differentiable) and sums [P, M] (detached) of what a model with an armed head returned."""
+    flat = output.flatten()
+    return flat[0], flat[1:].detach().view(-1, members)
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_T1H: Tensor, weight_VH: Tensor, head: LogProbHead, task: HeadTask, training: bool
+    ) -> tuple[Tensor, Tensor]:
+        hidden_TH = hidden_T1H.flatten(0, 1)
+        group: Any = head.tp_group
+        if head.sequence_parallel:
+            local_TH = hidden_TH.contiguous()
+            hidden_TH = local_TH.new_empty(local_TH.shape[0] * group.size(), local_TH.shape[1])
+            dist.all_gather_into_tensor(hidden_TH, local_TH, group=group)
+        hidden_RH = hidden_TH.index_select(0, task.rows_R)
+
+        ctx.into_main_grad = False
+        gradients = None
+        if training:
+            needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+            ctx.into_main_grad = needs_weight and task.loss_gradient is not None and _accumulates(weight_VH)
+            gradients = Gradients.of(
+                hidden_RH if needs_hidden else None,
+                weight_VH if needs_weight else None,
+                main_grad=weight_VH.main_grad if ctx.into_main_grad else None,  # type: ignore[attr-defined]
+                factor=1.0 if task.loss_gradient is None else task.loss_gradient,
+            )
+        context: Any = parallel_state.get_context_parallel_group(check_initialized=False)
+        loss, sums_PM = score_slabs(hidden_RH, weight_VH.detach(), task, gradients, head.slab_bytes, group, context)
+        ctx.gradients, ctx.head, ctx.task = gradients, head, task
+        ctx.weight, ctx.hidden_shape, ctx.tokens = weight_VH, hidden_T1H.shape, hidden_TH.shape[0]
+        ctx.dtype = hidden_T1H.dtype
+        ctx.mark_non_differentiable(sums_PM)
+        return loss, sums_PM
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        gradients, weight, task = ctx.gradients, ctx.weight, ctx.task
+        ratio = grads[0] / gradients.factor
+        grad_hidden = grad_weight = None
+        if ctx.into_main_grad:
+            # No wait on a GPU: the failure is the device's assertion.
+            expected = "the loss of the head was multiplied by another number than HeadTask.loss_gradient"
+            torch.ops.aten._assert_async.msg((ratio - 1).abs() < 1e-4, expected)
+            # Megatron's protocol (LinearWithGradAccumulationAndAsyncCommunication): the hooks want a gradient, and look at
+            # its values only where the embedding adds its own.
+            empty = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
+            grad_weight = empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            weight.grad_added_to_main_grad = True
+        elif gradients.weight_VH is not None:
+            grad_weight = (gradients.weight_VH * ratio).to(weight.dtype)
+        if gradients.hidden_RH is not None:
+            grad_RH = (gradients.hidden_RH * ratio).to(ctx.dtype)
+            grad_TH = grad_RH.new_zeros(ctx.tokens, grad_RH.shape[1]).index_copy_(0, task.rows_R, grad_RH)
+            grad_hidden = _reduce(grad_TH, ctx.head).view(ctx.hidden_shape)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _accumulates(weight: Tensor) -> bool:
+    """Whether DDP keeps this parameter's gradient in fp32 and lets others add to it."""
+    main_grad = getattr(weight, "main_grad", None)
+    return main_grad is not None and main_grad.dtype == torch.float32 and hasattr(weight, "grad_added_to_main_grad")
+
+
+def _reduce(grad_TH: Tensor, head: LogProbHead) -> Tensor:
+    """Sums the gradient of the hidden states over the vocabulary shards."""
+    group: Any = head.tp_group
+    if head.sequence_parallel:
+        part_TH = grad_TH.new_empty(grad_TH.shape[0] // group.size(), grad_TH.shape[1])
+        dist.reduce_scatter_tensor(part_TH, grad_TH, group=group)
+        return part_TH
+    if head.allreduce_dgrad:
+        dist.all_reduce(grad_TH, group=group)
+    return grad_TH

@@ -1,0 +1,69 @@
+"""The element-wise work of the head on one slab of logits: statistics before the loss, the gradient in place after it.
+
+On CUDA the Triton kernels of `head_triton.py`. Elsewhere, and without Triton, torch on a few rows at a time, so that what it
+holds besides the slab stays in the cache. Both round the gradient once, after target and probability have met: near a
+probability of 1 the two cancel. Shapes: N rows, V columns of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simpo_megatron.compat import have_triton
+
+_BLOCK_BYTES = 4 * 2**20
+
+
+def row_statistics(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp of each row, and its target's logit.
+
+    Args:
+        logits_NV: any floating dtype, rows at any stride, columns adjacent; V may be 0.
+        targets_N: column of each row's target, int64; -1 where another rank holds it.
+
+    Returns:
+        [N] and [N], fp32 (fp64 for fp64 logits): -inf where there is no column, and 0 where there is no target.
+    """
+    accumulate = torch.promote_types(logits_NV.dtype, torch.float32)
+    if logits_NV.is_cuda and have_triton():
+        from simpo_megatron import head_triton
+
+        return head_triton.row_statistics(logits_NV, targets_N)
+    lse_N = torch.empty(len(targets_N), dtype=accumulate, device=logits_NV.device)
+    for rows in _blocks(logits_NV):
+        lse_N[rows] = torch.logsumexp(logits_NV[rows].to(accumulate), dim=1)
+    owned_N = targets_N >= 0
+    if not logits_NV.shape[1]:
+        return lse_N.fill_(-torch.inf), torch.zeros_like(lse_N)
+    return lse_N, logits_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0].to(accumulate) * owned_N
+
+
+def write_gradient_(logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, coefficients_N: Tensor) -> None:
+    """Replaces the logits by the gradient of sum(coefficients * log p(target)), in place.
+
+    Args:
+        logits_NV, targets_N: as for `row_statistics`.
+        lse_N: log-sum-exp of each row over all ranks' columns, in the dtype of `row_statistics`.
+        coefficients_N: derivative of the loss by each row's log-prob, in that dtype.
+    """
+    if logits_NV.is_cuda and have_triton():
+        from simpo_megatron import head_triton
+
+        head_triton.write_gradient_(logits_NV, targets_N, lse_N, coefficients_N)
+        return
+    if not logits_NV.shape[1]:
+        return
+    owned_N = coefficients_N * (targets_N >= 0)
+    for rows in _blocks(logits_NV):
+        logits = logits_NV[rows]
+        gradient = logits if logits.dtype == lse_N.dtype else logits.to(lse_N.dtype)
+        gradient.sub_(lse_N[rows, None]).exp_().mul_(-coefficients_N[rows, None])
+        gradient.scatter_add_(1, targets_N[rows, None].clamp(min=0), owned_N[rows, None])
+        if gradient is not logits:
+            logits.copy_(gradient)
+
+
+def _blocks(logits_NV: Tensor) -> list[slice]:
+    rows = max(1, _BLOCK_BYTES // (4 * max(1, logits_NV.shape[1])))
+    return [slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows)]

@@ -1,0 +1,208 @@
+"""The arithmetic of the head: slabs of whole pairs, from hidden states to the loss and both gradients.
+
+Sums and gradients are fp32 (fp64 for fp64 weights) over all slabs. The GEMMs run in the dtype of the weight, except for bf16
+on a CPU without bf16 arithmetic: there the weight is cast to fp32 a tile of the vocabulary at a time, which is several times
+faster than torch's emulation and more exact. Shapes: see `head.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simpo_megatron.compat import have_fp32_accumulating_addmm, have_native_bf16
+from simpo_megatron.head_kernels import row_statistics, write_gradient_
+from simpo_megatron.logprobs import join_shards, shard_targets
+
+if TYPE_CHECKING:
+    from simpo_megatron.head import HeadTask
+
+_TILE_BYTES = 32 * 2**20  # of the weight in fp32
+
+
+@dataclass
+class Gradients:
+    """Where the gradients of one pass go, multiplied by `factor`; None where nobody asks."""
+
+    hidden_RH: Tensor | None
+    weight_VH: Tensor | None
+    factor: float
+
+    @classmethod
+    def of(
+        cls, hidden_RH: Tensor | None, weight_VH: Tensor | None, main_grad: Tensor | None, factor: float
+    ) -> Gradients:
+        """Accumulators for a pass; the weight's is `main_grad` where there is one."""
+        hidden = weight = None
+        if hidden_RH is not None:
+            hidden = torch.empty(hidden_RH.shape, dtype=_accumulate(hidden_RH.dtype), device=hidden_RH.device)
+        if weight_VH is not None and main_grad is None:
+            weight = torch.zeros(weight_VH.shape, dtype=_accumulate(weight_VH.dtype), device=weight_VH.device)
+        return cls(hidden, weight if main_grad is None else main_grad, factor)
+
+
+def score_slabs(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    task: HeadTask,
+    gradients: Gradients | None,
+    slab_bytes: int,
+    tensor_group: dist.ProcessGroup | None = None,
+    context_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the sums of a task, and its gradients into `gradients`.
+
+    Collectives: see `head.LogProbHead`.
+
+    Args:
+        hidden_RH: the scored tokens' hidden states.
+        weight_VH: this rank's shard, padding included.
+        gradients: None to compute none.
+
+    Returns:
+        loss: scalar; sums_PM: the log-probs of each response, summed over all context-parallel ranks.
+    """
+    columns, local_R = shard_targets(task.targets_R, task.vocab_size, weight_VH.shape[0], tensor_group)
+    projection = _Projection(weight_VH[:columns], gradients)
+    pairs, members = len(task.pair_rows), task.members
+    dtype = _accumulate(weight_VH.dtype)
+    sums_PM = torch.zeros(pairs, members, dtype=dtype, device=weight_VH.device)
+    # By the shard with its padding: all tensor-parallel ranks cut alike, though one may hold more padding than another.
+    slab_rows = max(1, slab_bytes // (weight_VH.shape[0] * projection.dtype.itemsize))
+    plan = cut_slabs(task.pair_rows, task.largest_rows, slab_rows)
+    longest = max((rows.stop - rows.start for slab in plan for rows in slab.chunks), default=0)
+    logits_NV = torch.empty(longest, columns, dtype=projection.dtype, device=weight_VH.device)
+
+    def statistics(rows: slice) -> tuple[Tensor, Tensor]:
+        logits = logits_NV[: rows.stop - rows.start]
+        projection.logits(hidden_RH[rows], logits)
+        return row_statistics(logits, local_R[rows])
+
+    for slab in plan:
+        rows = slice(slab.chunks[0].start, slab.chunks[-1].stop)
+        lses, logps = [], []
+        for chunk in slab.chunks:
+            if chunk.stop > chunk.start:  # under context parallelism a pair may have all its rows elsewhere
+                lse_N, target_N = join_shards(*statistics(chunk), tensor_group)
+                lses.append(lse_N)
+                logps.append(target_N - lse_N)
+        logps_N = torch.cat(logps) if logps else sums_PM.new_zeros(0)
+        if __debug__:
+            torch.ops.aten._assert_async.msg(~(logps_N > 0).any(), "a log-probability is positive")
+        sums_S = sums_PM.new_zeros(pairs * members).index_add_(0, task.segments_R[rows], logps_N)
+        sums_PM[slab.pairs] = sums_S.view_as(sums_PM)[slab.pairs]
+        if _spans(context_group):
+            dist.all_reduce(sums_PM[slab.pairs], group=context_group)
+        if gradients is None or not logps:
+            continue
+        coefficients_N = _derivative(task, sums_PM).index_select(0, task.segments_R[rows]) * gradients.factor
+        lse_N = torch.cat(lses)
+        for chunk in reversed(slab.chunks):  # the logits of the last are still there
+            if chunk is not slab.chunks[-1]:
+                projection.logits(hidden_RH[chunk], logits_NV[: chunk.stop - chunk.start])
+            part = slice(chunk.start - rows.start, chunk.stop - rows.start)
+            logits = logits_NV[: chunk.stop - chunk.start]
+            write_gradient_(logits, local_R[chunk], lse_N[part], coefficients_N[part])
+            projection.gradients(logits, hidden_RH, chunk)
+    return task.loss(sums_PM), sums_PM
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Whole pairs whose logits are held together, and their rows; several chunks of rows for one pair that is too large."""
+
+    pairs: slice
+    chunks: tuple[slice, ...]
+
+
+def cut_slabs(pair_rows: Sequence[int], largest_rows: Sequence[int], slab_rows: int) -> list[Slab]:
+    """Cuts a microbatch into slabs of at most `slab_rows` rows.
+
+    Args:
+        pair_rows: rows of each pair on this rank.
+        largest_rows: the same on the context-parallel rank that has most of them. They decide, so that all ranks cut alike.
+
+    >>> [(s.pairs, s.chunks) for s in cut_slabs([2, 3, 9, 1], [2, 3, 9, 1], 5)]  # doctest: +NORMALIZE_WHITESPACE
+    [(slice(0, 2, None), (slice(0, 5, None),)),
+     (slice(2, 3, None), (slice(5, 10, None), slice(10, 14, None))),
+     (slice(3, 4, None), (slice(14, 15, None),))]
+    """
+    slabs, first, held = [], 0, 0
+    for pair, rows in enumerate([*largest_rows, slab_rows + 1]):
+        if held + rows > slab_rows and pair > first:
+            start = sum(pair_rows[:first])
+            stop = start + sum(pair_rows[first:pair])
+            size = max(1, min(slab_rows, stop - start))
+            chunks = tuple(slice(at, min(at + size, stop)) for at in range(start, max(stop, start + 1), size))
+            slabs.append(Slab(slice(first, pair), chunks))
+            first, held = pair, 0
+        held += rows
+    return slabs
+
+
+class _Projection:
+    """Logits of some rows, and the two gradients from the logits' gradient, a tile of the vocabulary at a time."""
+
+    def __init__(self, weight_VH: Tensor, into: Gradients | None) -> None:
+        self.weight, self.into, (columns, hidden) = weight_VH, into, weight_VH.shape
+        emulated = weight_VH.dtype == torch.bfloat16 and not (weight_VH.is_cuda or have_native_bf16())
+        self.dtype = torch.float32 if emulated else weight_VH.dtype
+        size = max(1, min(_TILE_BYTES // (4 * hidden), columns)) if emulated else max(1, columns)
+        self.tiles = [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
+        self.cast = torch.empty(size if emulated else 0, hidden, dtype=self.dtype, device=weight_VH.device)
+
+    def _tile(self, tile: slice) -> Tensor:
+        weight = self.weight[tile]
+        return weight if weight.dtype == self.dtype else self.cast[: len(weight)].copy_(weight)
+
+    def logits(self, hidden_NH: Tensor, out_NV: Tensor) -> None:
+        """Writes the logits of some rows."""
+        hidden_NH = hidden_NH.to(self.dtype)
+        for tile in self.tiles:
+            _multiply(out_NV[:, tile], hidden_NH, self._tile(tile).t(), add=False)
+
+    def gradients(self, grad_NV: Tensor, hidden_RH: Tensor, rows: slice) -> None:
+        """Writes the gradient of the rows' hidden states and adds to that of the weight."""
+        assert self.into is not None
+        grad_hidden, grad_weight = self.into.hidden_RH, self.into.weight_VH
+        hidden_NH = hidden_RH[rows].to(self.dtype)
+        if grad_hidden is not None and not self.tiles:
+            grad_hidden[rows] = 0
+        for tile in self.tiles:
+            if grad_hidden is not None:
+                _multiply(grad_hidden[rows], grad_NV[:, tile], self._tile(tile), add=tile.start > 0)
+            if grad_weight is not None:
+                _multiply(grad_weight[tile], grad_NV[:, tile].t(), hidden_NH, add=True)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out = a @ b, or out += a @ b, in the precision of `out` where the device can."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    elif out.is_cuda and have_fp32_accumulating_addmm():
+        torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
+    elif add:
+        out.add_(a @ b)
+    else:
+        out.copy_(a @ b)
+
+
+def _derivative(task: HeadTask, sums_PM: Tensor) -> Tensor:
+    """Derivative of the loss by the sum of each sequence, [P * M]; right for the pairs whose sums are known."""
+    with torch.enable_grad():
+        known_PM = sums_PM.detach().clone().requires_grad_()
+        (grad_PM,) = torch.autograd.grad(task.loss(known_PM), known_PM)
+    return grad_PM.flatten()
+
+
+def _spans(group: dist.ProcessGroup | None) -> bool:
+    return group is not None and group.size() > 1
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

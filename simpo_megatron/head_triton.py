@@ -1,0 +1,75 @@
+"""The element-wise work of the head in Triton: a program a row, fp32 inside. `head_kernels.py` says what each does.
+
+The first kernel reads a row once, the second reads it once and writes the gradient over it: 6 bytes of traffic a bf16 logit.
+Offsets are int64: rows times stride passes 2**31 from 16384 rows of 131072 columns on. Runs on a CPU under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def row_statistics(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and target logit of each row, fp32."""
+    lse_N, target_N = (torch.empty(len(targets_N), dtype=torch.float32, device=logits_NV.device) for _ in range(2))
+    _launch(statistics_kernel, logits_NV, targets_N, lse_N, target_N)
+    return lse_N, target_N
+
+
+def write_gradient_(logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, coefficients_N: Tensor) -> None:
+    """The gradient over the logits."""
+    _launch(gradient_kernel, logits_NV, targets_N, lse_N, coefficients_N)
+
+
+def _launch(kernel: Any, logits_NV: Tensor, *rows_N: Tensor) -> None:
+    rows, columns = logits_NV.shape
+    assert logits_NV.stride(1) == 1 or columns < 2, "columns must be adjacent"
+    if rows:
+        kernel[(rows,)](
+            logits_NV,
+            *(values_N.contiguous() for values_N in rows_N),
+            logits_NV.stride(0),
+            columns,
+            BLOCK=4096,
+            num_warps=8,
+        )
+
+
+@triton.jit
+def statistics_kernel(logits, targets, lse, target_logits, stride, columns, BLOCK: tl.constexpr):
+    """Running maximum and sum of one row, and its target's logit."""
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * stride
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, columns, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        real = index < columns
+        x = tl.load(start + index, mask=real, other=0.0).to(tl.float32)
+        larger = tl.maximum(maximum, x)
+        total = tl.where(real, total * tl.exp(maximum - larger) + tl.exp(x - larger), total)
+        maximum = tl.where(real, larger, maximum)
+    highest = tl.max(maximum, 0)
+    # A lane without columns has a sum of 0 and a maximum of -inf. One that met a NaN keeps it: tl.maximum does not.
+    total = tl.sum(total * tl.where(total == 0.0, 0.0, tl.exp(maximum - highest)), 0)
+    tl.store(lse + row, highest + tl.log(total))
+    target = tl.load(targets + row)
+    tl.store(target_logits + row, tl.load(start + target, mask=target >= 0, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def gradient_kernel(logits, targets, lse, coefficients, stride, columns, BLOCK: tl.constexpr):
+    """coefficient * ([column is the target] - exp(logit - lse)) of one row, over its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * stride
+    target, row_lse, coefficient = tl.load(targets + row), tl.load(lse + row), tl.load(coefficients + row)
+    for first in range(0, columns, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        x = tl.load(start + index, mask=index < columns, other=float("-inf")).to(tl.float32)
+        gradient = coefficient * ((index == target).to(tl.float32) - tl.exp(x - row_lse))
+        tl.store(start + index, gradient.to(logits.dtype.element_ty), mask=index < columns)

@@ -1,0 +1,181 @@
+"""Rows of hidden states with pairs in them, the fp64 oracle of their loss, and LogProbHead's answer on a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from simpo_megatron.head import HeadTask, LogProbHead, split_output
+
+HIDDEN, VOCAB, PADDED = 8, 50, 64  # with 8 shards the last one is all padding
+SCALE = 0.75  # what follows the loss
+ROW_BYTES = PADDED * 8
+
+
+def sigmoid(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return -F.logsigmoid(margins(sums, lengths)).sum() / 7
+
+
+def smoothing(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    logits = margins(sums, lengths)
+    return -(0.9 * F.logsigmoid(logits) + 0.1 * F.logsigmoid(-logits)).sum()
+
+
+def hinge(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return torch.relu(1 - margins(sums, lengths)).sum()
+
+
+def weighted_nll(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The two members move by scalars that have nothing to do with each other."""
+    weight = torch.arange(len(sums)) % 3
+    return -(weight * F.logsigmoid(margins(sums, lengths))).sum() - 0.3 * sums[:, 0].sum() / 11
+
+
+def chosen_nll(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return -sums[:, 0].sum() / 5
+
+
+def margins(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    means = sums / lengths
+    return 2.5 * (means[:, 0] - means[:, 1]) - 0.5
+
+
+PAIR_LOSSES = [sigmoid, smoothing, hinge, weighted_nll]
+
+
+@dataclass
+class Problem:
+    """A row of tokens with its pairs; `lengths` are (prompt, chosen, rejected)."""
+
+    lengths: tuple[tuple[int, int, int], ...]
+    members: int = 2
+    seed: int = 0
+    dtype: torch.dtype = torch.float64
+    hidden_size: int = HIDDEN
+    vocab: int = VOCAB
+    padded: int = PADDED
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        sizes = [(prompt, n) for prompt, *responses in self.lengths for n in responses[: self.members]]
+        starts = torch.tensor([0, *(prompt + n for prompt, n in sizes)]).cumsum(0).tolist()
+        tokens = -(-(starts[-1] + 1) // 16) * 16
+        lengths = torch.tensor([n for _, n in sizes], dtype=torch.int64)
+
+        def normal(rows: int) -> torch.Tensor:
+            return torch.randn(rows, self.hidden_size, dtype=torch.float64, generator=generator).to(self.dtype)
+
+        self.hidden, self.weight = normal(tokens), normal(self.padded)
+        self.weight[self.vocab :] = 9  # padding that would win
+        self.targets = torch.randint(self.vocab, (tokens,), generator=generator)
+        scored = [torch.arange(start + p, start + p + n) for (p, n), start in zip(sizes, starts, strict=False)]
+        self.rows = torch.cat([torch.zeros(0, dtype=torch.int64), *scored])
+        self.segments = torch.arange(len(sizes)).repeat_interleave(lengths)
+        self.lengths_PM = lengths.view(-1, self.members)
+        # Context-parallel ranks; the first pair of a pack lies on one of them alone.
+        self.parts = torch.randint(2, (tokens,), generator=generator)
+        if sizes:
+            self.parts[: starts[self.members]] = 1
+
+    def oracle(self, loss: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Loss, sums and both gradients of SCALE * loss, fp64."""
+        hidden, weight = (x.detach().double().clone().requires_grad_() for x in (self.hidden, self.weight))
+        logps = (hidden[self.rows] @ weight[: self.vocab].T).log_softmax(-1)
+        logps = logps.gather(1, self.targets[self.rows, None])[:, 0]
+        sums = logps.new_zeros(self.lengths_PM.numel()).index_add(0, self.segments, logps).view(-1, self.members)
+        value = loss(sums, self.lengths_PM)
+        (SCALE * value).backward()
+        return value.detach(), sums.detach(), hidden.grad, weight.grad
+
+
+def random_packs() -> list[Problem]:
+    generator = torch.Generator().manual_seed(3)
+
+    def lengths(pairs: int) -> tuple[tuple[int, int, int], ...]:
+        return tuple(tuple(torch.randint(1, 12, (3,), generator=generator).tolist()) for _ in range(pairs))  # type: ignore[misc]
+
+    return [Problem(lengths(pairs), seed=pairs) for pairs in (1, 3, 7)] + [Problem(()), Problem(lengths(3), members=1)]
+
+
+def build_head(problem: Problem, tp: int, sp: bool, cp: int, slab_bytes: int, tied: bool = False) -> tuple[Any, Any]:
+    """On a rank: the head, and the weight it scores with."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tp, context_parallel_size=cp)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=problem.hidden_size,
+        num_attention_heads=8,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sp,
+        context_parallel_size=cp,
+        params_dtype=problem.dtype,
+        perform_initialization=False,
+        cuda_graph_scope=[],
+        gradient_accumulation_fusion=False,
+    )
+    layer = ColumnParallelLinear(
+        problem.hidden_size,
+        problem.padded,
+        config=config,
+        init_method=torch.nn.init.zeros_,
+        bias=False,
+        skip_weight_param_allocation=tied,
+    )
+    shard = problem.weight.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()].clone()
+    weight = torch.nn.Parameter(shard) if tied else layer.weight
+    weight.data = shard
+    model: Any = SimpleNamespace(output_layer=layer)
+    head = LogProbHead.install(model, slab_bytes)
+    assert model.output_layer is head and (tied or head.weight is weight)
+    return head, weight
+
+
+def score(problem: Problem, head: Any, weight: Any, loss: Any, tied: bool = False, **task: Any) -> tuple[Any, ...]:
+    """On a rank: loss, sums, this rank's tokens and the gradient of their hidden states."""
+    from megatron.core import parallel_state
+
+    cp, part = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    mine = problem.parts == part if cp > 1 else torch.ones_like(problem.parts, dtype=torch.bool)
+    tokens = mine.nonzero()[:, 0]
+    place = torch.full_like(problem.targets, -1)
+    place[tokens] = torch.arange(len(tokens))
+    kept = mine[problem.rows]
+    rows, segments = problem.rows[kept], problem.segments[kept]
+    pairs = len(problem.lengths_PM)
+    hidden = problem.hidden[tokens]
+    hidden = F.pad(hidden, (0, 0, 0, -len(hidden) % 8))[:, None]
+    if head.sequence_parallel:
+        hidden = hidden.chunk(head.tp_group.size())[head.tp_group.rank()]
+    hidden = hidden.clone().requires_grad_()
+    pair_of_rows = problem.segments // problem.members
+    pair_rows = [
+        torch.bincount(pair_of_rows[problem.parts[problem.rows] == part] if cp > 1 else pair_of_rows, minlength=pairs)
+        for part in range(cp)
+    ]
+    made = HeadTask(
+        rows_R=place[rows],
+        targets_R=problem.targets[rows],
+        segments_R=segments,
+        pair_rows=tuple(pair_rows[part].tolist()) if pairs else (),
+        largest_rows=tuple(torch.stack(pair_rows).amax(0).tolist()) if pairs else (),
+        members=problem.members,
+        vocab_size=problem.vocab,
+        loss=lambda sums: loss(sums, problem.lengths_PM),
+        **task,
+    )
+    with head.armed(made):
+        output, bias = head(hidden, weight=weight if tied else None)
+    assert bias is None
+    value, sums = split_output(output.transpose(0, 1).contiguous(), problem.members)
+    if torch.is_grad_enabled():
+        (SCALE * value).backward()
+    return value.detach(), sums, tokens, hidden.grad

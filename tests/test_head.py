@@ -1,0 +1,254 @@
+"""LogProbHead against log_softmax in fp64 on one process: values, both gradients, collectives, FLOPs and memory.
+
+The context-parallel ranks take tokens at random here: the head must not care how a row was cut. Models, DDP's hooks and the
+distributed optimizer around the head are in `test_step.py`, which trains with it in every layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from simpo_megatron import head_kernels
+from simpo_megatron.head_slabs import cut_slabs
+from tests.distributed import Collectives
+from tests.head_problems import (
+    HIDDEN,
+    PADDED,
+    PAIR_LOSSES,
+    ROW_BYTES,
+    SCALE,
+    VOCAB,
+    Problem,
+    build_head,
+    chosen_nll,
+    random_packs,
+    score,
+    sigmoid,
+    weighted_nll,
+)
+from tests.memory import peak_allocated
+
+
+def check_problems(
+    problems: list[Problem], losses: list[Any], tp: int, sp: bool, cp: int, slabs: list[int], tied: bool = False
+) -> None:
+    """On a rank: every problem against the oracle, with slabs of so many rows."""
+    from megatron.core import parallel_state
+
+    for problem in problems:
+        for loss in losses if problem.members == 2 else [chosen_nll]:
+            value, sums, grad_hidden, grad_weight = problem.oracle(loss)
+            for rows in slabs:
+                head, weight = build_head(problem, tp, sp, cp, rows * ROW_BYTES // tp, tied)
+                got, got_sums, tokens, got_hidden = score(problem, head, weight, loss, tied)
+                if sp:
+                    parts = [torch.empty_like(got_hidden) for _ in range(tp)]
+                    dist.all_gather(parts, got_hidden, group=head.tp_group)
+                    got_hidden = torch.cat(parts)
+                # Context-parallel ranks bring the gradient of their own tokens; Megatron adds them up.
+                dist.all_reduce(weight.grad, group=parallel_state.get_context_parallel_group())
+                mine = grad_weight.chunk(tp)[parallel_state.get_tensor_model_parallel_rank()]
+                close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+                close(got, value)
+                close(got_sums, sums)
+                close(got_hidden[: len(tokens), 0], grad_hidden[tokens])
+                close(weight.grad, mine)
+
+
+LAYOUTS = [(1, False, 1), (2, False, 1), (2, True, 1), (4, False, 1), (4, True, 1), (8, False, 1), (8, True, 1)]
+CONTEXT = [(1, False, 2), (2, False, 2), (2, True, 2), (4, True, 2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS + CONTEXT, ids=lambda x: "tp{} sp{:d} cp{}".format(*x))
+def test_values_and_gradients(pool, layout: tuple[int, bool, int]) -> None:
+    """Slabs smaller than most pairs, than some, and larger than all; fewer combinations where many ranks share few cores."""
+    tp, _, cp = layout
+    if tp * cp <= 2:
+        problems, losses, slabs = random_packs(), PAIR_LOSSES, [1, 9, 1000]
+    else:
+        problems, losses, slabs = random_packs()[1:], [weighted_nll], [6, 1000]
+    pool.run(tp * cp, check_problems, problems, losses, *layout, slabs)
+
+
+@pytest.mark.parametrize("layout", [(1, False, 1), (2, True, 1)], ids=str)
+def test_a_tied_weight(pool, layout: tuple[int, bool, int]) -> None:
+    pool.run(layout[0], check_problems, random_packs()[:2], [sigmoid], *layout, [9], True)
+
+
+def test_a_vocabulary_without_padding(pool) -> None:
+    problem = Problem(((3, 4, 5), (0, 6, 2)), vocab=PADDED)
+    pool.run(4, check_problems, [problem], [sigmoid], 4, False, 1, [9])
+
+
+def check_bf16_is_as_exact_as_the_plain_path() -> None:
+    from simpo_megatron.logprobs import vocab_parallel_logprobs
+
+    problem = Problem(((5, 60, 40), (9, 33, 70)), dtype=torch.bfloat16, hidden_size=64, vocab=1000, padded=1024)
+    _, sums, *wanted = problem.oracle(sigmoid)
+
+    head, weight = build_head(problem, 1, False, 1, 70 * 1024 * 4)  # both pairs are too large
+    _, fused_sums, _, fused_hidden = score(problem, head, weight, sigmoid)
+    fused = (fused_hidden[: len(problem.hidden), 0], weight.grad)
+
+    hidden, plain_weight = (x.clone().requires_grad_() for x in (problem.hidden, problem.weight))
+    logps = vocab_parallel_logprobs(hidden[problem.rows] @ plain_weight.T, problem.targets[problem.rows], 1000)
+    plain_sums = logps.new_zeros(4).index_add(0, problem.segments, logps).view(2, 2)
+    (SCALE * sigmoid(plain_sums, problem.lengths_PM)).backward()
+
+    def error(got: torch.Tensor, right: torch.Tensor) -> float:
+        return float((got.double() - right).norm() / right.norm())
+
+    assert fused_sums.dtype == torch.float32 and fused[0].dtype == fused[1].dtype == torch.bfloat16
+    assert error(fused_sums, sums) <= error(plain_sums.detach(), sums)
+    for got, plain, right in zip(fused, (hidden.grad, plain_weight.grad), wanted, strict=True):
+        assert error(got, right) <= 1.05 * error(plain, right) and error(got, right) < 4e-3
+
+
+def check_gradients_go_into_main_grad() -> None:
+    problem = Problem(((3, 4, 5), (0, 6, 2)), dtype=torch.float32)
+    *_, grad_weight = problem.oracle(sigmoid)
+    head, weight = build_head(problem, 1, False, 1, 9 * PADDED * 4)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
+    for passes in (1, 2):
+        score(problem, head, weight, sigmoid, loss_gradient=SCALE)
+        assert weight.grad_added_to_main_grad and weight.grad is not None, "DDP's hook wants both"
+        torch.testing.assert_close(weight.main_grad, passes * grad_weight.float(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"HeadTask\.loss_gradient"):
+        score(problem, head, weight, sigmoid, loss_gradient=2 * SCALE)
+
+    weight.zero_out_wgrad, weight.grad = True, None  # a tied embedding adds its own gradient to what is returned
+    score(problem, head, weight, sigmoid, loss_gradient=SCALE)
+    assert not weight.grad.any()
+
+
+def check_frozen_parts_get_no_gradient() -> None:
+    problem = Problem(((3, 4, 5), (0, 6, 2)))
+    _, _, grad_hidden, _ = problem.oracle(sigmoid)
+    head, weight = build_head(problem, 1, False, 1, 9 * ROW_BYTES)
+    weight.requires_grad_(False)
+    *_, tokens, got = score(problem, head, weight, sigmoid)
+    torch.testing.assert_close(got[: len(tokens), 0], grad_hidden[tokens])
+    assert weight.grad is None
+
+
+def check_unarmed_it_is_the_old_layer() -> None:
+    from megatron.core import parallel_state
+
+    problem = Problem(((3, 4, 5),))
+    head, weight = build_head(problem, 1, False, 1, 9 * ROW_BYTES)
+    hidden = problem.hidden[:, None].clone()
+    torch.testing.assert_close(head(hidden)[0][:, 0], problem.hidden @ problem.weight.T)
+    score(problem, head, weight, sigmoid)
+    assert head(hidden)[0].shape == (len(hidden), 1, PADDED), "a task lasts for one pass"
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    keys = set(head.sharded_state_dict("output_layer.", metadata=metadata))
+    assert keys == {"output_layer.weight", "output_layer._extra_state"}
+
+
+def flops(problem: Problem, slab_rows: int, grad: bool = True) -> float:
+    """FLOPs of one pass, in units of one GEMM over the response tokens."""
+    head, weight = build_head(problem, 1, False, 1, slab_rows * ROW_BYTES)
+    with FlopCounterMode(display=False) as counter, contextlib.nullcontext() if grad else torch.no_grad():
+        score(problem, head, weight, sigmoid)
+    return counter.get_total_flops() / (2 * len(problem.rows) * HIDDEN * VOCAB)
+
+
+def check_work() -> None:
+    """Three GEMMs over response tokens; one without gradients; a pair of k slabs projects k - 1 of them again."""
+    short, long = Problem(((1, 8, 8), (1, 8, 8))), Problem(((64, 8, 8), (64, 8, 8)))
+    assert flops(short, 16) == flops(long, 16) == flops(short, 1000) == 3
+    assert flops(short, 16, grad=False) == 1
+    assert flops(short, 4) == 3 + 3 / 4
+
+
+def check_memory_does_not_grow_with_the_pairs() -> None:
+    """Bound: the slab, the gradients in fp32 and in bf16, the selected rows, and the few rows the statistics work on."""
+    slab, vocab, hidden = 8 * 2**20, 8000, 32
+    small = {"dtype": torch.bfloat16, "hidden_size": hidden, "vocab": vocab, "padded": vocab}
+    for lengths in [((8, 100, 100),), ((8, 100, 100),) * 16, ((8, 2048, 2048),)]:
+        problem = Problem(lengths, **small)
+        head, weight = build_head(problem, 1, False, 1, slab)
+        score(Problem(((1, 1, 1),), **small), head, weight, sigmoid)  # leaves a gradient to add to
+        weight.grad = None
+        rows, tokens = len(problem.rows), len(problem.hidden)
+        gradients = hidden * (vocab * 6 + rows * 4 + tokens * 6)
+        statistics = 2 * head_kernels._BLOCK_BYTES
+        cast = vocab * hidden * 4
+        peak = peak_allocated(lambda: score(problem, head, weight, sigmoid))  # noqa: B023
+        selected = 4 * tokens * hidden * 4 + 16 * tokens * 8
+        assert peak < slab + gradients + statistics + cast + selected, lengths
+        if rows > 1000:
+            assert peak < rows * vocab * 4 / 3, "the bound says something"
+
+
+ON_ONE_RANK = [
+    check_bf16_is_as_exact_as_the_plain_path,
+    check_gradients_go_into_main_grad,
+    check_frozen_parts_get_no_gradient,
+    check_unarmed_it_is_the_old_layer,
+    check_work,
+    check_memory_does_not_grow_with_the_pairs,
+]
+
+
+@pytest.mark.parametrize("check", ON_ONE_RANK, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_on_one_rank(pool, check: Callable[[], None]) -> None:
+    pool.run(1, check)
+
+
+def count_collectives(problem: Problem, tp: int, sp: bool, cp: int, slab_rows: int) -> dict[str, int]:
+    head, weight = build_head(problem, tp, sp, cp, slab_rows * ROW_BYTES // tp)
+    with Collectives() as collectives:
+        score(problem, head, weight, sigmoid)
+    return collectives.counts
+
+
+@pytest.mark.parametrize(
+    "tp, sp, cp, pairs, expected",
+    [
+        (1, False, 1, 4, {}),
+        (2, False, 1, 4, {"allgather_base": 2, "allreduce": 1}),
+        (2, True, 1, 4, {"allgather_base": 1 + 2, "reduce_scatter_base": 1}),
+        (1, False, 2, 4, {"allreduce": 2}),
+        (2, False, 1, 0, {"allreduce": 1}),
+        (2, True, 1, 0, {"allgather_base": 1, "reduce_scatter_base": 1}),
+    ],
+)
+def test_collectives_are_those_of_the_docstring(pool, tp: int, sp: bool, cp: int, pairs: int, expected: dict) -> None:
+    """Two slabs of two pairs, and an empty pack."""
+    problem = Problem(((2, 4, 4),) * pairs)
+    slab_rows = 16
+    if cp == 2:  # the cut follows the context-parallel rank that has most
+        problem.parts[:] = torch.arange(len(problem.parts)) % 2
+        slab_rows = 8
+    assert pool.run(tp * cp, count_collectives, problem, tp, sp, cp, slab_rows) == [expected] * (tp * cp)
+
+
+def test_slabs_hold_whole_pairs_and_cover_every_row() -> None:
+    for pair_rows in ([], [5], [3, 3, 3, 3], [1, 20, 1], [20, 20], [0, 4, 0], [7, 0, 0, 9]):
+        for slab_rows in (1, 4, 7, 100):
+            slabs = cut_slabs(pair_rows, pair_rows, slab_rows)
+            chunks = [chunk for slab in slabs for chunk in slab.chunks]
+            covered = [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
+            assert covered == list(range(sum(pair_rows)))
+            assert all(chunk.stop - chunk.start <= slab_rows for chunk in chunks)
+            assert [p for slab in slabs for p in range(slab.pairs.start, slab.pairs.stop)] == list(
+                range(len(pair_rows))
+            )
+            for slab in slabs:
+                assert len(slab.chunks) == 1 or slab.pairs.stop - slab.pairs.start == 1
+
+
+def test_context_parallel_ranks_cut_alike() -> None:
+    """What one rank holds of a pair may be far less than another."""
+    largest = [6, 4, 9]
+    for mine in ([6, 0, 1], [0, 4, 9], [0, 0, 0]):
+        assert [slab.pairs for slab in cut_slabs(mine, largest, 10)] == [slice(0, 2), slice(2, 3)]

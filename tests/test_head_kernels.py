@@ -1,0 +1,132 @@
+"""The element-wise kernels of the head, torch's and Triton's (in its interpreter), against log_softmax in fp64."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from simpo_megatron import head_kernels
+
+INTERPRET = "TRITON_INTERPRET"
+
+
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """The module with the two functions."""
+    if request.param == "torch":
+        return head_kernels
+    if os.environ.get(INTERPRET) != "1":
+        pytest.skip("runs below, in a process of its own")
+    return importlib.import_module("simpo_megatron.head_triton")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(os.environ.get(INTERPRET) == "1", reason="this is that process")
+def test_triton_in_its_interpreter() -> None:
+    """Triton decides as it is imported whether it interprets, and torch may have imported it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"]
+    result = subprocess.run(command, env={**os.environ, INTERPRET: "1"}, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-4000:]
+
+
+def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(columns)
+    logits = 5 * torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    targets = torch.randint(columns, (rows,), generator=generator)
+    targets[0], targets[-1] = 0, columns - 1
+    return logits, targets, torch.randn(rows, dtype=torch.float64, generator=generator)
+
+
+def one_rounding(kernels: Any) -> float:
+    """Relative error of one rounding to bf16; Triton's interpreter cuts the bits off instead."""
+    return 4.1e-3 if kernels is head_kernels else 7.9e-3
+
+
+def oracle(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    logits = logits.double().requires_grad_()
+    logps = logits.log_softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+    (gradient,) = torch.autograd.grad((weights * logps).sum(), logits)
+    return gradient
+
+
+@pytest.mark.parametrize("columns", [1, 7, 4096, 4097, 10_000, 262_144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradient(kernels, columns: int, dtype: torch.dtype) -> None:
+    logits, targets, weights = problem(3, columns)
+    logits = logits.to(dtype)
+    wanted = oracle(logits, targets, weights)
+    lse, target = kernels.row_statistics(logits, targets)
+    torch.testing.assert_close(lse, torch.logsumexp(logits.double(), 1).float(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(target, logits.gather(1, targets[:, None])[:, 0].float(), rtol=0, atol=0)
+    assert (target <= lse).all()
+    kernels.write_gradient_(logits, targets, lse, weights.float())
+    # fp32 probabilities carry the error of exp at arguments of 20 and more
+    torch.testing.assert_close(
+        logits.double(), wanted, rtol=one_rounding(kernels) if dtype is torch.bfloat16 else 2e-5, atol=1e-7
+    )
+
+
+def test_a_confident_row_keeps_its_small_gradient(kernels) -> None:
+    """p - 1 where p is nearly 1: rounding p to bf16 before the subtraction would lose it."""
+    logits = torch.tensor([[8.0, 0.0, 1.0, -3.0]]).bfloat16()
+    targets, weights = torch.tensor([0]), torch.tensor([2.0])
+    wanted = oracle(logits, targets, weights.double())
+    lse, _ = kernels.row_statistics(logits, targets)
+    kernels.write_gradient_(logits, targets, lse, weights)
+    torch.testing.assert_close(logits.double(), wanted, rtol=one_rounding(kernels), atol=0)
+
+
+def test_a_target_of_another_rank(kernels) -> None:
+    """Its log-sum-exp is larger, its target is elsewhere: no one-hot here."""
+    logits, _, weights = problem(4, 100)
+    targets = torch.full((4,), -1)
+    part, lse = logits[:, :60].float().contiguous(), torch.logsumexp(logits, 1).float()
+    assert not kernels.row_statistics(part, targets)[1].any()
+    kernels.write_gradient_(part, targets, lse, weights.float())
+    torch.testing.assert_close(part.double(), -weights[:, None] * logits.softmax(1)[:, :60], rtol=1e-5, atol=1e-7)
+
+
+def test_rows_of_a_larger_matrix(kernels) -> None:
+    """Rows at a stride: what lies between them stays."""
+    logits, targets, weights = problem(5, 300)
+    held = torch.full((5, 512), 7.0)
+    view = held[:, 100:400]
+    view.copy_(logits)
+    lse, _ = kernels.row_statistics(view, targets)
+    kernels.write_gradient_(view, targets, lse, weights.float())
+    torch.testing.assert_close(view.double(), oracle(logits.float(), targets, weights), rtol=2e-5, atol=1e-7)
+    assert (held[:, :100] == 7).all() and (held[:, 400:] == 7).all()
+
+
+def test_offsets_beyond_32_bits(kernels) -> None:
+    """Two rows 2**31 + 64 elements apart; the memory between them is never touched."""
+    columns, stride = 50, 2**31 + 64
+    rows = torch.empty(stride + columns, dtype=torch.bfloat16).as_strided((2, columns), (stride, 1))
+    logits, targets, weights = problem(2, columns)
+    rows.copy_(logits)
+    wanted = oracle(rows, targets, weights)
+    lse, _ = kernels.row_statistics(rows, targets)
+    kernels.write_gradient_(rows, targets, lse, weights.float())
+    torch.testing.assert_close(rows.double(), wanted, rtol=one_rounding(kernels), atol=1e-7)
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 10), (3, 0)])
+def test_nothing_to_do(kernels, rows: int, columns: int) -> None:
+    """No rows; and a shard that is all padding, which has no probability."""
+    logits, targets = torch.empty(rows, columns), torch.full((rows,), -1)
+    lse, target = kernels.row_statistics(logits, targets)
+    assert lse.shape == target.shape == (rows,) and (lse == -torch.inf).all() and not target.any()
+    kernels.write_gradient_(logits, targets, lse, torch.ones(rows))
+
+
+def test_not_a_number_is_not_hidden(kernels) -> None:
+    logits = torch.tensor([[1.0, float("nan"), 2.0], [1.0, 0.0, 2.0]])
+    lse, _ = kernels.row_statistics(logits, torch.tensor([0, 0]))
+    assert lse.isnan().tolist() == [True, False]

@@ -1,0 +1,345 @@
+"""The head alone, forward and backward: this package's beside its peers', and beside the GEMMs nobody can do without.
+
+    python tools/bench_head.py [--device cpu|cuda] [--shapes 2x512:2048x64000 1x512+2048:2048x64000@2 ...] [--json FILE]
+
+A shape is PAIRSxRESPONSE[+PROMPT]:HIDDENxVOCABULARY[@TENSOR_PARALLEL], tokens a response and a prompt. Every measurement has a
+process of its own (one a shard), which also times the floor: the three GEMMs over the response tokens alone, in the dtype of
+the weight, or in fp32 where the CPU only emulates bf16, because that is faster. What takes longer than --limit is stopped.
+
+Columns: milliseconds and floor (the best of --repeats); peak extra bytes beyond inputs and the fp32 `main_grad` that Megatron's
+DDP keeps in any case (resident memory of the process on a CPU, torch's allocator on CUDA); collectives of one pass; relative
+errors of both gradients against fp64. Rows are appended to `tools/results/head.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from head_peers import IMPLEMENTATIONS, Problem, Shape, oracle, reason_to_skip
+from machine import append_rows, processor
+
+ROOT = Path(__file__).resolve().parent.parent
+CSV = ROOT / "tools" / "results" / "head.csv"
+SHAPES = {
+    "cpu": ["2x512:2048x64000", "2x64:2048x64000", "2x64+256:2048x64000", "1x128:2048x64000", "16x8:2048x64000"]
+    + [f"2x64:2048x64000@{tp}" for tp in (2, 4)],
+    "cuda": ["8x512:4096x128256", "8x512+2048:4096x128256", "1x4096:4096x128256", "16x256:4096x128256"],
+}
+MIB = 2**20
+
+
+def memory(field: str, pid: int | str = "self") -> int:
+    """Bytes of resident memory of a process: VmRSS now, VmHWM at most."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/{pid}/status has no {field}")
+
+
+class Meter:
+    """Seconds and peak extra memory of a pass."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def start(self) -> None:
+        """Forgets the peak so far."""
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.base = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            self.base = memory("VmRSS")
+            print(json.dumps({"base": self.base}), flush=True)  # for whoever has to stop this process
+        self.started = time.perf_counter()
+
+    def stop(self) -> tuple[float, int]:
+        """Seconds since the start, and the peak beyond what was held then."""
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.started
+        return seconds, (torch.cuda.max_memory_allocated() if self.cuda else memory("VmHWM")) - self.base
+
+
+def floor(problem: Problem) -> float:
+    """Seconds of the three GEMMs over the response tokens."""
+    import torch
+
+    from simpo_megatron.compat import have_native_bf16
+
+    emulated = problem.weight.dtype == torch.bfloat16 and not (problem.weight.is_cuda or have_native_bf16())
+    dtype = torch.float32 if emulated else problem.weight.dtype
+    hidden, weight = problem.hidden_TH.detach()[problem.rows].to(dtype), problem.weight.detach().to(dtype)
+    logits, grad_hidden, grad_weight = hidden.new_zeros(len(hidden), len(weight)), hidden.clone(), weight.clone()
+
+    def gemms() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+        torch.mm(logits.T, hidden, out=grad_weight)
+
+    started = time.perf_counter()
+    if problem.weight.is_cuda:
+        gemms()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        gemms()
+        torch.cuda.synchronize()
+    else:
+        gemms()
+    return time.perf_counter() - started
+
+
+def count_collectives() -> dict[str, int]:
+    """A counter that every collective from here on adds to."""
+    import torch.distributed as dist
+
+    counts: dict[str, int] = {}
+
+    def counting(name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+        setattr(dist, name, counting(name, getattr(dist, name)))
+    return counts
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    """One shard of one measurement, in a process of its own."""
+    import torch
+    import torch.distributed as dist
+
+    from simpo_megatron import compat, cpu
+
+    rank, shape = int(os.environ["RANK"]), Shape.parse(args.shapes[0])
+    compat.quiet_megatron()
+    if args.device == "cpu":
+        cpu.enable()
+        torch.set_num_threads(max(1, args.threads // shape.tensor_parallel))
+    else:
+        torch.cuda.set_device(rank)
+    counts = count_collectives()  # before Megatron takes its own references
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    parallel_state.initialize_model_parallel(shape.tensor_parallel)
+    dtype, run, meter = getattr(torch, args.dtypes[0]), IMPLEMENTATIONS[args.only], Meter(args.device)
+    tiny = Problem(Shape(1, 4, 0, 64, 128 * shape.tensor_parallel, shape.tensor_parallel), dtype, args.device, rank)
+    tiny.slab_bytes = MIB
+    tiny.keep_main_grad()
+    run(tiny).backward()
+
+    problem = Problem(shape, dtype, args.device, rank)
+    problem.slab_bytes = args.slab_mib * MIB
+    problem.keep_main_grad()
+    found: dict[str, Any] = {"milliseconds": float("inf"), "floor_milliseconds": float("inf")}
+    for _ in range(args.repeats):
+        found["floor_milliseconds"] = min(found["floor_milliseconds"], 1e3 * floor(problem))
+        print(json.dumps(found).replace("Infinity", "null"), flush=True)
+        problem.weight.main_grad.zero_()  # type: ignore[attr-defined]
+        problem.hidden_TH.grad = None
+        counts.clear()
+        meter.start()
+        run(problem).backward()
+        seconds, found["peak_extra_bytes"] = meter.stop()
+        found["milliseconds"] = min(found["milliseconds"], 1e3 * seconds)
+    found["collectives"] = " ".join(f"{name}:{count}" for name, count in sorted(counts.items())) or "none"
+    if rank == 0:
+        assert problem.hidden_TH.grad is not None
+        torch.save((problem.hidden_TH.grad.cpu(), problem.weight.main_grad.cpu()), args.gradients)  # type: ignore[attr-defined]
+    return found
+
+
+def measure(args: argparse.Namespace, name: str, shape: str, dtype: str, gradients: Path) -> dict[str, Any]:
+    """Starts the processes of one measurement; what they found, or why they did not."""
+    ranks = Shape.parse(shape).tensor_parallel
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"only": name, "shapes": shape, "dtypes": dtype, "gradients": gradients}
+    for option in ("device", "repeats", "threads", "slab_mib"):
+        options[option.replace("_", "-")] = getattr(args, option)
+    command = [sys.executable, __file__, *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": str(max(1, args.threads // ranks))}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(rank)},
+                stdout=out if rank == 0 else subprocess.DEVNULL,
+                stderr=errors if rank == 0 else subprocess.DEVNULL,
+            )
+            for rank in range(ranks)
+        ]
+        peak, stopped = 0, False
+        try:
+            processes[0].wait(timeout=args.limit)
+        except subprocess.TimeoutExpired:
+            stopped = True
+            if args.device == "cpu":
+                peak = memory("VmHWM", processes[0].pid)
+        for process in processes:
+            if stopped:
+                process.kill()
+            process.wait()
+        out.seek(0)
+        errors.seek(0)
+        found: dict[str, Any] = {}
+        for line in out.read().splitlines():
+            if line.startswith("{"):
+                found |= json.loads(line)
+        base = found.pop("base", None)
+        if stopped:
+            extra = {"peak_extra_bytes": peak - base} if base else {}
+            return {**found, "milliseconds": None, **extra, "note": f"stopped after {args.limit} s"}
+        if processes[0].returncode:
+            return {"note": "failed: " + (errors.read().strip().splitlines() or ["no message"])[-1]}
+    return found
+
+
+def error(found: Any, right: Any) -> float:
+    """Norm of the difference divided by the norm of what is right."""
+    return float((found.double() - right).norm() / right.norm())
+
+
+def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every implementation on every shape in every dtype; a row each, with what could not run."""
+    import torch
+    from rich.progress import Progress
+
+    rows = []
+    jobs = len(args.shapes) * len(args.dtypes) * len(args.implementations)
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        bar, right, known = progress.add_task("measuring", total=jobs), None, None
+        for shape in args.shapes:
+            parsed = Shape.parse(shape)
+            for dtype in args.dtypes:
+                for name in args.implementations:
+                    progress.update(bar, description=f"{shape} {dtype} {name}")
+                    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+                    row |= {"implementation": name, "shape": shape, "dtype": dtype, "note": ""}
+                    gradients = Path(folder) / "gradients.pt"
+                    gradients.unlink(missing_ok=True)
+                    skipped = reason_to_skip(name, parsed)
+                    row |= {"note": f"skipped: {skipped}"} if skipped else measure(args, name, shape, dtype, gradients)
+                    if gradients.exists():
+                        whole = shape.partition("@")[0]
+                        if known != whole:
+                            right, known = oracle(Problem(Shape.parse(whole), torch.bfloat16, args.device, 0)), whole
+                        hidden, weight = torch.load(gradients, weights_only=True)
+                        row["grad_hidden_error"] = error(hidden, right[0])
+                        row["grad_weight_error"] = error(weight, right[1].cpu()[: len(weight)])
+                    if row["milliseconds"]:
+                        row["times_floor"] = row["milliseconds"] / row["floor_milliseconds"]
+                    rows.append(row)
+                    progress.advance(bar)
+    return rows
+
+
+COLUMNS = ("implementation", "shape", "dtype", "milliseconds", "floor_milliseconds", "times_floor", "peak_extra_bytes")
+COLUMNS += ("collectives", "grad_hidden_error", "grad_weight_error", "note")
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """The rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(
+        "shape", "dtype", "implementation", "ms", "floor ms", "x floor", "peak MiB", "collectives", "dH", "dW", "note"
+    )
+
+    def text(value: Any, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in rows:
+        peak = row["peak_extra_bytes"]
+        shown.add_row(
+            *(row[key] for key in ("shape", "dtype", "implementation")),
+            *(text(row[key], ".1f") for key in ("milliseconds", "floor_milliseconds")),
+            text(row["times_floor"], ".2f"),
+            text(None if peak is None else peak / MIB, ".0f"),
+            row["collectives"] or "-",
+            *(text(row[key], ".1e") for key in ("grad_hidden_error", "grad_weight_error")),
+            row["note"],
+        )
+    Console(width=200 if not sys.stdout.isatty() else None).print(shown)
+
+
+def where(args: argparse.Namespace) -> dict[str, Any]:
+    """Machine, versions and setting."""
+    import torch
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return ""
+
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else processor()
+    packages = ("torch", "megatron-core", "liger-kernel", "triton")
+    load = f"{os.getloadavg()[0]:.1f}"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine,
+        "threads": args.threads,
+        "load_before": load,
+        "slab_mib": args.slab_mib,
+        "repeats": args.repeats,
+        **{package: installed(package) for package in packages},
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="default: " + ", ".join(SHAPES["cpu"]) + " (cpu)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["bfloat16", "float32"], help="default: bfloat16, on a CPU float32 too"
+    )
+    parser.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=60, help="seconds a measurement may take")
+    parser.add_argument("--slab-mib", type=int, default=256, help="--head-slab-bytes of ours")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all shards together")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    for name in ("--only", "--gradients"):
+        parser.add_argument(name, help=argparse.SUPPRESS)  # how the tool calls itself
+    args = parser.parse_args()
+    args.shapes = args.shapes or SHAPES[args.device]
+    args.dtypes = args.dtypes or (["bfloat16"] if args.device == "cuda" else ["bfloat16", "float32"])
+    if args.only:
+        print(json.dumps(work(args)))
+        return
+    setting = where(args)
+    rows = benchmark(args)
+    table(rows)
+    append_rows(CSV, rows, setting)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

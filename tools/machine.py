@@ -1,0 +1,31 @@
+"""Where a benchmark ran, and the CSV file its rows go to."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def processor() -> str:
+    """The name of the CPU and how many cores there are."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor()} x {os.cpu_count()}"
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
+    """Appends the rows, each with machine, versions and setting, to a CSV file of these columns."""
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*where, *rows[0]])
+        if new:
+            writer.writeheader()
+        writer.writerows({**where, **row} for row in rows)
