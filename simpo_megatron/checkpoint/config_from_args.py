@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def model_from_args(folder: Path, vocab_size: int | None) -> HFModel:
     config = _config(folder, args, vocab_size)
     with tempfile.TemporaryDirectory() as temporary:  # the reader's checks, on a directory that holds nothing else
         (Path(temporary) / "config.json").write_text(json.dumps(config))
-        return read_config(Path(temporary))
+        return replace(read_config(Path(temporary)), path=folder)
 
 
 def _config(folder: Path, args: dict[str, Any], vocab_size: int | None) -> dict[str, Any]:
