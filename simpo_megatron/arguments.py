@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if kind is bool:
             section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        elif typing.get_origin(kind) is tuple:
+            section.add_argument(name, nargs="+", help=text, metavar="SOURCE")
         elif allowed:
             section.add_argument(name, choices=allowed, help=text)
         else:
@@ -89,7 +91,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         try:
             settings[name] = _convert(value, annotations[name])
         except (TypeError, ValueError, OverflowError) as error:
-            kind = _value_type(annotations[name]).__name__
+            kind = getattr(_value_type(annotations[name]), "__name__", "list")
             raise UserError(f"--config {path}: {key}: {value!r} is not of type {kind}") from error
     return settings
 
@@ -98,6 +100,8 @@ def _convert(value: Any, annotation: Any) -> Any:
     kind: Any = _value_type(annotation)
     if value is None and type(None) in typing.get_args(annotation):
         return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
     if value is None or (kind is bool) != isinstance(value, bool):
         raise TypeError
     if kind is int and int(value) != float(value):
@@ -126,6 +130,12 @@ def parse(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = N
 
 
 def flat(config: c.Config) -> dict[str, Any]:
-    """Every setting by its name, paths as strings: for logs and for the `args` of a checkpoint."""
+    """Every setting by its name, paths and lists as strings: for logs and for the `args` of a checkpoint."""
     values = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(config, group)).items()}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: _primitive(value) for name, value in values.items()}
+
+
+def _primitive(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return str(value) if isinstance(value, Path) else value

@@ -17,7 +17,9 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 
 
-def pair_costs(prompt: np.ndarray, responses: Sequence[np.ndarray], hidden_size: int, shared: bool = False) -> np.ndarray:
+def pair_costs(
+    prompt: np.ndarray, responses: Sequence[np.ndarray], hidden_size: int, shared: bool = False
+) -> np.ndarray:
     """Estimated cost float64 [n] of pairs, in tokens of a linear layer.
 
     prompt: int [n] tokens; responses: int [n] tokens of each member; shared: the prompt is computed once.

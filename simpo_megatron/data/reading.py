@@ -20,6 +20,7 @@ LONGEST_LINE = 2**26
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 
+
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, row) for every row; `where` is "FILE:LINE", or "SOURCE row N" where there are no lines, from 1.
 
@@ -61,7 +62,9 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[tuple[str, dict[str,
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{name}: reading it needs `datasets`; run pip install datasets, or give a .jsonl file.") from None
+        raise UserError(
+            f"{name}: reading it needs `datasets`; run pip install datasets, or give a .jsonl file."
+        ) from None
     try:
         data: Any = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:  # of the network, the hub, Arrow, ...
@@ -69,7 +72,9 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[tuple[str, dict[str,
         raise UserError(f"{name}: {what} ({' '.join(str(error).split())[:200]}); check the name.") from error
     if isinstance(data, dict):
         if (split or "train") not in data:
-            raise UserError(f"{name}: there is no split {split or 'train'!r}; use {name}:SPLIT with one of {', '.join(data)}.")
+            raise UserError(
+                f"{name}: there is no split {split or 'train'!r}; use {name}:SPLIT with one of {', '.join(data)}."
+            )
         data = data[split or "train"]
     for number, row in enumerate(data, start=1):
         yield f"{name} row {number}", row

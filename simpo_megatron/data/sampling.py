@@ -36,9 +36,7 @@ def blended_order(
     indices = np.empty_like(slots)
     for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         here = source == number
-        indices[here] = _look_up(
-            epochs[here] * count + slots[here] - starts[number], size, (seed, number + 1), shuffle
-        )
+        indices[here] = _look_up(epochs[here] * count + slots[here] - starts[number], size, (seed, number + 1), shuffle)
     return source, indices
 
 

@@ -50,7 +50,9 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase", eos_ids: Iterable[int]) ->
         rules: Any = sorted(tokenizer.get_vocab().items())
     else:
         # Padding and truncation are settings of a call, not of the vocabulary.
-        rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
+        rules = {
+            key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")
+        }
     ends = {tokenizer.eos_token_id, *eos_ids} - {None}
     return {
         "tokenizer": _digest([rules, tokenizer.bos_token_id, sorted(ends)]),

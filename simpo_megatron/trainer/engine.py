@@ -22,7 +22,7 @@ from torch import Tensor
 from simpo_megatron.batch import BatchCounts, PreferenceBatch, pack_pairs
 from simpo_megatron.config import Config
 from simpo_megatron.context_parallel import round_up, sequence_multiple
-from simpo_megatron.data import PairStore, plan_batch
+from simpo_megatron.data import Pairs, pair_costs, plan_batch
 from simpo_megatron.errors import UserError
 from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.step import PreferenceStep
@@ -32,7 +32,7 @@ from simpo_megatron.step import PreferenceStep
 class GlobalBatch:
     """This rank's rows of a global batch, and what the whole batch holds."""
 
-    store: PairStore
+    store: Pairs
     rows: list[list[int]]  # one list of pairs a microbatch; an empty one is an empty pack
     counts: BatchCounts
     tokens: int  # of the whole batch, padding excluded
@@ -137,10 +137,13 @@ class Engine:
             override_opt_param_scheduler=True,
         )
 
-    def plan(self, store: PairStore, pairs: Any) -> GlobalBatch:
+    def plan(self, store: Pairs, pairs: Any) -> GlobalBatch:
         """Packs the pairs of a global batch into rows and picks this data-parallel rank's."""
-        responses = (store.chosen_length, store.rejected_length)[: self.config.loss.members]
-        lengths = [(store.prompt_length + response)[pairs].astype(np.int64) for response in responses]
+        shared = self.config.data.share_prompts
+        prompt = store.prompt_length[pairs].astype(np.int64)
+        columns = (store.chosen_length, store.rejected_length)[: self.config.loss.members]
+        responses = [column[pairs].astype(np.int64) for column in columns]
+        lengths = [response + prompt * (not shared or i == 0) for i, response in enumerate(responses)]
         multiple = sequence_multiple(self.config.parallel.context_parallel_size)
         interleaved = len(self.chunks) > 1
         plan = plan_batch(
@@ -148,6 +151,7 @@ class Engine:
             self.config.data.seq_length,
             parallel_state.get_data_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
+            pair_costs(prompt, responses, self.transformer.hidden_size, shared),
         )
         mine = plan[parallel_state.get_data_parallel_rank()]
         return GlobalBatch(
@@ -165,6 +169,7 @@ class Engine:
                 row,
                 batch.counts,
                 members=self.config.loss.members,
+                share_prompts=self.config.data.share_prompts,
                 row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
                 row_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
                 context_parallel_size=parallel_state.get_context_parallel_world_size(),
