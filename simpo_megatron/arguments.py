@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from simpo_megatron import config as c
+from simpo_megatron.data.options import DataOptions
 from simpo_megatron.errors import UserError
 from simpo_megatron.settings import choices, flag
 
@@ -54,24 +55,45 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="YAML file of the same names, e.g. `train_iters: 100`; flags win")
     sections = {group: parser.add_argument_group(str(cls.__doc__)) for group, cls in GROUPS.items()}
     for group, field, annotation in _fields():
-        text = field.metadata["help"]
-        if field.default is not None:
-            text += f" (default {field.default})"
-        name, section, kind, allowed = (
-            flag(field.name),
-            sections[group],
-            _value_type(annotation),
-            choices(annotation),
-        )
-        if kind is bool:
-            section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        elif typing.get_origin(kind) is tuple:
-            section.add_argument(name, nargs="+", help=text, metavar="SOURCE")
-        elif allowed:
-            section.add_argument(name, choices=allowed, help=text)
-        else:
-            section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind])
+        _add(sections[group], field, annotation)
     return parser
+
+
+def _add(section: argparse._ArgumentGroup, field: dataclasses.Field, annotation: Any) -> None:
+    text = field.metadata["help"]
+    if field.default is not None:
+        text += f" (default {field.default})"
+    name, kind, allowed = flag(field.name), _value_type(annotation), choices(annotation)
+    if kind is bool:
+        section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+    elif typing.get_origin(kind) is tuple:
+        section.add_argument(name, nargs="+", help=text, metavar="SOURCE")
+    elif allowed:
+        section.add_argument(name, choices=allowed, help=text)
+    else:
+        section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind])
+
+
+def data_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for a tool that makes pairs of rows: it has training's flags on that, and the tool adds its own."""
+    parser = _Parser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    section = parser.add_argument_group("rows to pairs, as in training")
+    for group, field, annotation in _fields():
+        if group == "data" and field.name in (*c.OPTIONS, "seq_length"):
+            _add(section, field, annotation)
+    return parser
+
+
+def data_options(args: argparse.Namespace) -> DataOptions:
+    """What the flags of `data_parser` say, with training's defaults."""
+    given = {name: getattr(args, name) for name in (*c.OPTIONS, "seq_length") if hasattr(args, name)}
+    return c.DataConfig(train_data=("unused",), **given).options
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class PairEncoder:
         self, tokenizer: "PreTrainedTokenizerBase", options: DataOptions, eos_token_ids: Iterable[int] = ()
     ) -> None:
         """`eos_token_ids`: ids that end a response besides tokenizer.eos_token_id (those of generation_config.json)."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._options = options
         self._name = tokenizer.name_or_path or "in use"
         self.bos = cast("int | None", tokenizer.bos_token_id)
@@ -86,14 +86,14 @@ class PairEncoder:
         return prompt, responses[0], responses[1]
 
     def _render(self, messages: list[Message], add_generation_prompt: bool, where: str) -> str:
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise UserError(
                 f"{where}: the row is a conversation but the tokenizer {self._name} has no chat template; add "
                 "chat_template.jinja to its folder, or give `prompt`, `chosen` and `rejected` as strings."
             )
         try:
             return str(
-                self._tokenizer.apply_chat_template(
+                self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
@@ -107,7 +107,7 @@ class PairEncoder:
         if not texts:
             return []  # transformers has no empty batches
         # verbose=False: no warning about model_max_length; lengths are the caller's `max_length`.
-        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _alone(self, responses: list[str]) -> list[list[int]]:
         """Ids of responses by themselves, without the word-start marker that SentencePiece puts before a text."""
