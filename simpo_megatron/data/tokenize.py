@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class TemplateError(UserError):
+    """The chat template writes a prompt in two ways."""
+
+
 @dataclass(frozen=True)
 class EncodedPair:
     """Token ids of one pair. A response without a single token before EOS is left empty."""
@@ -45,7 +49,7 @@ class PairEncoder:
         self._name = tokenizer.name_or_path or "in use"
         self.bos = cast("int | None", tokenizer.bos_token_id)
         self._eos = cast("int | None", tokenizer.eos_token_id)
-        self._eos_ids = {*eos_token_ids, *([] if self._eos is None else [self._eos])}
+        self.eos_ids = {*eos_token_ids, *([] if self._eos is None else [self._eos])}
         self._adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
         self._is_blank = lru_cache(maxsize=None)(lambda token: not str(tokenizer.decode([token])).strip())
 
@@ -81,7 +85,7 @@ class PairEncoder:
         for answer in (preference.chosen, preference.rejected):
             full = self._render([*preference.prompt, cast(Message, answer)], False, preference.where)
             if not full.startswith(prompt):
-                raise UserError(_differing_prompt(preference.where, prompt, full, header_in_prompt))
+                raise TemplateError(_differing_prompt(preference.where, prompt, full, header_in_prompt))
             responses.append(full[len(prompt) :])
         return prompt, responses[0], responses[1]
 
@@ -134,7 +138,7 @@ class PairEncoder:
         """The response up to the first EOS of those that end it (whitespace may follow), or with EOS appended."""
         end = None
         for i in range(len(response) - 1, -1, -1):
-            if response[i] in self._eos_ids:
+            if response[i] in self.eos_ids:
                 end = i + 1
             elif not self._is_blank(response[i]):
                 break
