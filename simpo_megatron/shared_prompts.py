@@ -40,7 +40,7 @@ class PairRotary(RotaryEmbedding):
             return found.position_ids
         return super().get_rotary_seq_len(inference_context, transformer, *args, **kwargs)
 
-    def forward(self, max_seq_len: int | Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, max_seq_len: int | Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Frequencies [max_seq_len, 1, 1, D], or [T, 1, 1, D] of the positions given."""
         if not isinstance(max_seq_len, Tensor):
             return super().forward(max_seq_len, *args, **kwargs)

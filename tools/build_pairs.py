@@ -1,10 +1,10 @@
 """Several scored responses a prompt -> preference pairs, as JSON Lines.
 
-    python tools/build_pairs.py --input FILE --output FILE [--strategy best-worst|best-random|all] [--min-score-gap X] [--seed N]
+    python tools/build_pairs.py --input FILE --output FILE [--strategy best-worst|best-random|all] [--min-score-gap X]
 
-A row of the input has `prompt` (a text or messages) and `responses`, a list of {"content": ..., "score": ...}; a higher score is
-better. best-worst is the paper's way, one pair a prompt; best-random takes any other response as the rejected one; all gives
-every two responses. Pairs with equal scores, or a gap below --min-score-gap, are left out and counted.
+A row of the input has `prompt` (a text or messages) and `responses`, a list of {"content": ..., "score": ...}; a higher score
+is better. best-worst is the paper's way, one pair a prompt; best-random takes any other response as the rejected one; all
+gives every two responses. Pairs with equal scores, or a gap below --min-score-gap, are left out and counted.
 """
 
 from __future__ import annotations

@@ -143,6 +143,7 @@ class Doctor:
 
     def examine_prepared(self, pairs: PreparedPairs) -> None:
         """Reads a prepared set back from its ids."""
+        self.options = DataOptions(**pairs.about["options"])
         for i in range(len(pairs)):
             where = f"{pairs.prefix} row {int(pairs.records['row'][i])}"
             prompt, chosen, rejected = (ids.tolist() for ids in pairs.pair(i))
@@ -179,10 +180,11 @@ class Doctor:
         """What mends a fault, with a number where there is one."""
         if name in ("eos_lost", "prompt_cut") and self.whole:
             needed = int(np.percentile(self.whole, 99, method="higher"))
-            share = "99 % of the pairs fit"
-            if needed <= self.options.max_length:
-                needed, share = max(self.whole), "all pairs fit"
-            return f"{CHECKS[name].mend} {needed} ({share})"
+            if needed > self.options.max_length:
+                return f"{CHECKS[name].mend} {needed} (99 % of the pairs fit)"
+            if max(self.whole) > self.options.max_length:
+                return f"{CHECKS[name].mend} {max(self.whole)} (all pairs fit)"
+            return f"{CHECKS[name].mend} above {self.options.max_length}"
         return CHECKS[name].mend
 
     def _encode_alone(self, preference: Preference) -> EncodedPair | None:

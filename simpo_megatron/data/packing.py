@@ -32,7 +32,7 @@ def pair_costs(
 
 
 def pack_rows(lengths: np.ndarray, seq_length: int) -> list[list[int]]:
-    """Pack whole pairs into rows of at most `seq_length` tokens, best fit decreasing.
+    """Pack whole pairs into rows of at most `seq_length` tokens: best fit decreasing, or an even spread if that is optimal.
 
     lengths: int [n], tokens of each pair. Returns the positions into `lengths` of each row. Raises ValueError for a
     pair longer than a row.
@@ -53,7 +53,8 @@ def pack_rows(lengths: np.ndarray, seq_length: int) -> list[list[int]]:
             rows.append([])
         rows[row].append(pair)
         insort(room, (free - length, row))
-    return rows
+    fewest = -(-int(lengths.sum()) // seq_length)
+    return (len(rows) > fewest and _spread(lengths, lengths, seq_length, fewest)) or rows
 
 
 def plan_batch(

@@ -38,11 +38,11 @@ class PairingReport:
 def build_pairs(
     rows: Iterable[Row], report: PairingReport, strategy: Strategy, min_score_gap: float, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows with `prompt` (string or messages) and `responses` ({"content": str, "score": number, ...}) -> rows of pairs in the
-    UltraFeedback-binarized schema, counted in `report`.
+    """Rows with `prompt` (string or messages) and `responses` ({"content": str, "score": number, ...}) -> rows of pairs in
+    the UltraFeedback-binarized schema, counted in `report`.
 
-    A pair's scores differ by more than 0 and by `min_score_gap` at least. `best-random` draws from (seed, row). Raises UserError
-    naming the row that is of another form.
+    A pair's scores differ by more than 0 and by `min_score_gap` at least. `best-random` draws from (seed, row). Raises
+    UserError naming the row that is of another form.
     """
     for number, (where, row) in enumerate(rows):
         prompt, responses = _read(row, where)

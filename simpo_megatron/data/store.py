@@ -7,7 +7,6 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -94,15 +93,15 @@ class PairStore(Pairs):
         rejected_at = chosen_at + self.chosen_length[i]
         return tokens[:chosen_at], tokens[chosen_at:rejected_at], tokens[rejected_at:]
 
-    @cached_property
+    @property
     def fingerprint(self) -> int:
-        return zlib.crc32(self.tokens)
+        return zlib.crc32(self.tokens.data)
 
-    @cached_property
+    @property
     def largest_token(self) -> int:
         return int(self.tokens.max())
 
-    @cached_property
+    @property
     def longest_sequence(self) -> int:
         return int((self.prompt_length + np.maximum(self.chosen_length, self.rejected_length)).max())
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from simpo_megatron.errors import UserError
 
@@ -53,7 +53,7 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase", eos_ids: Iterable[int]) ->
         rules = {
             key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")
         }
-    ends = {tokenizer.eos_token_id, *eos_ids} - {None}
+    ends: set[Any] = {*eos_ids, cast("int | None", tokenizer.eos_token_id)} - {None}
     return {
         "tokenizer": _digest([rules, tokenizer.bos_token_id, sorted(ends)]),
         "template": _digest(tokenizer.chat_template),

@@ -110,8 +110,8 @@ class PackedAttention(torch.nn.Module):
             answered, rejected = slice(start, start + prompt + chosen), slice(start + prompt + chosen, stop)
             outs.append(self._attend(q[:, :, answered], k[:, :, answered], v[:, :, answered], 0))
             if rejected.start < stop:
-                seen = (torch.cat((x[:, :, start : start + prompt], x[:, :, rejected]), dim=2) for x in (k, v))
-                outs.append(self._attend(q[:, :, rejected], *seen, prompt))
+                key, value = (torch.cat((x[:, :, start : start + prompt], x[:, :, rejected]), dim=2) for x in (k, v))
+                outs.append(self._attend(q[:, :, rejected], key, value, prompt))
         return [out.transpose(1, 2) for out in outs]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, at: int) -> Tensor:

@@ -114,7 +114,8 @@ def build_model(
             vp_stage=vp_stage,
         )
         # Megatron knows one of the scalings, with three of its four values fixed: set the frequencies themselves.
-        model.rotary_pos_emb.__class__ = PairRotary  # the same buffers; it can read positions from the row
+        rotary: Any = model.rotary_pos_emb
+        rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
         model.rotary_pos_emb.inv_freq = inverse_frequencies(hf.rope, config.kv_channels or 0)
         _mark_tensor_parallel(model, hf)
         models.append(model)
