@@ -90,7 +90,7 @@ class Writer:
                 self._builder.add_document(store.tokens[start:stop], three)  # type: ignore[arg-type]
         except OSError as error:
             raise self._refused(error) from error
-        self._crc = zlib.crc32(store.tokens, self._crc)
+        self._crc = zlib.crc32(store.tokens.data, self._crc)
         self._tokens += len(store.tokens)
         self._pairs += len(store)
         if len(store):
@@ -250,8 +250,7 @@ def _read_about(prefix: str) -> dict[str, Any]:
         if version == VERSION:
             _ = [int(about[name]) for name in ("pairs", "tokens", "largest_token", "longest_sequence")]
             _ = [int(about["crc32"][suffix]) for suffix in SUFFIXES[:3]]
-            DataReport(**about["report"])
-            dict(about["options"]), dict(about["fingerprint"])
+            _ = DataReport(**about["report"]), DataOptions(**about["options"]), dict(about["fingerprint"])
     except FileNotFoundError:
         raise UserError(
             f"{prefix}: there is no {path.name}, so it is no prepared set of preferences or an unfinished one; make it with "

@@ -7,7 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +16,8 @@ from simpo_megatron.data.sampling import blended_order, pairs_of_batch
 CHOSEN_CUT, REJECTED_CUT = 1, 2
 
 
-class Column(Protocol):
-    """One number a pair: an array, or what answers an index array or a slice as one does."""
-
-    def __getitem__(self, index: Any, /) -> Any: ...
-
-    def __len__(self) -> int: ...
+Column = Any
+"""One number a pair: an array [P], or what answers an index array or a slice as one does."""
 
 
 class Pairs(ABC):
