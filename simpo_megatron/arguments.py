@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from simpo_megatron import config as c
+from simpo_megatron.data.options import DataOptions
 from simpo_megatron.errors import UserError
 from simpo_megatron.settings import choices, flag
 
@@ -73,22 +74,42 @@ def add_settings(section: Any, group: type, names: Sequence[str] | None = None, 
     """
     annotations = typing.get_type_hints(group)
     for field in dataclasses.fields(group):
-        if names is not None and field.name not in names:
-            continue
-        annotation = annotations[field.name]
-        text = field.metadata["help"]
-        if field.default is not None:
-            text += f" (default {field.default})"
-        options: dict[str, Any] = {"help": text}
-        if with_defaults:
-            options["default"] = field.default
-        kind, allowed = _value_type(annotation), choices(annotation)
-        if kind is bool:
-            section.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
-        elif allowed:
-            section.add_argument(flag(field.name), choices=allowed, **options)
-        else:
-            section.add_argument(flag(field.name), type=kind, metavar=METAVARS[kind], **options)
+        if names is None or field.name in names:
+            _add(section, field, annotations[field.name], {"default": field.default} if with_defaults else {})
+
+
+def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[str, Any]) -> None:
+    text = field.metadata["help"]
+    if field.default is not None:
+        text += f" (default {field.default})"
+    name, kind, allowed = flag(field.name), _value_type(annotation), choices(annotation)
+    if kind is bool:
+        section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
+    elif typing.get_origin(kind) is tuple:
+        section.add_argument(name, nargs="+", help=text, metavar="SOURCE", **options)
+    elif allowed:
+        section.add_argument(name, choices=allowed, help=text, **options)
+    else:
+        section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind], **options)
+
+
+def data_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for a tool that makes pairs of rows: it has training's flags on that, and the tool adds its own."""
+    parser = _Parser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add_settings(parser.add_argument_group("rows to pairs, as in training"), c.DataConfig, (*c.OPTIONS, "seq_length"))
+    return parser
+
+
+def data_options(args: argparse.Namespace) -> DataOptions:
+    """What the flags of `data_parser` say, with training's defaults."""
+    given = {name: getattr(args, name) for name in (*c.OPTIONS, "seq_length") if hasattr(args, name)}
+    return c.DataConfig(train_data=("unused",), **given).options
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -108,7 +129,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         try:
             settings[name] = _convert(value, annotations[name])
         except (TypeError, ValueError, OverflowError) as error:
-            kind = _value_type(annotations[name]).__name__
+            kind = getattr(_value_type(annotations[name]), "__name__", "list")
             raise UserError(f"--config {path}: {key}: {value!r} is not of type {kind}") from error
     return settings
 
@@ -117,6 +138,8 @@ def _convert(value: Any, annotation: Any) -> Any:
     kind: Any = _value_type(annotation)
     if value is None and type(None) in typing.get_args(annotation):
         return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
     if value is None or (kind is bool) != isinstance(value, bool):
         raise TypeError
     if kind is int and int(value) != float(value):
@@ -154,6 +177,12 @@ def parse(
 
 
 def flat(config: c.Config) -> dict[str, Any]:
-    """Every setting by its name, paths as strings: for logs and for the `args` of a checkpoint."""
+    """Every setting by its name, paths and lists as strings: for logs and for the `args` of a checkpoint."""
     values = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(config, group)).items()}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: _primitive(value) for name, value in values.items()}
+
+
+def _primitive(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return str(value) if isinstance(value, Path) else value

@@ -26,6 +26,7 @@ from simpo_megatron.models.limits import check_layout
 from simpo_megatron.models.place import place_parameters
 from simpo_megatron.models.rope import Rope
 from simpo_megatron.models.spec import layer_spec, use_transformer_engine
+from simpo_megatron.shared_prompts import PairRotary
 
 
 def transformer_config(
@@ -119,6 +120,8 @@ def build_model(
             vp_stage=vp_stage,
         )
         # Megatron knows one of the scalings, with three of its four values fixed: set the frequencies themselves.
+        rotary: Any = model.rotary_pos_emb
+        rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
         model.rotary_pos_emb.inv_freq = inverse_frequencies(hf.rope, config.kv_channels or 0)
         _mark_parameters(model, hf)
         models.append(model)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from simpo_megatron.batch import PreferenceBatch
 from simpo_megatron.config import Config
-from simpo_megatron.data import PairStore
+from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.head import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
@@ -131,12 +131,14 @@ class Engine:
             override_opt_param_scheduler=True,
         )
 
-    def plan(self, store: PairStore, pairs: np.ndarray, row_capacity: int | None = None) -> GlobalBatch:
+    def plan(self, store: Pairs, pairs: np.ndarray, row_capacity: int | None = None) -> GlobalBatch:
         """This data-parallel rank's rows of a global batch of pairs; rows hold at most --seq-length tokens, or fewer."""
         return plan_global_batch(
             store,
             pairs,
             members=self.config.loss.members,
+            share_prompts=self.config.data.share_prompts,
+            hidden_size=self.transformer.hidden_size,
             seq_length=row_capacity or self.config.data.seq_length,
             microbatch_multiple=parallel_state.get_pipeline_model_parallel_world_size() if len(self.chunks) > 1 else 1,
         )
@@ -146,6 +148,7 @@ class Engine:
         return pack_microbatches(
             batch,
             members=self.config.loss.members,
+            share_prompts=self.config.data.share_prompts,
             row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
             sequence_parallel=parallel.sequence_parallel,
         )

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
-from transformers import AutoTokenizer
 
 from simpo_megatron.config import Config
-from simpo_megatron.data import PairStore, load_preferences, pairs_of_batch
 from simpo_megatron.errors import UserError
 from simpo_megatron.microbatches import GlobalBatch
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.hf import HFModel
 from simpo_megatron.models.load import load_hf_weights
+from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
-from simpo_megatron.trainer.distributed import broadcast_store, together
+from simpo_megatron.trainer.data import load_data
+from simpo_megatron.trainer.distributed import together
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.logging import Logger
 
@@ -39,6 +36,11 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
         UserError: the layout does not divide the model.
     """
     parallel = config.parallel
+    if config.data.share_prompts and use_transformer_engine(config.model.transformer_impl):
+        raise UserError(
+            "--share-prompts: Transformer Engine's attention cannot let two responses share a prompt; use --transformer-impl "
+            "local, or drop the flag"
+        )
     virtual = _virtual_stages(config, hf)
     chunk = hf.num_layers // (parallel.pipeline_model_parallel_size * (virtual or 1))
     if parallel.recompute_method == "uniform" and chunk % (parallel.recompute_num_layers or 1):
@@ -81,44 +83,6 @@ def _virtual_stages(config: Config, hf: HFModel) -> int | None:
     return virtual if virtual > 1 else None
 
 
-def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None, list[str]]:
-    """Tokenizes on rank 0 and hands the pairs to every rank; returns the training and validation pairs and what to say."""
-    data, said = config.data, []
-    stores: list[PairStore | None] = [None, None]
-    paths = (data.train_data, data.valid_data)
-    with together():
-        if dist.get_rank() == 0:
-            tokenizer = _tokenizer(hf.path)
-            for index, path in enumerate(paths):
-                if path is not None:
-                    store, report = load_preferences(
-                        path, tokenizer, data.options, eos_token_ids=hf.eos_token_ids, progress=True
-                    )
-                    _check_ids(store, hf, path)
-                    stores[index] = store
-                    said.append(report.summary(path))
-    train, valid = (None if path is None else broadcast_store(store) for path, store in zip(paths, stores, strict=True))
-    assert train is not None
-    return train, valid, said
-
-
-def _check_ids(store: PairStore, hf: HFModel, data: Path) -> None:
-    largest = int(store.tokens.max())
-    if largest >= hf.vocab_size:
-        raise UserError(
-            f"the tokenizer of {hf.path} gives token id {largest} for {data}, but the model's vocab_size is {hf.vocab_size}; "
-            "use the tokenizer the model was made with"
-        )
-
-
-def _tokenizer(path: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {reason}") from error
-
-
 def total_pairs(config: Config, num_pairs: int) -> int:
     """Pairs the whole run sees, repeats counted, from --train-iters or from --train-epochs."""
     train = config.train
@@ -137,7 +101,7 @@ class Run:
         self.limit = total_pairs(config, len(self.train_pairs))
         self.total = math.ceil(self.limit / config.train.global_batch_size)
         self.engine = self._build_engine(transformer)
-        fingerprint = zlib.crc32(self.train_pairs.tokens.tobytes())
+        fingerprint = self.train_pairs.fingerprint
         self.state = Progress(num_pairs=len(self.train_pairs), tokens_crc32=fingerprint, seed=config.train.seed)
         resumed = self._resume()
         with together():
@@ -248,7 +212,7 @@ class Run:
     def _next_batch(self) -> GlobalBatch:
         position = self.state.consumed_pairs
         size = min(self.config.train.global_batch_size, self.limit - position)
-        pairs = pairs_of_batch(position, size, len(self.train_pairs), self.config.train.seed)
+        pairs = self.train_pairs.order(position, size, self.config.train.seed)
         return self.engine.plan(self.train_pairs, pairs)
 
     def execute(self) -> None:
@@ -290,7 +254,8 @@ class Run:
     def _evaluate(self) -> None:
         if self.valid_pairs is None:
             return
-        batch = self.engine.plan(self.valid_pairs, np.arange(len(self.valid_pairs)))
+        pairs = self.valid_pairs.order(0, len(self.valid_pairs), seed=0, shuffle=False)
+        batch = self.engine.plan(self.valid_pairs, pairs)
         self.last_eval = {f"eval/{name}": value for name, value in self.engine.evaluate(batch).items()}
         self.first_eval = self.first_eval or self.last_eval
         self.logger.row(self.state.step, self.last_eval)

@@ -25,7 +25,7 @@ from torch import Tensor
 from simpo_megatron.batch import PreferenceBatch
 from simpo_megatron.config import Config, LossConfig
 from simpo_megatron.context_parallel import sequence_multiple
-from simpo_megatron.data import PairStore, pairs_of_batch
+from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.loss import simpo_loss
 from simpo_megatron.models.hf import HFModel, expected_tensors
@@ -72,7 +72,7 @@ class Report:
         )
 
 
-def compare(engine: Engine, hf: HFModel, store: PairStore, config: Config) -> Report | None:
+def compare(engine: Engine, hf: HFModel, store: Pairs, config: Config) -> Report | None:
     """Runs both and compares; the report on rank 0, None on the others. Every rank calls it.
 
     Collectives: those of a training step; a gather of the sums; for every tensor of the checkpoint a broadcast of its
@@ -82,7 +82,7 @@ def compare(engine: Engine, hf: HFModel, store: PairStore, config: Config) -> Re
         UserError: the checkpoint holds no finite answer for this batch.
     """
     members = config.loss.members
-    pairs = pairs_of_batch(0, min(config.train.global_batch_size, len(store)), len(store), config.train.seed)
+    pairs = store.order(0, min(config.train.global_batch_size, len(store)), config.train.seed)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def on_sums(batch: PreferenceBatch, sums_PM: Tensor) -> None:
@@ -104,11 +104,12 @@ def compare(engine: Engine, hf: HFModel, store: PairStore, config: Config) -> Re
     return None if expected is None else expected.report(found, metrics["loss"], norm, everyone, len(plan.rows))
 
 
-def _row_capacity(engine: Engine, store: PairStore, pairs: np.ndarray) -> int:
+def _row_capacity(engine: Engine, store: Pairs, pairs: np.ndarray) -> int:
     """Tokens of a row such that every data-parallel rank accumulates over several."""
     parallel = engine.config.parallel
     rows = 2 * parallel.pipeline_model_parallel_size * parallel_state.get_data_parallel_world_size()
-    lengths = store.pair_tokens[pairs] + 2 * sequence_multiple(parallel.context_parallel_size)
+    responses = store.chosen_length[pairs].astype(np.int64) + store.rejected_length[pairs]
+    lengths = 2 * store.prompt_length[pairs] + responses + 2 * sequence_multiple(parallel.context_parallel_size)
     return int(min(max(lengths.max(), -(-lengths.sum() // rows)), engine.config.data.seq_length))
 
 
@@ -147,7 +148,7 @@ def _gather_pairs(
 class _Expected:
     """The reference's side, on rank 0."""
 
-    def __init__(self, hf: HFModel, store: PairStore, pairs: list[int], config: Config) -> None:
+    def __init__(self, hf: HFModel, store: Pairs, pairs: list[int], config: Config) -> None:
         self.store, self.pairs, self.config = store, pairs, config
         device = torch.device(torch.cuda.current_device())
         self.reference = Reference(hf, torch.float32, device)
@@ -305,13 +306,13 @@ def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tens
         yield header[0], tensor
 
 
-def reference_lengths(store: PairStore, pairs: list[int], members: int) -> Tensor:
+def reference_lengths(store: Pairs, pairs: list[int], members: int) -> Tensor:
     """Scored tokens of the responses, counted in the store: [P, members]."""
     lengths = [[len(response) for response in store.pair(pair)[1 : 1 + members]] for pair in pairs]
     return torch.tensor(lengths, dtype=torch.float64)
 
 
-def reference_loss(config: LossConfig, store: PairStore, pairs: list[int], sums_PM: Tensor) -> Tensor:
+def reference_loss(config: LossConfig, store: Pairs, pairs: list[int], sums_PM: Tensor) -> Tensor:
     """The loss of the batch from whole sums, written for one process; float64."""
     lengths = reference_lengths(store, pairs, config.members)
     loss = -config.nll_weight * sums_PM[:, 0].sum() / lengths[:, 0].sum()
