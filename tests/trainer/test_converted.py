@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.checkpoints import to_megatron
+from tests.checkpoint.checkpoints import same_bits, tensors, to_hf, to_megatron
 from tests.tiny import make_checkpoint, make_rows, write_rows
 from tests.trainer.runs import flags, read_rows, run_and_read, train
 
@@ -43,3 +43,17 @@ def test_another_model_is_refused(inputs: tuple[Path, Path, Path], pool: Any, tm
     [said] = pool.run(1, train, [*flags(other, data), "--load", str(converted)])
     assert "layernorm_epsilon" in said and "--hf-checkpoint" in said
     assert model != other
+
+
+@pytest.mark.parametrize("optimizer", ["use_distributed_optimizer", "no_use_distributed_optimizer"])
+def test_a_run_with_optimizer_state_converts_to_its_export(
+    optimizer: str, inputs: tuple[Path, Path, Path], pool: Any, tmp_path: Path
+) -> None:
+    model, data, _ = inputs
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, optimizer: True}
+    argv = flags(model, data, train_iters=2, **layout)
+    more = ["--save", str(tmp_path / "run"), "--export-hf", str(tmp_path / "export")]
+    assert pool.run(4, train, [*argv, *more]) == [None] * 4
+    back = to_hf(tmp_path / "run", tmp_path / "back", hf_reference=model)
+    assert same_bits(tensors(back), tensors(tmp_path / "export"))
+    assert not same_bits(tensors(back), tensors(model))
