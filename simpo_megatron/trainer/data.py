@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simpo_megatron.config import Config
+from simpo_megatron.config import DataConfig
 from simpo_megatron.data import Pairs, PairStore, load_preferences
 from simpo_megatron.data.blend import Blend, parse_blend
 from simpo_megatron.data.prepared import PreparedPairs, is_prepared
@@ -16,7 +16,7 @@ from simpo_megatron.models.hf import HFModel
 from simpo_megatron.trainer.distributed import broadcast_store, together
 
 
-def load_data(config: Config, hf: HFModel) -> tuple[Pairs, Pairs | None, list[str]]:
+def load_data(data: DataConfig, hf: HFModel) -> tuple[Pairs, Pairs | None, list[str]]:
     """The training and the validation pairs, and what to say about them (on rank 0).
 
     Collectives: one broadcast of which sources are prepared; what `together` and `broadcast_store` need, for each source.
@@ -24,18 +24,18 @@ def load_data(config: Config, hf: HFModel) -> tuple[Pairs, Pairs | None, list[st
     Raises:
         UserError: a source cannot be read, or was prepared for another model; the same on every rank.
     """
-    loader = _Loader(config, hf)
+    loader = _Loader(data, hf)
     found = [
         None if values is None else loader.load(parse_blend(values, flag))
-        for flag, values in (("--train-data", config.data.train_data), ("--valid-data", config.data.valid_data))
+        for flag, values in (("--train-data", data.train_data), ("--valid-data", data.valid_data))
     ]
     assert found[0] is not None, "checked by DataConfig"
     return found[0], found[1], loader.said
 
 
 class _Loader:
-    def __init__(self, config: Config, hf: HFModel) -> None:
-        self.config, self.hf = config, hf
+    def __init__(self, data: DataConfig, hf: HFModel) -> None:
+        self.data, self.hf = data, hf
         self.said: list[str] = []
         self.tokenizer: Any = None
         with together():
@@ -55,7 +55,7 @@ class _Loader:
                 pairs = self._open(source, first)
             elif first:
                 pairs, report = load_preferences(
-                    source, self.tokenizer, self.config.data.options, eos_token_ids=self.hf.eos_token_ids, progress=True
+                    source, self.tokenizer, self.data.options, eos_token_ids=self.hf.eos_token_ids, progress=True
                 )
                 self.said.append(report.summary(source))
             if first:
@@ -66,7 +66,7 @@ class _Loader:
         return broadcast_store(pairs if isinstance(pairs, PairStore) else None)
 
     def _open(self, prefix: str, first: bool) -> PreparedPairs:
-        pairs, data = PreparedPairs(prefix, verify=first), self.config.data
+        pairs, data = PreparedPairs(prefix, verify=first), self.data
         if first:
             pairs.check(fingerprint(self.tokenizer, self.hf.eos_token_ids), data.given_options, self.hf.path)
             self.said.append(pairs.report.summary(prefix))
