@@ -65,24 +65,17 @@ def prepare_trl(args: argparse.Namespace, folder: Path) -> float:
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
     )
     LlamaForCausalLM(small).save_pretrained(folder / "small")
-    config = make_config(
-        output_dir=str(folder),
-        max_length=MAX_LENGTH,
-        dataset_num_proc=args.workers if args.workers > 1 else None,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    fixed = {"max_length": MAX_LENGTH, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
 
-    def seconds(some: list[dict[str, Any]]) -> float:
+    def seconds(some: list[dict[str, Any]], workers: int | None) -> float:
+        config = make_config(output_dir=str(folder), dataset_num_proc=workers, **fixed)
         data: Any = Dataset.from_list(some)
         started = time.perf_counter()
         make_trainer(model=str(folder / "small"), args=config, train_dataset=data, processing_class=tokenizer)
         return time.perf_counter() - started
 
-    few = seconds(messages[:2])
-    return seconds(messages) - few
+    few = seconds(messages[:2], None)
+    return seconds(messages, args.workers if args.workers > 1 else None) - few
 
 
 def make_large(prefix: Path, pairs: int) -> None:
@@ -118,7 +111,7 @@ def make_large(prefix: Path, pairs: int) -> None:
 
 
 def open_large(prefix: Path) -> dict[str, float]:
-    """Seconds and MiB of resident memory that a set takes to open, and then to give the first and a later batch."""
+    """Seconds and MiB that a set takes to open, and then to give the first and a later batch."""
     import psutil
     import torch  # noqa: F401  imports are not measured
     from megatron.core.datasets import indexed_dataset  # noqa: F401
@@ -128,8 +121,10 @@ def open_large(prefix: Path) -> dict[str, float]:
 
     compat.quiet_megatron()
 
-    def resident() -> float:
-        return psutil.Process().memory_info().rss / 2**20
+    def resident() -> tuple[float, float]:
+        """All of it, and what the kernel cannot drop because no file holds it."""
+        info = psutil.Process().memory_info()
+        return info.rss / 2**20, (info.rss - info.shared) / 2**20
 
     def batch(position: int) -> None:
         pairs = data.order(position, BATCH, seed=1)
@@ -137,7 +132,7 @@ def open_large(prefix: Path) -> dict[str, float]:
 
     before, started = resident(), time.perf_counter()
     data = PreparedPairs(prefix, verify=False)
-    found = {"open_seconds": time.perf_counter() - started, "open_mib": resident() - before}
+    found = {"open_seconds": time.perf_counter() - started, "open_rss_mib": resident()[0] - before[0]}
     started = time.perf_counter()
     batch(0)
     found["first_batch_seconds"] = time.perf_counter() - started
@@ -145,7 +140,8 @@ def open_large(prefix: Path) -> dict[str, float]:
     for step in range(1, 51):
         batch(step * BATCH)
     found["batch_seconds"] = (time.perf_counter() - started) / 50
-    found["after_51_batches_mib"] = resident() - before
+    for i, name in enumerate(("rss", "rss_without_mapped_pages")):
+        found[f"after_51_batches_{name}_mib"] = resident()[i] - before[i]
     return found
 
 
