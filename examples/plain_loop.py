@@ -15,7 +15,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from simpo_megatron.config import DataConfig, LossConfig
+from simpo_megatron.config import LossConfig
+from simpo_megatron.data.config import DataConfig
 from simpo_megatron.head import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.microbatches import pack_microbatches, plan_global_batch

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from simpo_megatron.arguments import add_settings
 from simpo_megatron.batch import PreferenceBatch
-from simpo_megatron.config import OPTIONS, DataConfig, LossConfig, ModelConfig
+from simpo_megatron.config import LossConfig, ModelConfig
 from simpo_megatron.data import Pairs
+from simpo_megatron.data.config import OPTIONS, DataConfig
 from simpo_megatron.errors import UserError
 from simpo_megatron.head import LogProbHead
 from simpo_megatron.metrics import DIVISORS, metric_names

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simpo_megatron.config import DataConfig
 from simpo_megatron.data import Pairs, PairStore, load_preferences
 from simpo_megatron.data.blend import Blend, parse_blend
+from simpo_megatron.data.config import DataConfig
 from simpo_megatron.data.prepared import PreparedPairs, is_prepared
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
