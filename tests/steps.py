@@ -162,7 +162,7 @@ def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
     """On a rank: `main_grad` of the parameters this rank holds, whole and by Hugging Face name."""
     from simpo_megatron.models.layout import from_megatron
     from simpo_megatron.models.place import place_parameters
-    from simpo_megatron.verify.compare import complete_gradients
+    from simpo_megatron.verify.shards import complete_gradients
 
     complete_gradients(engine)
     found = {}

@@ -29,10 +29,9 @@ from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.loss import simpo_loss
 from simpo_megatron.models.hf import HFModel, expected_tensors
-from simpo_megatron.models.layout import from_megatron, rank_slice
-from simpo_megatron.models.place import Placed, place_parameters
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.verify.reference import Reference
+from simpo_megatron.verify.shards import ShardErrors, complete_gradients
 
 # What is allowed in fp32; at least in bf16; and in bf16 times the error of transformers in bf16.
 TOLERANCE = {"sums": (1e-5, 5e-3, 2.0), "gradient": (1e-4, 2e-2, 2.0), "all gradients": (1e-5, 1e-2, 1.5)}
@@ -95,7 +94,7 @@ def compare(engine: Engine, hf: HFModel, store: Pairs, config: Config) -> Report
     complete_gradients(engine)
     found = _gather_pairs(plan.rows, seen)
 
-    errors = _Errors(engine, hf)
+    errors = ShardErrors(engine, hf)
     expected = _Expected(hf, store, pairs.tolist(), config) if dist.get_rank() == 0 else None
     for name, gradient in _broadcast_gradients(expected):
         errors.add(name, gradient)
@@ -111,21 +110,6 @@ def _row_capacity(engine: Engine, store: Pairs, pairs: np.ndarray) -> int:
     responses = store.chosen_length[pairs].astype(np.int64) + store.rejected_length[pairs]
     lengths = 2 * store.prompt_length[pairs] + responses + 2 * sequence_multiple(parallel.context_parallel_size)
     return int(min(max(lengths.max(), -(-lengths.sum() // rows)), engine.config.data.seq_length))
-
-
-def complete_gradients(engine: Engine) -> None:
-    """Gives every rank the whole reduced gradient where the distributed optimizer left each its shard.
-
-    Collectives: one all-gather for every gradient bucket over the ranks that share it.
-    """
-    if not engine.config.parallel.use_distributed_optimizer:
-        return
-    for chunk in engine.chunks:
-        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-            ranks = group.intra_distributed_optimizer_instance_group
-            for bucket in group.buckets:
-                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
 
 
 def _gather_pairs(
@@ -260,34 +244,6 @@ class _Expected:
         return vectors, sorted(
             found, key=lambda entry: -math.inf if math.isnan(entry.error) else -entry.error / entry.allowed
         )
-
-
-class _Errors:
-    """On every rank: how far its shards of the gradients are from the reference."""
-
-    def __init__(self, engine: Engine, hf: HFModel) -> None:
-        self.places: dict[str, list[tuple[Placed, int]]] = {}
-        for place in (place for model in engine.models for place in place_parameters(model, hf)):
-            for part, name in enumerate(place.hf):
-                self.places.setdefault(name, []).append((place, part))
-        self.of_rank: dict[str, Tensor] = {}  # summed squares of the error and of the reference, and their number
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Compares this rank's shards of a tensor with the whole gradient."""
-        for place, part in self.places.get(name, []):
-            parameter: Any = place.parameter
-            weight, rank, ranks = place.weight, place.group.rank(), place.group.size()
-            mine = from_megatron(weight, parameter.main_grad, ranks)[part].double()
-            exact = gradient.double()
-            if weight.tp_dim is not None:
-                whole = mine.shape[weight.tp_dim] * ranks
-                rows = rank_slice(exact.shape[weight.tp_dim], whole, rank, ranks)
-                exact = exact.narrow(weight.tp_dim, rows.start, rows.stop - rows.start)
-            exact = torch.nn.functional.pad(exact, (0, 0) * (exact.ndim - 1) + (0, mine.shape[0] - exact.shape[0]))
-            squares = torch.stack(
-                [(mine - exact).square().sum(), exact.square().sum(), exact.new_tensor(exact.numel())]
-            )
-            self.of_rank[name] = self.of_rank.get(name, 0) + squares.cpu()
 
 
 def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tensor]]:

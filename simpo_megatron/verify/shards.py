@@ -1,0 +1,57 @@
+"""The gradients a rank holds, whole after the distributed optimizer, and how far its shards are from a reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.layout import from_megatron, rank_slice
+from simpo_megatron.models.place import Placed, place_parameters
+from simpo_megatron.trainer.engine import Engine
+
+
+def complete_gradients(engine: Engine) -> None:
+    """Gives every rank the whole reduced gradient where the distributed optimizer left each its shard.
+
+    Collectives: one all-gather for every gradient bucket over the ranks that share it.
+    """
+    if not engine.config.parallel.use_distributed_optimizer:
+        return
+    for chunk in engine.chunks:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shard = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=ranks)
+
+
+class ShardErrors:
+    """On every rank: how far its shards of the gradients are from the reference."""
+
+    def __init__(self, engine: Engine, hf: HFModel) -> None:
+        self.places: dict[str, list[tuple[Placed, int]]] = {}
+        for place in (place for model in engine.models for place in place_parameters(model, hf)):
+            for part, name in enumerate(place.hf):
+                self.places.setdefault(name, []).append((place, part))
+        self.of_rank: dict[str, Tensor] = {}  # summed squares of the error and of the reference, and their number
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Compares this rank's shards of a tensor with the whole gradient."""
+        for place, part in self.places.get(name, []):
+            parameter: Any = place.parameter
+            weight, rank, ranks = place.weight, place.group.rank(), place.group.size()
+            mine = from_megatron(weight, parameter.main_grad, ranks)[part].double()
+            exact = gradient.double()
+            if weight.tp_dim is not None:
+                whole = mine.shape[weight.tp_dim] * ranks
+                rows = rank_slice(exact.shape[weight.tp_dim], whole, rank, ranks)
+                exact = exact.narrow(weight.tp_dim, rows.start, rows.stop - rows.start)
+            exact = torch.nn.functional.pad(exact, (0, 0) * (exact.ndim - 1) + (0, mine.shape[0] - exact.shape[0]))
+            squares = torch.stack(
+                [(mine - exact).square().sum(), exact.square().sum(), exact.new_tensor(exact.numel())]
+            )
+            self.of_rank[name] = self.of_rank.get(name, 0) + squares.cpu()
