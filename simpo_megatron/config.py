@@ -6,15 +6,15 @@ setting. `arguments.py` turns the groups into flags. Fields carry their help tex
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.data.options import AssistantHeader, DataOptions, PromptTruncation, TiePolicy
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.limits import check_rows
+from simpo_megatron.presets import Preset
 from simpo_megatron.settings import Group, flag, require, setting
 
 
@@ -231,6 +231,12 @@ class LossConfig(Group):
 class TrainConfig(Group):
     """training"""
 
+    preset: Preset | None = setting(
+        None, "hyperparameters of the SimPO paper, by the model they were tuned for; file and flags win over it"
+    )
+    dry_run: bool = setting(
+        False, "check flags, layout, data, checkpoint and folders on one CPU process, and train nothing"
+    )
     global_batch_size: int = setting(128, "pairs an optimizer step sees, over all ranks")
     train_iters: int | None = setting(None, "optimizer steps")
     train_epochs: float | None = setting(None, "passes over the training pairs, instead of --train-iters")
@@ -334,21 +340,7 @@ class Config:
         require(
             save is None or save != export, f"--export-hf {export} is the --save folder too; export to another folder"
         )
-        self._check_rows()
-
-    def _check_rows(self) -> None:
-        # Under context parallelism each half of a row must take the longest sequence, padded to its multiple.
-        parallel, length = self.parallel, self.data.seq_length
-        context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-        multiple, why = 2 * sequence_multiple(context), f"4 x --context-parallel-size {context}"
-        if context == 1:
-            multiple, why = 1, ""
-        if parallel.sequence_parallel and not parallel.variable_seq_lengths:
-            multiple = math.lcm(multiple, context * tensor)
-            why += f"{' and ' if why else ''}--tensor-model-parallel-size {tensor}, which cuts rows of fixed length"
-        below, above = length // multiple * multiple, round_up(length, multiple)
-        near = " or ".join(str(n) for n in (below, above) if n)
-        require(length % multiple == 0, f"--seq-length {length} must be a multiple of {multiple} ({why}); use {near}")
+        check_rows(self.data.seq_length, self.parallel)
 
     def warnings(self, num_parameters: int) -> list[str]:
         """Settings that are allowed and have spoilt other people's runs, for a model of this size."""

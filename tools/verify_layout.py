@@ -47,6 +47,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
         "--tensorboard-dir": config.log.tensorboard_dir,
         "--wandb-project": config.log.wandb_project,
     }
+    if config.train.dry_run:
+        raise UserError("--dry-run is of the training program; drop it")
     for flag, value in unused.items():
         if value is not None:
             raise UserError(f"{flag} {value}: nothing is trained or written here; drop it")

@@ -17,13 +17,16 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from transformers import AutoTokenizer
 
+from simpo_megatron.arguments import flat
 from simpo_megatron.config import Config
 from simpo_megatron.data import PairStore, load_preferences, pairs_of_batch
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.limits import layout_arguments
 from simpo_megatron.models.load import load_hf_weights
+from simpo_megatron.presets import describe
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
 from simpo_megatron.trainer.distributed import broadcast_store, together
@@ -37,47 +40,13 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
     Raises:
         UserError: the layout does not divide the model.
     """
-    parallel = config.parallel
-    virtual = _virtual_stages(config, hf)
-    chunk = hf.num_layers // (parallel.pipeline_model_parallel_size * (virtual or 1))
-    if parallel.recompute_method == "uniform" and chunk % (parallel.recompute_num_layers or 1):
-        raise UserError(
-            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {chunk} layers of a model chunk; "
-            "choose a number that does, or --recompute-method block"
-        )
     return transformer_config(
         hf,
         bf16=config.train.bf16,
         transformer_impl=config.model.transformer_impl,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual,
-        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
-        sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         moe_aux_loss_coeff=config.loss.moe_aux_loss_coeff,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method=parallel.recompute_method,
-        recompute_num_layers=parallel.recompute_num_layers,
-        variable_seq_lengths=parallel.variable_seq_lengths,
+        **layout_arguments(config.parallel, hf.num_layers),
     )
-
-
-def _virtual_stages(config: Config, hf: HFModel) -> int | None:
-    parallel, layers = config.parallel, hf.num_layers
-    chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
-    if chunk is None:
-        return None
-    if layers % (stages * chunk):
-        raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {chunk} x --pipeline-model-parallel-size {stages} does not divide "
-            f"the model's {layers} layers; choose a chunk size that does"
-        )
-    virtual = layers // (stages * chunk)
-    return virtual if virtual > 1 else None
 
 
 def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None, list[str]]:
@@ -87,13 +56,13 @@ def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None,
     paths = (data.train_data, data.valid_data)
     with together():
         if dist.get_rank() == 0:
-            tokenizer = _tokenizer(hf.path)
+            tokenizer = load_tokenizer(hf.path)
             for index, path in enumerate(paths):
                 if path is not None:
                     store, report = load_preferences(
                         path, tokenizer, data.options, eos_token_ids=hf.eos_token_ids, progress=True
                     )
-                    _check_ids(store, hf, path)
+                    check_ids(int(store.tokens.max()), hf, path)
                     stores[index] = store
                     said.append(report.summary(path))
     train, valid = (None if path is None else broadcast_store(store) for path, store in zip(paths, stores, strict=True))
@@ -101,8 +70,8 @@ def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None,
     return train, valid, said
 
 
-def _check_ids(store: PairStore, hf: HFModel, data: Path) -> None:
-    largest = int(store.tokens.max())
+def check_ids(largest: int, hf: HFModel, data: Path) -> None:
+    """Raises UserError where the data holds a token id that the model does not have."""
     if largest >= hf.vocab_size:
         raise UserError(
             f"the tokenizer of {hf.path} gives token id {largest} for {data}, but the model's vocab_size is {hf.vocab_size}; "
@@ -110,7 +79,12 @@ def _check_ids(store: PairStore, hf: HFModel, data: Path) -> None:
         )
 
 
-def _tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a Hugging Face checkpoint.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
@@ -224,6 +198,8 @@ class Run:
                 f"SimPO: beta {loss.simpo_beta:g}, gamma {loss.gamma:g} (gamma / beta {loss.gamma / loss.simpo_beta:g}), "
                 f"{loss.simpo_loss_type}"
             )
+        if self.config.train.preset is not None:
+            lines.append(describe(self.config.train.preset, flat(self.config)))
         lines.append(
             f"{self.total} steps of {self.config.train.global_batch_size} pairs: "
             f"{self.limit / len(self.train_pairs):.2f} epochs"
