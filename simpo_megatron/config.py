@@ -6,16 +6,14 @@ setting. `arguments.py` turns the groups into flags. Fields carry their help tex
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from simpo_megatron.data.options import AssistantHeader, DataOptions, PromptTruncation, TiePolicy
-from simpo_megatron.errors import UserError
 from simpo_megatron.models.limits import check_rows
 from simpo_megatron.presets import Preset
-from simpo_megatron.settings import Group, flag, require, setting
+from simpo_megatron.settings import Group, flag, parse_size, require, setting
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,7 @@ class ModelConfig(Group):
     @property
     def slab_bytes(self) -> int:
         """--head-slab-bytes as a number."""
-        found = re.fullmatch(r"([1-9]\d*) *([KMG]iB)?", self.head_slab_bytes)
-        if found is None:
-            raise UserError(f"--head-slab-bytes {self.head_slab_bytes} is no size; give bytes, or e.g. 256MiB or 1GiB")
-        return int(found[1]) * 1024 ** (" KMG".index(found[2][0]) if found[2] else 0)
+        return parse_size("--head-slab-bytes", self.head_slab_bytes)
 
 
 @dataclass(frozen=True)
