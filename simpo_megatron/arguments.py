@@ -143,7 +143,7 @@ def parse(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = N
     path = given.pop("config", None)
     file = read_yaml(path) if path else {}
     preset = {**(defaults or {}), **file, **given}.get("preset")
-    settings = layered(defaults or {}, PRESETS.get(preset, {}), file, given)
+    settings = layered(defaults or {}, PRESETS.get(str(preset), {}), file, given)
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for group, field, _ in _fields():
         if field.name in settings:

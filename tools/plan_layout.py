@@ -5,8 +5,8 @@
 
 DIR_OR_CONFIG is a Hugging Face checkpoint or a config.json. The table has the best layouts first: memory of the fullest rank
 (bf16 weights, fp32 gradients, distributed optimizer, Transformer Engine's layers), the pipeline bubble, and the time of a step
-against an ideal one (`simpo_megatron/plan/layouts.py` says what that leaves out). A tenth of the memory stays free, for the CUDA
-context, communication buffers and fragmentation. `--compare dpo` adds what DPO would need for its reference model.
+against an ideal one (`simpo_megatron/plan/layouts.py` says what that leaves out). A tenth of the memory stays free, for the
+CUDA context, communication buffers and fragmentation. `--compare dpo` adds what DPO would need for its reference model.
 
 Exit code: 0 where something fits, 1 where nothing does, 2 for bad arguments.
 """
@@ -131,7 +131,7 @@ def show(console: Console, objective: Objective) -> None:
     )
     table = Table(title=title, title_justify="left")
     experts = any(one.parallel.expert_tensor_parallel_size for one in objective.layouts)
-    for name in ("TP", "CP", "PP", "VPP", *(("EP", "ETP") if experts else ()), "DP", "rows"):
+    for name in ("TP", "CP", "PP", "chunk", *(("EP", "ETP") if experts else ()), "DP", "rows"):
         table.add_column(name, justify="right")
     table.add_column("recompute")
     parts = [name for name in asdict(objective.layouts[0].memory) if name != "reference" or "DPO" in objective.name]

@@ -6,8 +6,8 @@ stages a rank; whole experts or experts cut as the other tensors are; activation
 attention alone saves next to nothing where a fused attention keeps its output only).
 
 Best is the smallest `slowdown`: the time of a step against that of a pipeline that is never idle, of data-parallel ranks that
-all have the same number of rows, and of activations that are kept. Communication has no number here: of layouts within 5 % of each
-other the one that cuts tensors and sequences over fewer ranks comes first.
+all have the same number of rows, and of activations that are kept. Communication has no number here: of layouts within 5 % of
+each other the one that cuts tensors and sequences over fewer ranks comes first.
 """
 
 from __future__ import annotations

@@ -173,10 +173,10 @@ def saved_bytes(model: Mapping[str, Any], layout: Mapping[str, Any], layers: int
     if layout["recompute_granularity"] != "full":
         return layers * whole
     inputs = _shared(layout, tokens * model["hidden_size"] * work.element)
-    block = layout["recompute_num_layers"]
+    block, angles = layout["recompute_num_layers"], tokens * model["kv_channels"] * 4  # fp32, shared by all layers
     if layout["recompute_method"] == "uniform":
-        return layers // block * inputs
-    return min(block, layers) * inputs + max(0, layers - block) * whole
+        return layers // block * inputs + angles
+    return min(block, layers) * inputs + max(0, layers - block) * whole + angles
 
 
 def _shared(layout: Mapping[str, Any], size: float) -> float:

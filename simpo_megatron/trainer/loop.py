@@ -101,6 +101,23 @@ def total_pairs(config: Config, num_pairs: int) -> int:
     return max(1, round(train.train_epochs * num_pairs))
 
 
+def checkpoint_to_load(config: Config) -> int | None:
+    """The step that --load resumes from, None where the run starts from the Hugging Face checkpoint.
+
+    Raises:
+        UserError: --load names a folder without a complete checkpoint.
+    """
+    settings = config.checkpoint
+    if settings.load is None:
+        return None
+    step = checkpointing.latest_step(settings.load)
+    if step is None and settings.load != settings.save:
+        raise UserError(
+            f"--load {settings.load} has no {checkpointing.TRACKER}; give a folder some --save wrote to, or drop --load"
+        )
+    return step
+
+
 class Run:
     """One training run, from its configuration to its last checkpoint. Megatron's groups must exist."""
 
@@ -134,23 +151,12 @@ class Run:
             make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         )
         with together():
-            if self._checkpoint_to_load() is None:
+            if checkpoint_to_load(self.config) is None:
                 load_hf_weights(models, self.hf, progress=dist.get_rank() == 0)
         return Engine(config, models, transformer, self.hf.vocab_size, self.total)
 
-    def _checkpoint_to_load(self) -> int | None:
-        settings = self.config.checkpoint
-        if settings.load is None:
-            return None
-        step = checkpointing.latest_step(settings.load)
-        if step is None and settings.load != settings.save:
-            raise UserError(
-                f"--load {settings.load} has no {checkpointing.TRACKER}; give a folder some --save wrote to, or drop --load"
-            )
-        return step
-
     def _resume(self) -> str:
-        step = self._checkpoint_to_load()
+        step = checkpoint_to_load(self.config)
         if step is None:
             return f"starting from {self.hf.path}"
         root = self.config.checkpoint.load
