@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 -m simpo_megatron.train --hf-checkpoint MODEL --train-data pairs.jsonl \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --train-epochs 1 --export-hf ALIGNED
 
-`--help` lists every flag; `--dry-run` checks a run on one CPU process (`dry_run.py`). Exit code 2 and one line for a mistake that
-the user can mend.
+`--help` lists every flag; `--dry-run` checks a run on one CPU process (`dry_run.py`). Exit code 2 and one line for a
+mistake that the user can mend.
 """
 
 from __future__ import annotations
