@@ -54,6 +54,8 @@ def dry_run(config: Config, hf: HFModel) -> None:
             "--transformer-impl transformer_engine: it is not installed here, and has to be where the run is"
         )
         config = replace(config, model=replace(config.model, transformer_impl="auto"))
+    if config.model.head == "plain":
+        remarks.append("--head plain: it holds all logits of a row, which the memory above leaves out")
     layout_config(config, hf)
     layout = layout_arguments(config.parallel, hf.num_layers)
     experts = "num_moe_experts" in hf.family.transformer_kwargs(hf.config)

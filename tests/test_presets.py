@@ -9,6 +9,7 @@ import pytest
 from simpo_megatron.arguments import flat, parse
 from simpo_megatron.errors import UserError
 from simpo_megatron.presets import describe
+from tests.trainer.runs import Inputs, flags, run_main
 
 NEEDED = ["--hf-checkpoint", "model", "--train-data", "pairs.jsonl"]
 
@@ -59,3 +60,14 @@ def test_an_unknown_preset_lists_those_there_are(tmp_path: Path) -> None:
     file.write_text("preset: gemma\n")
     with pytest.raises(UserError, match="--preset gemma is not known; use mistral-base or mistral-instruct"):
         parse([*NEEDED, "--train-iters", "1", "--config", str(file)])
+
+
+def test_a_run_says_what_the_preset_set(pool, inputs: Inputs) -> None:
+    settings = {"train_iters": 1, "max_length": 256, "global_batch_size": 4, "lr": 3e-7}
+    [(code, out, _)] = pool.run(
+        1, run_main, flags(inputs.checkpoint, inputs.data, preset="llama3-instruct", **settings)
+    )
+    assert code == 0
+    [line] = [line for line in out.splitlines() if line.startswith("preset ")]
+    assert "simpo_beta 2.5, simpo_gamma_beta_ratio 0.55" in line and "lr 3e-07 (preset 1e-06)" in line
+    assert "SimPO: beta 2.5, gamma 1.375" in out
