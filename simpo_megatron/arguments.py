@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from simpo_megatron import config as c
+from simpo_megatron.data.options import DataOptions
 from simpo_megatron.errors import UserError
 from simpo_megatron.presets import PRESETS
 from simpo_megatron.settings import choices, flag
@@ -51,34 +52,73 @@ def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
     ]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of `-m simpo_megatron.train`; a flag that is not given is absent from the namespace."""
+def build_parser(
+    prog: str = "torchrun --nproc-per-node N -m simpo_megatron.train",
+    description: str = "SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, "
+    "aligned Hugging Face checkpoint out.",
+) -> argparse.ArgumentParser:
+    """A parser of every setting, for the training program unless said otherwise; a flag that is not given is absent from
+    the namespace."""
     parser = _Parser(
-        prog="torchrun --nproc-per-node N -m simpo_megatron.train",
-        description="SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, "
-        "aligned Hugging Face checkpoint out.",
+        prog=prog,
+        description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, help="YAML file of the same names, e.g. `train_iters: 100`; flags win")
     sections = {group: parser.add_argument_group(str(cls.__doc__)) for group, cls in GROUPS.items()}
-    for group, field, annotation in _fields():
-        text = field.metadata["help"]
-        if field.default is not None:
-            text += f" (default {field.default})"
-        name, section, kind, allowed = (
-            flag(field.name),
-            sections[group],
-            _value_type(annotation),
-            choices(annotation),
-        )
-        if kind is bool:
-            section.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        elif allowed:
-            section.add_argument(name, choices=allowed, help=text)
-        else:
-            section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind])
+    for group, cls in GROUPS.items():
+        add_settings(sections[group], cls)
     return parser
+
+
+def add_settings(section: Any, group: type, names: Sequence[str] | None = None, with_defaults: bool = False) -> None:
+    """Adds a group's fields as flags to a parser or a section of one.
+
+    Args:
+        section: what has `add_argument`.
+        group: the dataclass.
+        names: of the fields; None for all.
+        with_defaults: a flag that is not given is its default; else it is absent.
+    """
+    annotations = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        if names is None or field.name in names:
+            _add(section, field, annotations[field.name], {"default": field.default} if with_defaults else {})
+
+
+def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[str, Any]) -> None:
+    text = field.metadata["help"]
+    if field.default is not None:
+        text += f" (default {field.default})"
+    name, kind, allowed = flag(field.name), _value_type(annotation), choices(annotation)
+    if kind is bool:
+        section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
+    elif typing.get_origin(kind) is tuple:
+        section.add_argument(name, nargs="+", help=text, metavar="SOURCE", **options)
+    elif allowed:
+        section.add_argument(name, choices=allowed, help=text, **options)
+    else:
+        section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind], **options)
+
+
+def data_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for a tool that makes pairs of rows: it has training's flags on that, and the tool adds its own."""
+    parser = _Parser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add_settings(parser.add_argument_group("rows to pairs, as in training"), c.DataConfig, (*c.OPTIONS, "seq_length"))
+    return parser
+
+
+def data_options(args: argparse.Namespace) -> DataOptions:
+    """What the flags of `data_parser` say, with training's defaults."""
+    given = {name: getattr(args, name) for name in (*c.OPTIONS, "seq_length") if hasattr(args, name)}
+    return c.DataConfig(train_data=("unused",), **given).options
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -98,7 +138,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         try:
             settings[name] = _convert(value, annotations[name])
         except (TypeError, ValueError, OverflowError) as error:
-            kind = _value_type(annotations[name]).__name__
+            kind = getattr(_value_type(annotations[name]), "__name__", "list")
             raise UserError(f"--config {path}: {key}: {value!r} is not of type {kind}") from error
     return settings
 
@@ -107,6 +147,8 @@ def _convert(value: Any, annotation: Any) -> Any:
     kind: Any = _value_type(annotation)
     if value is None and type(None) in typing.get_args(annotation):
         return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
     if value is None or (kind is bool) != isinstance(value, bool):
         raise TypeError
     if kind is int and int(value) != float(value):
@@ -129,21 +171,30 @@ def layered(*layers: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def parse(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None) -> c.Config:
+def parse(
+    argv: Sequence[str] | None = None,
+    parser: argparse.ArgumentParser | None = None,
+    defaults: dict[str, Any] | None = None,
+    fixed: dict[str, Any] | None = None,
+) -> c.Config:
     """The configuration of the command line.
 
     Args:
         argv: the flags; None for those of this process.
+        parser: from `build_parser`, with more flags for fields; None for the training program's.
         defaults: settings by field name where neither a flag nor the file gives them.
+        fixed: settings of another program than training, whatever the file says; giving the flag is a mistake.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
     """
-    given = vars(build_parser().parse_args(argv))
+    given = vars((parser or build_parser()).parse_args(argv))
     path = given.pop("config", None)
+    for name in given.keys() & (fixed or {}).keys():
+        raise UserError(f"{flag(name)} {given[name]} has no meaning here; drop it")
     file = read_yaml(path) if path else {}
     preset = {**(defaults or {}), **file, **given}.get("preset")
-    settings = layered(defaults or {}, PRESETS.get(str(preset), {}), file, given)
+    settings = layered(defaults or {}, PRESETS.get(str(preset), {}), file, given, fixed or {})
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for group, field, _ in _fields():
         if field.name in settings:
@@ -152,6 +203,12 @@ def parse(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = N
 
 
 def flat(config: c.Config) -> dict[str, Any]:
-    """Every setting by its name, paths as strings: for logs and for the `args` of a checkpoint."""
+    """Every setting by its name, paths and lists as strings: for logs and for the `args` of a checkpoint."""
     values = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(config, group)).items()}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: _primitive(value) for name, value in values.items()}
+
+
+def _primitive(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return str(value) if isinstance(value, Path) else value

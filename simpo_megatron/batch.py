@@ -22,7 +22,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from simpo_megatron.context_parallel import positions, round_up, sequence_multiple
-from simpo_megatron.data import PairStore
+from simpo_megatron.data import Pairs
+from simpo_megatron.shared_prompts import SharedPromptParams
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class PreferenceBatch:
     alone (`members` is 1). What is said of sequences and pairs covers all context-parallel ranks."""
 
     tokens: Tensor  # [1, T] int64
-    position_ids: Tensor  # [1, T] int64, from 0 in every sequence
-    padding_mask: Tensor  # [1, T] bool, True where a token is padding
+    position_ids: Tensor  # [1, T] int64, from 0 in every sequence, a shared prompt before both responses
+    padding_mask: Tensor  # [1, T] bool, True where a token is padding; the first of an empty pack stands for text
     packed_seq_params: (
         PackedSeqParams  # cu_seqlens of the whole row: all CP * T tokens, the padding at its end a sequence too
     )
@@ -63,11 +64,12 @@ class PreferenceBatch:
 
 
 def pack_pairs(
-    store: PairStore,
+    store: Pairs,
     pairs: Sequence[int],
     counts: BatchCounts,
     *,
     members: int = 2,
+    share_prompts: bool = False,
     row_length: int | None = None,
     row_multiple: int = 1,
     context_parallel_size: int = 1,
@@ -81,6 +83,7 @@ def pack_pairs(
         pairs: indices into the store, whole pairs; none gives an empty pack: padding alone, which keeps collectives matched.
         counts: what the global batch of this row holds.
         members: 2 for chosen and rejected, 1 for chosen alone.
+        share_prompts: let the prompt of a pair stand once (`shared_prompts.py`); not under context parallelism.
         row_length: pad the whole row to this many tokens; None pads only to `row_multiple`.
         row_multiple: the tokens of a rank are a multiple of this (tensor_model_parallel_size under sequence parallelism).
         context_parallel_size, context_parallel_rank: which slices of the row.
@@ -89,9 +92,14 @@ def pack_pairs(
     Raises:
         ValueError: the pairs do not fit into `row_length`.
     """
-    sequences = [(prompt, response) for i in pairs for prompt, *rs in [store.pair(i)] for response in rs[:members]]
+    groups = 1 if share_prompts else members  # sequences a pair is laid out as
+    sequences = [
+        (prompt, responses[group:members:groups])
+        for prompt, *responses in map(store.pair, pairs)
+        for group in range(groups)
+    ]
     chunk = sequence_multiple(context_parallel_size)
-    sizes = [round_up(len(prompt) + len(response), chunk) for prompt, response in sequences]
+    sizes = [round_up(len(prompt) + sum(map(len, responses)), chunk) for prompt, responses in sequences]
     used = sum(sizes)
     total = row_length or round_up(max(used, 1), math.lcm(row_multiple * context_parallel_size, chunk))
     if used > total:
@@ -101,17 +109,23 @@ def pack_pairs(
 
     offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
     tokens, padding = np.zeros(total, dtype=np.int64), np.ones(total, dtype=bool)
-    rows, targets = [], []
-    for start, (prompt, response) in zip(offsets.tolist(), sequences, strict=False):
-        first = start + len(prompt)
-        tokens[start:first] = prompt
-        tokens[first : first + len(response)] = response
-        padding[start : first + len(response)] = False
-        rows.append(np.arange(first - 1, first - 1 + len(response)))
-        targets.append(response)
-    lengths = np.array([len(response) for _, response in sequences], dtype=np.int64)
-    segments = np.repeat(np.arange(len(lengths)), lengths)
     position_ids = np.concatenate([np.arange(size) for size in sizes])
+    rows, targets = [], []
+    for start, (prompt, responses) in zip(offsets.tolist(), sequences, strict=False):
+        at = start + len(prompt)
+        tokens[start:at] = prompt
+        for response in responses:
+            end = at + len(response)
+            tokens[at:end] = response
+            position_ids[at:end] = np.arange(len(prompt), len(prompt) + len(response))
+            rows += [[start + len(prompt) - 1], np.arange(at, end - 1)]
+            targets.append(response)
+            at = end
+        padding[start:at] = False
+    if not sequences:
+        padding[0] = False  # Megatron's balancing loss divides by the tokens that are no padding
+    lengths = np.array([len(response) for response in targets], dtype=np.int64)
+    segments = np.repeat(np.arange(len(lengths)), lengths)
     scored = np.concatenate([np.zeros(0, np.int64), *rows])
     index = np.asarray(pairs, dtype=np.int64)
     truncated = np.stack([store.truncated[index] & bit != 0 for bit in (1, 2)[:members]], axis=1).reshape(-1)
@@ -131,19 +145,18 @@ def pack_pairs(
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
 
-    cu_seqlens = tensor(offsets, torch.int32)
-    longest = max(sizes)
+    cu_seqlens, longest = tensor(offsets, torch.int32), max(sizes)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    if share_prompts:
+        splits = tuple((len(prompt), len(responses[0])) for prompt, responses in sequences)
+        packed = SharedPromptParams(**vars(packed), splits=splits, position_ids=tensor(position_ids))
     return PreferenceBatch(
         tokens=tensor(tokens[mine])[None],
         position_ids=tensor(position_ids[mine])[None],
         padding_mask=tensor(padding[mine], torch.bool)[None],
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
+        packed_seq_params=packed,
         rows=tensor(place[scored][here]),
         targets=tensor(np.concatenate([np.zeros(0, np.int64), *targets])[here]),
         segments=tensor(segments[here]),

@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from simpo_megatron import compat, cpu
 from simpo_megatron.arguments import flat
+from simpo_megatron.checkpoint.dist_reader import read_dist
 from simpo_megatron.config import Config
+from simpo_megatron.data.blend import parse_blend
+from simpo_megatron.data.encode import encode_rows, nothing_left
+from simpo_megatron.data.prepared import is_prepared
 from simpo_megatron.data.reading import read_rows
-from simpo_megatron.data.schema import parse_preference
-from simpo_megatron.data.tokenize import PairEncoder, truncate
+from simpo_megatron.data.tokenize import PairEncoder
+from simpo_megatron.data.tokenizer import load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf import HFModel, check_tensors
 from simpo_megatron.models.limits import check_processes, layout_arguments, processes_needed
@@ -44,9 +50,8 @@ def dry_run(config: Config, hf: HFModel) -> None:
     """
     cpu.enable()
     from simpo_megatron.models.export import check_target
-    from simpo_megatron.trainer.loop import checkpoint_to_load, layout_config, load_tokenizer
+    from simpo_megatron.trainer.loop import layout_config
 
-    check_tensors(hf)
     remarks = config.warnings(hf.num_parameters)
     impl = config.model.transformer_impl
     if impl == "transformer_engine" and not compat.have_transformer_engine():
@@ -64,13 +69,12 @@ def dry_run(config: Config, hf: HFModel) -> None:
     check_processes(world_size, experts, layout)
     if config.model.export_hf is not None:
         check_target(config.model.export_hf)
-    step = checkpoint_to_load(config)
+    start = _checkpoint(config, hf)
     tokenizer = load_tokenizer(hf.path)
-    encoder = PairEncoder(tokenizer, config.data.options, hf.eos_token_ids)
     assert config.data.train_data is not None
-    tokens = _first_rows(config.data.train_data, encoder, config, hf)
+    tokens = _pair_tokens(config.data.train_data, "--train-data", config, hf, tokenizer)
     if config.data.valid_data is not None:
-        _first_rows(config.data.valid_data, encoder, config, hf)
+        _pair_tokens(config.data.valid_data, "--valid-data", config, hf, tokenizer)
 
     data_parallel = world_size // math.prod(
         layout[f"{name}_size"] for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
@@ -93,7 +97,7 @@ def dry_run(config: Config, hf: HFModel) -> None:
         "processes": f"{world_size}; a multiple of {needed} is needed",
         "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} rows a step, "
         f"{work.microbatches} a data-parallel rank",
-        "starts from": str(hf.path) if step is None else f"step {step} of {config.checkpoint.load}",
+        "starts from": start,
         "memory of a GPU": describe_memory(estimate(hf, layout, work)),
     }
     if config.train.preset is not None:
@@ -101,20 +105,51 @@ def dry_run(config: Config, hf: HFModel) -> None:
     _show(lines, remarks)
 
 
-def _first_rows(path: Path, encoder: PairEncoder, config: Config, hf: HFModel) -> float:
-    """Tokenizes the first rows of a file; mean tokens of a pair, its prompt twice.
+def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFModel, tokenizer: Any) -> float:
+    """Checks the sources of a blend, raw files by their first rows; mean tokens of their pairs, prompts twice.
 
     Raises:
-        UserError: as `data.load_preferences`, or the tokenizer is of another model.
+        UserError: as training, for what these rows show.
     """
-    from simpo_megatron.trainer.loop import check_ids
+    from simpo_megatron.trainer.data import check_ids, open_prepared
 
-    pairs = encoder.encode([parse_preference(row, where) for where, row in islice(read_rows(path), ROWS)])
-    pairs = [truncate(pair, config.data.options, encoder.bos) for pair in pairs if pair.chosen and pair.rejected]
-    if not pairs:
-        raise UserError(f"{path}: all of the first {ROWS} rows have an empty response; mend the data")
-    check_ids(max(max(pair.prompt + pair.chosen + pair.rejected) for pair in pairs), hf, path)
-    return sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs) / len(pairs)
+    found = []
+    for source in parse_blend(values, flag).sources:
+        if is_prepared(source):
+            pairs = open_prepared(source, config, hf, tokenizer)
+        else:
+            encoder = PairEncoder(tokenizer, config.data.options, hf.eos_token_ids)
+            chunk = encode_rows(islice(read_rows(source), ROWS), encoder, config.data.options)
+            if not len(chunk.store):
+                raise nothing_left(source, chunk.report)
+            pairs = chunk.store
+        check_ids(pairs, hf, source)
+        found.append(pairs.pair_tokens[:ROWS])
+    return float(np.concatenate(found).mean())
+
+
+def _checkpoint(config: Config, hf: HFModel) -> str:
+    """Where the run starts from, its names and shapes checked.
+
+    Raises:
+        UserError: a checkpoint is not complete, or not of this model.
+    """
+    from simpo_megatron.trainer.checkpointing import checkpoint_dir
+    from simpo_megatron.trainer.loop import checkpoint_to_load, converted_weights
+
+    check_tensors(hf)
+    folder = converted_weights(config)
+    step = None if folder is not None else checkpoint_to_load(config)
+    if step is not None:
+        assert config.checkpoint.load is not None
+        folder = checkpoint_dir(config.checkpoint.load, step)
+    if folder is None:
+        return str(hf.path)
+    try:
+        read_dist(folder, hf)
+    except UserError as error:
+        raise UserError(f"--load {config.checkpoint.load} does not fit {hf.path}: {error}") from error
+    return str(folder)
 
 
 def _describe_layout(config: Config, data_parallel: int) -> str:

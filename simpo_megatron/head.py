@@ -40,7 +40,8 @@ class HeadTask:
     """What one forward pass is to score: this context-parallel rank's rows, the same on all tensor-parallel ranks.
 
     Attributes:
-        rows_R: positions in the row of tokens that score a response token, int64, in the order of the pairs.
+        rows_R: positions in the row of tokens that score a response token, int64, in the order of the pairs; the end of a
+            shared prompt scores two.
         targets_R: token ids they score, int64, in the whole vocabulary.
         segments_R: sequence (pair * members + member) each belongs to, int64.
         pair_rows: scored rows of each pair here, on the host: slabs are cut without waiting for a GPU.
@@ -201,7 +202,7 @@ class _FusedHead(torch.autograd.Function):
             grad_weight = (gradients.weight_VH * ratio).to(weight.dtype)
         if gradients.hidden_RH is not None:
             grad_RH = (gradients.hidden_RH * ratio).to(ctx.dtype)
-            grad_TH = grad_RH.new_zeros(ctx.tokens, grad_RH.shape[1]).index_copy_(0, task.rows_R, grad_RH)
+            grad_TH = grad_RH.new_zeros(ctx.tokens, grad_RH.shape[1]).index_add_(0, task.rows_R, grad_RH)
             grad_hidden = _reduce(grad_TH, ctx.head).view(ctx.hidden_shape)
         return grad_hidden, grad_weight, None, None, None
 

@@ -11,14 +11,13 @@ from simpo_megatron.errors import UserError
 
 
 def exit_code(program: str, action: Callable[[], int | None]) -> int:
-    """Runs `action`; returns what it returns (0 for None), or 2 after printing its UserError once a node."""
+    """Runs `action`; returns what it returns (0 for None), or 2 after printing its UserError."""
     try:
         return action() or 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) != 0:
             # Every rank meets the same error. torchrun stops all ranks when one exits, so the others leave rank 0 the
-            # time to say it. What only another node met (a folder it does not share), its first rank says after that.
+            # time to say it. Who is still alive after that met something of its own, and says so.
             time.sleep(20)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
         return 2

@@ -34,6 +34,7 @@ from simpo_megatron.head import HeadTask, find_head, split_output
 from simpo_megatron.logprobs import vocab_parallel_logprobs
 from simpo_megatron.loss import simpo_loss
 from simpo_megatron.metrics import pair_sums
+from simpo_megatron.models.place import unwrap
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -62,8 +63,6 @@ class PreferenceStep:
             [1, T, V / tensor_model_parallel_size]) and the loss function.
         """
         batch = next(data_iterator)
-        # Megatron's balancing loss counts tokens; it must not count padding.
-        padding_mask = batch.padding_mask if self.loss.moe_aux_loss_coeff else None
         head = find_head(model)
         with head.armed(self.head_task(batch)) if head else contextlib.nullcontext():
             output = model(
@@ -71,9 +70,19 @@ class PreferenceStep:
                 batch.position_ids,
                 None,
                 packed_seq_params=batch.packed_seq_params,
-                padding_mask=padding_mask,
+                padding_mask=self._padding_mask(batch, model),
             )
         return output, partial(self.loss_func, batch, head is not None)
+
+    def _padding_mask(self, batch: PreferenceBatch, model: Any) -> Tensor | None:
+        """What Megatron's balancing loss must not count. Only the first stage cuts it for sequence parallelism by itself."""
+        if not self.loss.moe_aux_loss_coeff:
+            return None
+        gpt = unwrap(model)
+        if gpt.pre_process or not gpt.config.sequence_parallel:
+            return batch.padding_mask
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        return batch.padding_mask.chunk(group.size(), dim=1)[group.rank()]
 
     def head_task(self, batch: PreferenceBatch) -> HeadTask:
         """What the head is to do with a batch."""

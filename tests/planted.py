@@ -39,14 +39,14 @@ def plain_all_reduce(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, grou
 @contextlib.contextmanager
 def planted(mistake: str) -> Iterator[None]:
     """Makes this process compute with the mistake."""
-    from simpo_megatron import step
-    from simpo_megatron.trainer import engine
+    from simpo_megatron import head, microbatches, step
 
     names: list[tuple[Any, str, Any]] = {
         "labels shifted after slicing": [
-            (engine, "pack_pairs", lambda *a, _f=engine.pack_pairs, **k: shift_after_slicing(_f(*a, **k)))
+            (microbatches, "pack_pairs", lambda *a, _f=microbatches.pack_pairs, **k: shift_after_slicing(_f(*a, **k)))
         ],
         "plain all-reduce": [(step, "vocab_parallel_logprobs", plain_all_reduce)],
+        "hidden gradient not reduced": [(head, "_reduce", lambda grad_TH, _head: grad_TH)],
         "mean of means": [(step, "batch_loss", lambda *a, _f=step.batch_loss: _mean_of_means(_f, *a))],
         "context factor dropped": [(step, "sum_over_context", _without_context_factor)],
     }[mistake]
@@ -66,8 +66,7 @@ def _mean_of_means(batch_loss: Any, config: Any, batch: Any, sums_PM: Tensor) ->
 
     rows = 3  # of the test's batch
     share = max(1, len(batch.weight)) * max(rows, parallel_state.get_data_parallel_world_size())
-    loss, *rest = batch_loss(config, batch, sums_PM)
-    return loss * batch.counts.pairs / share, *rest
+    return batch_loss(config, batch, sums_PM) * batch.counts.pairs / share
 
 
 def _without_context_factor(sums_PM: Tensor) -> Tensor:
@@ -82,7 +81,8 @@ def _without_context_factor(sums_PM: Tensor) -> Tensor:
 
 PLANTED: dict[str, tuple[int, dict[str, Any]]] = {
     "labels shifted after slicing": (2, {"context_parallel_size": 2}),
-    "plain all-reduce": (2, {"tensor_model_parallel_size": 2}),
+    "plain all-reduce": (2, {"tensor_model_parallel_size": 2, "head": "plain"}),
+    "hidden gradient not reduced": (2, {"tensor_model_parallel_size": 2}),
     "mean of means": (2, {}),
-    "context factor dropped": (2, {"context_parallel_size": 2}),
+    "context factor dropped": (2, {"context_parallel_size": 2, "head": "plain"}),
 }

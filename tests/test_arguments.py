@@ -36,7 +36,7 @@ def parse_yaml(path: Path, text: str, *flags: str) -> Config:
 
 def test_defaults() -> None:
     config = parse(ENOUGH)
-    assert config.model.hf_checkpoint == Path("model") and config.data.train_data == Path("pairs.jsonl")
+    assert config.model.hf_checkpoint == Path("model") and config.data.train_data == ("pairs.jsonl",)
     assert (config.loss.objective, config.loss.simpo_beta, config.loss.gamma) == ("simpo", 2.0, 1.0)
     assert config.loss.simpo_sft_weight == 0, "the paper's SimPO has no NLL term"
     assert config.train.bf16 and not config.train.fp32

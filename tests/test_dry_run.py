@@ -35,10 +35,25 @@ def test_it_finds_the_checkpoint_to_resume(pool, inputs: Inputs) -> None:
     argv = flags(inputs.checkpoint, inputs.data, train_iters=1, save=folder)
     assert pool.run(1, train, argv) == [None]
     code, out, _ = dry(pool, [*argv, "--load", str(folder), "--tensor-model-parallel-size", "2"])
-    assert code == 0 and f"step 1 of {folder}" in out
+    assert code == 0 and f"{folder}/iter_0000001" in out
+    other = make_checkpoint(inputs.folder / "other", num_hidden_layers=2)
+    code, _, err = dry(pool, [*argv, "--load", str(folder), "--hf-checkpoint", str(other)])
+    assert code == 2 and f"--load {folder} does not fit {other}: decoder.layers" in err and "[4, 32]" in err
     (folder / "iter_0000001" / "metadata.json").unlink()
     code, _, err = dry(pool, [*argv, "--load", str(folder)])
     assert code == 2 and "iter_0000001 is not a complete checkpoint" in err
+
+
+def test_prepared_data(pool, inputs: Inputs) -> None:
+    from tools.preprocess_preferences import main as preprocess
+
+    prefix = inputs.folder / "set"
+    argv = ["--input", str(inputs.data), "--hf-checkpoint", str(inputs.checkpoint), "--output-prefix", str(prefix)]
+    assert preprocess([*argv, "--max-length", "256"]) == 0
+    raw = dry(pool, flags(inputs.checkpoint, inputs.data))
+    assert raw[0] == 0 and dry(pool, flags(inputs.checkpoint, prefix)) == raw
+    code, _, err = dry(pool, flags(inputs.checkpoint, prefix, seq_length=8, max_length=4))
+    assert code == 2 and str(prefix) in err
 
 
 def mis_shaped(inputs: Inputs) -> Wrong:

@@ -22,6 +22,7 @@ CP2 = {"context_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
 SP4 = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
 VPP = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
+SHARE = {"share_prompts": True}
 FIXED = {"no_variable_seq_lengths": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective"}
@@ -68,9 +69,24 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "cp2 vpp2 dp2, distributed optimizer": ("llama", 8, {**CP2, **VPP, **SHARDED}),
     "tp4 sp cp2": ("wide", 8, {**SP4, **CP2}),
     "tp2 sp pp2 dp2": ("llama", 8, {**SP, **PP2}),
+    "shared prompts": ("llama", 1, SHARE),
+    "shared prompts, fixed, recompute": ("llama", 1, {**SHARE, **FIXED, **FULL}),
+    "shared prompts, selective": ("llama", 1, {**SHARE, **SELECTIVE}),
+    "shared prompts, windowed": ("mistral", 1, SHARE),
+    "shared prompts, tp2 sp": ("llama", 2, {**SHARE, **SP}),
+    "shared prompts, dp4": ("llama", 4, SHARE),
+    "shared prompts, tp2 sp vpp2": ("llama", 4, {**SHARE, **SP, **VPP}),
+    "shared prompts, experts, ep2": ("mixtral", 2, {**SHARE, **EP2}),
     "experts, one": ("mixtral", 1, {}),
     "experts, ep2": ("mixtral", 2, EP2),
     "experts, tp2 sp": ("mixtral", 2, SP),
+    "experts, tp2 sp whole": ("mixtral", 2, {**SP, **WHOLE}),
+    "experts, dp2, each over 2": ("mixtral", 2, {"expert_tensor_parallel_size": 2}),
+    "experts, cp2, each over 2, distributed optimizer": (
+        "mixtral",
+        2,
+        {**CP2, "expert_tensor_parallel_size": 2, **SHARDED},
+    ),
     "experts, tp2 sp ep2 whole": ("mixtral", 2, {**SP, **EP2, **WHOLE}),
     "experts, cp2 ep2": ("mixtral", 2, {**CP2, **EP2}),
     "experts, tp2 sp ep2": ("mixtral", 4, {**SP, **EP2}),
@@ -92,6 +108,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "wide": ("Llama", {"num_key_value_heads": 4}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", EXPERTS),
+    "mistral": ("Mistral", {"sliding_window": 9}),
 }
 # All kinds of losses in a few layouts; two that together have every setting in the rest.
 EVERY = ("one", "tp2 sp", "cp2", "dp4", "tp2 pp2")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models.tiny import on_disk
 from tests.steps import CASES, build_engine, command_line, gather_gradients, relative_error
-from tests.test_layouts import CP2, EP2, SP, WHOLE
+from tests.test_layouts import CP2, EP2, PP2, SP, WHOLE
 from tests.tiny import EXPERTS, make_checkpoint
 
 COEFFICIENT = 0.3
@@ -53,7 +53,9 @@ def balancing_gradients(checkpoint: Path) -> dict[str, torch.Tensor]:
     return on_disk(model, gradients)
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {**CP2, **EP2}), (2, {**SP, **EP2, **WHOLE})], ids=str)
+@pytest.mark.parametrize(
+    "world, layout", [(1, {}), (2, {**CP2, **EP2}), (2, {**SP, **EP2, **WHOLE}), (4, {**SP, **PP2})], ids=str
+)
 def test_the_balancing_loss_is_not_scaled_by_the_pairs(pool, checkpoint, world: int, layout: dict[str, Any]) -> None:
     without = pool.run(world, step_gradients, checkpoint, layout)
     balanced = pool.run(world, step_gradients, checkpoint, {**layout, "moe_aux_loss_coeff": COEFFICIENT})
@@ -65,3 +67,10 @@ def test_the_balancing_loss_is_not_scaled_by_the_pairs(pool, checkpoint, world: 
             assert relative_error(both[name] - plain[name], wanted[name]) < 1e-3, name
             compared.add(name)
     assert any("gate.weight" in name for name in compared) and "model.embed_tokens.weight" in compared
+
+
+def test_an_empty_pack_does_not_break_the_balancing_loss(pool, checkpoint) -> None:
+    """One row for two data-parallel ranks."""
+    for loss, gradients in pool.run(2, step_gradients, checkpoint, {**EP2, "moe_aux_loss_coeff": COEFFICIENT}):
+        assert torch.isfinite(torch.tensor(loss))
+        assert all(gradient.isfinite().all() for gradient in gradients.values())

@@ -25,11 +25,9 @@ MEMBERS = ("chosen", "rejected")
 TP2 = {"tensor_model_parallel_size": 2}
 
 
-@pytest.mark.parametrize(
-    "rank, local_rank, waits, says", [(0, 0, False, True), (1, 1, True, False), (8, 0, True, True)]
-)
+@pytest.mark.parametrize("rank, local_rank, waits, says", [(0, 0, False, True), (1, 1, True, True), (8, 0, True, True)])
 def test_who_says_it(monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, waits: bool, says: bool) -> None:
-    """Rank 0 at once; a rank that is still alive after that only if it is the first of another node."""
+    """Rank 0 at once; another rank only if nobody has stopped it by then."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("RANK", str(rank))

@@ -12,7 +12,6 @@ Exit code: 0 within tolerance, 1 not, 2 bad arguments. torchrun turns every fail
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron import compat
-from simpo_megatron.arguments import flat, parse
+from simpo_megatron.arguments import build_parser, flat, parse
 from simpo_megatron.config import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.program import exit_code
@@ -30,35 +29,40 @@ from simpo_megatron.program import exit_code
 SHOWN = 10
 
 
+# What training does and this program does not; a training file may set it.
+FIXED = {
+    "train_iters": 1,
+    "train_epochs": None,
+    "valid_data": None,
+    "save": None,
+    "load": None,
+    "save_interval": None,
+    "export_hf": None,
+    "tensorboard_dir": None,
+    "wandb_project": None,
+    "dry_run": False,
+}
+
+
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
     """The configuration of the layout and the file for the report."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--data", type=str)
-    parser.add_argument("--json", type=Path)
-    own, rest = parser.parse_known_args(argv)
-    given = [] if own.data is None else ["--train-data", own.data]
-    if own.data is None and not {"-h", "--help"} & set(rest):
-        raise UserError("--data is missing; give the preferences to verify with")
-    config = parse([*rest, *given], defaults={"global_batch_size": 8, "train_iters": 1})
-    unused = {
-        "--save": config.checkpoint.save,
-        "--load": config.checkpoint.load,
-        "--export-hf": config.model.export_hf,
-        "--tensorboard-dir": config.log.tensorboard_dir,
-        "--wandb-project": config.log.wandb_project,
-    }
-    if config.train.dry_run:
-        raise UserError("--dry-run is of the training program; drop it")
-    for flag, value in unused.items():
-        if value is not None:
-            raise UserError(f"{flag} {value}: nothing is trained or written here; drop it")
+    parser = build_parser("torchrun --nproc-per-node N tools/verify_layout.py", __doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, dest="train_data", metavar="PATH", help="preferences to verify with")
+    reports: list[Path] = []
+    parser.add_argument("--json", type=reports.append, dest="json", metavar="PATH", help="write the report here")
+    config = parse(argv, parser, {"global_batch_size": 8}, FIXED)
     if config.loss.moe_aux_loss_coeff:
         raise UserError(
-            "--moe-aux-loss-coeff has no counterpart in the reference; drop it, the other gradients do not change"
+            f"--moe-aux-loss-coeff {config.loss.moe_aux_loss_coeff:g} has no counterpart in the reference; verify with 0, "
+            "training adds it on top"
         )
-    if own.json is not None and not own.json.absolute().parent.is_dir():
-        raise UserError(f"--json {own.json}: {own.json.absolute().parent} does not exist; make it first")
-    return config, own.json
+    report = Path(reports[-1]) if reports else None
+    if report is not None:
+        try:
+            report.touch()
+        except OSError as error:
+            raise UserError(f"--json {report} cannot be written: {error.strerror}; give a file that can") from error
+    return config, report
 
 
 def verify(config: Config, report_file: Path | None = None) -> int:
@@ -78,10 +82,17 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     device = resolve_device(config.train.device)
     assert config.model.hf_checkpoint is not None
     hf = read_hf_checkpoint(config.model.hf_checkpoint)
+    if config.train.bf16 and any(weight.experts for weight in hf.weights):
+        raise UserError(
+            "a model with experts is verified with --fp32: in bf16 near-ties between experts fall either way, and no bound "
+            "tells that from a mistake"
+        )
     transformer = layout_config(config, hf)
     started_here = not dist.is_initialized()
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
-    store, _, _ = load_data(config, hf)
+    store, _, said = load_data(config, hf)
+    if dist.get_rank() == 0:
+        print("\n".join(said), flush=True)
     models = build_model(
         hf,
         transformer,
@@ -116,12 +127,17 @@ def show(report: Any, config: Config) -> None:
         for entry in found[:shown]:
             table.add_row(entry.name, f"{entry.error:.1e}", f"{entry.allowed:.0e}", "ok" if entry.passed else "WRONG")
         console.print(table)
+    for name in report.uncompared[:SHOWN]:
+        console.print(f"{name}: no rank holds it, or the reference has no gradient for it")
     for pair in report.wrong_lengths[:SHOWN]:
         console.print(f"pair {pair}: its scored tokens are not those of the data")
     failed = sum(not found.passed for found in report.gradients)
     precision = "bf16" if config.train.bf16 else "fp32"
     if report.passed:
-        console.print(f"this layout computes what Hugging Face computes, in {precision}: {len(report.pairs)} pairs")
+        console.print(
+            f"this layout computes what Hugging Face computes, in {precision}: pairs {len(report.pairs)}, microbatches of a "
+            f"data-parallel rank {report.microbatches}"
+        )
     else:
         console.print(
             f"WRONG in {precision}: {failed} of {len(report.gradients)} gradients are off; do not train on this layout"

@@ -1,17 +1,22 @@
-"""Preference data: files -> `PairStore` -> the packs of each batch. Needs no torch, GPU or process group."""
+"""Preference data: files -> `Pairs` -> the packs of each batch. Needs no GPU or process group."""
 
+from simpo_megatron.data.encode import DataReport, load_preferences
 from simpo_megatron.data.options import DataOptions
-from simpo_megatron.data.sampling import pack_rows, pairs_of_batch, plan_batch
-from simpo_megatron.data.store import CHOSEN_CUT, REJECTED_CUT, DataReport, PairStore, load_preferences
+from simpo_megatron.data.packing import pack_rows, pair_costs, plan_batch
+from simpo_megatron.data.sampling import pairs_of_batch
+from simpo_megatron.data.store import CHOSEN_CUT, REJECTED_CUT, BlendedPairs, Pairs, PairStore
 
 __all__ = [
     "CHOSEN_CUT",
     "REJECTED_CUT",
+    "BlendedPairs",
     "DataOptions",
     "DataReport",
     "PairStore",
+    "Pairs",
     "load_preferences",
     "pack_rows",
+    "pair_costs",
     "pairs_of_batch",
     "plan_batch",
 ]

@@ -1,4 +1,4 @@
-"""How preference rows become token ids: what the user can set."""
+"""How preference rows become token ids, and which of them are kept: what the user can set."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -8,6 +8,7 @@ from simpo_megatron.errors import UserError
 PromptTruncation = Literal["keep_end", "keep_start"]
 AssistantHeader = Literal["prompt", "response"]
 TiePolicy = Literal["drop", "zero-margin"]
+DuplicatePolicy = Literal["keep", "drop"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class DataOptions:
     repository does."""
     tie_policy: TiePolicy = "drop"
     """What happens to a pair with equal scores: dropped, or kept with a target margin of 0."""
+    duplicates: DuplicatePolicy = "keep"
+    """What happens to a pair whose ids all stood in an earlier row."""
+    min_score_gap: float | None = None
+    """Drop a pair whose chosen score does not exceed its rejected score by this much; None looks at ties alone."""
+    max_length_ratio: float | None = None
+    """Drop a pair whose longer response has more than this many times the tokens of the shorter one."""
 
     def __post_init__(self) -> None:
         if self.max_prompt_length < 1:
@@ -34,10 +41,15 @@ class DataOptions:
                 f"--max-prompt-length ({self.max_prompt_length}) must be less than --max-length ({self.max_length}): a "
                 "prompt that long leaves no token for the response. Lower the first or raise the second."
             )
+        if self.max_length_ratio is not None and self.max_length_ratio < 1:
+            raise UserError(f"--max-length-ratio is {self.max_length_ratio:g}; it must be at least 1.")
+        if self.min_score_gap is not None and self.min_score_gap < 0:
+            raise UserError(f"--min-score-gap is {self.min_score_gap:g}; it must be at least 0.")
         for flag, value, allowed in (
             ("--prompt-truncation", self.prompt_truncation, get_args(PromptTruncation)),
             ("--assistant-header", self.assistant_header, get_args(AssistantHeader)),
             ("--tie-policy", self.tie_policy, get_args(TiePolicy)),
+            ("--duplicates", self.duplicates, get_args(DuplicatePolicy)),
         ):
             if value not in allowed:
                 raise UserError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}.")

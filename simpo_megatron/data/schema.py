@@ -35,8 +35,13 @@ class Preference:
     weight: float = 1.0
     margin: float | None = None
     """This pair's target reward margin, in place of gamma."""
-    tie: bool = False
-    """The row's two scores are equal."""
+    scores: tuple[float | None, float | None] = (None, None)
+    """Of the chosen and the rejected response."""
+
+    @property
+    def tie(self) -> bool:
+        """The row's two scores are equal."""
+        return self.scores[0] is not None and self.scores[0] == self.scores[1]
 
     @property
     def conversational(self) -> bool:
@@ -66,7 +71,6 @@ def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
     weight = _number(row, "weight", where)
     if weight is not None and weight < 0:
         raise UserError(f"{where}: `weight` is {weight:g}; it must be zero or more.")
-    scores = _number(row, "score_chosen", where), _number(row, "score_rejected", where)
     return Preference(
         where=where,
         prompt=prompt,
@@ -74,7 +78,7 @@ def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
         rejected=rejected,
         weight=1.0 if weight is None else weight,
         margin=_number(row, "margin", where),
-        tie=scores[0] is not None and scores[0] == scores[1],
+        scores=(_number(row, "score_chosen", where), _number(row, "score_rejected", where)),
     )
 
 

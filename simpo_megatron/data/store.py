@@ -1,67 +1,112 @@
-"""All pairs of a file as a few flat arrays, and the report of what became of its rows."""
+"""Tokenized pairs by index: in memory, mapped from disk (`prepared.py`) or blended of several sources.
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+Whatever holds them, a pair is three arrays of ids (prompt, chosen, rejected) and a place in columns of numbers. P pairs.
+"""
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
-from simpo_megatron.data.options import DataOptions
-from simpo_megatron.data.reading import read_rows
-from simpo_megatron.data.schema import Preference, parse_preference
-from simpo_megatron.data.tokenize import EncodedPair, PairEncoder, truncate
-from simpo_megatron.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from simpo_megatron.data.sampling import blended_order, pairs_of_batch
 
 CHOSEN_CUT, REJECTED_CUT = 1, 2
-_CHUNK = 1000  # rows held as Python objects at a time
-_DROPPED = {
-    "empty": "with an empty response",
-    "identical": "with identical responses",
-    "tie": "with equal scores",
-    "identical_after_truncation": "identical after truncation",
-}
+
+
+Column = Any
+"""One number a pair: an array [P], or what answers an index array or a slice as one does."""
+
+
+class Pairs(ABC):
+    """P pairs."""
+
+    prompt_length: Column
+    """int32 [P]"""
+    chosen_length: Column
+    """int32 [P], EOS included"""
+    rejected_length: Column
+    """int32 [P], EOS included"""
+    weight: Column
+    """float32 [P]"""
+    margin: Column
+    """float32 [P]; NaN: the pair uses gamma"""
+    truncated: Column
+    """uint8 [P]; CHOSEN_CUT and REJECTED_CUT where a response was cut and lost its EOS"""
+
+    def __len__(self) -> int:
+        return len(self.prompt_length)
+
+    @abstractmethod
+    def pair(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt, chosen, rejected) of pair i, int32; not to be written to."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> int:
+        """32 bits that change with the ids: what a resumed run compares."""
+
+    @property
+    @abstractmethod
+    def largest_token(self) -> int:
+        """The largest id of all."""
+
+    @property
+    @abstractmethod
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with one response."""
+
+    def order(self, position: int, batch: int, seed: int, shuffle: bool = True) -> np.ndarray:
+        """Indices int64 [batch] at positions [position, position + batch) of the endless order of this set."""
+        return pairs_of_batch(position, batch, len(self), seed, shuffle)
+
+    @property
+    def pair_tokens(self) -> np.ndarray:
+        """int64 [P]: tokens of each pair once packed, with the prompt before both responses."""
+        return 2 * self.prompt_length[:].astype(np.int64) + self.chosen_length[:] + self.rejected_length[:]
 
 
 @dataclass(frozen=True, eq=False)
-class PairStore:
-    """P pairs. The tokens of pair i are tokens[offsets[i] : offsets[i + 1]]: prompt, chosen, rejected back to back."""
+class PairStore(Pairs):
+    """Pairs in memory. The tokens of pair i are tokens[offsets[i] : offsets[i + 1]]: prompt, chosen, rejected."""
 
     tokens: np.ndarray
     """int32 [sum of lengths]"""
     offsets: np.ndarray
     """int64 [P + 1]"""
     prompt_length: np.ndarray
-    """int32 [P]"""
     chosen_length: np.ndarray
-    """int32 [P], EOS included"""
     rejected_length: np.ndarray
-    """int32 [P], EOS included"""
     weight: np.ndarray
-    """float32 [P]"""
     margin: np.ndarray
-    """float32 [P]; NaN: the pair uses gamma"""
     truncated: np.ndarray
-    """uint8 [P]; CHOSEN_CUT and REJECTED_CUT where a response was cut and lost its EOS"""
-
-    def __len__(self) -> int:
-        return len(self.prompt_length)
-
-    @property
-    def pair_tokens(self) -> np.ndarray:
-        """int64 [P]: tokens of each pair once packed, with the prompt before both responses."""
-        return 2 * self.prompt_length.astype(np.int64) + self.chosen_length + self.rejected_length
 
     def pair(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Views (prompt, chosen, rejected) of pair i, int32."""
         tokens = self.tokens[self.offsets[i] : self.offsets[i + 1]]
         chosen_at = self.prompt_length[i]
         rejected_at = chosen_at + self.chosen_length[i]
         return tokens[:chosen_at], tokens[chosen_at:rejected_at], tokens[rejected_at:]
+
+    @property
+    def fingerprint(self) -> int:
+        return zlib.crc32(self.tokens.data)
+
+    @property
+    def largest_token(self) -> int:
+        return int(self.tokens.max())
+
+    @property
+    def longest_sequence(self) -> int:
+        return int((self.prompt_length + np.maximum(self.chosen_length, self.rejected_length)).max())
+
+    def take(self, keep: np.ndarray) -> "PairStore":
+        """The pairs where `keep`, bool [P], holds."""
+        lengths = np.diff(self.offsets)
+        arrays = {name: array[keep] for name, array in self.arrays().items() if name not in ("tokens", "offsets")}
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[keep])])
+        return PairStore(tokens=self.tokens[np.repeat(keep, lengths)], offsets=offsets, **arrays)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fields by name, for sending to other ranks."""
@@ -73,124 +118,8 @@ class PairStore:
         return cls(**arrays)
 
 
-@dataclass
-class DataReport:
-    """What became of the rows of a file. Truncation and merges are counted over the pairs that are kept."""
-
-    rows: int = 0
-    pairs: int = 0
-    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_DROPPED, 0))
-    """Rows by the reason: empty, identical, tie, identical_after_truncation."""
-    ties_kept: int = 0
-    truncated_prompts: int = 0
-    truncated_chosen: int = 0
-    truncated_rejected: int = 0
-    boundary_merges: int = 0
-    """Responses tokenized on their own because a token straddled their boundary with the prompt."""
-
-    def summary(self, path: str | Path) -> str:
-        """One line on rows and pairs and, when there is something to say, one on cuts, ties and merges."""
-        drops = self._drops()
-        lines = [f"{path}: {self.pairs} pairs of {self.rows} rows" + (f"; dropped {drops}" if drops else "")]
-        notes = {
-            "prompts cut": self.truncated_prompts,
-            "chosen responses cut (no EOS)": self.truncated_chosen,
-            "rejected responses cut (no EOS)": self.truncated_rejected,
-            "ties kept with margin 0": self.ties_kept,
-            "responses tokenized apart from their prompt": self.boundary_merges,
-        }
-        if any(notes.values()):
-            lines.append("  " + ", ".join(f"{count} {note}" for note, count in notes.items() if count))
-        return "\n".join(lines)
-
-    def _drops(self) -> str:
-        return ", ".join(f"{count} {_DROPPED[reason]}" for reason, count in self.dropped.items() if count)
-
-
-def load_preferences(
-    path: str | Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    options: DataOptions,
-    *,
-    eos_token_ids: Iterable[int] = (),
-    progress: bool = False,
-) -> tuple[PairStore, DataReport]:
-    """Read and tokenize the preference pairs of a file, in its order.
-
-    `eos_token_ids` are ids that end a response besides tokenizer.eos_token_id. `progress` shows a bar on stderr.
-    Raises UserError for a file or row that cannot be read, and when no pair is left.
-    """
-    encoder = PairEncoder(tokenizer, options, eos_token_ids)
-    report = DataReport()
-    parts: list[PairStore] = []
-    rows = read_rows(path)
-    for chunk in _chunks(_with_progress(rows, f"Tokenizing {path}") if progress else rows):
-        preferences = []
-        for where, row in chunk:
-            preference = parse_preference(row, where)
-            report.rows += 1
-            reason = _unusable(preference, options)
-            if reason:
-                report.dropped[reason] += 1
-            else:
-                preferences.append(preference)
-        kept = []
-        for preference, pair in zip(preferences, encoder.encode(preferences), strict=True):
-            cut = truncate(pair, options, encoder.bos)
-            reason = _untrainable(pair, cut)
-            if reason:
-                report.dropped[reason] += 1
-            else:
-                kept.append((preference, cut))
-                _count(report, preference, cut)
-        parts.append(_store(kept))
-    if not report.pairs:
-        raise UserError(f"{path}: no pair is left of {report.rows} rows: dropped {report._drops()}; mend the data.")
-    return _concatenate(parts), report
-
-
-def _unusable(preference: Preference, options: DataOptions) -> str | None:
-    if not all(text.strip() for text in preference.texts):
-        return "empty"
-    if preference.chosen == preference.rejected:
-        return "identical"
-    return "tie" if preference.tie and options.tie_policy == "drop" else None
-
-
-def _untrainable(pair: EncodedPair, cut: EncodedPair) -> str | None:
-    if not pair.chosen or not pair.rejected:  # the tokenizer's normalizer removed all of the text
-        return "empty"
-    if pair.chosen == pair.rejected:
-        return "identical"
-    return "identical_after_truncation" if cut.chosen == cut.rejected else None
-
-
-def _count(report: DataReport, preference: Preference, pair: EncodedPair) -> None:
-    report.pairs += 1
-    report.ties_kept += preference.tie
-    report.truncated_prompts += pair.prompt_cut
-    report.truncated_chosen += pair.chosen_cut
-    report.truncated_rejected += pair.rejected_cut
-    report.boundary_merges += pair.boundary_merges
-
-
-def _store(kept: list[tuple[Preference, EncodedPair]]) -> PairStore:
-    lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for _, p in kept], np.int32).reshape(-1, 3)
-    tokens = [np.array(ids, np.int32) for _, p in kept for ids in (p.prompt, p.chosen, p.rejected)]
-    margins = [0.0 if preference.tie else preference.margin for preference, _ in kept]
-    return PairStore(
-        tokens=np.concatenate([np.empty(0, np.int32), *tokens]),
-        offsets=np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))]),
-        prompt_length=lengths[:, 0].copy(),
-        chosen_length=lengths[:, 1].copy(),
-        rejected_length=lengths[:, 2].copy(),
-        weight=np.array([preference.weight for preference, _ in kept], np.float32),
-        margin=np.array([np.nan if margin is None else margin for margin in margins], np.float32),
-        truncated=np.array([CHOSEN_CUT * p.chosen_cut | REJECTED_CUT * p.rejected_cut for _, p in kept], np.uint8),
-    )
-
-
-def _concatenate(parts: list[PairStore]) -> PairStore:
+def concatenate(parts: Sequence[PairStore]) -> PairStore:
+    """The pairs of all parts, in order."""
     arrays = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     shifted = [part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
@@ -198,18 +127,68 @@ def _concatenate(parts: list[PairStore]) -> PairStore:
     return PairStore.from_arrays(arrays)
 
 
-def _chunks(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, _CHUNK)):
-        yield chunk
+class BlendedPairs(Pairs):
+    """Several sources, one after the other; an epoch draws as many pairs as there are, in the proportion of `weights`.
+
+    Without weights that is every pair once. With them a source gives its share of every epoch from an endless order of its
+    own, so it repeats no pair before all of its pairs were seen.
+    """
+
+    def __init__(self, parts: Sequence[Pairs], weights: Sequence[float] | None = None) -> None:
+        """Raises ValueError where a weight is too small for a single pair of an epoch."""
+        self.parts, self.weights = list(parts), weights
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        for name in ("prompt_length", "chosen_length", "rejected_length", "weight", "margin", "truncated"):
+            setattr(self, name, _Joined([getattr(part, name) for part in parts], self.starts))
+        sizes = np.diff(self.starts)
+        self.counts = sizes if weights is None else _shares(np.asarray(weights, np.float64), int(self.starts[-1]))
+        if not self.counts.all():
+            raise ValueError(f"weights {weights} leave a source no pair of an epoch of {self.starts[-1]}")
+
+    def pair(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.parts[part].pair(int(i - self.starts[part]))
+
+    @property
+    def fingerprint(self) -> int:
+        return zlib.crc32(repr([self.counts.tolist(), *(part.fingerprint for part in self.parts)]).encode())
+
+    @property
+    def largest_token(self) -> int:
+        return max(part.largest_token for part in self.parts)
+
+    @property
+    def longest_sequence(self) -> int:
+        return max(part.longest_sequence for part in self.parts)
+
+    def order(self, position: int, batch: int, seed: int, shuffle: bool = True) -> np.ndarray:
+        sizes = np.diff(self.starts)
+        source, indices = blended_order(position, batch, sizes.tolist(), self.counts.tolist(), seed, shuffle)
+        return self.starts[source] + indices
 
 
-def _with_progress(rows: Iterable[Any], description: str) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+class _Joined:
+    """Columns one after the other."""
 
-    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
-    # Off a terminal it would leave a line among the errors.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield from bar.track(rows, total=None, description=description)
+    def __init__(self, columns: Sequence[Column], starts: np.ndarray) -> None:
+        self.columns, self.starts = columns, starts
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        index = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
+        part = np.searchsorted(self.starts, index, side="right") - 1
+        found = np.empty(index.shape, np.asarray(self.columns[0][:1]).dtype)
+        for number, column in enumerate(self.columns):
+            here = part == number
+            found[here] = column[index[here] - self.starts[number]]
+        return found
+
+
+def _shares(weights: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers that add up to `total`, in the proportion of the weights, by largest remainder."""
+    exact = weights / weights.sum() * total
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    return counts

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class TemplateError(UserError):
+    """The chat template writes a prompt in two ways."""
+
+
 @dataclass(frozen=True)
 class EncodedPair:
     """Token ids of one pair. A response without a single token before EOS is left empty."""
@@ -40,12 +44,12 @@ class PairEncoder:
         self, tokenizer: "PreTrainedTokenizerBase", options: DataOptions, eos_token_ids: Iterable[int] = ()
     ) -> None:
         """`eos_token_ids`: ids that end a response besides tokenizer.eos_token_id (those of generation_config.json)."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._options = options
         self._name = tokenizer.name_or_path or "in use"
         self.bos = cast("int | None", tokenizer.bos_token_id)
         self._eos = cast("int | None", tokenizer.eos_token_id)
-        self._eos_ids = {*eos_token_ids, *([] if self._eos is None else [self._eos])}
+        self.eos_ids = {*eos_token_ids, *([] if self._eos is None else [self._eos])}
         self._adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
         self._is_blank = lru_cache(maxsize=None)(lambda token: not str(tokenizer.decode([token])).strip())
 
@@ -81,19 +85,19 @@ class PairEncoder:
         for answer in (preference.chosen, preference.rejected):
             full = self._render([*preference.prompt, cast(Message, answer)], False, preference.where)
             if not full.startswith(prompt):
-                raise UserError(_differing_prompt(preference.where, prompt, full, header_in_prompt))
+                raise TemplateError(_differing_prompt(preference.where, prompt, full, header_in_prompt))
             responses.append(full[len(prompt) :])
         return prompt, responses[0], responses[1]
 
     def _render(self, messages: list[Message], add_generation_prompt: bool, where: str) -> str:
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise UserError(
                 f"{where}: the row is a conversation but the tokenizer {self._name} has no chat template; add "
                 "chat_template.jinja to its folder, or give `prompt`, `chosen` and `rejected` as strings."
             )
         try:
             return str(
-                self._tokenizer.apply_chat_template(
+                self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
@@ -107,7 +111,7 @@ class PairEncoder:
         if not texts:
             return []  # transformers has no empty batches
         # verbose=False: no warning about model_max_length; lengths are the caller's `max_length`.
-        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _alone(self, responses: list[str]) -> list[list[int]]:
         """Ids of responses by themselves, without the word-start marker that SentencePiece puts before a text."""
@@ -134,7 +138,7 @@ class PairEncoder:
         """The response up to the first EOS of those that end it (whitespace may follow), or with EOS appended."""
         end = None
         for i in range(len(response) - 1, -1, -1):
-            if response[i] in self._eos_ids:
+            if response[i] in self.eos_ids:
                 end = i + 1
             elif not self._is_blank(response[i]):
                 break

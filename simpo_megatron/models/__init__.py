@@ -9,5 +9,6 @@ build.py     the TransformerConfig and the GPTModels of this rank
 place.py     the parameters of a built model and their rows of the weight table
 layout.py    Hugging Face tensors <-> one rank's Megatron parameter
 load.py      Hugging Face weights -> the parameters of this rank
+forward_check.py  a converted checkpoint against its source in fp32, layer by layer
 export.py    the parameters of all ranks -> a Hugging Face checkpoint
 """

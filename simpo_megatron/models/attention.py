@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from simpo_megatron.context_parallel import chunks, positions
 from simpo_megatron.errors import UserError
+from simpo_megatron.shared_prompts import SharedPromptParams
 
 _BLOCK = 1024  # queries under one explicit mask
 
@@ -89,12 +90,29 @@ class PackedAttention(torch.nn.Module):
             gathered: Any = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = gathered.index_select(0, order.to(gathered.device)).unbind(1)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, tokens, D]
-        outs = [
-            self._attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], at).transpose(1, 2)
-            for queries, keys, at in _pieces(offsets, size, rank)
-        ]
+        if isinstance(packed_seq_params, SharedPromptParams):
+            outs = self._attend_pairs(q, k, v, offsets, packed_seq_params.splits)
+        else:
+            outs = [
+                self._attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], at).transpose(1, 2)
+                for queries, keys, at in _pieces(offsets, size, rank)
+            ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
         return out.squeeze(0).flatten(1)
+
+    def _attend_pairs(
+        self, q: Tensor, k: Tensor, v: Tensor, offsets: list[int], splits: tuple[tuple[int, int], ...]
+    ) -> list[Tensor]:
+        """Prompt and chosen response as one sequence, then the rejected response on the same prompt; of every pair."""
+        outs = []
+        for i, (start, stop) in enumerate(pairwise(offsets)):
+            prompt, chosen = splits[i] if i < len(splits) else (0, stop - start)
+            answered, rejected = slice(start, start + prompt + chosen), slice(start + prompt + chosen, stop)
+            outs.append(self._attend(q[:, :, answered], k[:, :, answered], v[:, :, answered], 0))
+            if rejected.start < stop:
+                key, value = (torch.cat((x[:, :, start : start + prompt], x[:, :, rejected]), dim=2) for x in (k, v))
+                outs.append(self._attend(q[:, :, rejected], key, value, prompt))
+        return [out.transpose(1, 2) for out in outs]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, at: int) -> Tensor:
         """Causal attention of the n queries at positions `at` .. on the at + n keys before them: [B, H, n, D]."""

@@ -26,6 +26,7 @@ from simpo_megatron.models.limits import check_layout
 from simpo_megatron.models.place import place_parameters
 from simpo_megatron.models.rope import Rope
 from simpo_megatron.models.spec import layer_spec, use_transformer_engine
+from simpo_megatron.shared_prompts import PairRotary
 
 
 def transformer_config(
@@ -44,6 +45,12 @@ def transformer_config(
     """
     model = hf.family.transformer_kwargs(hf.config)
     check_layout(model, parallel)
+    grouped = use_transformer_engine(transformer_impl)
+    if grouped and "window_size" in model and parallel.get("context_parallel_size", 1) > 1:
+        raise UserError(
+            "Transformer Engine's context parallelism knows no sliding window; use --transformer-impl local, or "
+            "--context-parallel-size 1"
+        )
     dtype = torch.bfloat16 if bf16 else torch.float32
     on_gpu = torch.empty(0, device=torch.cuda.current_device()).is_cuda
     fields: dict[str, Any] = {
@@ -63,7 +70,7 @@ def transformer_config(
         "persist_layer_norm": False,
         "moe_token_dispatcher_type": "alltoall",  # Megatron asks for it with variable_seq_lengths, experts or not
         "moe_router_dtype": "fp32",  # which experts are chosen turns on small differences
-        "moe_grouped_gemm": "num_moe_experts" in model and use_transformer_engine(transformer_impl),
+        "moe_grouped_gemm": "num_moe_experts" in model and grouped,
         "cuda_graph_scope": [],  # the default is deprecated, and says so
         "gradient_accumulation_fusion": on_gpu and have_fused_weight_gradient(),
     }
@@ -113,8 +120,10 @@ def build_model(
             vp_stage=vp_stage,
         )
         # Megatron knows one of the scalings, with three of its four values fixed: set the frequencies themselves.
+        rotary: Any = model.rotary_pos_emb
+        rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
         model.rotary_pos_emb.inv_freq = inverse_frequencies(hf.rope, config.kv_channels or 0)
-        _mark_tensor_parallel(model, hf)
+        _mark_parameters(model, hf)
         models.append(model)
     return models
 
@@ -148,13 +157,18 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     return frequency.to(torch.cuda.current_device())
 
 
-def _mark_tensor_parallel(model: GPTModel, hf: HFModel) -> None:
-    """Says which parameters are split over the tensor-parallel ranks, where Megatron did not.
+def _mark_parameters(model: GPTModel, hf: HFModel) -> None:
+    """Says how parameters are split and shared, where Megatron did not (`tensor_parallel/layers.py`).
 
-    Its layers say so while they initialise, which is turned off; unsaid, the gradient norm would leave out the split
-    parameters of every rank but the first (`tensor_parallel/layers.py`, `param_is_not_tensor_parallel_duplicate`).
+    Its layers say which are split over the tensor-parallel ranks while they initialise, which is turned off; unsaid, the
+    gradient norm would leave out the split parameters of every rank but the first. And they take experts for dense weights
+    where expert_model_parallel_size is 1: with another expert-tensor than tensor size, gradients of different shards would
+    then be averaged.
     """
     for place in place_parameters(model, hf):
-        if place.weight.tp_dim is not None and not hasattr(place.parameter, "tensor_model_parallel"):
+        parameter: Any = place.parameter
+        if place.weight.tp_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             stride = 2 if place.weight.layout == "gate_up" else 1
-            set_tensor_model_parallel_attributes(place.parameter, True, place.weight.tp_dim, stride)
+            set_tensor_model_parallel_attributes(parameter, True, place.weight.tp_dim, stride)
+        if place.weight.experts:
+            parameter.allreduce = False

@@ -23,24 +23,9 @@ from torch import Tensor
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.family import OUTPUT
-from simpo_megatron.models.hf import INDEX, SINGLE, HFModel
+from simpo_megatron.models.hf import INDEX, MAX_FILE_BYTES, HFModel, copied_files, file_names
 from simpo_megatron.models.layout import from_megatron
 from simpo_megatron.models.place import Placed, place_parameters
-
-MAX_FILE_BYTES = 5 * 2**30
-
-# What a checkpoint has besides weights; copied as it is, because saving a tokenizer again loses templates and flags.
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
 
 # One file: its tensors by name, with their bytes.
 File = dict[str, int]
@@ -115,11 +100,6 @@ def plan_files(placed: Sequence[Placed], max_bytes: int) -> list[File]:
                 files.append({})
             files[-1][name] = size
     return [file for file in files if file]
-
-
-def file_names(count: int) -> list[str]:
-    """The names transformers gives to `count` files."""
-    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def _is_tied_copy(place: Placed, hf: HFModel) -> bool:
@@ -201,7 +181,7 @@ def _finish(hf: HFModel, partial: Path, directory: Path, files: dict[str, File])
             "weight_map": dict(sorted((tensor, name) for name, file in files.items() for tensor in file)),
         }
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for source in sorted({file for pattern in _COPIED for file in hf.path.glob(pattern) if file.is_file()}):
+    for source in copied_files(hf.path):
         shutil.copyfile(source, partial / source.name)
     os.replace(partial, directory)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,42 @@ from simpo_megatron.models.rope import Rope, read_rope
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_FILE_BYTES = 5 * 2**30  # of the files this package writes
+
+# What a checkpoint has besides weights; copied as it is, because saving a tokenizer again loses templates and flags.
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+
+
+def file_names(count: int) -> list[str]:
+    """The names transformers gives to `count` files."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def copied_files(path: Path) -> list[Path]:
+    """The files of a checkpoint directory that go with every copy of it."""
+    return sorted({file for pattern in COPIED for file in path.glob(pattern) if file.is_file()})
 
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of a checkpoint. `dtype` is safetensors' name of it, such as "BF16"."""
+    """One tensor of a checkpoint. `dtype` is safetensors' name of it, such as "BF16"; `start` its first byte in the
+    file, `length` the bytes that the file's header gives it."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int = 0
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +100,12 @@ class HFModel:
         return read_rope(self.config)
 
 
-def read_hf_checkpoint(path: Path) -> HFModel:
+def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTensor]] | None = None) -> HFModel:
     """Reads a local checkpoint directory, headers only.
+
+    Args:
+        path: the directory.
+        read_tensors: finds its tensors; by default those of the safetensors files.
 
     Raises:
         UserError: a file is missing, truncated or not JSON, the weights are not safetensors, or the model is not one
@@ -83,7 +114,7 @@ def read_hf_checkpoint(path: Path) -> HFModel:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give a local Hugging Face checkpoint (download it first)")
-    return replace(read_hf_config(path), tensors=_read_tensors(path))
+    return replace(read_hf_config(path), tensors=(read_tensors or read_safetensors)(path))
 
 
 def read_hf_config(path: Path) -> HFModel:
@@ -96,10 +127,10 @@ def read_hf_config(path: Path) -> HFModel:
         UserError: the config is missing or not JSON, or the model is not one that runs.
     """
     file = path / "config.json" if path.is_dir() else path
-    config = _read_json(file)
+    config = read_json(file)
     family = _family(path, config)
     generation = file.parent / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = config.get("eos_token_id") if eos is None else eos
     return HFModel(
         path=path,
@@ -164,7 +195,8 @@ def _ignored(name: str, tied: bool) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is a UserError."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -176,10 +208,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tensors(path: Path) -> dict[str, HFTensor]:
+def read_safetensors(path: Path) -> dict[str, HFTensor]:
     """The tensors of model.safetensors, or of the shards the index names."""
     if (path / INDEX).exists():
-        index = _read_json(path / INDEX).get("weight_map") or {}
+        index = read_json(path / INDEX).get("weight_map") or {}
         if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
             raise UserError(f"{path / INDEX}: weight_map must map tensor names to file names; download it again")
         files = sorted(set(index.values()))
@@ -195,6 +227,10 @@ def _read_tensors(path: Path) -> dict[str, HFTensor]:
 
     tensors: dict[str, HFTensor] = {}
     for name in files:
+        if Path(name).name != name:
+            raise UserError(
+                f"{path / INDEX} names {name}, which is not a file of that folder; download the index again"
+            )
         if not (path / name).exists():
             raise UserError(f"{path / INDEX} names {name}, which does not exist; download that shard")
         tensors.update(read_safetensors_header(path / name))
@@ -225,7 +261,13 @@ def _read_header(file: Path) -> dict[str, HFTensor]:
             raise UserError(f"{file} is truncated ({size} bytes, shorter than its header); download it again")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
+    if any(not 0 <= first <= last for first, last in (entry["data_offsets"] for entry in header.values())):
+        raise ValueError("data_offsets outside the data")
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < end:
         raise UserError(f"{file} is truncated ({size} of {end} bytes); download it again")
-    return {name: HFTensor(file, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+    return {
+        name: HFTensor(file, tuple(entry["shape"]), entry["dtype"], 8 + length + first, last - first)
+        for name, entry in header.items()
+        for first, last in [entry["data_offsets"]]
+    }

@@ -7,7 +7,7 @@ to each other at any tensor-parallel size, and gathering is concatenating slices
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,3 +46,30 @@ def from_megatron(weight: Weight, parameter: Tensor, ranks: int = 1) -> tuple[Te
     grouped = parameter.unflatten(0, (weight.groups // ranks, -1))
     sizes = [row * grouped.shape[1] // sum(rows) for row in rows]
     return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
+
+
+def part_rows(weight: Weight, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Rows `start` to `stop` of the whole parameter as `(part, first, last)` ranges of rows of its parts, in order."""
+    for part, offset, first, last in _runs(weight):
+        low, high = max(start, offset), min(stop, offset + last - first)
+        if low < high:
+            yield part, first + low - offset, first + high - offset
+
+
+def parameter_rows(weight: Weight, part: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Rows `start` to `stop` of a part as ranges of rows of the whole parameter, in order: the inverse of `part_rows`."""
+    for owner, offset, first, last in _runs(weight):
+        low, high = max(start, first), min(stop, last)
+        if owner == part and low < high:
+            yield offset + low - first, offset + high - first
+
+
+def _runs(weight: Weight) -> Iterator[tuple[int, int, int, int]]:
+    """The parameter as runs of rows that one part holds in order: (part, first row in the parameter, rows in the part)."""
+    rows = [shape[0] for shape in weight.shapes]
+    groups, offset = weight.groups if weight.layout == "qkv" else 1, 0
+    for group in range(groups):
+        for part, size in enumerate(rows):
+            share = size // groups
+            yield part, offset, group * share, (group + 1) * share
+            offset += share

@@ -103,6 +103,10 @@ def _check_experts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
         for name, size in (("--expert-model-parallel-size", ep), ("--expert-tensor-parallel-size", etp or 1)):
             if size > 1:
                 raise UserError(f"{name} {size} needs a model with experts; this one is dense, drop the flag")
+        if coefficient := parallel.get("moe_aux_loss_coeff", 0):
+            raise UserError(
+                f"--moe-aux-loss-coeff {coefficient:g} needs a model with experts; this one is dense, drop it"
+            )
         return
     if experts % ep:
         raise UserError(
@@ -139,17 +143,24 @@ def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
         )
     if parallel.get("pipeline_model_parallel_layout") is not None:
         return  # Megatron checks it
-    edges = [parallel.get(f"num_layers_in_{edge}_pipeline_stage") for edge in ("first", "last")]
-    given = [n for n in edges if n is not None]
-    layers, stages = num_layers - sum(given), pp - len(given)
+    edges = {edge: parallel.get(f"num_layers_in_{edge}_pipeline_stage") for edge in ("first", "last")}
+    given = {f"--decoder-{edge}-pipeline-num-layers": n for edge, n in edges.items() if n is not None}
+    layers, stages = num_layers - sum(given.values()), pp - len(given)
     chunks = stages * (virtual or 1)
-    if layers < 0 or stages < 0 or (layers % chunks if chunks else layers) or (chunks and not layers):
-        of = f"{stages} pipeline stages" + (f" of {virtual} virtual stages each" if virtual else "")
-        counts = [len(given) + n // (virtual or 1) for n in divisors(max(layers, 1)) if n % (virtual or 1) == 0]
+    if (chunks and layers >= chunks and layers % chunks == 0) or not (chunks or layers):
+        return
+    of = f"{stages} pipeline stages" + (f" of {virtual} virtual stages each" if virtual else "")
+    if given:
+        named = " and ".join(f"{name} {n}" for name, n in given.items())
         raise UserError(
-            f"{layers} of the model's {num_layers} layers do not divide into {of}; use --pipeline-model-parallel-size "
-            f"{one_of(counts or [1])}, or give the first and the last stage another number of layers"
+            f"{named}: that leaves {layers} of the model's {num_layers} layers for {of}; give the edges so many that a "
+            f"positive multiple of {max(chunks, 1)} is left"
         )
+    counts = [n // (virtual or 1) for n in divisors(num_layers) if n % (virtual or 1) == 0]
+    raise UserError(
+        f"{layers} of the model's {num_layers} layers do not divide into {of}; use --pipeline-model-parallel-size "
+        f"{one_of(counts or [1])}, or give the first and the last stage another number of layers"
+    )
 
 
 def check_rows(seq_length: int, parallel: ParallelConfig) -> None:

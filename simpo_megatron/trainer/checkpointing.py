@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from simpo_megatron.arguments import flat
+from simpo_megatron.checkpoint.dist_reader import weight_keys
+from simpo_megatron.checkpoint.manifest import check_manifest
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf import HFModel
 from simpo_megatron.trainer import torch_adam
 from simpo_megatron.trainer.distributed import together
 from simpo_megatron.trainer.engine import Engine
 
+RELEASE = "release"  # what Megatron-LM and tools/hf_to_megatron.py write into the tracker for weights without a run
 FAILURES = (Exception, CheckpointException)  # torch derives CheckpointException from BaseException
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -58,7 +63,7 @@ def latest_step(root: Path) -> int | None:
         UserError: the tracker does not hold a number, or its checkpoint is not complete.
     """
     tracker = root / TRACKER
-    if not tracker.is_file():
+    if not tracker.is_file() or release_dir(root) is not None:
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdecimal() or len(text) > 18:
@@ -69,6 +74,20 @@ def latest_step(root: Path) -> int | None:
             f"{directory} is not a complete checkpoint (no metadata.json); write another step into {tracker}"
         )
     return int(text)
+
+
+def release_dir(root: Path) -> Path | None:
+    """The folder of weights without a run, where the tracker names one: a converted checkpoint.
+
+    Raises:
+        UserError: it is not complete, or not in the torch_dist format.
+    """
+    tracker = root / TRACKER
+    if not tracker.is_file() or tracker.read_text(encoding="utf-8", errors="replace").strip() != RELEASE:
+        return None
+    if not (root / RELEASE / "metadata.json").is_file():
+        raise UserError(f"{root / RELEASE} is no complete torch_dist checkpoint (no metadata.json); convert it again")
+    return root / RELEASE
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -250,6 +269,35 @@ def load(engine: Engine, root: Path, step: int) -> Progress:
     return Progress(**state["progress"])
 
 
+def load_weights(models: Sequence[torch.nn.Module], hf: HFModel, directory: Path) -> None:
+    """Fills the models from a checkpoint without optimizer state, at any layout; padded vocabulary rows become zero.
+
+    Args:
+        models: of this rank, one a virtual pipeline stage.
+        hf: what they were built from; a converted checkpoint must say that it was made from the same.
+        directory: from `release_dir`.
+
+    Raises:
+        UserError: the checkpoint does not hold exactly the weights of this model, or cannot be read.
+    """
+    keys = weight_keys(directory)
+    check_manifest(directory, hf, keys)
+    metadata = {**_metadata(), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    names = ["model"] if len(models) == 1 else [f"model{index}" for index in range(len(models))]
+    state: Any = {
+        name: model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        for name, model in zip(names, models, strict=True)
+    }
+    loaded = _load_strictly(state, directory)
+    for name, model in zip(names, models, strict=True):
+        model.load_state_dict(loaded[name])
+
+
+def _is_spare(key: str) -> bool:
+    """What a converted checkpoint holds for the other spec: empty objects, and the second name of a norm."""
+    return "_extra_state" in key or key.endswith("layers.pre_mlp_layernorm.weight")
+
+
 def _load_state(engine: Engine, directory: Path) -> dict[str, Any]:
     try:
         saved = dist_checkpointing.load_common_state_dict(str(directory))["args"].use_distributed_optimizer
@@ -260,13 +308,17 @@ def _load_state(engine: Engine, directory: Path) -> dict[str, Any]:
             f"{directory} was saved {'with' if saved else 'without'} the distributed optimizer; resume with "
             f"{'--use-distributed-optimizer' if saved else '--no-use-distributed-optimizer'}"
         )
-    sharded_state = _sharded_state(engine, is_loading=True)
+    return _load_strictly(_sharded_state(engine, is_loading=True), directory)
+
+
+def _load_strictly(sharded_state: Any, directory: Path) -> dict[str, Any]:
     try:
         loaded = dist_checkpointing.load(sharded_state, str(directory), strict=StrictHandling.RETURN_ALL)
     except FAILURES as error:
         raise UserError(f"{directory} does not fit this model or cannot be read: {_reason(error)}") from error
     state: Any
     state, extra, absent = loaded
+    extra = {key for key in extra if not _is_spare(key)}
     for keys, fault in ((absent, "lacks"), (extra, "also holds")):
         if names := sorted(key for key in keys if not key.startswith("rng_state")):
             raise UserError(f"{directory} {fault} {', '.join(names[:5])} ({len(names)} in all): it is of another model")

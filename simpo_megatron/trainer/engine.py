@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,24 +18,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from simpo_megatron.batch import BatchCounts, PreferenceBatch, pack_pairs
+from simpo_megatron.batch import PreferenceBatch
 from simpo_megatron.config import Config
-from simpo_megatron.context_parallel import round_up, sequence_multiple
-from simpo_megatron.data import PairStore, plan_batch
+from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.head import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
+from simpo_megatron.microbatches import GlobalBatch, pack_microbatches, plan_global_batch
 from simpo_megatron.step import PreferenceStep
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """This rank's rows of a global batch, and what the whole batch holds."""
-
-    store: PairStore
-    rows: list[list[int]]  # one list of pairs a microbatch; an empty one is an empty pack
-    counts: BatchCounts
-    tokens: int  # of the whole batch, padding excluded
 
 
 class Engine:
@@ -142,40 +131,27 @@ class Engine:
             override_opt_param_scheduler=True,
         )
 
-    def plan(self, store: PairStore, pairs: Any) -> GlobalBatch:
-        """Packs the pairs of a global batch into rows and picks this data-parallel rank's."""
-        responses = (store.chosen_length, store.rejected_length)[: self.config.loss.members]
-        lengths = [(store.prompt_length + response)[pairs].astype(np.int64) for response in responses]
-        multiple = sequence_multiple(self.config.parallel.context_parallel_size)
-        interleaved = len(self.chunks) > 1
-        plan = plan_batch(
-            np.sum([round_up(length, multiple) for length in lengths], axis=0),
-            self.config.data.seq_length,
-            parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
-        )
-        mine = plan[parallel_state.get_data_parallel_rank()]
-        return GlobalBatch(
-            store=store,
-            rows=[[int(pairs[i]) for i in row] for row in mine],
-            counts=BatchCounts(len(pairs), int(store.chosen_length[pairs].sum())),
-            tokens=int(np.sum(lengths)),
+    def plan(self, store: Pairs, pairs: np.ndarray, row_capacity: int | None = None) -> GlobalBatch:
+        """This data-parallel rank's rows of a global batch of pairs; rows hold at most --seq-length tokens, or fewer."""
+        return plan_global_batch(
+            store,
+            pairs,
+            members=self.config.loss.members,
+            share_prompts=self.config.data.share_prompts,
+            hidden_size=self.transformer.hidden_size,
+            seq_length=row_capacity or self.config.data.seq_length,
+            microbatch_multiple=parallel_state.get_pipeline_model_parallel_world_size() if len(self.chunks) > 1 else 1,
         )
 
     def _microbatches(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
         parallel = self.config.parallel
-        for row in batch.rows:
-            yield pack_pairs(
-                batch.store,
-                row,
-                batch.counts,
-                members=self.config.loss.members,
-                row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
-                row_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-                context_parallel_size=parallel_state.get_context_parallel_world_size(),
-                context_parallel_rank=parallel_state.get_context_parallel_rank(),
-                device=torch.device(torch.cuda.current_device()),
-            )
+        return pack_microbatches(
+            batch,
+            members=self.config.loss.members,
+            share_prompts=self.config.data.share_prompts,
+            row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
+            sequence_parallel=parallel.sequence_parallel,
+        )
 
     def _run(self, batch: GlobalBatch, forward_only: bool, on_sums: Any = None) -> dict[str, float]:
         vectors: list[Tensor] = self.run_schedule(

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
-from transformers import AutoTokenizer
 
 from simpo_megatron.arguments import flat
 from simpo_megatron.config import Config
-from simpo_megatron.data import PairStore, load_preferences, pairs_of_batch
 from simpo_megatron.errors import UserError
+from simpo_megatron.microbatches import GlobalBatch
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.hf import HFModel
 from simpo_megatron.models.limits import layout_arguments
 from simpo_megatron.models.load import load_hf_weights
+from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.presets import describe
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
-from simpo_megatron.trainer.distributed import broadcast_store, together
-from simpo_megatron.trainer.engine import Engine, GlobalBatch
+from simpo_megatron.trainer.data import load_data
+from simpo_megatron.trainer.distributed import together
+from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.logging import Logger
 
 
@@ -40,6 +38,11 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
     Raises:
         UserError: the layout does not divide the model.
     """
+    if config.data.share_prompts and use_transformer_engine(config.model.transformer_impl):
+        raise UserError(
+            "--share-prompts: Transformer Engine's attention cannot let two responses share a prompt; use --transformer-impl "
+            "local, or drop the flag"
+        )
     return transformer_config(
         hf,
         bf16=config.train.bf16,
@@ -49,49 +52,6 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
     )
 
 
-def load_data(config: Config, hf: HFModel) -> tuple[PairStore, PairStore | None, list[str]]:
-    """Tokenizes on rank 0 and hands the pairs to every rank; returns the training and validation pairs and what to say."""
-    data, said = config.data, []
-    stores: list[PairStore | None] = [None, None]
-    paths = (data.train_data, data.valid_data)
-    with together():
-        if dist.get_rank() == 0:
-            tokenizer = load_tokenizer(hf.path)
-            for index, path in enumerate(paths):
-                if path is not None:
-                    store, report = load_preferences(
-                        path, tokenizer, data.options, eos_token_ids=hf.eos_token_ids, progress=True
-                    )
-                    check_ids(int(store.tokens.max()), hf, path)
-                    stores[index] = store
-                    said.append(report.summary(path))
-    train, valid = (None if path is None else broadcast_store(store) for path, store in zip(paths, stores, strict=True))
-    assert train is not None
-    return train, valid, said
-
-
-def check_ids(largest: int, hf: HFModel, data: Path) -> None:
-    """Raises UserError where the data holds a token id that the model does not have."""
-    if largest >= hf.vocab_size:
-        raise UserError(
-            f"the tokenizer of {hf.path} gives token id {largest} for {data}, but the model's vocab_size is {hf.vocab_size}; "
-            "use the tokenizer the model was made with"
-        )
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a Hugging Face checkpoint.
-
-    Raises:
-        UserError: transformers cannot load it.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {reason}") from error
-
-
 def total_pairs(config: Config, num_pairs: int) -> int:
     """Pairs the whole run sees, repeats counted, from --train-iters or from --train-epochs."""
     train = config.train
@@ -99,6 +59,12 @@ def total_pairs(config: Config, num_pairs: int) -> int:
         return train.train_iters * train.global_batch_size
     assert train.train_epochs is not None
     return max(1, round(train.train_epochs * num_pairs))
+
+
+def converted_weights(config: Config) -> Path | None:
+    """Weights to start from that are no run's, such as tools/hf_to_megatron.py writes."""
+    load = config.checkpoint.load
+    return None if load is None else checkpointing.release_dir(load)
 
 
 def checkpoint_to_load(config: Config) -> int | None:
@@ -111,7 +77,7 @@ def checkpoint_to_load(config: Config) -> int | None:
     if settings.load is None:
         return None
     step = checkpointing.latest_step(settings.load)
-    if step is None and settings.load != settings.save:
+    if step is None and settings.load != settings.save and converted_weights(config) is None:
         raise UserError(
             f"--load {settings.load} has no {checkpointing.TRACKER}; give a folder some --save wrote to, or drop --load"
         )
@@ -127,7 +93,7 @@ class Run:
         self.limit = total_pairs(config, len(self.train_pairs))
         self.total = math.ceil(self.limit / config.train.global_batch_size)
         self.engine = self._build_engine(transformer)
-        fingerprint = zlib.crc32(self.train_pairs.tokens.tobytes())
+        fingerprint = self.train_pairs.fingerprint
         self.state = Progress(num_pairs=len(self.train_pairs), tokens_crc32=fingerprint, seed=config.train.seed)
         resumed = self._resume()
         with together():
@@ -151,14 +117,16 @@ class Run:
             make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         )
         with together():
-            if checkpoint_to_load(self.config) is None:
+            if (converted := converted_weights(config)) is not None:
+                checkpointing.load_weights(models, self.hf, converted)
+            elif checkpoint_to_load(config) is None:
                 load_hf_weights(models, self.hf, progress=dist.get_rank() == 0)
         return Engine(config, models, transformer, self.hf.vocab_size, self.total)
 
     def _resume(self) -> str:
         step = checkpoint_to_load(self.config)
         if step is None:
-            return f"starting from {self.hf.path}"
+            return f"starting from {converted_weights(self.config) or self.hf.path}"
         root = self.config.checkpoint.load
         assert root is not None
         saved = checkpointing.load(self.engine, root, step)
@@ -181,7 +149,10 @@ class Run:
         tokens = self.config.data.options.max_length
         found = self.config.warnings(self.hf.num_parameters)
         if longest and tokens > longest:
-            found.append(f"--max-length {tokens} exceeds the {longest} positions the model was made for")
+            found.append(
+                f"--max-length {tokens} (half of --seq-length unless set) exceeds the {longest} positions the model was made "
+                "for"
+            )
         return found
 
     def _opening(self) -> list[str]:
@@ -195,6 +166,8 @@ class Run:
         layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
         if parallel.expert_model_parallel_size > 1:
             layout += f", experts over {parallel.expert_model_parallel_size}"
+        if parallel.expert_tensor_parallel_size is not None:
+            layout += f", each over {parallel.expert_tensor_parallel_size}"
         precision = "bf16" if self.config.train.bf16 else "fp32"
         lines = [
             f"{self.hf.family.name} model, {precision}, {layout} on {torch.device(torch.cuda.current_device()).type}"
@@ -206,6 +179,8 @@ class Run:
             )
         if self.config.train.preset is not None:
             lines.append(describe(self.config.train.preset, flat(self.config)))
+        if loss.moe_aux_loss_coeff:
+            lines.append(f"balancing loss of the experts: coefficient {loss.moe_aux_loss_coeff:g}")
         lines.append(
             f"{self.total} steps of {self.config.train.global_batch_size} pairs: "
             f"{self.limit / len(self.train_pairs):.2f} epochs"
@@ -215,7 +190,7 @@ class Run:
     def _next_batch(self) -> GlobalBatch:
         position = self.state.consumed_pairs
         size = min(self.config.train.global_batch_size, self.limit - position)
-        pairs = pairs_of_batch(position, size, len(self.train_pairs), self.config.train.seed)
+        pairs = self.train_pairs.order(position, size, self.config.train.seed)
         return self.engine.plan(self.train_pairs, pairs)
 
     def execute(self) -> None:
@@ -257,7 +232,8 @@ class Run:
     def _evaluate(self) -> None:
         if self.valid_pairs is None:
             return
-        batch = self.engine.plan(self.valid_pairs, np.arange(len(self.valid_pairs)))
+        pairs = self.valid_pairs.order(0, len(self.valid_pairs), seed=0, shuffle=False)
+        batch = self.engine.plan(self.valid_pairs, pairs)
         self.last_eval = {f"eval/{name}": value for name, value in self.engine.evaluate(batch).items()}
         self.first_eval = self.first_eval or self.last_eval
         self.logger.row(self.state.step, self.last_eval)

@@ -3,7 +3,10 @@
 Tolerances are relative. In fp32: sums, rewards and loss 1e-5, the gradient of a tensor 1e-4. In bf16 the reference stays in
 fp32 on the rounded weights, and transformers runs once more in bf16 to show what rounding alone costs: the gradient of a
 tensor may be off by twice as much as there or by 2e-2, sums, rewards and loss by twice as much or by 5e-3. All gradients as one
-vector may be off by 1e-5 in fp32, in bf16 by 1.5 times as much as there or by 1e-2.
+vector, and the gradient norm the optimizer clips by, may be off by 1e-5 in fp32, in bf16 by 1.5 times as much as there or by
+1e-2. Nothing may be off by more than 0.3.
+
+The pairs are cut into at least two microbatches a data-parallel rank, and two for every pipeline stage, where there are enough.
 """
 
 from __future__ import annotations
@@ -13,16 +16,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from simpo_megatron.batch import PreferenceBatch
 from simpo_megatron.config import Config, LossConfig
-from simpo_megatron.data import PairStore, pairs_of_batch
+from simpo_megatron.context_parallel import sequence_multiple
+from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.loss import simpo_loss
-from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.hf import HFModel, expected_tensors
 from simpo_megatron.models.layout import from_megatron, rank_slice
 from simpo_megatron.models.place import Placed, place_parameters
 from simpo_megatron.trainer.engine import Engine
@@ -30,6 +36,7 @@ from simpo_megatron.verify.reference import Reference
 
 # What is allowed in fp32; at least in bf16; and in bf16 times the error of transformers in bf16.
 TOLERANCE = {"sums": (1e-5, 5e-3, 2.0), "gradient": (1e-4, 2e-2, 2.0), "all gradients": (1e-5, 1e-2, 1.5)}
+CAP = 0.3
 
 
 @dataclass
@@ -52,14 +59,20 @@ class Report:
     values: list[Difference]
     gradients: list[Difference]
     wrong_lengths: list[int]
+    uncompared: list[str]  # tensors of the checkpoint that the layout or the reference has no gradient for
+    microbatches: int
     pairs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return not self.wrong_lengths and all(found.passed for found in (*self.values, *self.gradients))
+        return (
+            not self.wrong_lengths
+            and not self.uncompared
+            and all(found.passed for found in (*self.values, *self.gradients))
+        )
 
 
-def compare(engine: Engine, hf: HFModel, store: PairStore, config: Config) -> Report | None:
+def compare(engine: Engine, hf: HFModel, store: Pairs, config: Config) -> Report | None:
     """Runs both and compares; the report on rank 0, None on the others. Every rank calls it.
 
     Collectives: those of a training step; a gather of the sums; for every tensor of the checkpoint a broadcast of its
@@ -69,14 +82,16 @@ def compare(engine: Engine, hf: HFModel, store: PairStore, config: Config) -> Re
         UserError: the checkpoint holds no finite answer for this batch.
     """
     members = config.loss.members
-    pairs = pairs_of_batch(0, min(config.train.global_batch_size, len(store)), len(store), config.train.seed)
+    pairs = store.order(0, min(config.train.global_batch_size, len(store)), config.train.seed)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def on_sums(batch: PreferenceBatch, sums_PM: Tensor) -> None:
         seen.append((sums_PM.double().cpu(), batch.lengths.view(-1, members).cpu()))
 
-    plan = engine.plan(store, pairs)
+    plan = engine.plan(store, pairs, _row_capacity(engine, store, pairs))
     metrics = engine.compute_gradients(plan, on_sums)
+    engine.optimizer.prepare_grads()
+    norm = float(engine.optimizer.get_grad_norm())
     complete_gradients(engine)
     found = _gather_pairs(plan.rows, seen)
 
@@ -86,7 +101,16 @@ def compare(engine: Engine, hf: HFModel, store: PairStore, config: Config) -> Re
         errors.add(name, gradient)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, errors.of_rank)
-    return None if expected is None else expected.report(found, metrics["loss"], everyone)
+    return None if expected is None else expected.report(found, metrics["loss"], norm, everyone, len(plan.rows))
+
+
+def _row_capacity(engine: Engine, store: Pairs, pairs: np.ndarray) -> int:
+    """Tokens of a row such that every data-parallel rank accumulates over several."""
+    parallel = engine.config.parallel
+    rows = 2 * parallel.pipeline_model_parallel_size * parallel_state.get_data_parallel_world_size()
+    responses = store.chosen_length[pairs].astype(np.int64) + store.rejected_length[pairs]
+    lengths = 2 * store.prompt_length[pairs] + responses + 2 * sequence_multiple(parallel.context_parallel_size)
+    return int(min(max(lengths.max(), -(-lengths.sum() // rows)), engine.config.data.seq_length))
 
 
 def complete_gradients(engine: Engine) -> None:
@@ -124,12 +148,14 @@ def _gather_pairs(
 class _Expected:
     """The reference's side, on rank 0."""
 
-    def __init__(self, hf: HFModel, store: PairStore, pairs: list[int], config: Config) -> None:
+    def __init__(self, hf: HFModel, store: Pairs, pairs: list[int], config: Config) -> None:
         self.store, self.pairs, self.config = store, pairs, config
         device = torch.device(torch.cuda.current_device())
         self.reference = Reference(hf, torch.float32, device)
         self.sums, self.loss, self.slopes = self._loss(self.reference)
         self.rounded = Reference(hf, torch.bfloat16, device) if config.train.bf16 else None
+        self.hf, self.reference_names = hf, set[str]()
+        self.squared_norm = torch.zeros((), dtype=torch.float64)
         self.rounded_errors: dict[str, float] = {}
         self.rounded_squares = torch.zeros(2, dtype=torch.float64)  # of all gradients: error and reference
         if self.rounded is not None:
@@ -144,17 +170,22 @@ class _Expected:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Names and gradients of the fp32 reference; beside each, what bf16 makes of it is noted."""
-        stream = self.reference.gradients(self.slopes)
-        if self.rounded is None:
-            yield from stream
-            return
-        for (name, exact), (_, rounded) in zip(stream, self.rounded.gradients(self.rounded_slopes), strict=True):
+        rounded_stream = None if self.rounded is None else self.rounded.gradients(self.rounded_slopes)
+        for name, exact in self.reference.gradients(self.slopes):
+            self.reference_names.add(name)
+            self.squared_norm += exact.double().square().sum().cpu()
+            if rounded_stream is None:
+                yield name, exact
+                continue
+            _, rounded = next(rounded_stream)
             off, of = (rounded - exact).double().norm().cpu(), exact.double().norm().cpu()
             self.rounded_errors[name] = _ratio(off, of)
             self.rounded_squares += torch.stack((off, of)).square()
             yield name, exact
 
-    def report(self, found: dict[int, Any], loss: float, everyone: list[dict[str, Tensor]]) -> Report:
+    def report(
+        self, found: dict[int, Any], loss: float, norm: float, everyone: list[dict[str, Tensor]], microbatches: int
+    ) -> Report:
         """Judges what the ranks found."""
         members, beta = self.config.loss.members, self.config.loss.simpo_beta
         lengths = reference_lengths(self.store, self.pairs, members)
@@ -179,28 +210,44 @@ class _Expected:
                 strict=True,
             )
         ]
-        whole, gradients = self._judge_gradients(everyone)
-        return Report([*values, whole], gradients, wrong, table)
+        vectors, gradients = self._judge_gradients(everyone, norm)
+        compared = {entry.name for entry in gradients} & self.reference_names
+        uncompared = sorted({name for name, _ in expected_tensors(self.hf)} - compared)
+        return Report([*values, *vectors], gradients, wrong, uncompared, microbatches, table)
 
     def _rounded(self) -> tuple[float, float, float]:
         """The errors of transformers in bf16 in sums, rewards and loss; zeros where the layout runs in fp32."""
         if self.rounded is None:
             return 0.0, 0.0, 0.0
-        off = ((self.rounded_sums - self.sums).abs() / self.sums.abs().amax(1, keepdim=True)).max().item()
-        return off, off, abs(self.rounded_loss - self.loss) / max(abs(self.loss), 1e-30)
+        lengths = reference_lengths(self.store, self.pairs, self.config.loss.members)
+        of_sums, of_rewards = (
+            ((self.rounded_sums - self.sums).abs() / by).amax(1) / (self.sums.abs() / by).amax(1) for by in (1, lengths)
+        )
+        return (
+            of_sums.max().item(),
+            of_rewards.max().item(),
+            abs(self.rounded_loss - self.loss) / max(abs(self.loss), 1e-30),
+        )
 
     def _allowed(self, kind: str, rounded: float) -> float:
         fp32, bf16, times = TOLERANCE[kind]
-        return fp32 if self.rounded is None else max(bf16, times * rounded)
+        return fp32 if self.rounded is None else min(max(bf16, times * rounded), CAP)
 
-    def _judge_gradients(self, everyone: list[dict[str, Tensor]]) -> tuple[Difference, list[Difference]]:
-        """All gradients as one vector, and each of them, worst first."""
+    def _judge_gradients(
+        self, everyone: list[dict[str, Tensor]], norm: float
+    ) -> tuple[list[Difference], list[Difference]]:
+        """All gradients as one vector, their norm, and each of them, worst first."""
         totals: dict[str, Tensor] = {}
         for name, squares in (entry for errors in everyone for entry in errors.items()):
             totals[name] = totals.get(name, torch.zeros(3, dtype=torch.float64)) + squares
         off, exact, count = torch.stack(list(totals.values())).sum(0)
         rounded = _ratio(*self.rounded_squares.sqrt().unbind())
-        whole = Difference("all gradients", _ratio(off.sqrt(), exact.sqrt()), self._allowed("all gradients", rounded))
+        allowed = self._allowed("all gradients", rounded)
+        reference_norm = self.squared_norm.sqrt()
+        vectors = [
+            Difference("all gradients", _ratio(off.sqrt(), exact.sqrt()), allowed),
+            Difference("gradient norm", _ratio((reference_norm - norm).abs(), reference_norm), allowed),
+        ]
         floor = 1e-6 * exact / count  # of the mean square: a tensor with next to no gradient is rounding alone
         found = [
             Difference(
@@ -210,7 +257,7 @@ class _Expected:
             )
             for name, (off, exact, count) in totals.items()
         ]
-        return whole, sorted(
+        return vectors, sorted(
             found, key=lambda entry: -math.inf if math.isnan(entry.error) else -entry.error / entry.allowed
         )
 
@@ -259,13 +306,13 @@ def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tens
         yield header[0], tensor
 
 
-def reference_lengths(store: PairStore, pairs: list[int], members: int) -> Tensor:
+def reference_lengths(store: Pairs, pairs: list[int], members: int) -> Tensor:
     """Scored tokens of the responses, counted in the store: [P, members]."""
     lengths = [[len(response) for response in store.pair(pair)[1 : 1 + members]] for pair in pairs]
     return torch.tensor(lengths, dtype=torch.float64)
 
 
-def reference_loss(config: LossConfig, store: PairStore, pairs: list[int], sums_PM: Tensor) -> Tensor:
+def reference_loss(config: LossConfig, store: Pairs, pairs: list[int], sums_PM: Tensor) -> Tensor:
     """The loss of the batch from whole sums, written for one process; float64."""
     lengths = reference_lengths(store, pairs, config.members)
     loss = -config.nll_weight * sums_PM[:, 0].sum() / lengths[:, 0].sum()

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from simpo_megatron.data import PairStore
+from simpo_megatron.data import Pairs
 from simpo_megatron.models.hf import HFModel
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -47,7 +47,19 @@ class Reference:
             list[Tensor]
         ] = []  # by layer, by sequence [1, n, H]: what went into it; then what came out last
 
-    def forward(self, store: PairStore, pairs: list[int], members: int) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
+        """The embedding of ids [n]: [1, n, H]."""
+        return F.embedding(ids.to(self.device), self._tensor(EMBEDDING))[None]
+
+    def layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """What a layer makes of [1, n, H]."""
+        return self._run(self._layer(layer), hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [1, n, V] of the last hidden states [1, n, H]."""
+        return F.linear(self._norm()(hidden.to(self.device)), self._tensor(self._head_name))
+
+    def forward(self, store: Pairs, pairs: list[int], members: int) -> Tensor:
         """Summed log-probs of the responses: [P, M] float64, chosen first."""
         self.sequences = [
             (torch.tensor([*prompt.tolist(), *response.tolist()]), len(prompt))

@@ -5,15 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simpo_megatron.data import pack_rows, pairs_of_batch, plan_batch
-
-lengths_and_row = st.integers(1, 50).flatmap(
-    lambda row: st.tuples(st.lists(st.integers(1, row), max_size=60).map(np.array), st.just(row))
-)
-
-
-def flat(rows):
-    return sorted(pair for row in rows for pair in row)
+from simpo_megatron.data import pairs_of_batch
+from simpo_megatron.data.sampling import blended_order
 
 
 @given(st.integers(1, 30), st.integers(0, 2**40), st.integers(0, 4))
@@ -56,55 +49,32 @@ def test_out_of_range(position, batch, num_pairs):
         pairs_of_batch(position, batch, num_pairs, seed=0)
 
 
-@given(lengths_and_row)
-def test_packing_holds_every_pair_once_within_the_row(case):
-    lengths, row = case
-    rows = pack_rows(lengths, row)
-    assert flat(rows) == list(range(len(lengths)))
-    sums = [int(lengths[pairs].sum()) for pairs in rows]
-    assert all(0 < tokens <= row for tokens in sums)
-    assert rows == pack_rows(lengths.copy(), row)
-    # No row could be poured into another one.
-    assert len(sums) < 2 or sum(sorted(sums)[:2]) > row
+parts = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
 
 
-def test_best_fit():
-    assert pack_rows(np.array([3, 6, 5, 4, 2]), 10) == [[1, 3], [2, 0, 4]]
+@given(parts, st.integers(0, 2**20), st.booleans())
+def test_a_source_of_a_blend_repeats_no_pair_before_all_were_seen(parts, seed, shuffle):
+    sizes, counts = zip(*parts, strict=True)
+    epochs = 3
+    source, index = blended_order(0, epochs * sum(counts), sizes, counts, seed, shuffle)
+    for epoch in range(epochs):
+        drawn = np.bincount(source[epoch * sum(counts) : (epoch + 1) * sum(counts)], minlength=len(sizes))
+        assert drawn.tolist() == list(counts), "every epoch has the shares of the blend"
+    for number, size in enumerate(sizes):
+        drawn = index[source == number].tolist()
+        assert max(drawn) < size
+        seen = np.bincount(drawn, minlength=size)
+        assert seen.max() - seen.min() <= 1
 
 
-def test_pair_longer_than_a_row():
-    with pytest.raises(ValueError, match="pair 1 has 11 tokens, a row has 10"):
-        pack_rows(np.array([3, 11]), 10)
+@given(parts, st.integers(0, 40), st.integers(0, 40), st.integers(0, 2**20))
+def test_a_blend_is_a_function_of_the_position(parts, start, count, seed):
+    sizes, counts = zip(*parts, strict=True)
+    source, index = blended_order(0, start + count, sizes, counts, seed)
+    later = blended_order(start, count, sizes, counts, seed)
+    assert [source[start:].tolist(), index[start:].tolist()] == [part.tolist() for part in later]
 
 
-@given(lengths_and_row, st.integers(1, 9), st.integers(1, 4))
-def test_plan(case, ranks, multiple):
-    lengths, row = case
-    plan = plan_batch(lengths, row, ranks, multiple)
-    assert len(plan) == ranks
-    counts = {len(packs) for packs in plan}
-    assert len(counts) == 1
-    assert min(counts) >= 1
-    assert min(counts) % multiple == 0
-    packs = [pack for rank in plan for pack in rank]
-    assert flat(packs) == list(range(len(lengths)))
-    assert all(sum(int(lengths[pair]) for pair in pack) <= row for pack in packs)
-    assert min(counts) - multiple < max(1, -(-len(pack_rows(lengths, row)) // ranks))  # not more than needed
-    for rank in plan:  # empty packs come last
-        assert [bool(pack) for pack in rank] == sorted((bool(pack) for pack in rank), reverse=True)
-    assert plan == plan_batch(lengths.copy(), row, ranks, multiple)
-
-
-@given(lengths_and_row, st.integers(1, 9))
-def test_ranks_are_balanced(case, ranks):
-    lengths, row = case
-    sums = [sum(int(lengths[pair]) for pack in rank for pair in pack) for rank in plan_batch(lengths, row, ranks)]
-    assert max(sums) - min(sums) <= row
-
-
-def test_rows_are_dealt_back_and_forth():
-    assert plan_batch(np.array([10, 9, 8, 7]), 10, 2) == [[[0], [3]], [[1], [2]]]
-
-
-def test_no_pairs_is_one_empty_pack_a_rank():
-    assert plan_batch(np.array([], dtype=np.int64), 10, 2, 2) == [[[], []], [[], []]]
+def test_a_blend_out_of_range():
+    with pytest.raises(ValueError, match="out of range"):
+        blended_order(-1, 1, [3], [3], 0)

@@ -35,12 +35,12 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         (
             "llama",
             {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 1},
-            "3 of the model's 4 layers do not divide into 2 pipeline stages; use --pipeline-model-parallel-size 2 or 4",
+            "--decoder-first-pipeline-num-layers 1: that leaves 3 of the model's 4 layers for 2 .* multiple of 2",
         ),
         (
             "llama",
             {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 4},
-            "0 of the model's 4 layers do not divide into 2 pipeline stages",
+            "--decoder-first-pipeline-num-layers 4: that leaves 0 of the model's 4 layers for 2",
         ),
         (
             "llama",
@@ -57,6 +57,7 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
             },
             "need overlap_p2p_comm",
         ),
+        ("llama", {"moe_aux_loss_coeff": 0.5}, "--moe-aux-loss-coeff 0.5 needs a model with experts"),
         ("llama", {"expert_model_parallel_size": 2}, "--expert-model-parallel-size 2 needs a model with experts"),
         ("llama", {"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size 2 needs a model with experts"),
         (

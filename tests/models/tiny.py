@@ -153,7 +153,7 @@ def run_schedule(config: Any, models: list[Any], ids: Tensor, lengths: list[int]
         packed = pack(lengths) if lengths else None
         return model(ids, positions, None, packed_seq_params=packed), loss_func
 
-    microbatches = 2
+    microbatches = max(2, config.pipeline_model_parallel_size)  # interleaved stages need a multiple
     get_forward_backward_func()(
         forward_step_func=partial(forward_step),
         data_iterator=[iter(range(microbatches)) for _ in models],

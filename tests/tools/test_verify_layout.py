@@ -24,7 +24,8 @@ def test_torchrun_prints_the_verdict(tmp_path: Path) -> None:
         [*command, *argv, "--fp32"], capture_output=True, text=True, env=free_environment(), timeout=150, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "this layout computes what Hugging Face computes, in fp32: 4 pairs" in done.stdout
+    assert "this layout computes what Hugging Face computes, in fp32: pairs 4, microbatches" in done.stdout
+    assert "4 pairs of 4 rows" in done.stdout
     assert "worst 10 of 39" in done.stdout and "WRONG" not in done.stdout
 
 
@@ -47,10 +48,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "--data is missing"),
-        (["--data", "x", "--save", "y"], "--save y: nothing is trained or written here"),
-        (["--data", "x", "--moe-aux-loss-coeff", "0.1"], "--moe-aux-loss-coeff has no counterpart"),
-        (["--data", "x", "--json", "/nowhere/report.json"], "/nowhere does not exist"),
+        ([], "--train-data is missing"),
+        (["--data", "x", "--save", "y"], "--save y has no meaning here; drop it"),
+        (["--data", "x", "--train-epochs", "2"], "--train-epochs 2.0 has no meaning here; drop it"),
+        (["--data", "x", "--json"], "argument --json: expected one argument; --help lists the flags"),
+        (["--data", "x", "--moe-aux-loss-coeff", "0.1"], "--moe-aux-loss-coeff 0.1 has no counterpart"),
+        (
+            ["--data", "x", "--json", "/nowhere/report.json"],
+            "--json /nowhere/report.json cannot be written: No such file",
+        ),
         (["--data", "x", "--context-parallel-size", "2", "--seq-length", "100"], "multiple of 8"),
     ],
 )
@@ -58,3 +64,12 @@ def test_flags_that_mean_nothing_here(argv: list[str], words: str) -> None:
     with pytest.raises(UserError) as raised:
         parse_arguments(["--hf-checkpoint", "model", *argv])
     assert words in str(raised.value)
+
+
+def test_a_training_file_serves(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("hf_checkpoint: model\ntrain_data: pairs.jsonl\ntrain_epochs: 2\nsave: runs/x\nseq_length: 512\n")
+    config, report = parse_arguments(["--config", str(file), "--json", str(tmp_path / "report.json")])
+    assert config.data.seq_length == 512 and str(config.data.train_data) == "pairs.jsonl"
+    assert (config.train.train_iters, config.train.global_batch_size, config.checkpoint.save) == (1, 8, None)
+    assert report == tmp_path / "report.json"

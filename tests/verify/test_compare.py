@@ -45,9 +45,8 @@ def run_verify(argv: list[str], mistake: str | None = None) -> int:
 
 def command_line(inputs: dict[str, Path], model: str, settings: dict[str, Any]) -> list[str]:
     argv = flags(inputs[model], inputs["data"], **{"seq_length": SEQ_LENGTH, **settings})
-    drop = ("--train-iters", "--train-data")  # the program's own flags stand for them
-    pairs = [argv[i : i + 2] for i, text in enumerate(argv) if text in drop]
-    return [text for text in argv if not any(text in pair for pair in pairs)] + ["--data", str(inputs["data"])]
+    at = argv.index("--train-iters")
+    return argv[:at] + argv[at + 2 :]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +56,7 @@ def command_line(inputs: dict[str, Path], model: str, settings: dict[str, Any]) 
         ("llama", 4, {**CP2, **SP, "simpo_sft_weight": 0.5}),
         ("llama", 2, {"objective": "sft"}),
         ("mixtral", 4, {**SP, **EP2, **WHOLE, "pipeline_model_parallel_size": 2}),
+        ("llama", 2, {"head": "plain", "tensor_model_parallel_size": 2}),
         ("bf16", 2, {**CP2, "fp32": False}),
     ],
     ids=str,
@@ -69,6 +69,7 @@ def test_a_right_layout_passes(pool, inputs, tmp_path: Path, model: str, world: 
     names = set(read_hf_checkpoint(inputs[model]).tensors)
     assert found["passed"] and {entry["name"] for entry in found["gradients"]} == names
     assert len(found["pairs"]) == 8 and all(pair["found"] for pair in found["pairs"])
+    assert found["microbatches"] >= 2 and not found["uncompared"]
     assert 0 < max(entry["error"] for entry in found["gradients"]) < (1e-5 if model != "bf16" else 0.1)
 
 
@@ -76,16 +77,35 @@ def test_a_right_layout_passes(pool, inputs, tmp_path: Path, model: str, world: 
 def test_a_planted_mistake_does_not(pool, inputs, tmp_path: Path, capfd, mistake: str) -> None:
     world, layout = PLANTED[mistake]
     report = tmp_path / "report.json"
-    # Rows of 128 tokens, so that there are several microbatches of unequal numbers of pairs.
-    argv = [*command_line(inputs, "llama", {**layout, "seq_length": 128}), "--json", str(report)]
+    argv = [*command_line(inputs, "llama", layout), "--json", str(report)]
     assert pool.run(world, run_verify, argv, mistake) == [1] * world
     found = json.loads(report.read_text())
     assert not found["passed"]
     assert found["gradients"][0]["error"] > 100 * found["gradients"][0]["allowed"]
     values = {entry["name"]: entry["error"] <= entry["allowed"] for entry in found["values"]}
-    right_forward = mistake in ("plain all-reduce", "context factor dropped")
+    right_forward = mistake in ("plain all-reduce", "hidden gradient not reduced", "context factor dropped")
     assert values["summed log-probs"] == (mistake != "labels shifted after slicing")
     assert values["loss"] == right_forward and not values["all gradients"]
+
+
+def test_a_tensor_that_nobody_compares_does_not_pass(pool, inputs, tmp_path: Path) -> None:
+    assert pool.run(1, run_without_a_tensor, command_line(inputs, "llama", {})) == [1]
+
+
+def run_without_a_tensor(argv: list[str]) -> int:
+    """On a rank: the reference gives a gradient another name."""
+    from simpo_megatron.verify.reference import Reference as Whole
+
+    gradients = Whole.gradients
+    Whole.gradients = lambda self, slopes: ((n.replace("norm", "rms", 1), g) for n, g in gradients(self, slopes))  # type: ignore[method-assign]
+    try:
+        return verify_layout.main(argv)
+    finally:
+        Whole.gradients = gradients  # type: ignore[method-assign]
+
+
+def test_experts_are_verified_in_fp32(pool, inputs, capfd) -> None:
+    assert pool.run(1, run_verify, command_line(inputs, "mixtral", {"fp32": False})) == [2]
 
 
 def run_planted_case(checkpoint: Path, layout: dict[str, Any], mistake: str, names: list[str]) -> Any:

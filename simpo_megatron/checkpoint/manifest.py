@@ -1,0 +1,169 @@
+"""conversion.json: what a converted checkpoint was made from and holds, so that it can be verified without its source.
+
+    {"version": 1, "made_by": {...}, "plan": ..., "format": ..., "model": {...}, "tensors": {NAME: {sha256, dtype, shape}},
+     "files": {NAME: {size, sha256}}, "sha256": of all the rest}
+
+A tensor's hash is that of its bytes in the Hugging Face checkpoint. A file's hash is of its bytes that are no tensor's: the
+whole of a small file, headers and padding of a data file. Together they cover every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.checkpoint.items import StoredModel
+from simpo_megatron.checkpoint.run import replace_text
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf import HFModel, expected_tensors
+
+NAME = "conversion.json"
+
+
+def model_facts(hf: HFModel) -> dict[str, Any]:
+    """What a run must agree with the checkpoint about: sizes, norms, rope, vocabulary."""
+    return {
+        "family": hf.family.name,
+        "transformer": {name: _plain(value) for name, value in hf.family.transformer_kwargs(hf.config).items()},
+        "rope": asdict(hf.rope),
+        "vocabulary_rows": hf.vocab_size,
+        "tied": hf.tied,
+    }
+
+
+def write_manifest(
+    folder: Path, hf: HFModel, hashes: dict[str, str], kind: str, plan: str, saved: StoredModel, **more: Any
+) -> None:
+    """Writes the manifest of a folder that is complete but for it.
+
+    Args:
+        folder: the checkpoint.
+        hf: its source.
+        hashes: of the Hugging Face tensors, recorded while they were read.
+        kind: "torch_dist" or "torch".
+        plan: the `fingerprint` of the conversion.
+        saved: what a reader finds in the folder.
+        **more: further facts, such as the layout of a "torch" checkpoint.
+    """
+    content = {
+        "version": 1,
+        "made_by": made_by(),
+        "plan": plan,
+        "format": kind,
+        "model": model_facts(hf),
+        **more,
+        "tensors": {
+            name: {"sha256": digest, "dtype": hf.tensors[name].dtype, "shape": list(hf.tensors[name].shape)}
+            for name, digest in sorted(hashes.items())
+        },
+        "files": file_facts(saved),
+    }
+    content["sha256"] = _digest(content)
+    replace_text(folder / NAME, json.dumps(content, indent=1) + "\n")
+
+
+def made_by() -> dict[str, str]:
+    """Versions, for a manifest or a measurement."""
+    found = {"python": platform.python_version()}
+    for package in ("simpo-megatron", "torch", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "source"
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None where it has none.
+
+    Raises:
+        UserError: it is not what was written.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digest = content.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}); copy it again, or convert again") from None
+    if content.get("version") != 1 or digest != _digest(content):
+        raise UserError(f"{path} was changed after it was written; copy it again, or convert again")
+    return content
+
+
+def file_facts(saved: StoredModel) -> dict[str, dict[str, Any]]:
+    """Size and hash of what is no tensor's, for every file of a checkpoint but the manifest."""
+    blocks: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for stored in saved.parameters:
+        for block in (*stored.tiles, *stored.replicas):
+            rows = min(block.rows, max(0, stored.item.rows - block.row))  # padding rows are not hashed with the tensor
+            blocks[block.file].append((block.offset, rows * block.columns * stored.item.item_size))
+    facts = {}
+    for path in sorted(path for path in saved.folder.rglob("*") if path.is_file() and path.name != NAME):
+        name = path.relative_to(saved.folder).as_posix()
+        facts[name] = {"size": path.stat().st_size, "sha256": _gaps_digest(path, blocks[str(path)])}
+    return facts
+
+
+def _gaps_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
+    digest, position = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        for start, size in (*sorted(set(extents)), (path.stat().st_size, 0)):
+            stream.seek(position)
+            while position < start:
+                data = stream.read(min(start - position, 2**20))
+                if not data:
+                    break
+                digest.update(data)
+                position += len(data)
+            position = max(position, start + size)
+    return digest.hexdigest()
+
+
+def check_manifest(folder: Path, hf: HFModel, keys: dict[str, Any]) -> bool:
+    """Whether a folder has a manifest; compares it with the model a run is about to train.
+
+    Args:
+        folder: the checkpoint.
+        hf: the model, from --hf-checkpoint.
+        keys: of the weights the checkpoint really holds.
+
+    Raises:
+        UserError: another architecture, missing or extra tensors.
+    """
+    content = read_manifest(folder)
+    if content is None:
+        return False
+    facts, wanted = content["model"], json.loads(json.dumps(model_facts(hf)))
+    for name, value in wanted.items():
+        if facts.get(name) != value:
+            raise UserError(
+                f"{folder / NAME} says {name} {facts.get(name)}, but the config.json of {hf.path} gives {value}; give the "
+                "--hf-checkpoint it was converted from"
+            )
+    expected = {name: list(shape) for name, shape in expected_tensors(hf)}
+    found = {name: tensor["shape"] for name, tensor in content["tensors"].items()}
+    for fault, names in (("lacks", expected.keys() - found.keys()), ("also holds", found.keys() - expected.keys())):
+        if names:
+            raise UserError(
+                f"{folder / NAME} {fault} {', '.join(sorted(names)[:5])} ({len(names)} in all): convert again"
+            )
+    if not keys:
+        raise UserError(f"{folder} holds no weights; convert again")
+    return True
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

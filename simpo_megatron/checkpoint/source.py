@@ -1,0 +1,105 @@
+"""A Hugging Face checkpoint as a source: its config and the places of its tensors, safetensors or pytorch_model*.bin.
+
+Of .bin files the pickles are read without loading or running anything (`pickles.py`); a directory without weights serves
+for a plan, with the tensors its config.json implies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from simpo_megatron.checkpoint.pickles import ITEM_SIZE, StoredTensor
+from simpo_megatron.checkpoint.zips import read_torch_file
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf import (
+    INDEX,
+    SINGLE,
+    HFModel,
+    HFTensor,
+    check_tensors,
+    expected_tensors,
+    read_hf_checkpoint,
+    read_json,
+    read_safetensors,
+)
+
+BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def read_source(path: Path) -> HFModel:
+    """A checkpoint to convert, its tensors compared with the weight table.
+
+    Raises:
+        UserError: as `read_hf_checkpoint` and `check_tensors`, or a tensor's bytes are not those of its shape.
+    """
+    hf = read_hf_checkpoint(path, _read_tensors)
+    check_tensors(hf)
+    for name, tensor in hf.tensors.items():
+        _check_extent(name, tensor)
+    return hf
+
+
+def read_config(path: Path) -> HFModel:
+    """A checkpoint whose weights do not matter, or are not there."""
+    return read_hf_checkpoint(path, lambda _: {})
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a directory holds weights, or at least an index of them."""
+    return any((path / name).exists() for name in (INDEX, SINGLE, BIN_INDEX, BIN))
+
+
+def imagine_weights(hf: HFModel) -> HFModel:
+    """The model with the tensors config.json implies, in the dtype it states; for plans."""
+    dtype = str(hf.config.get("dtype") or hf.config.get("torch_dtype") or "bfloat16")
+    if dtype not in _TORCH_DTYPES:
+        raise UserError(f"config.json sets dtype {dtype!r}; supported are {', '.join(_TORCH_DTYPES)}")
+    found = {name: HFTensor(hf.path / "absent", shape, _TORCH_DTYPES[dtype]) for name, shape in expected_tensors(hf)}
+    return replace(hf, tensors=found)
+
+
+def tensor_bytes(tensor: HFTensor) -> int:
+    """Its size on disk."""
+    return math.prod(tensor.shape) * ITEM_SIZE.get(tensor.dtype, 0)
+
+
+def _check_extent(name: str, tensor: HFTensor) -> None:
+    if tensor.dtype not in ITEM_SIZE:
+        raise UserError(f"{name} in {tensor.file} has dtype {tensor.dtype}; only F32, F16 and BF16 weights convert")
+    if tensor.length is not None and tensor.length != tensor_bytes(tensor):
+        raise UserError(
+            f"{name} in {tensor.file} has {tensor.length} bytes, but its shape {list(tensor.shape)} in {tensor.dtype} needs "
+            f"{tensor_bytes(tensor)}; download the file again"
+        )
+
+
+def _read_tensors(path: Path) -> dict[str, HFTensor]:
+    if (path / INDEX).exists() or (path / SINGLE).exists() or not any(path.glob("*.bin")):
+        return read_safetensors(path)
+    if (path / BIN_INDEX).exists():
+        index = read_json(path / BIN_INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise UserError(f"{path / BIN_INDEX}: weight_map must map tensor names to file names; download it again")
+        files = sorted(set(index.values()))
+    else:
+        files = [BIN]
+    tensors: dict[str, HFTensor] = {}
+    for name in files:
+        if Path(name).name != name or not (path / name).is_file():
+            raise UserError(f"{path} has no file {name}, which its index names; download that shard")
+        tensors |= _read_bin(path / name)
+    return tensors
+
+
+def _read_bin(path: Path) -> dict[str, HFTensor]:
+    file = read_torch_file(path)
+    if not isinstance(file.content, dict):
+        raise UserError(f"{path} holds no state dict; give the file that from_pretrained reads")
+    return {
+        name: HFTensor(path, tensor.shape, tensor.dtype, file.place(tensor))
+        for name, tensor in file.content.items()
+        if isinstance(tensor, StoredTensor)
+    }

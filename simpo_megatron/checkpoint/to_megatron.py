@@ -1,0 +1,113 @@
+"""Hugging Face -> Megatron: the plan of a conversion, and running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from simpo_megatron.checkpoint import bundle
+from simpo_megatron.checkpoint.dist_reader import read_dist
+from simpo_megatron.checkpoint.items import Block, Item, model_items
+from simpo_megatron.checkpoint.legacy import Layout, RankFile, lay_out_ranks, stages
+from simpo_megatron.checkpoint.legacy_reader import read_legacy
+from simpo_megatron.checkpoint.manifest import write_manifest
+from simpo_megatron.checkpoint.moves import Step, Unit
+from simpo_megatron.checkpoint.run import Options, Target, file_stamps, fingerprint, replace_text, run
+from simpo_megatron.checkpoint.slabs import slab_bytes, write_step
+from simpo_megatron.checkpoint.torch_dist import DistFile, lay_out_files, write_metadata
+from simpo_megatron.models.hf import HFModel
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # Megatron starts such a checkpoint at step 0 and asks for no optimizer state
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A plan: the units of work and what they lay out.
+
+    Attributes:
+        hf: the source.
+        units: see work.py.
+        items: all parameters with their blocks, for the report of a plan.
+        files: of the torch_dist format, else empty.
+        layout: of the torch format, else None.
+    """
+
+    hf: HFModel
+    units: tuple[Unit, ...]
+    items: tuple[tuple[Item, tuple[Block, ...]], ...]
+    files: tuple[DistFile, ...]
+    layout: Layout | None
+
+
+def plan_conversion(hf: HFModel, layout: Layout | None, options: Options) -> Conversion:
+    """Plans every byte.
+
+    Args:
+        hf: the source, checked (`source.read_source`).
+        layout: of the torch format; None for torch_dist.
+        options: the size of the slabs follows from its memory and workers.
+
+    Raises:
+        UserError: a dtype that does not convert, or a layout that does not divide the model.
+    """
+    items = list(model_items(hf, {name: tensor.dtype for name, tensor in hf.tensors.items()}))
+    size = slab_bytes(options.max_memory, options.workers)
+
+    def step(item: Item, blocks: Sequence[Block]) -> Step:
+        return write_step(item, blocks, hf.tensors, size)
+
+    if layout is None:
+        files = lay_out_files(items, hf.num_layers)
+        units = [
+            Unit(file.name, (file.out(),), tuple(step(item, blocks) for item, blocks in file.items)) for file in files
+        ]
+        placed = [(item, tuple(blocks)) for file in files for item, blocks in file.items]
+        return Conversion(hf, tuple(units), tuple(placed), tuple(files), None)
+    ranks = lay_out_ranks(hf, items, layout)
+    units, placed = [], []
+    for name, members in stages(ranks).items():
+        blocks = _by_item(members)
+        placed += [(item, tuple(blocks[item.name])) for item in items if item.name in blocks]
+        steps = tuple(step(item, blocks[item.name]) for item in items if item.name in blocks)
+        units.append(Unit(name, tuple(rank.out for rank in members), steps))
+    return Conversion(hf, tuple(units), tuple(placed), (), layout)
+
+
+def _by_item(ranks: Sequence[RankFile]) -> dict[str, list[Block]]:
+    blocks: dict[str, list[Block]] = {}
+    for rank in ranks:
+        for name, own in rank.blocks.items():
+            blocks.setdefault(name, []).extend(own)
+    return blocks
+
+
+def convert_to_megatron(conversion: Conversion, save: Path, options: Options) -> bool:
+    """Runs a plan into `save`/release; returns whether it is published (see `run.run`).
+
+    Raises:
+        UserError: as `run.run`.
+    """
+    hf, layout = conversion.hf, conversion.layout
+    sources = sorted({tensor.file for tensor in hf.tensors.values()})
+    plan = fingerprint("to megatron", 1, hf.config, file_stamps(sources), asdict(layout) if layout else None)
+
+    def finish(folder: Path, hashes: dict[str, str]) -> None:
+        args = bundle.megatron_args(hf)
+        if layout is None:
+            write_metadata(folder, conversion.files, hf.num_layers, bundle.namespace(args))
+        replace_text(folder / "megatron_args.yaml", bundle.yaml_text(hf, args))
+        saved = read_dist(folder, hf) if layout is None else read_legacy(folder, hf)
+        facts = {} if layout is None else {"layout": asdict(layout)}
+        write_manifest(folder, hf, hashes, "torch" if layout else "torch_dist", plan, saved, **facts)
+
+    target = Target(save, save / RELEASE, lambda: replace_text(save / TRACKER, RELEASE), lambda: _replaceable(save))
+    return run(conversion.units, target, options, plan, finish, f"to {save / RELEASE}")
+
+
+def _replaceable(save: Path) -> bool:
+    names = {path.name for path in save.iterdir()}
+    return names <= {TRACKER, RELEASE, f".{RELEASE}.conversion", f".{RELEASE}.old"} and (
+        RELEASE not in names or (save / RELEASE / "conversion.json").exists()
+    )

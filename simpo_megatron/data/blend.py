@@ -1,0 +1,60 @@
+"""What `--train-data` says: one source, or several with or without weights (`0.7 a 0.3 b`, as Megatron-LM has it)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpo_megatron.data.store import BlendedPairs, Pairs
+from simpo_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Sources, and their weights where they have some."""
+
+    sources: list[str]
+    weights: list[float] | None = None
+
+    def join(self, parts: Sequence[Pairs]) -> Pairs:
+        """The pairs of all sources as one. Raises UserError for a weight that leaves a source no pair."""
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            return BlendedPairs(parts, self.weights)
+        except ValueError as error:
+            raise UserError(f"{' '.join(self.sources)}: {error}; give weights closer to each other") from error
+
+
+def parse_blend(values: Sequence[str], flag: str) -> Blend:
+    """Reads the values of a flag; one value that holds them all, as YAML writes it, is split at spaces.
+
+    Raises:
+        UserError: weights that do not parse, or that only some of the sources have.
+    """
+    if len(values) == 1 and not Path(values[0]).exists() and len(values[0].split()) > 1:
+        values = values[0].split()
+    if len(values) == 1:
+        return Blend(list(values))
+    example = "give a weight before every source, as in 0.7 a 0.3 b, or none"
+    numbers = [_number(value) for value in values]
+    if all(number is None for number in numbers):
+        return Blend(list(values))
+    if len(values) % 2:
+        raise UserError(f"{flag} {' '.join(values)}: {len(values)} values are no pairs of weight and source; {example}")
+    sources, weights = list(values[1::2]), []
+    for value, weight, source in zip(values[::2], numbers[::2], sources, strict=True):
+        if weight is None or not math.isfinite(weight) or weight <= 0:
+            raise UserError(f"{flag}: the weight {value!r} of {source} is not a number above 0; {example}")
+        weights.append(weight)
+    for source, number in zip(sources, numbers[1::2], strict=True):
+        if number is not None:
+            raise UserError(f"{flag}: {source!r} stands where a source is due; {example}")
+    return Blend(sources, weights)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return None if Path(text).exists() else float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,120 @@
+"""Scored responses to a prompt -> preference pairs."""
+
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from simpo_megatron.data.encode import Row
+from simpo_megatron.errors import UserError
+
+Strategy = Literal["best-worst", "best-random", "all"]
+"""best-worst: the paper's, one pair a prompt; best-random: the best one and any other; all: every two responses."""
+
+
+@dataclass
+class PairingReport:
+    """What became of the prompts."""
+
+    prompts: int = 0
+    pairs: int = 0
+    too_few: int = 0
+    """Prompts with fewer than two responses."""
+    no_gap: int = 0
+    """Prompts none of whose pairs has the gap."""
+
+    def summary(self, path: str | Path) -> str:
+        """One line."""
+        return (
+            f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self.no_gap} prompts without the score gap, "
+            f"{self.too_few} with fewer than two responses"
+        )
+
+
+def build_pairs(
+    rows: Iterable[Row], report: PairingReport, strategy: Strategy, min_score_gap: float, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Rows with `prompt` (string or messages) and `responses` ({"content": str, "score": number, ...}) -> rows of pairs in
+    the UltraFeedback-binarized schema, counted in `report`.
+
+    A pair's scores differ by more than 0 and by `min_score_gap` at least. `best-random` draws from (seed, row). Raises
+    UserError naming the row that is of another form.
+    """
+    for number, (where, row) in enumerate(rows):
+        prompt, responses = _read(row, where)
+        report.prompts += 1
+        if len(responses) < 2:
+            report.too_few += 1
+            continue
+        found = [
+            (chosen, rejected)
+            for chosen, rejected in _candidates(responses, strategy)
+            if chosen[1] > rejected[1] and chosen[1] - rejected[1] >= min_score_gap
+        ]
+        if strategy == "best-random" and found:
+            found = [random.Random(f"{seed}/{number}").choice(found)]
+        report.no_gap += not found
+        report.pairs += len(found)
+        for chosen, rejected in found:
+            yield {
+                "prompt": prompt[-1]["content"],
+                "chosen": [*prompt, {"role": "assistant", "content": chosen[0]}],
+                "rejected": [*prompt, {"role": "assistant", "content": rejected[0]}],
+                "score_chosen": chosen[1],
+                "score_rejected": rejected[1],
+            }
+
+
+def write_pairs(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Writes JSON Lines beside `path` and moves them there at the end. Raises UserError where it cannot."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror or error}; choose another file") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _candidates(
+    responses: list[tuple[str, float]], strategy: Strategy
+) -> Iterable[tuple[tuple[str, float], tuple[str, float]]]:
+    """Best first within a pair; equal scores keep the order of the row."""
+    ranked = sorted(responses, key=lambda response: -response[1])
+    if strategy == "best-worst":
+        return [(ranked[0], ranked[-1])]
+    if strategy == "best-random":
+        return [(ranked[0], other) for other in ranked[1:]]
+    return combinations(ranked, 2)
+
+
+def _read(row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[tuple[str, float]]]:
+    prompt, responses = row.get("prompt"), row.get("responses")
+    if isinstance(prompt, str) and prompt:
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+        raise UserError(f"{where}: `prompt` is neither a text nor a list of messages; mend the row.")
+    if not isinstance(responses, list):
+        raise UserError(f"{where}: no list `responses` of {{content, score}}; mend the row.")
+    found = []
+    for number, response in enumerate(responses, start=1):
+        content = response.get("content") if isinstance(response, dict) else None
+        score = response.get("score") if isinstance(response, dict) else None
+        if not isinstance(content, str):
+            raise UserError(f"{where}: response {number} has no text `content`; mend the row.")
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < float("inf"):
+            raise UserError(f"{where}: response {number} has the `score` {score!r}; it must be a finite number.")
+        found.append((content, float(score)))
+    return prompt, found
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

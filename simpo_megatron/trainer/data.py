@@ -1,0 +1,100 @@
+"""The pairs of a run on every rank: prepared sets mapped by each, raw files tokenized by rank 0 and sent to the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from simpo_megatron.config import Config
+from simpo_megatron.data import Pairs, PairStore, load_preferences
+from simpo_megatron.data.blend import Blend, parse_blend
+from simpo_megatron.data.prepared import PreparedPairs, is_prepared
+from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf import HFModel
+from simpo_megatron.trainer.distributed import broadcast_store, together
+
+
+def load_data(config: Config, hf: HFModel) -> tuple[Pairs, Pairs | None, list[str]]:
+    """The training and the validation pairs, and what to say about them (on rank 0).
+
+    Collectives: one broadcast of which sources are prepared; what `together` and `broadcast_store` need, for each source.
+
+    Raises:
+        UserError: a source cannot be read, or was prepared for another model; the same on every rank.
+    """
+    loader = _Loader(config, hf)
+    found = [
+        None if values is None else loader.load(parse_blend(values, flag))
+        for flag, values in (("--train-data", config.data.train_data), ("--valid-data", config.data.valid_data))
+    ]
+    assert found[0] is not None, "checked by DataConfig"
+    return found[0], found[1], loader.said
+
+
+class _Loader:
+    def __init__(self, config: Config, hf: HFModel) -> None:
+        self.config, self.hf = config, hf
+        self.said: list[str] = []
+        self.tokenizer: Any = None
+        with together():
+            if dist.get_rank() == 0:
+                self.tokenizer = load_tokenizer(hf.path)
+
+    def load(self, blend: Blend) -> Pairs:
+        return blend.join([self._load(source) for source in blend.sources])
+
+    def _load(self, source: str) -> Pairs:
+        first = dist.get_rank() == 0
+        prepared = [is_prepared(source)]
+        dist.broadcast_object_list(prepared, src=0)  # a node that does not see the files must say so, not wait
+        pairs: Pairs | None = None
+        with together():
+            if prepared[0]:
+                pairs = open_prepared(source, self.config, self.hf, self.tokenizer)
+                if first:
+                    self.said.append(pairs.report.summary(source))
+            elif first:
+                pairs, report = load_preferences(
+                    source, self.tokenizer, self.config.data.options, eos_token_ids=self.hf.eos_token_ids, progress=True
+                )
+                self.said.append(report.summary(source))
+            if first:
+                assert pairs is not None
+                check_ids(pairs, self.hf, source)
+        if isinstance(pairs, PreparedPairs):
+            return pairs
+        return broadcast_store(pairs if isinstance(pairs, PairStore) else None)
+
+
+def open_prepared(prefix: str, config: Config, hf: HFModel, tokenizer: Any) -> PreparedPairs:
+    """Maps a prepared set.
+
+    Args:
+        prefix: of its files.
+        config, hf: of the run.
+        tokenizer: to compare the set with what it was prepared for; None to map it unchecked.
+
+    Raises:
+        UserError: it cannot be read, was prepared for another model or otherwise, or holds a sequence too long for a row.
+    """
+    pairs, data = PreparedPairs(prefix, verify=tokenizer is not None), config.data
+    if tokenizer is not None:
+        pairs.check(fingerprint(tokenizer, hf.eos_token_ids), data.given_options, hf.path)
+    if 2 * pairs.longest_sequence > data.seq_length:
+        raise UserError(
+            f"{prefix} holds a sequence of {pairs.longest_sequence} tokens, and a row of --seq-length {data.seq_length} "
+            f"takes pairs of at most {data.seq_length // 2} a sequence; raise --seq-length to at least "
+            f"{2 * pairs.longest_sequence}, or prepare the set with --max-length {data.seq_length // 2}"
+        )
+    return pairs
+
+
+def check_ids(pairs: Pairs, hf: HFModel, source: str) -> None:
+    """Raises UserError where a source holds a token id that the model does not have."""
+    if pairs.largest_token >= hf.vocab_size:
+        raise UserError(
+            f"the tokenizer of {hf.path} gives token id {pairs.largest_token} for {source}, but the model's "
+            f"vocab_size is {hf.vocab_size}; use the tokenizer the model was made with"
+        )

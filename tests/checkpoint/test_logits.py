@@ -1,0 +1,53 @@
+"""`--logits` agrees for right weights, and names the layer for weights that were changed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from simpo_megatron.checkpoint.source import read_source
+from simpo_megatron.checkpoint.to_hf import read_checkpoint
+from tests.checkpoint.checkpoints import to_megatron
+from tests.distributed import free_environment
+from tests.models import tiny
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from simpo_megatron.checkpoint.source import read_source
+from simpo_megatron.checkpoint.to_hf import read_checkpoint
+from simpo_megatron.models.forward_check import compare_forward
+for pair in sys.argv[1:]:
+    hf, release = map(Path, pair.split(":"))
+    source = read_source(hf)
+    print("code", compare_forward(source, read_checkpoint(release, source)))
+"""
+
+
+def test_layer_by_layer(tmp_path: Path) -> None:
+    pairs = []
+    for name in ("llama3", "mistral", "qwen2_tied", "qwen3_moe_plain"):
+        tiny.make(name, tmp_path / name)
+        release = to_megatron(tmp_path / name, tmp_path / f"{name}.megatron") / "release"
+        pairs.append(f"{tmp_path / name}:{release}")
+    last = read_checkpoint(release, read_source(tmp_path / name))
+    stored = next(
+        stored for stored in last.parameters if stored.item.name.endswith("layers.2.self_attention.linear_proj.weight")
+    )
+    twin = tmp_path / "changed"
+    twin.mkdir()
+    for file in release.iterdir():
+        (twin / file.name).write_bytes(file.read_bytes())
+    path = twin / Path(stored.tiles[0].file).name
+    data = bytearray(path.read_bytes())
+    data[stored.tiles[0].offset + 3] ^= 0x02  # the exponent of one weight
+    path.write_bytes(data)
+    pairs.append(f"{tmp_path / name}:{twin}")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *pairs], capture_output=True, text=True, env=free_environment(), timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code")]
+    assert codes == ["code 0"] * 4 + ["code 1"], done.stdout
+    assert "1 of 6 differ, the first is layer 2" in done.stdout

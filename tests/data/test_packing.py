@@ -1,0 +1,125 @@
+"""The plan of a batch: every pair once, rows full, ranks and microbatches alike in cost."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simpo_megatron.data import pack_rows, pair_costs, pairs_of_batch, plan_batch
+
+lengths_and_row = st.integers(1, 50).flatmap(
+    lambda row: st.tuples(st.lists(st.integers(1, row), max_size=60).map(np.array), st.just(row))
+)
+
+
+def flat(rows):
+    return sorted(pair for row in rows for pair in row)
+
+
+@given(lengths_and_row)
+def test_packing_holds_every_pair_once_within_the_row(case):
+    lengths, row = case
+    rows = pack_rows(lengths, row)
+    assert flat(rows) == list(range(len(lengths)))
+    sums = [int(lengths[pairs].sum()) for pairs in rows]
+    assert all(0 < tokens <= row for tokens in sums)
+    assert rows == pack_rows(lengths.copy(), row)
+    # No row could be poured into another one.
+    assert len(sums) < 2 or sum(sorted(sums)[:2]) > row
+
+
+def test_best_fit():
+    assert pack_rows(np.array([3, 6, 5, 4, 2]), 10) == [[1, 3], [2, 0, 4]]
+
+
+def test_pair_longer_than_a_row():
+    with pytest.raises(ValueError, match="pair 1 has 11 tokens, a row has 10"):
+        pack_rows(np.array([3, 11]), 10)
+
+
+@given(lengths_and_row, st.integers(1, 9), st.integers(1, 4))
+def test_plan(case, ranks, multiple):
+    lengths, row = case
+    plan = plan_batch(lengths, row, ranks, multiple)
+    assert len(plan) == ranks
+    counts = {len(packs) for packs in plan}
+    assert len(counts) == 1
+    assert min(counts) >= 1
+    assert min(counts) % multiple == 0
+    packs = [pack for rank in plan for pack in rank]
+    assert flat(packs) == list(range(len(lengths)))
+    assert all(sum(int(lengths[pair]) for pair in pack) <= row for pack in packs)
+    assert min(counts) - multiple < max(1, -(-len(pack_rows(lengths, row)) // ranks))  # not more than needed
+    for rank in plan:  # empty packs come last
+        assert [bool(pack) for pack in rank] == sorted((bool(pack) for pack in rank), reverse=True)
+    assert plan == plan_batch(lengths.copy(), row, ranks, multiple)
+
+
+@given(lengths_and_row, st.integers(1, 9))
+def test_ranks_are_balanced(case, ranks):
+    lengths, row = case
+    sums = [sum(int(lengths[pair]) for pack in rank for pair in pack) for rank in plan_batch(lengths, row, ranks)]
+    assert max(sums) - min(sums) <= row
+
+
+def realistic(count, seed):
+    """Prompt, chosen and rejected tokens, distributed as those of judged answers are."""
+    generator = np.random.default_rng(seed)
+    median, spread = np.array([[32], [300], [100]]), np.array([[0.9], [0.7], [0.9]])
+    return np.clip(median * np.exp(spread * generator.standard_normal((3, count))), 1, 1000).astype(np.int64)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_are_nearly_full(seed):
+    prompt, chosen, rejected = realistic(1280, seed)
+    lengths = 2 * prompt + chosen + rejected
+    rows = sum(len(pack_rows(lengths[start : start + 128], 4096)) for start in range(0, 1280, 128))
+    fewest = sum(-(-int(lengths[start : start + 128].sum()) // 4096) for start in range(0, 1280, 128))
+    assert rows <= 1.02 * fewest, "a last row is rarely full; beyond that hardly anything is wasted"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_and_microbatches_cost_alike(ranks):
+    prompt, chosen, rejected = realistic(256, ranks)
+    costs = pair_costs(prompt, [chosen, rejected], hidden_size=1024)
+    plan = plan_batch(2 * prompt + chosen + rejected, 4096, ranks, costs=costs)
+    of_row = np.array([[costs[row].sum() for row in rank] for rank in plan])
+    assert of_row.sum(axis=1).max() < 1.03 * of_row.sum(axis=1).mean()
+    assert of_row.max() < 1.1 * of_row.mean(), "no microbatch keeps a pipeline waiting"
+
+
+def test_pairs_that_cannot_be_spread_stay_packed():
+    lengths = np.array([6, 5, 5, 4])  # by cost: 6 | 5, then 5 beside 5, and 4 fits only beside 6
+    assert plan_batch(lengths, 10, 1) == [[[0, 3], [1, 2]]]
+
+
+def test_an_even_spread_beats_best_fit():
+    rows = pack_rows(np.array([4, 4, 3, 3, 3, 3]), 10)  # best fit decreasing: 4 4, 3 3 3, 3
+    assert flat(rows) == list(range(6)) and len(rows) == 2
+
+
+def test_costs_by_hand():
+    prompt, responses = np.array([3]), [np.array([2]), np.array([1])]
+    assert pair_costs(prompt, responses, hidden_size=1) == pytest.approx([5 + 4 + (25 + 16) / 12])
+    # Once: prompt and chosen as they were; of the rejected response only what it adds.
+    assert pair_costs(prompt, responses, hidden_size=1, shared=True) == pytest.approx([5 + 1 + (25 + 16 - 9) / 12])
+    assert pair_costs(prompt, responses[:1], hidden_size=1) == pytest.approx([5 + 25 / 12])
+
+
+@given(lengths_and_row, st.integers(1, 7), st.integers(1, 12), st.integers(0, 99))
+def test_every_pair_of_an_epoch_once_whatever_the_ranks(case, ranks, batch, seed):
+    lengths, row = case
+    seen = []
+    for position in range(0, len(lengths), batch):
+        pairs = pairs_of_batch(position, min(batch, len(lengths) - position), len(lengths), seed)
+        plan = plan_batch(lengths[pairs], row, ranks)
+        seen += [int(pairs[i]) for rank in plan for pack in rank for i in pack]
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_rows_are_dealt_back_and_forth():
+    assert plan_batch(np.array([10, 9, 8, 7]), 10, 2) == [[[0], [3]], [[1], [2]]]
+
+
+def test_no_pairs_is_one_empty_pack_a_rank():
+    assert plan_batch(np.array([], dtype=np.int64), 10, 2, 2) == [[[], []], [[], []]]

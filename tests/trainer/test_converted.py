@@ -1,0 +1,59 @@
+"""Training starts from a converted checkpoint as from its source, at any layout, and refuses one of another model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.checkpoints import same_bits, tensors, to_hf, to_megatron
+from tests.tiny import make_checkpoint, make_rows, write_rows
+from tests.trainer.runs import flags, read_rows, run_and_read, train
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    model = make_checkpoint(folder / "model")
+    return model, write_rows(folder / "pairs.jsonl", make_rows(20)), to_megatron(model, folder / "megatron")
+
+
+def test_the_same_run_as_from_the_source(inputs: tuple[Path, Path, Path], pool: Any, tmp_path: Path) -> None:
+    model, data, converted = inputs
+    argv = flags(model, data, train_iters=2, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    direct = run_and_read(pool, 4, argv, tmp_path / "direct")
+    loaded = run_and_read(pool, 4, [*argv, "--load", str(converted)], tmp_path / "loaded")
+    for row in (*direct, *loaded):
+        del row["tokens_per_second"], row["memory_gib"]
+        row.pop("time", None)
+    assert loaded == direct
+    # its own checkpoints resume as any run's
+    more = [*argv, "--load", str(tmp_path / "loaded"), "--save", str(tmp_path / "loaded"), "--train-iters", "3"]
+    assert pool.run(4, train, more) == [None] * 4
+    assert [row["step"] for row in read_rows(tmp_path / "loaded")] == [1, 2, 3]
+
+
+def test_another_model_is_refused(inputs: tuple[Path, Path, Path], pool: Any, tmp_path: Path) -> None:
+    model, data, converted = inputs
+    other = make_checkpoint(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    [said] = pool.run(1, train, [*flags(other, data), "--load", str(converted)])
+    assert "layernorm_epsilon" in said and "--hf-checkpoint" in said
+    assert model != other
+
+
+@pytest.mark.parametrize("optimizer", ["use_distributed_optimizer", "no_use_distributed_optimizer"])
+def test_a_run_with_optimizer_state_converts_to_its_export(
+    optimizer: str, inputs: tuple[Path, Path, Path], pool: Any, tmp_path: Path
+) -> None:
+    model, data, _ = inputs
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, optimizer: True}
+    argv = flags(model, data, train_iters=2, **layout)
+    more = ["--save", str(tmp_path / "run"), "--export-hf", str(tmp_path / "export")]
+    assert pool.run(4, train, [*argv, *more]) == [None] * 4
+    back = to_hf(tmp_path / "run", tmp_path / "back", hf_reference=model)
+    assert same_bits(tensors(back), tensors(tmp_path / "export"))
+    assert not same_bits(tensors(back), tensors(model))

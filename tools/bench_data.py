@@ -1,0 +1,269 @@
+"""What the data path costs: preparation beside TRL's, ten million pairs mapped, padding, and the loader.
+
+    python tools/bench_data.py --data pairs.jsonl [--hf-checkpoint DIR] [--repeat 2] [--pairs 10000000]
+
+Every preparation runs in a process of its own that has imported everything before the clock starts; TRL's is the construction
+of its trainer less that on two rows. The ten million pairs are real lengths over a sparse .bin, so they take little disk.
+Without `--hf-checkpoint` the model of `bench_step.py` is made. The table goes to the terminal, the rows to
+`tools/results/data.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+CSV = ROOT / "tools" / "results" / "data.csv"
+MAX_LENGTH, SEQ_LENGTH, BATCH = 2048, 4096, 128
+
+
+def prepare_ours(args: argparse.Namespace, folder: Path) -> float:
+    """Seconds from the file to the prepared set on disk, the tokenizer's loading included."""
+    from megatron.core.datasets import indexed_dataset  # noqa: F401  the import is not measured
+
+    from simpo_megatron import compat
+    from simpo_megatron.data import DataOptions
+    from simpo_megatron.data.prepare import prepare
+    from simpo_megatron.data.tokenizer import load_tokenizer
+
+    compat.quiet_megatron()
+    load_tokenizer(args.hf_checkpoint)
+    options = DataOptions(max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH // 2)
+    started = time.perf_counter()
+    prepare(args.data, args.hf_checkpoint, folder / "ours", options, workers=args.workers)
+    return time.perf_counter() - started
+
+
+def prepare_trl(args: argparse.Namespace, folder: Path) -> float:
+    """Seconds that a trainer of TRL takes longer for all rows than for two of them."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import DPOConfig, DPOTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    make_config, make_trainer = (CPOConfig, CPOTrainer) if args.only == "trl-cpo" else (DPOConfig, DPOTrainer)
+    rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
+    messages = [
+        {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]} for row in rows
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(args.hf_checkpoint)
+    small = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(small).save_pretrained(folder / "small")
+    config = make_config(
+        output_dir=str(folder),
+        max_length=MAX_LENGTH,
+        dataset_num_proc=args.workers if args.workers > 1 else None,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+
+    def seconds(some: list[dict[str, Any]]) -> float:
+        data: Any = Dataset.from_list(some)
+        started = time.perf_counter()
+        make_trainer(model=str(folder / "small"), args=config, train_dataset=data, processing_class=tokenizer)
+        return time.perf_counter() - started
+
+    few = seconds(messages[:2])
+    return seconds(messages) - few
+
+
+def make_large(prefix: Path, pairs: int) -> None:
+    """A prepared set of lengths as in the real data; the ids are a hole in the file."""
+    from simpo_megatron.data.prepared import RECORD, SUFFIXES, VERSION, part
+
+    generator = np.random.default_rng(0)
+    median, spread = np.array([32, 300, 100]), np.array([0.9, 0.7, 0.9])
+    lengths = np.exp(spread * generator.standard_normal((pairs, 3), dtype=np.float32))
+    lengths = np.clip(median * lengths, 1, 1000).astype(np.int32).ravel()
+    ends = np.cumsum(lengths, dtype=np.int64)
+    with part(prefix, ".idx").open("wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3 * pairs, pairs + 1))
+        file.write(lengths.tobytes() + (4 * (ends - lengths)).tobytes())
+        file.write(np.arange(0, 3 * pairs + 1, 3, dtype=np.int64).tobytes())
+    with part(prefix, ".bin").open("wb") as file:
+        file.truncate(4 * int(ends[-1]))
+    records = np.lib.format.open_memmap(part(prefix, ".pairs.npy"), "w+", RECORD, (pairs,))
+    records["weight"], records["margin"] = 1, np.nan
+    records.flush()
+    about = {
+        "version": VERSION,
+        "pairs": pairs,
+        "tokens": int(ends[-1]),
+        "crc32": dict.fromkeys(SUFFIXES[:3], 0),
+        "largest_token": 0,
+        "longest_sequence": 2000,
+        "options": {"max_length": MAX_LENGTH},
+        "fingerprint": {},
+        "report": {},
+    }
+    part(prefix, ".json").write_text(json.dumps(about))
+
+
+def open_large(prefix: Path) -> dict[str, float]:
+    """Seconds and MiB of resident memory that a set takes to open, and then to give the first and a later batch."""
+    import psutil
+    import torch  # noqa: F401  imports are not measured
+    from megatron.core.datasets import indexed_dataset  # noqa: F401
+
+    from simpo_megatron import compat
+    from simpo_megatron.data.prepared import PreparedPairs
+
+    compat.quiet_megatron()
+
+    def resident() -> float:
+        return psutil.Process().memory_info().rss / 2**20
+
+    def batch(position: int) -> None:
+        pairs = data.order(position, BATCH, seed=1)
+        _ = [ids.sum() for i in pairs for ids in data.pair(i)], data.weight[pairs], data.prompt_length[pairs]
+
+    before, started = resident(), time.perf_counter()
+    data = PreparedPairs(prefix, verify=False)
+    found = {"open_seconds": time.perf_counter() - started, "open_mib": resident() - before}
+    started = time.perf_counter()
+    batch(0)
+    found["first_batch_seconds"] = time.perf_counter() - started
+    started = time.perf_counter()
+    for step in range(1, 51):
+        batch(step * BATCH)
+    found["batch_seconds"] = (time.perf_counter() - started) / 50
+    found["after_51_batches_mib"] = resident() - before
+    return found
+
+
+def loader(store: Any, shared: bool) -> dict[str, float]:
+    """Seconds a step of `BATCH` pairs takes to plan and to lay out as tensors."""
+    from simpo_megatron.batch import BatchCounts, pack_pairs
+    from simpo_megatron.data import pair_costs, plan_batch
+
+    steps, tokens, started = len(store) // BATCH, 0, time.perf_counter()
+    for step in range(steps):
+        pairs = store.order(step * BATCH, BATCH, seed=1)
+        prompt, responses = (
+            store.prompt_length[pairs],
+            [store.chosen_length[pairs], store.rejected_length[pairs]],
+        )
+        lengths = prompt * (1 if shared else 2) + sum(responses)
+        for row in plan_batch(lengths, SEQ_LENGTH, 1, costs=pair_costs(prompt, responses, 4096, shared))[0]:
+            batch = pack_pairs(store, pairs[row].tolist(), BatchCounts(BATCH, 1), share_prompts=shared)
+            tokens += batch.tokens.shape[1]
+    return {"seconds_a_step": (time.perf_counter() - started) / steps, "tokens_an_epoch": tokens}
+
+
+def child(args: argparse.Namespace, only: str, **flags: Any) -> Any:
+    """Runs one measurement in its own process."""
+    command = [sys.executable, __file__, "--only", only, "--data", str(args.data)]
+    command += ["--hf-checkpoint", str(args.hf_checkpoint)]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{only} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def benchmark(args: argparse.Namespace, folder: Path) -> list[tuple[str, str, float, str]]:
+    """(measure, setting, value, unit) of everything."""
+    from simpo_megatron.data.doctor import packing_figures
+    from simpo_megatron.data.prepared import PreparedPairs
+
+    lines = args.data.read_text(encoding="utf-8").splitlines()
+    args.data = folder / "rows.jsonl"
+    args.data.write_text("\n".join(lines * args.repeat) + "\n", encoding="utf-8")
+    count = len(lines) * args.repeat
+    found: list[tuple[str, str, float, str]] = []
+    rates = {}
+    sides = [(only, workers) for workers in (1, 2) for only in ("ours", "trl-cpo", "trl-dpo")]
+    for only, workers in sides:
+        rates[only, workers] = count / child(args, only, workers=workers, folder=folder)
+        found.append(("preparation", f"{only}, {workers} workers, {count} rows", rates[only, workers], "pairs/s"))
+    for other in ("trl-cpo", "trl-dpo"):
+        best = max(rates[other, workers] for workers in (1, 2))
+        found.append(("preparation", f"ours, 2 workers / {other}, its best", rates["ours", 2] / best, "ratio"))
+    pairs = PreparedPairs(folder / "ours")
+    real = np.stack([pairs.prompt_length[:], pairs.chosen_length[:], pairs.rejected_length[:]], axis=1)[: len(lines)]
+    figures = packing_figures(real, SEQ_LENGTH)
+    for name in ("padding_unpacked", "padding_packed", "tokens_per_row", "saved_by_shared_prompts"):
+        found.append(("packing", f"{name}, rows of {SEQ_LENGTH}, {BATCH} pairs a batch", figures[name], ""))
+    for shared in (False, True):
+        for name, value in loader(pairs, shared).items():
+            found.append(("loader", f"{name}, shared prompts {shared}, {BATCH} pairs a step", value, ""))
+    for size in (1000, args.pairs):
+        make_large(folder / f"large{size}", size)
+        for name, value in child(args, "open", prefix=folder / f"large{size}").items():
+            found.append(("mapped set", f"{name}, {size} pairs", value, name.rsplit("_", 1)[1]))
+    return found
+
+
+def append_csv(rows: list[tuple[str, str, float, str]], args: argparse.Namespace, data: str, load: float) -> None:
+    """Appends the rows with machine, load and versions."""
+    from bench_step import processor
+
+    where = {
+        "date": time.strftime("%Y-%m-%d"),
+        "data": data,
+        "machine": processor(),
+        "load_average": round(load, 1),
+        **{name: version(name) for name in ("megatron-core", "transformers", "tokenizers", "trl", "numpy")},
+    }
+    CSV.parent.mkdir(exist_ok=True)
+    new = not CSV.exists()
+    with CSV.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow([*where, "measure", "setting", "value", "unit"])
+        for measure, setting, value, unit in rows:
+            writer.writerow([*where.values(), measure, setting, f"{value:.5g}", unit])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="JSONL of pairs (UltraFeedback-binarized)")
+    parser.add_argument("--hf-checkpoint", type=Path)
+    parser.add_argument("--repeat", type=int, default=2, help="times the rows are prepared")
+    parser.add_argument("--pairs", type=int, default=10_000_000, help="pairs of the large set")
+    for name, kind in (("--only", str), ("--workers", int), ("--folder", Path), ("--prefix", Path)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # how the tool calls itself
+    args = parser.parse_args()
+    if args.only:
+        measure = {"ours": prepare_ours, "open": lambda args, _: open_large(args.prefix)}.get(args.only, prepare_trl)
+        print("\n" + json.dumps(measure(args, args.folder)))
+        return
+    if not args.data.is_file():
+        parser.error(f"--data {args.data} is not a file")
+    from bench_step import make_model
+    from rich.console import Console
+    from rich.table import Table
+
+    load, data = os.getloadavg()[0], args.data.name
+    with tempfile.TemporaryDirectory() as folder:
+        args.hf_checkpoint = args.hf_checkpoint or make_model(Path(folder) / "model", args.data)
+        rows = benchmark(args, Path(folder))
+    table = Table("measure", "setting", "value", "unit")
+    for measure, setting, value, unit in rows:
+        table.add_row(measure, setting, f"{value:.4g}", unit)
+    Console().print(table)
+    append_csv(rows, args, data, load)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Converts a Hugging Face checkpoint to Megatron's formats, without a GPU, without Megatron and in bounded memory.
+
+    python tools/hf_to_megatron.py --hf-checkpoint MODEL --save OUT [--plan] [--max-memory 1GiB] [--workers 4]
+    python tools/hf_to_megatron.py --hf-checkpoint MODEL --save OUT --format torch --tensor-model-parallel-size 8
+
+OUT/release is then what `--load OUT` of Megatron-LM and of this package's trainer reads; OUT/release/megatron_args.yaml has
+the arguments that belong to it. `torch_dist` (the default) loads at every layout. Exit code 2 and one line for a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from simpo_megatron.checkpoint.cli import Parser, add_conversion_flags, positive, run_program  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = Parser(prog="hf_to_megatron.py", description="Hugging Face checkpoint -> Megatron checkpoint.")
+    parser.add_argument("--hf-checkpoint", type=Path, required=True, metavar="DIR", help="what to convert")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where; DIR/release is made")
+    parser.add_argument("--format", choices=("torch_dist", "torch"), default="torch_dist", help="(default torch_dist)")
+    add_conversion_flags(parser)
+    group = parser.add_argument_group("layout, of --format torch alone")
+    group.add_argument("--tensor-model-parallel-size", type=positive, metavar="N")
+    group.add_argument("--pipeline-model-parallel-size", type=positive, metavar="N")
+    group.add_argument("--num-layers-per-virtual-pipeline-stage", type=positive, metavar="N")
+    group.add_argument("--expert-model-parallel-size", type=positive, metavar="N")
+    group.add_argument("--decoder-first-pipeline-num-layers", type=positive, metavar="N")
+    group.add_argument("--decoder-last-pipeline-num-layers", type=positive, metavar="N")
+    group.add_argument(
+        "--transformer-impl", choices=("transformer_engine", "local"), help="whose names (default the first)"
+    )
+    group.add_argument("--moe-grouped-gemm", action="store_const", const=True, help="names of grouped experts")
+    group.add_argument("--make-vocab-size-divisible-by", type=positive, metavar="N", help="(default 128)")
+    return parser
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Converts; 0 when the checkpoint, or this shard of it, is written."""
+    args = build_parser().parse_args(argv)
+    from simpo_megatron.checkpoint.legacy import Layout
+    from simpo_megatron.checkpoint.plan import report_to_megatron
+    from simpo_megatron.checkpoint.run import Options
+    from simpo_megatron.checkpoint.source import has_weights, imagine_weights, read_config, read_source
+    from simpo_megatron.checkpoint.to_megatron import convert_to_megatron, plan_conversion
+    from simpo_megatron.errors import UserError
+
+    given = {name: getattr(args, name) for name in Layout.__dataclass_fields__ if getattr(args, name) is not None}
+    if given and args.format == "torch_dist":
+        flag = "--" + next(iter(given)).replace("_", "-")
+        raise UserError(f"{flag} is of --format torch; torch_dist loads at every layout, so drop it")
+    imagined = args.plan and args.hf_checkpoint.is_dir() and not has_weights(args.hf_checkpoint)
+    hf = imagine_weights(read_config(args.hf_checkpoint)) if imagined else read_source(args.hf_checkpoint)
+    options = Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
+    conversion = plan_conversion(hf, Layout(**given) if args.format == "torch" else None, options)
+    if args.plan:
+        report_to_megatron(conversion, options, args.save)
+        return 0
+    if convert_to_megatron(conversion, args.save, options):
+        print(f"{args.save / 'release'} is complete; `--load {args.save}` reads it")
+    else:
+        index, count = args.shard
+        print(f"share {index + 1}/{count} is written; the node that finishes last publishes {args.save / 'release'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    return run_program("hf_to_megatron.py", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

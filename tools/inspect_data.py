@@ -1,0 +1,69 @@
+"""The data doctor: what a preference set would do to training, before it does.
+
+    python tools/inspect_data.py --data PREFIX_OR_FILE --hf-checkpoint DIR [--seq-length N] [--valid-data FILE] [--report FILE]
+
+It reads the set as training would and counts: double, missing and lost BOS and EOS, template mismatches, tokens across the
+boundary, truncation, empty, identical, tied, duplicated and contradictory pairs, odd characters, validation prompts in the
+training data, length bias, padding. It shows one pair token by token (`--pair N`), with what is scored. `--report` writes an
+HTML page. Exit code 0, or 1 when something would spoil training (the table says what mends it), or 2 for what cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo_megatron import compat
+from simpo_megatron.arguments import data_options, data_parser
+from simpo_megatron.config import DataConfig
+from simpo_megatron.data.doctor import CHECKS, Doctor
+from simpo_megatron.data.encode import with_progress
+from simpo_megatron.data.prepared import PreparedPairs, is_prepared
+from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.report import print_report, write_html
+from simpo_megatron.data.tokenizer import eos_token_ids, fingerprint, load_tokenizer
+from simpo_megatron.program import exit_code
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examines, reports, and returns the exit code."""
+    compat.quiet_megatron()
+    tokenizer, eos_ids = load_tokenizer(args.hf_checkpoint), eos_token_ids(args.hf_checkpoint)
+    seq_length = getattr(args, "seq_length", DataConfig.seq_length)
+    doctor = Doctor(tokenizer, data_options(args), eos_ids, seq_length, args.pair)
+    if args.valid_data is not None:
+        doctor.remember_prompts(args.valid_data)
+    if is_prepared(args.data):
+        pairs = PreparedPairs(args.data, verify=False)
+        pairs.verify()
+        pairs.check(fingerprint(tokenizer, eos_ids), {}, args.hf_checkpoint)
+        doctor.examine_prepared(pairs)
+    else:
+        doctor.examine_rows(with_progress(read_rows(args.data), f"Examining {args.data}"))
+    doctor.finish()
+    print_report(doctor, args.data)
+    if args.report is not None:
+        write_html(doctor, args.data, args.report)
+        print(f"report: {args.report}")
+    return 1 if any(doctor.spoils(name) for name in CHECKS) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+
+    def action() -> int:
+        parser = data_parser("inspect_data.py", __doc__)
+        parser.add_argument("--data", required=True, metavar="SOURCE", help="a prepared prefix, or what it is made of")
+        parser.add_argument("--hf-checkpoint", required=True, type=Path, help="folder of the model: its tokenizer")
+        parser.add_argument("--valid-data", default=None, metavar="SOURCE", help="rows that must not stand in --data")
+        parser.add_argument("--pair", type=int, default=1, metavar="N", help="the pair to show, from 1 (default 1)")
+        parser.add_argument("--report", type=Path, default=None, metavar="FILE", help="write an HTML page here")
+        return run(parser.parse_args(argv))
+
+    return exit_code("inspect_data.py", action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Converts a Megatron checkpoint, torch_dist or torch, to Hugging Face safetensors, in bounded memory and without Megatron.
+
+    python tools/megatron_to_hf.py --load RUN --hf-reference MODEL --save OUT [--plan] [--dtype bfloat16] [--workers 4]
+
+RUN is what some --save wrote to (its tracker names the iteration), or the folder of one iteration; optimizer state is left
+out. config, tokenizer, chat template and generation config are copied from MODEL as they are. Without --hf-reference, the
+config is made from the checkpoint's arguments. Exit code 2 and one line for a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from simpo_megatron.checkpoint.cli import Parser, add_conversion_flags, positive, run_program  # noqa: E402
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = Parser(prog="megatron_to_hf.py", description="Megatron checkpoint -> Hugging Face checkpoint.")
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="what to convert")
+    parser.add_argument("--hf-reference", type=Path, metavar="DIR", help="config and tokenizer to go with the weights")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of all tensors (default: the checkpoint's)")
+    parser.add_argument("--vocab-size", type=positive, metavar="N", help="without padding; instead of --hf-reference")
+    parser.add_argument("--drop-trained-padding", action="store_true",
+                        help="leave out rows beyond the vocabulary even if they are not zero")  # fmt: skip
+    add_conversion_flags(parser)
+    return parser
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Converts; 0 when the checkpoint, or this shard of it, is written."""
+    args = build_parser().parse_args(argv)
+    from simpo_megatron.checkpoint.config_from_args import model_from_args
+    from simpo_megatron.checkpoint.plan import report_to_hf
+    from simpo_megatron.checkpoint.run import Options
+    from simpo_megatron.checkpoint.source import read_config
+    from simpo_megatron.checkpoint.to_hf import (
+        check_padding,
+        checkpoint_folder,
+        convert_to_hf,
+        plan_export,
+        read_checkpoint,
+    )
+
+    folder = checkpoint_folder(args.load)
+    hf = read_config(args.hf_reference) if args.hf_reference else model_from_args(folder, args.vocab_size)
+    saved = read_checkpoint(folder, hf)
+    options = Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
+    if not args.drop_trained_padding:
+        check_padding(saved)
+    export = plan_export(hf, saved, options, DTYPES.get(args.dtype))
+    if args.plan:
+        report_to_hf(export, options, args.save)
+        return 0
+    if convert_to_hf(export, args.save, options):
+        print(f"{args.save} is complete")
+    else:
+        index, count = args.shard
+        print(f"share {index + 1}/{count} is written; the node that finishes last publishes {args.save}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    return run_program("megatron_to_hf.py", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

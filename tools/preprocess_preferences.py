@@ -1,0 +1,58 @@
+"""Preferences -> a prepared set that training maps from disk: tokenized once, checked, the same for any number of workers.
+
+    python tools/preprocess_preferences.py --input SOURCE --hf-checkpoint DIR --output-prefix PREFIX [--workers N]
+
+SOURCE is a .jsonl (or .json, the same lines), .jsonl.gz or .parquet file, a folder that `datasets` saved (FOLDER or
+FOLDER:SPLIT) or a dataset of the hub (OWNER/NAME or OWNER/NAME:SPLIT). Of the checkpoint only the tokenizer and the ids that
+end a turn are read. PREFIX.bin and .idx are Megatron's IndexedDataset (prompt, chosen, rejected: the sequences of a document);
+PREFIX.pairs.npy and .json are the rest. Train on it with `--train-data PREFIX`. Exit code 2 and one line for a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo_megatron import compat
+from simpo_megatron.arguments import data_options, data_parser
+from simpo_megatron.data.prepare import prepare
+from simpo_megatron.data.prepared import is_prepared
+from simpo_megatron.errors import UserError
+from simpo_megatron.program import exit_code
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepares, and prints what became of the rows."""
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers} must be at least 1")
+    compat.quiet_megatron()
+    if is_prepared(args.input):
+        raise UserError(f"--input {args.input} is prepared already; give the source it was made of")
+    started = time.perf_counter()
+    options = data_options(args)
+    report = prepare(args.input, args.hf_checkpoint, args.output_prefix, options, workers=args.workers, progress=True)
+    seconds = time.perf_counter() - started
+    print(report.summary(args.input))
+    print(f"{args.output_prefix}: {report.pairs} pairs in {seconds:.1f} s, {report.rows / seconds:.0f} rows/s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+
+    def action() -> None:
+        parser = data_parser("preprocess_preferences.py", __doc__)
+        parser.add_argument("--input", required=True, metavar="SOURCE", help="the preferences")
+        parser.add_argument("--hf-checkpoint", required=True, type=Path, help="folder of the model: its tokenizer")
+        parser.add_argument("--output-prefix", required=True, type=Path, metavar="PREFIX", help="files to write")
+        parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: the cores)")
+        run(parser.parse_args(argv))
+
+    return exit_code("preprocess_preferences.py", action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
