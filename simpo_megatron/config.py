@@ -6,16 +6,14 @@ setting. `arguments.py` turns the groups into flags. Fields carry their help tex
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.data.config import DataConfig
-from simpo_megatron.errors import UserError
-from simpo_megatron.settings import Group, flag, require, setting
+from simpo_megatron.models.limits import check_rows
+from simpo_megatron.presets import Preset
+from simpo_megatron.settings import Group, flag, parse_size, require, setting
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,7 @@ class ModelConfig(Group):
     @property
     def slab_bytes(self) -> int:
         """--head-slab-bytes as a number."""
-        found = re.fullmatch(r"([1-9]\d*) *([KMG]iB)?", self.head_slab_bytes)
-        if found is None:
-            raise UserError(f"--head-slab-bytes {self.head_slab_bytes} is no size; give bytes, or e.g. 256MiB or 1GiB")
-        return int(found[1]) * 1024 ** (" KMG".index(found[2][0]) if found[2] else 0)
+        return parse_size("--head-slab-bytes", self.head_slab_bytes)
 
 
 @dataclass(frozen=True)
@@ -177,6 +172,12 @@ class LossConfig(Group):
 class TrainConfig(Group):
     """training"""
 
+    preset: Preset | None = setting(
+        None, "hyperparameters of the SimPO paper, by the model they were tuned for; file and flags win over it"
+    )
+    dry_run: bool = setting(
+        False, "check flags, layout, data, checkpoint and folders on one CPU process, and train nothing"
+    )
     global_batch_size: int = setting(128, "pairs an optimizer step sees, over all ranks")
     train_iters: int | None = setting(None, "optimizer steps")
     train_epochs: float | None = setting(None, "passes over the training pairs, instead of --train-iters")
@@ -280,7 +281,7 @@ class Config:
         require(
             save is None or save != export, f"--export-hf {export} is the --save folder too; export to another folder"
         )
-        self._check_rows()
+        check_rows(self.data.seq_length, self.parallel)
         self._check_shared_prompts()
 
     def _check_shared_prompts(self) -> None:
@@ -294,20 +295,6 @@ class Config:
             not (shared and self.loss.members == 1),
             "--share-prompts has nothing to share with --objective sft, which computes the chosen response alone; drop it",
         )
-
-    def _check_rows(self) -> None:
-        # Under context parallelism each half of a row must take the longest sequence, padded to its multiple.
-        parallel, length = self.parallel, self.data.seq_length
-        context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-        multiple, why = 2 * sequence_multiple(context), f"4 x --context-parallel-size {context}"
-        if context == 1:
-            multiple, why = 1, ""
-        if parallel.sequence_parallel and not parallel.variable_seq_lengths:
-            multiple = math.lcm(multiple, context * tensor)
-            why += f"{' and ' if why else ''}--tensor-model-parallel-size {tensor}, which cuts rows of fixed length"
-        below, above = length // multiple * multiple, round_up(length, multiple)
-        near = " or ".join(str(n) for n in (below, above) if n)
-        require(length % multiple == 0, f"--seq-length {length} must be a multiple of {multiple} ({why}); use {near}")
 
     def warnings(self, num_parameters: int) -> list[str]:
         """Settings that are allowed and have spoilt other people's runs, for a model of this size."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,18 @@ def require(condition: bool, sentence: str) -> None:
     """Raises UserError with the sentence where the condition does not hold."""
     if not condition:
         raise UserError(sentence)
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes of a size such as 80GiB; `name` is the flag, for the error.
+
+    >>> parse_size("--gpu-memory", "80GiB") // 2**30
+    80
+    """
+    found = re.fullmatch(r"([1-9]\d*) *([KMG]iB)?", text)
+    if found is None:
+        raise UserError(f"{name} {text} is no size; give bytes, or e.g. 256MiB or 1GiB")
+    return int(found[1]) * 1024 ** (" KMG".index(found[2][0]) if found[2] else 0)
 
 
 class Group:

@@ -3,11 +3,13 @@
     torchrun --nproc-per-node 4 -m simpo_megatron.train --hf-checkpoint MODEL --train-data pairs.jsonl \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --train-epochs 1 --export-hf ALIGNED
 
-`--help` lists every flag. Exit code 2 and one line for a mistake that the user can mend.
+`--help` lists every flag; `--dry-run` checks a run on one CPU process (`dry_run.py`). Exit code 2 and one line for a
+mistake that the user can mend.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,13 +27,14 @@ def run(config: Config) -> None:
     """
     compat.quiet_megatron()
     compat.check_megatron_core()
+    from simpo_megatron.dry_run import dry_run
     from simpo_megatron.models.export import check_target
     from simpo_megatron.models.hf import read_hf_checkpoint
     from simpo_megatron.trainer.checkpointing import check_new_run, check_writable
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down, together
     from simpo_megatron.trainer.loop import Run, layout_config
 
-    device = resolve_device(config.train.device)
+    device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
     assert config.model.hf_checkpoint is not None
     hf = read_hf_checkpoint(config.model.hf_checkpoint)
     for flag, folder in (
@@ -42,6 +45,10 @@ def run(config: Config) -> None:
         if folder is not None:
             check_writable(flag, folder)
     check_new_run(config.checkpoint.save, config.checkpoint.load)
+    if config.train.dry_run:
+        if int(os.environ.get("RANK", 0)) == 0:
+            dry_run(config, hf)
+        return
     transformer = layout_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
     if config.model.export_hf is not None:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes .venv in the repository root, installs this package and its development tools, and activates it.
 #
 #     . tools/venv.sh        # from the repository root, in bash
@@ -21,6 +22,7 @@ simpo_venv() {
         .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
         echo "$wanted" >.venv/installed # last: an interrupted install starts over
     fi
+    # shellcheck disable=SC1091
     . .venv/bin/activate
 }
 

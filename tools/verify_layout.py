@@ -40,6 +40,7 @@ FIXED = {
     "export_hf": None,
     "tensorboard_dir": None,
     "wandb_project": None,
+    "dry_run": False,
 }
 
 

@@ -60,7 +60,7 @@ def read_dist(folder: Path, hf: HFModel) -> StoredModel:
     if unknown := sorted(key for key in chunks if key not in used):
         raise UserError(
             f"{folder} holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {hf.family.name} with this config.json "
-            "does not have; give the --hf-reference it was trained from"
+            "does not have; give the model it was trained from"
         )
     return StoredModel(folder, tuple(parameters), args_of(read_common(folder)))
 
@@ -155,6 +155,7 @@ def _halves(item: Item, key: str, index: tuple[int, ...]) -> Iterator[tuple[str,
 def _find(item: Item, num_layers: int, chunks: _ByLead, sizes: dict[str, tuple[int, ...]], used: set[str]) -> Stored:
     blocks: list[Block] = []
     dtypes: set[str] = set()
+    leading = tuple(size for _, size in axes(item, num_layers))
     for key, index, row, rows in _candidates(item, num_layers):
         if key not in sizes:
             continue
@@ -163,14 +164,17 @@ def _find(item: Item, num_layers: int, chunks: _ByLead, sizes: dict[str, tuple[i
         fits = shape[1:] == item.shape[1:] and (
             shape[:1] == (rows,) or (item.weight.is_vocabulary and shape[0] >= rows)
         )
-        if not fits or any(at >= size for at, size in zip(index, sizes[key], strict=False)):
+        lead = leading[len(leading) - len(index) :]
+        if not fits or sizes[key][: len(index)] != lead:
             raise UserError(
-                f"{key} has shape {list(sizes[key])} in the checkpoint, but config.json gives {[rows, *item.shape[1:]]} for "
-                f"each layer or expert; give the --hf-reference it was trained from"
+                f"{key} has shape {list(sizes[key])} in the checkpoint, but config.json gives "
+                f"{[*lead, rows, *item.shape[1:]]}; give the model it was trained from"
             )
         blocks += [_block(place, index, row, dtypes) for place in chunks.of(key, index)]
     if not blocks:
-        raise UserError(f"the checkpoint has no {item.name}, which config.json asks for; give the right --hf-reference")
+        raise UserError(
+            f"the checkpoint has no {item.name}, which config.json asks for; give the model it was trained from"
+        )
     if len(dtypes) > 1:
         raise UserError(f"{item.name} is stored in {' and '.join(sorted(dtypes))}; save it in one dtype")
     return stored(replace(item, dtype=dtypes.pop()), blocks)

@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,22 @@ def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTe
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give a local Hugging Face checkpoint (download it first)")
-    config = read_json(path / "config.json")
+    return replace(read_hf_config(path), tensors=(read_tensors or read_safetensors)(path))
+
+
+def read_hf_config(path: Path) -> HFModel:
+    """A model without its weights: `tensors` is empty.
+
+    Args:
+        path: a checkpoint directory, or a config.json by whatever name.
+
+    Raises:
+        UserError: the config is missing or not JSON, or the model is not one that runs.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    config = read_json(file)
     family = _family(path, config)
-    generation = path / "generation_config.json"
+    generation = file.parent / "generation_config.json"
     eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     eos = config.get("eos_token_id") if eos is None else eos
     return HFModel(
@@ -126,7 +139,7 @@ def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTe
         vocab_size=required(config, "vocab_size"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         tied=bool(config.get("tie_word_embeddings", False)),
-        tensors=(read_tensors or read_safetensors)(path),
+        tensors={},
     )
 
 

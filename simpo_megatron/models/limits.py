@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.errors import UserError
+from simpo_megatron.settings import flag
+
+if TYPE_CHECKING:
+    from simpo_megatron.config import ParallelConfig
 
 
 def one_of(values: Iterable[int]) -> str:
@@ -25,6 +30,42 @@ def one_of(values: Iterable[int]) -> str:
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def layout_arguments(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
+    """A layout as arguments of TransformerConfig, for a model of this many layers.
+
+    Raises:
+        UserError: the chunks of virtual stages, or of recomputation, do not divide the layers.
+    """
+    stages, chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    if chunk is not None and num_layers % (stages * chunk):
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {chunk} x --pipeline-model-parallel-size {stages} does not divide "
+            f"the model's {num_layers} layers; choose a chunk size that does"
+        )
+    virtual = 1 if chunk is None else num_layers // (stages * chunk)
+    layers = num_layers // (stages * virtual)
+    if parallel.recompute_method == "uniform" and layers % (parallel.recompute_num_layers or 1):
+        raise UserError(
+            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {layers} layers of a model chunk; "
+            "choose a number that does, or --recompute-method block"
+        )
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
+        "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "recompute_granularity": parallel.recompute_granularity,
+        "recompute_method": parallel.recompute_method,
+        "recompute_num_layers": parallel.recompute_num_layers,
+        "variable_seq_lengths": parallel.variable_seq_lengths,
+    }
 
 
 def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
@@ -120,3 +161,69 @@ def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
         f"{layers} of the model's {num_layers} layers do not divide into {of}; use --pipeline-model-parallel-size "
         f"{one_of(counts or [1])}, or give the first and the last stage another number of layers"
     )
+
+
+def check_rows(seq_length: int, parallel: ParallelConfig) -> None:
+    """Checks that context and sequence parallelism can cut rows of this many tokens.
+
+    Raises:
+        UserError: they cannot.
+    """
+    # Under context parallelism each half of a row must take the longest sequence, padded to its multiple.
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    multiple, why = 2 * sequence_multiple(context), f"4 x --context-parallel-size {context}"
+    if context == 1:
+        multiple, why = 1, ""
+    if parallel.sequence_parallel and not parallel.variable_seq_lengths:
+        multiple = math.lcm(multiple, context * tensor)
+        why += f"{' and ' if why else ''}--tensor-model-parallel-size {tensor}, which cuts rows of fixed length"
+    below, above = seq_length // multiple * multiple, round_up(seq_length, multiple)
+    near = " or ".join(str(n) for n in (below, above) if n)
+    if seq_length % multiple:
+        raise UserError(f"--seq-length {seq_length} must be a multiple of {multiple} ({why}); use {near}")
+
+
+def _cuts(experts: bool, parallel: dict[str, Any]) -> list[dict[str, int]]:
+    """The sizes Megatron cuts the processes into: for attention, and again for the experts."""
+    tensor, pipeline = parallel["tensor_model_parallel_size"], parallel["pipeline_model_parallel_size"]
+    cuts = [
+        {
+            "tensor_model_parallel_size": tensor,
+            "pipeline_model_parallel_size": pipeline,
+            "context_parallel_size": parallel["context_parallel_size"],
+        }
+    ]
+    if experts:
+        cuts.append(
+            {
+                "expert_tensor_parallel_size": parallel["expert_tensor_parallel_size"] or tensor,
+                "pipeline_model_parallel_size": pipeline,
+                "expert_model_parallel_size": parallel["expert_model_parallel_size"],
+            }
+        )
+    return cuts
+
+
+def processes_needed(experts: bool, parallel: dict[str, Any]) -> int:
+    """The number of processes a run needs a multiple of.
+
+    Args:
+        experts: whether the model has them.
+        parallel: as `check_layout` takes it.
+    """
+    return math.lcm(*(math.prod(cut.values()) for cut in _cuts(experts, parallel)))
+
+
+def check_processes(world_size: int, experts: bool, parallel: dict[str, Any]) -> None:
+    """Checks a number of processes against a layout; arguments as for `processes_needed`.
+
+    Raises:
+        UserError: they cannot be cut so.
+    """
+    for cut in _cuts(experts, parallel):
+        if world_size % math.prod(cut.values()):
+            named = " x ".join(f"{flag(name)} {size}" for name, size in cut.items())
+            raise UserError(
+                f"{world_size} processes cannot be cut into {named}; start a multiple of "
+                f"{processes_needed(experts, parallel)} (torchrun --nproc-per-node)"
+            )

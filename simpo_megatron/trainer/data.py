@@ -52,7 +52,9 @@ class _Loader:
         pairs: Pairs | None = None
         with together():
             if prepared[0]:
-                pairs = self._open(source, first)
+                pairs = open_prepared(source, self.data, self.hf, self.tokenizer)
+                if first:
+                    self.said.append(pairs.report.summary(source))
             elif first:
                 pairs, report = load_preferences(
                     source, self.tokenizer, self.data.options, eos_token_ids=self.hf.eos_token_ids, progress=True
@@ -60,27 +62,39 @@ class _Loader:
                 self.said.append(report.summary(source))
             if first:
                 assert pairs is not None
-                self._check_ids(pairs, source)
+                check_ids(pairs, self.hf, source)
         if isinstance(pairs, PreparedPairs):
             return pairs
         return broadcast_store(pairs if isinstance(pairs, PairStore) else None)
 
-    def _open(self, prefix: str, first: bool) -> PreparedPairs:
-        pairs, data = PreparedPairs(prefix, verify=first), self.data
-        if first:
-            pairs.check(fingerprint(self.tokenizer, self.hf.eos_token_ids), data.given_options, self.hf.path)
-            self.said.append(pairs.report.summary(prefix))
-        if 2 * pairs.longest_sequence > data.seq_length:
-            raise UserError(
-                f"{prefix} holds a sequence of {pairs.longest_sequence} tokens, and a row of --seq-length {data.seq_length} "
-                f"takes pairs of at most {data.seq_length // 2} a sequence; raise --seq-length to at least "
-                f"{2 * pairs.longest_sequence}, or prepare the set with --max-length {data.seq_length // 2}"
-            )
-        return pairs
 
-    def _check_ids(self, pairs: Pairs, source: str) -> None:
-        if pairs.largest_token >= self.hf.vocab_size:
-            raise UserError(
-                f"the tokenizer of {self.hf.path} gives token id {pairs.largest_token} for {source}, but the model's "
-                f"vocab_size is {self.hf.vocab_size}; use the tokenizer the model was made with"
-            )
+def open_prepared(prefix: str, data: DataConfig, hf: HFModel, tokenizer: Any) -> PreparedPairs:
+    """Maps a prepared set.
+
+    Args:
+        prefix: of its files.
+        data, hf: of the run.
+        tokenizer: to compare the set with what it was prepared for; None to map it unchecked.
+
+    Raises:
+        UserError: it cannot be read, was prepared for another model or otherwise, or holds a sequence too long for a row.
+    """
+    pairs = PreparedPairs(prefix, verify=tokenizer is not None)
+    if tokenizer is not None:
+        pairs.check(fingerprint(tokenizer, hf.eos_token_ids), data.given_options, hf.path)
+    if 2 * pairs.longest_sequence > data.seq_length:
+        raise UserError(
+            f"{prefix} holds a sequence of {pairs.longest_sequence} tokens, and a row of --seq-length {data.seq_length} "
+            f"takes pairs of at most {data.seq_length // 2} a sequence; raise --seq-length to at least "
+            f"{2 * pairs.longest_sequence}, or prepare the set with --max-length {data.seq_length // 2}"
+        )
+    return pairs
+
+
+def check_ids(pairs: Pairs, hf: HFModel, source: str) -> None:
+    """Raises UserError where a source holds a token id that the model does not have."""
+    if pairs.largest_token >= hf.vocab_size:
+        raise UserError(
+            f"the tokenizer of {hf.path} gives token id {pairs.largest_token} for {source}, but the model's "
+            f"vocab_size is {hf.vocab_size}; use the tokenizer the model was made with"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from simpo_megatron import cpu
 from simpo_megatron.data import PairStore
 from simpo_megatron.errors import UserError
-from simpo_megatron.settings import flag
+from simpo_megatron.models.limits import check_processes
 
 
 def resolve_device(device: str) -> str:
@@ -49,7 +48,7 @@ def initialize(layout: TransformerConfig, timeout_minutes: int, device: str, see
     else:
         alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
-    _check_processes(dist.get_world_size(), layout)
+    check_processes(dist.get_world_size(), layout.num_moe_experts is not None, vars(layout))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -60,34 +59,6 @@ def initialize(layout: TransformerConfig, timeout_minutes: int, device: str, see
         distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def _check_processes(world_size: int, layout: TransformerConfig) -> None:
-    """Megatron cuts the processes of a pipeline stage twice: for attention, and again for the experts."""
-    pipeline = ("pipeline_model_parallel_size", layout.pipeline_model_parallel_size)
-    cuts = [
-        [
-            ("tensor_model_parallel_size", layout.tensor_model_parallel_size),
-            pipeline,
-            ("context_parallel_size", layout.context_parallel_size),
-        ]
-    ]
-    if layout.num_moe_experts is not None:
-        etp = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
-        cuts.append(
-            [
-                ("expert_tensor_parallel_size", etp),
-                pipeline,
-                ("expert_model_parallel_size", layout.expert_model_parallel_size),
-            ]
-        )
-    needed = math.lcm(*(math.prod(size for _, size in cut) for cut in cuts))
-    for cut in cuts:
-        if world_size % math.prod(size for _, size in cut):
-            named = " x ".join(f"{flag(name)} {size}" for name, size in cut)
-            raise UserError(
-                f"{world_size} processes cannot be cut into {named}; start a multiple of {needed} (torchrun --nproc-per-node)"
-            )
 
 
 def shut_down() -> None:

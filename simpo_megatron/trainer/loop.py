@@ -13,14 +13,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
+from simpo_megatron.arguments import flat
 from simpo_megatron.config import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.microbatches import GlobalBatch
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.limits import layout_arguments
 from simpo_megatron.models.load import load_hf_weights
 from simpo_megatron.models.spec import use_transformer_engine
+from simpo_megatron.presets import describe
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
 from simpo_megatron.trainer.data import load_data
@@ -35,52 +38,18 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
     Raises:
         UserError: the layout does not divide the model.
     """
-    parallel = config.parallel
     if config.data.share_prompts and use_transformer_engine(config.model.transformer_impl):
         raise UserError(
             "--share-prompts: Transformer Engine's attention cannot let two responses share a prompt; use --transformer-impl "
             "local, or drop the flag"
         )
-    virtual = _virtual_stages(config, hf)
-    chunk = hf.num_layers // (parallel.pipeline_model_parallel_size * (virtual or 1))
-    if parallel.recompute_method == "uniform" and chunk % (parallel.recompute_num_layers or 1):
-        raise UserError(
-            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {chunk} layers of a model chunk; "
-            "choose a number that does, or --recompute-method block"
-        )
     return transformer_config(
         hf,
         bf16=config.train.bf16,
         transformer_impl=config.model.transformer_impl,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual,
-        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
-        sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         moe_aux_loss_coeff=config.loss.moe_aux_loss_coeff,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method=parallel.recompute_method,
-        recompute_num_layers=parallel.recompute_num_layers,
-        variable_seq_lengths=parallel.variable_seq_lengths,
+        **layout_arguments(config.parallel, hf.num_layers),
     )
-
-
-def _virtual_stages(config: Config, hf: HFModel) -> int | None:
-    parallel, layers = config.parallel, hf.num_layers
-    chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
-    if chunk is None:
-        return None
-    if layers % (stages * chunk):
-        raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {chunk} x --pipeline-model-parallel-size {stages} does not divide "
-            f"the model's {layers} layers; choose a chunk size that does"
-        )
-    virtual = layers // (stages * chunk)
-    return virtual if virtual > 1 else None
 
 
 def total_pairs(config: Config, num_pairs: int) -> int:
@@ -90,6 +59,29 @@ def total_pairs(config: Config, num_pairs: int) -> int:
         return train.train_iters * train.global_batch_size
     assert train.train_epochs is not None
     return max(1, round(train.train_epochs * num_pairs))
+
+
+def converted_weights(config: Config) -> Path | None:
+    """Weights to start from that are no run's, such as tools/hf_to_megatron.py writes."""
+    load = config.checkpoint.load
+    return None if load is None else checkpointing.release_dir(load)
+
+
+def checkpoint_to_load(config: Config) -> int | None:
+    """The step that --load resumes from, None where the run starts from the Hugging Face checkpoint.
+
+    Raises:
+        UserError: --load names a folder without a complete checkpoint.
+    """
+    settings = config.checkpoint
+    if settings.load is None:
+        return None
+    step = checkpointing.latest_step(settings.load)
+    if step is None and settings.load != settings.save and converted_weights(config) is None:
+        raise UserError(
+            f"--load {settings.load} has no {checkpointing.TRACKER}; give a folder some --save wrote to, or drop --load"
+        )
+    return step
 
 
 class Run:
@@ -125,32 +117,16 @@ class Run:
             make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         )
         with together():
-            if (converted := self._converted()) is not None:
+            if (converted := converted_weights(config)) is not None:
                 checkpointing.load_weights(models, self.hf, converted)
-            elif self._checkpoint_to_load() is None:
+            elif checkpoint_to_load(config) is None:
                 load_hf_weights(models, self.hf, progress=dist.get_rank() == 0)
         return Engine(config, models, transformer, self.hf.vocab_size, self.total)
 
-    def _converted(self) -> Path | None:
-        """Weights to start from that are no run's, such as tools/hf_to_megatron.py writes."""
-        load = self.config.checkpoint.load
-        return None if load is None else checkpointing.release_dir(load)
-
-    def _checkpoint_to_load(self) -> int | None:
-        settings = self.config.checkpoint
-        if settings.load is None:
-            return None
-        step = checkpointing.latest_step(settings.load)
-        if step is None and settings.load != settings.save and self._converted() is None:
-            raise UserError(
-                f"--load {settings.load} has no {checkpointing.TRACKER}; give a folder some --save wrote to, or drop --load"
-            )
-        return step
-
     def _resume(self) -> str:
-        step = self._checkpoint_to_load()
+        step = checkpoint_to_load(self.config)
         if step is None:
-            return f"starting from {self._converted() or self.hf.path}"
+            return f"starting from {converted_weights(self.config) or self.hf.path}"
         root = self.config.checkpoint.load
         assert root is not None
         saved = checkpointing.load(self.engine, root, step)
@@ -201,6 +177,8 @@ class Run:
                 f"SimPO: beta {loss.simpo_beta:g}, gamma {loss.gamma:g} (gamma / beta {loss.gamma / loss.simpo_beta:g}), "
                 f"{loss.simpo_loss_type}"
             )
+        if self.config.train.preset is not None:
+            lines.append(describe(self.config.train.preset, flat(self.config)))
         if loss.moe_aux_loss_coeff:
             lines.append(f"balancing loss of the experts: coefficient {loss.moe_aux_loss_coeff:g}")
         lines.append(

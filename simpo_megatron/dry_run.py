@@ -1,0 +1,181 @@
+"""`--dry-run`: everything about a run that can be known on one CPU process, whatever its layout, in seconds.
+
+    python -m simpo_megatron.train --config run.yaml ... --dry-run
+    WORLD_SIZE=64 python -m simpo_megatron.train --config run.yaml ... --dry-run     # also whether 64 processes fit
+
+Checks flags, layout and number of processes, names and shapes of the checkpoint, the tokenizer on the first rows of the data,
+and the folders; builds no model and no process group, writes nothing. Prints what a run would be, memory included.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from simpo_megatron import compat, cpu
+from simpo_megatron.arguments import flat
+from simpo_megatron.checkpoint.dist_reader import read_dist
+from simpo_megatron.config import Config
+from simpo_megatron.data.blend import parse_blend
+from simpo_megatron.data.encode import encode_rows, nothing_left
+from simpo_megatron.data.prepared import is_prepared
+from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.tokenize import PairEncoder
+from simpo_megatron.data.tokenizer import load_tokenizer
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf import HFModel, check_tensors
+from simpo_megatron.models.limits import check_processes, layout_arguments, processes_needed
+from simpo_megatron.plan.memory import Memory, Workload, estimate
+from simpo_megatron.presets import describe
+
+ROWS = 64  # of each file
+
+
+def dry_run(config: Config, hf: HFModel) -> None:
+    """Checks the run and prints what it would be.
+
+    Args:
+        config: of the run; folders have been checked.
+        hf: its checkpoint.
+
+    Raises:
+        UserError: the run would end in one, as far as that shows here.
+    """
+    cpu.enable()
+    from simpo_megatron.models.export import check_target
+    from simpo_megatron.trainer.loop import layout_config
+
+    remarks = config.warnings(hf.num_parameters)
+    impl = config.model.transformer_impl
+    if impl == "transformer_engine" and not compat.have_transformer_engine():
+        remarks.append(
+            "--transformer-impl transformer_engine: it is not installed here, and has to be where the run is"
+        )
+        config = replace(config, model=replace(config.model, transformer_impl="auto"))
+    if config.model.head == "plain":
+        remarks.append("--head plain: it holds all logits of a row, which the memory above leaves out")
+    layout_config(config, hf)
+    layout = layout_arguments(config.parallel, hf.num_layers)
+    experts = "num_moe_experts" in hf.family.transformer_kwargs(hf.config)
+    needed = processes_needed(experts, layout)
+    world_size = int(os.environ.get("WORLD_SIZE", needed))
+    check_processes(world_size, experts, layout)
+    if config.model.export_hf is not None:
+        check_target(config.model.export_hf)
+    start = _checkpoint(config, hf)
+    tokenizer = load_tokenizer(hf.path)
+    assert config.data.train_data is not None
+    tokens = _pair_tokens(config.data.train_data, "--train-data", config, hf, tokenizer)
+    if config.data.valid_data is not None:
+        _pair_tokens(config.data.valid_data, "--valid-data", config, hf, tokenizer)
+
+    data_parallel = world_size // math.prod(
+        layout[f"{name}_size"] for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
+    )
+    rows = math.ceil(config.train.global_batch_size * tokens / config.data.seq_length)
+    work = Workload(
+        world_size=world_size,
+        seq_length=config.data.seq_length,
+        microbatches=max(1, math.ceil(rows / data_parallel)),
+        slab_bytes=config.model.slab_bytes,
+        bf16=config.train.bf16,
+        distributed_optimizer=config.parallel.use_distributed_optimizer,
+        fused=impl != "local",
+        divisible_by=config.model.make_vocab_size_divisible_by,
+    )
+    lines = {
+        "model": f"{hf.family.name}, {hf.num_parameters:,} parameters, {'bf16' if config.train.bf16 else 'fp32'}; names "
+        "and shapes of all tensors are right",
+        "layout": _describe_layout(config, data_parallel),
+        "processes": f"{world_size}; a multiple of {needed} is needed",
+        "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} rows a step, "
+        f"{work.microbatches} a data-parallel rank",
+        "starts from": start,
+        "memory of a GPU": describe_memory(estimate(hf, layout, work)),
+    }
+    if config.train.preset is not None:
+        lines["settings"] = describe(config.train.preset, flat(config))
+    _show(lines, remarks)
+
+
+def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFModel, tokenizer: Any) -> float:
+    """Checks the sources of a blend, raw files by their first rows; mean tokens of their pairs, prompts twice.
+
+    Raises:
+        UserError: as training, for what these rows show.
+    """
+    from simpo_megatron.trainer.data import check_ids, open_prepared
+
+    found = []
+    for source in parse_blend(values, flag).sources:
+        if is_prepared(source):
+            pairs = open_prepared(source, config.data, hf, tokenizer)
+        else:
+            encoder = PairEncoder(tokenizer, config.data.options, hf.eos_token_ids)
+            chunk = encode_rows(islice(read_rows(source), ROWS), encoder, config.data.options)
+            if not len(chunk.store):
+                raise nothing_left(source, chunk.report)
+            pairs = chunk.store
+        check_ids(pairs, hf, source)
+        found.append(pairs.pair_tokens[:ROWS])
+    return float(np.concatenate(found).mean())
+
+
+def _checkpoint(config: Config, hf: HFModel) -> str:
+    """Where the run starts from, its names and shapes checked.
+
+    Raises:
+        UserError: a checkpoint is not complete, or not of this model.
+    """
+    from simpo_megatron.trainer.checkpointing import checkpoint_dir
+    from simpo_megatron.trainer.loop import checkpoint_to_load, converted_weights
+
+    check_tensors(hf)
+    folder = converted_weights(config)
+    step = None if folder is not None else checkpoint_to_load(config)
+    if step is not None:
+        assert config.checkpoint.load is not None
+        folder = checkpoint_dir(config.checkpoint.load, step)
+    if folder is None:
+        return str(hf.path)
+    try:
+        read_dist(folder, hf)
+    except UserError as error:
+        raise UserError(f"--load {config.checkpoint.load} does not fit {hf.path}: {error}") from error
+    return str(folder)
+
+
+def _describe_layout(config: Config, data_parallel: int) -> str:
+    p = config.parallel
+    sizes = {
+        "tensor": p.tensor_model_parallel_size,
+        "context": p.context_parallel_size,
+        "pipeline": p.pipeline_model_parallel_size,
+        "data": data_parallel,
+    }
+    layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if p.expert_model_parallel_size > 1:
+        layout += f", experts over {p.expert_model_parallel_size}"
+    return f"{layout}, recompute {p.recompute_granularity or 'none'}"
+
+
+def describe_memory(memory: Memory) -> str:
+    """The parts of a memory estimate, in GiB."""
+    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in vars(memory).items() if size)
+    return f"about {memory.total / 2**30:.1f} GiB on the fullest rank ({parts}), CUDA and NCCL not counted"
+
+
+def _show(lines: dict[str, str], remarks: list[str]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for name, text in lines.items():
+        console.print(f"{name + ':':<17}{text}", markup=False)
+    for remark in remarks:
+        console.print(f"warning: {remark}", markup=False)
+    console.print("dry run: nothing is wrong with flags, layout, data, checkpoint and folders", markup=False)

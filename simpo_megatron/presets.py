@@ -1,0 +1,45 @@
+"""The hyperparameters of the SimPO paper (arXiv 2405.14734) and its repository, by the model they were tuned for.
+
+`--preset llama3-instruct`, or `preset: llama3-instruct` in the YAML file: file and flags win over a preset. All of them train
+one epoch of 128 pairs a step at cosine decay after 10 % of warm-up, with sequences of at most 2048 tokens; beta, gamma / beta
+and the learning rate are the paper's for that model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+Preset = Literal["mistral-base", "mistral-instruct", "llama3-base", "llama3-instruct", "llama3-instruct-v0.2"]
+
+_ALL = {
+    "train_epochs": 1.0,
+    "global_batch_size": 128,
+    "lr_decay_style": "cosine",
+    "lr_warmup_fraction": 0.1,
+    "max_length": 2048,
+    "max_prompt_length": 1800,
+}
+_BETA_RATIO_LR = {
+    "mistral-base": (2.0, 0.8, 3e-7),
+    "mistral-instruct": (2.5, 0.1, 5e-7),
+    "llama3-base": (2.0, 0.5, 6e-7),
+    "llama3-instruct": (2.5, 0.55, 1e-6),
+    "llama3-instruct-v0.2": (10.0, 0.3, 1e-6),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {"simpo_beta": beta, "simpo_gamma_beta_ratio": ratio, "lr": lr, **_ALL}
+    for name, (beta, ratio, lr) in _BETA_RATIO_LR.items()
+}
+assert set(PRESETS) == set(get_args(Preset)), "a preset without a name, or a name without values"
+
+
+def describe(preset: str, settings: dict[str, Any]) -> str:
+    """What a preset set of these settings, and what file or flags set otherwise.
+
+    >>> describe("mistral-instruct", {**PRESETS["mistral-instruct"], "lr": 3e-7}).partition("; ")[2]
+    'set otherwise: lr 3e-07 (preset 5e-07)'
+    """
+    values = PRESETS[preset]
+    kept = [f"{name} {value}" for name, value in values.items() if settings[name] == value]
+    other = [f"{name} {settings[name]} (preset {value})" for name, value in values.items() if settings[name] != value]
+    return f"preset {preset}: {', '.join(kept)}" + (f"; set otherwise: {', '.join(other)}" if other else "")

@@ -1,0 +1,48 @@
+"""The command line of tools/plan_layout.py; what it computes: `tests/plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.plan_layout import main
+
+MODEL = str(Path(__file__).parents[2] / "examples" / "llama3_8b" / "model.json")
+
+
+def test_table_answer_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["--model", MODEL, "--gpus", "8", "--compare", "dpo", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "Llama of 8.03e9 parameters" in out and "SimPO: fits from" in out
+    assert "log-probs of the reference computed before" in out
+    report = json.loads(file.read_text())
+    assert report["parameters"] == 8_030_261_248  # of Llama-3-8B
+    simpo, dpo = report["objectives"].values()
+    best = simpo["layouts"][0]
+    assert best["memory"]["total"] == sum(size for name, size in best["memory"].items() if name != "total")
+    assert simpo["fewest_gpus"] <= dpo["fewest_gpus"] and dpo["layouts"][0]["memory"]["reference"] > 0
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", MODEL, "--gpus", "1", "--gpu-memory", "16GiB"]) == 1
+    assert "SimPO: no layout fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--gpus", "8", "--gpu-memory", "80GB"], "--gpu-memory 80GB is no size"),
+        (["--gpus", "0"], "--gpus 0 must be greater than 0"),
+        (["--gpus", "8", "--pair-tokens", "9000"], "--pair-tokens 9000 exceeds --seq-length 4096"),
+        (["--gpus", "8", "--json", "/nowhere/plan.json"], "/nowhere does not exist"),
+        (["--gpus", "many"], "invalid int value"),
+        (["--gpus", "8", "--model", "absent"], "absent does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", MODEL, *argv]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("plan_layout.py: ") and words in line

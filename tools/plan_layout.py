@@ -1,0 +1,212 @@
+"""Which layouts of a model fit into the memory of these GPUs, and what they cost; no GPU and no weights are needed.
+
+    python tools/plan_layout.py --model DIR_OR_CONFIG --gpus 64 --gpu-memory 80GiB --seq-length 4096 \\
+        [--compare dpo] [--json FILE]
+
+DIR_OR_CONFIG is a Hugging Face checkpoint or a config.json. The table has the best layouts first: memory of the fullest rank
+(bf16 weights, fp32 gradients, distributed optimizer, Transformer Engine's layers), the pipeline bubble, and the time of a step
+against an ideal one (`simpo_megatron/plan/layouts.py` says what that leaves out). A tenth of the memory stays free, for the
+CUDA context, communication buffers and fragmentation. `--compare dpo` adds what DPO would need for its reference model.
+
+Exit code: 0 where something fits, 1 where nothing does, 2 for bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf import HFModel, read_hf_config
+from simpo_megatron.plan.layouts import MOST_GPUS, Planned, Request, fewest, fitting
+from simpo_megatron.program import exit_code
+from simpo_megatron.settings import parse_size
+
+SHOWN = 15
+FREE = 0.1  # of the memory
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = _Parser(prog="plan_layout.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", type=Path, required=True, metavar="PATH", help="checkpoint folder or config.json")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
+    parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="of one GPU (default 80GiB)")
+    parser.add_argument("--seq-length", type=int, default=4096, metavar="N", help="tokens of a row (default 4096)")
+    parser.add_argument("--global-batch-size", type=int, default=128, metavar="N", help="pairs of a step (default 128)")
+    parser.add_argument("--pair-tokens", type=int, metavar="N", help="mean tokens of a pair, its prompt twice "
+                        "(default half of --seq-length)")  # fmt: skip
+    parser.add_argument("--head-slab-bytes", default="256MiB", metavar="SIZE", help="as in training (default 256MiB)")
+    parser.add_argument("--compare", choices=["dpo"], help="also what DPO needs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it here")
+    return parser
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A way to train, the layouts that fit at --gpus, and the fewest GPUs on which one fits."""
+
+    name: str
+    layouts: list[Planned]
+    fewest: tuple[int, Planned] | None
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """What to plan for.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+    for flag in ("gpus", "seq_length", "global_batch_size", "pair_tokens"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value} must be greater than 0")
+    pair = args.pair_tokens or max(1, args.seq_length // 2)
+    if pair > args.seq_length:
+        raise UserError(f"--pair-tokens {pair} exceeds --seq-length {args.seq_length}; a row holds whole pairs")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: {args.json.absolute().parent} does not exist; make it first")
+    return Request(
+        gpu_bytes=int(parse_size("--gpu-memory", args.gpu_memory) * (1 - FREE)),
+        seq_length=args.seq_length,
+        rows=math.ceil(args.global_batch_size * pair / args.seq_length),
+        slab_bytes=parse_size("--head-slab-bytes", args.head_slab_bytes),
+    )
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Plans, prints and writes; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    request, hf = read_request(args), read_hf_config(args.model)
+    objectives = [_objective("SimPO", hf, args.gpus, request)]
+    if args.compare:
+        objectives.append(_objective("DPO, reference on the GPUs", hf, args.gpus, replace(request, reference=True)))
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(
+        f"{hf.family.name} of {whole_parameters(hf) / 1e9:.2f}e9 parameters, {args.gpus} GPUs of {args.gpu_memory} "
+        f"({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, {request.rows} rows a step"
+    )
+    for objective in objectives:
+        show(console, objective)
+    for line in answers(objectives, args.gpu_memory):
+        console.print(line)
+    if args.json is not None:
+        report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, objectives)}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0 if objectives[0].layouts else 1
+
+
+def _objective(name: str, hf: HFModel, gpus: int, request: Request) -> Objective:
+    return Objective(name, fitting(hf, gpus, request), fewest(hf, request))
+
+
+def whole_parameters(hf: HFModel) -> int:
+    """Parameters of the model, without padding and copies."""
+    return sum(
+        sum(map(math.prod, weight.shapes)) * sum(1 for _ in weight.instances(hf.num_layers)) for weight in hf.weights
+    )
+
+
+def show(console: Console, objective: Objective) -> None:
+    """The best layouts of one objective."""
+    if not objective.layouts:
+        console.print(f"{objective.name}: no layout fits")
+        return
+    title = (
+        f"{objective.name}: the best {min(SHOWN, len(objective.layouts))} of {len(objective.layouts)} layouts that fit"
+    )
+    table = Table(title=title, title_justify="left")
+    experts = any(one.parallel.expert_tensor_parallel_size for one in objective.layouts)
+    for name in ("TP", "CP", "PP", "chunk", *(("EP", "ETP") if experts else ()), "DP", "rows"):
+        table.add_column(name, justify="right")
+    table.add_column("recompute")
+    parts = [name for name in asdict(objective.layouts[0].memory) if name != "reference" or "DPO" in objective.name]
+    for name in (*parts, "GiB in all", "bubble", "step time"):
+        table.add_column(name, justify="right")
+    for one in objective.layouts[:SHOWN]:
+        p = one.parallel
+        sizes = [p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size]
+        sizes += [p.num_layers_per_virtual_pipeline_stage or "-"]
+        sizes += [p.expert_model_parallel_size, p.expert_tensor_parallel_size] if experts else []
+        table.add_row(
+            *map(str, (*sizes, one.data_parallel_size, one.microbatches)),
+            p.recompute_granularity or "none",
+            *(f"{asdict(one.memory)[name] / 2**30:.1f}" for name in parts),
+            f"{one.memory.total / 2**30:.1f}",
+            f"{one.bubble:.0%}",
+            f"{one.slowdown:.2f}",
+        )
+    console.print(table)
+
+
+def answers(objectives: Sequence[Objective], memory: str) -> list[str]:
+    """The fewest GPUs of every objective, in sentences."""
+    lines = []
+    for objective in objectives:
+        if objective.fewest is None:
+            lines.append(f"{objective.name}: does not fit on {MOST_GPUS} GPUs of {memory}")
+            continue
+        gpus, one = objective.fewest
+        lines.append(f"{objective.name}: fits from {gpus} GPUs of {memory} on ({describe(one)})")
+    if len(objectives) > 1 and objectives[0].fewest is not None:
+        lines.append(
+            f"DPO, log-probs of the reference computed before: {objectives[0].fewest[0]} GPUs as SimPO, and one more forward "
+            "pass over the data, a third of an epoch's arithmetic"
+        )
+    return lines
+
+
+def describe(one: Planned) -> str:
+    """A layout in a line."""
+    p = one.parallel
+    sizes = {
+        "TP": p.tensor_model_parallel_size,
+        "CP": p.context_parallel_size,
+        "PP": p.pipeline_model_parallel_size,
+        "EP": p.expert_model_parallel_size,
+        "DP": one.data_parallel_size,
+    }
+    named = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
+    return f"{named}, recompute {p.recompute_granularity or 'none'}, {one.memory.total / 2**30:.1f} GiB"
+
+
+def as_json(hf: HFModel, objectives: Sequence[Objective]) -> dict[str, Any]:
+    """All of it for machines; bytes."""
+
+    def layout(one: Planned) -> dict[str, Any]:
+        return {**asdict(one), "memory": {**asdict(one.memory), "total": one.memory.total}}
+
+    return {
+        "parameters": whole_parameters(hf),
+        "objectives": {
+            objective.name: {
+                "layouts": [layout(one) for one in objective.layouts],
+                "fewest_gpus": None if objective.fewest is None else objective.fewest[0],
+                "fewest_layout": None if objective.fewest is None else layout(objective.fewest[1]),
+            }
+            for objective in objectives
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    return exit_code("plan_layout.py", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
