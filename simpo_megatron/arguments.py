@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from simpo_megatron import config as c
+from simpo_megatron.data.config import OPTIONS, DataConfig
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.errors import UserError
 from simpo_megatron.presets import PRESETS
@@ -111,14 +112,14 @@ def data_parser(program: str, description: str | None) -> argparse.ArgumentParse
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    add_settings(parser.add_argument_group("rows to pairs, as in training"), c.DataConfig, (*c.OPTIONS, "seq_length"))
+    add_settings(parser.add_argument_group("rows to pairs, as in training"), DataConfig, (*OPTIONS, "seq_length"))
     return parser
 
 
 def data_options(args: argparse.Namespace) -> DataOptions:
     """What the flags of `data_parser` say, with training's defaults."""
-    given = {name: getattr(args, name) for name in (*c.OPTIONS, "seq_length") if hasattr(args, name)}
-    return c.DataConfig(train_data=("unused",), **given).options
+    given = {name: getattr(args, name) for name in (*OPTIONS, "seq_length") if hasattr(args, name)}
+    return DataConfig(train_data=("unused",), **given).options
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

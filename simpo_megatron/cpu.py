@@ -36,8 +36,10 @@ out of reach. Undo with `disable()` (tests only).
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -101,7 +103,9 @@ def _stream(stream: Any) -> Iterator[None]:
     yield
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None: ...
+def _nothing() -> Callable[..., None]:
+    """A function that does nothing; a new one each time, because dynamo keeps a table of torch's functions by identity."""
+    return lambda *args, **kwargs: None
 
 
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -171,7 +175,7 @@ def enable() -> None:
         _replace(torch.cuda, name, _Inert)
     _replace(torch.cuda, "stream", _stream)
     for name in ("synchronize", "empty_cache"):
-        _replace(torch.cuda, name, _nothing)
+        _replace(torch.cuda, name, _nothing())
     _replace(torch.cuda, "manual_seed", torch.manual_seed)
     _replace(dist, "all_to_all_single", _all_to_all_single)
     _replace(dist, "all_gather", _all_gather)
@@ -187,6 +191,24 @@ def enable() -> None:
     mode = _CudaMeansCpu()
     mode.__enter__()
     _undo.append(lambda: mode.__exit__(None, None, None))
+
+
+def enable_megatron_lm_without_gpu() -> None:
+    """Lets Megatron-LM's own `pretrain()` start where there is no CUDA device; does nothing where there is one.
+
+    Besides `enable()`: `megatron.training` asserts that CUDA is available, counts devices, asks for their architecture and
+    compiles kernels for it, none of which a CPU run then uses. Call it before `megatron.training` is imported.
+    """
+    if torch.cuda.is_available():
+        return
+    enable()
+    properties = SimpleNamespace(major=10, minor=0, total_memory=0, name="cpu")
+    _replace(torch.cuda, "is_available", lambda: True)
+    _replace(torch.cuda, "device_count", lambda: 1)
+    _replace(torch.cuda, "set_device", _nothing())
+    _replace(torch.cuda, "get_device_properties", lambda *args: properties)
+    kernels = importlib.import_module("megatron.legacy.fused_kernels")
+    _replace(kernels, "load", _nothing())
 
 
 def disable() -> None:

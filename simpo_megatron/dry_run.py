@@ -116,7 +116,7 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFModel, 
     found = []
     for source in parse_blend(values, flag).sources:
         if is_prepared(source):
-            pairs = open_prepared(source, config, hf, tokenizer)
+            pairs = open_prepared(source, config.data, hf, tokenizer)
         else:
             encoder = PairEncoder(tokenizer, config.data.options, hf.eos_token_ids)
             chunk = encode_rows(islice(read_rows(source), ROWS), encoder, config.data.options)

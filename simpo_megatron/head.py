@@ -135,12 +135,9 @@ class LogProbHead(ColumnParallelLinear):
         return torch.cat((loss[None], sums_PM.flatten()))[None, None], None
 
 
-def find_head(model: Any) -> LogProbHead | None:
-    """The head inside DDP and Float16Module, if this stage has one."""
-    while hasattr(model, "module"):
-        model = model.module
-    layer = getattr(model, "output_layer", None)
-    return layer if isinstance(layer, LogProbHead) else None
+def find_head(model: torch.nn.Module) -> LogProbHead | None:
+    """The head of a model, wherever it sits in it, if this stage has one."""
+    return next((module for module in model.modules() if isinstance(module, LogProbHead)), None)
 
 
 def split_output(output: Tensor, members: int) -> tuple[Tensor, Tensor]:

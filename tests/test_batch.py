@@ -213,3 +213,21 @@ def _used(pairs: list[int], members: int) -> list[tuple[int, int]]:
 def test_padding_is_marked() -> None:
     batch = pack_pairs(make_store([(3, 2, 1)]), [0], COUNTS, row_length=12)
     assert batch.padding_mask.tolist() == [[False] * 9 + [True] * 3]
+
+
+def test_a_shared_prompt_written_out() -> None:
+    store = make_store([(3, 2, 2), (1, 1, 2)])
+    store.tokens[:] = [10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71]
+    batch = pack_pairs(store, [0, 1], COUNTS, share_prompts=True, row_length=14)
+    assert batch.tokens.tolist() == [[10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 0, 1, 1, 2, 0, 1, 2]]
+    assert batch.padding_mask.tolist() == [[False] * 11 + [True] * 3]
+    packed = batch.packed_seq_params
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 7, 11, 14]
+    assert packed.splits == ((3, 2), (1, 1)) and packed.position_ids.tolist() == batch.position_ids[0].tolist()
+    assert batch.rows.tolist() == [2, 3, 2, 5, 7, 7, 9]
+    assert batch.targets.tolist() == [0, 21, 30, 31, 60, 70, 71]
+    assert batch.segments.tolist() == [0, 0, 1, 1, 2, 3, 3]
+    assert batch.lengths.tolist() == [2, 2, 1, 2]
+    empty = pack_pairs(store, [], COUNTS, share_prompts=True, row_multiple=4)
+    assert empty.tokens.shape == (1, 4) and empty.packed_seq_params.splits == ()

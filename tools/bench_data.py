@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -31,8 +32,14 @@ CSV = ROOT / "tools" / "results" / "data.csv"
 MAX_LENGTH, SEQ_LENGTH, BATCH = 2048, 4096, 128
 
 
-def prepare_ours(args: argparse.Namespace, folder: Path) -> float:
-    """Seconds from the file to the prepared set on disk, the tokenizer's loading included."""
+def cpu_seconds() -> float:
+    """Of this process and of those it has waited for: what a busy machine cannot stretch."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def prepare_ours(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
+    """Seconds, and CPU seconds, from the file to the prepared set on disk, the tokenizer's loading included."""
     from megatron.core.datasets import indexed_dataset  # noqa: F401  the import is not measured
 
     from simpo_megatron import compat
@@ -43,13 +50,13 @@ def prepare_ours(args: argparse.Namespace, folder: Path) -> float:
     compat.quiet_megatron()
     load_tokenizer(args.hf_checkpoint)
     options = DataOptions(max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH // 2)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), cpu_seconds()
     prepare(args.data, args.hf_checkpoint, folder / "ours", options, workers=args.workers)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, cpu_seconds() - used
 
 
-def prepare_trl(args: argparse.Namespace, folder: Path) -> float:
-    """Seconds that a trainer of TRL takes longer for all rows than for two of them."""
+def prepare_trl(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
+    """Seconds, and CPU seconds, that a trainer of TRL takes longer for all rows than for two of them."""
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import DPOConfig, DPOTrainer
@@ -65,24 +72,18 @@ def prepare_trl(args: argparse.Namespace, folder: Path) -> float:
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
     )
     LlamaForCausalLM(small).save_pretrained(folder / "small")
-    config = make_config(
-        output_dir=str(folder),
-        max_length=MAX_LENGTH,
-        dataset_num_proc=args.workers if args.workers > 1 else None,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    fixed = {"max_length": MAX_LENGTH, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
 
-    def seconds(some: list[dict[str, Any]]) -> float:
+    def seconds(some: list[dict[str, Any]], workers: int | None) -> np.ndarray:
+        config = make_config(output_dir=str(folder), dataset_num_proc=workers, **fixed)
         data: Any = Dataset.from_list(some)
-        started = time.perf_counter()
+        started = np.array([time.perf_counter(), cpu_seconds()])
         make_trainer(model=str(folder / "small"), args=config, train_dataset=data, processing_class=tokenizer)
-        return time.perf_counter() - started
+        return np.array([time.perf_counter(), cpu_seconds()]) - started
 
-    few = seconds(messages[:2])
-    return seconds(messages) - few
+    few = seconds(messages[:2], None)
+    wall, cpu = seconds(messages, args.workers if args.workers > 1 else None) - few
+    return float(wall), float(cpu)
 
 
 def make_large(prefix: Path, pairs: int) -> None:
@@ -118,7 +119,7 @@ def make_large(prefix: Path, pairs: int) -> None:
 
 
 def open_large(prefix: Path) -> dict[str, float]:
-    """Seconds and MiB of resident memory that a set takes to open, and then to give the first and a later batch."""
+    """Seconds and MiB that a set takes to open, and then to give the first and a later batch."""
     import psutil
     import torch  # noqa: F401  imports are not measured
     from megatron.core.datasets import indexed_dataset  # noqa: F401
@@ -128,8 +129,10 @@ def open_large(prefix: Path) -> dict[str, float]:
 
     compat.quiet_megatron()
 
-    def resident() -> float:
-        return psutil.Process().memory_info().rss / 2**20
+    def resident() -> tuple[float, float]:
+        """All of it, and what the kernel cannot drop because no file holds it."""
+        info = psutil.Process().memory_info()
+        return info.rss / 2**20, (info.rss - info.shared) / 2**20
 
     def batch(position: int) -> None:
         pairs = data.order(position, BATCH, seed=1)
@@ -137,7 +140,7 @@ def open_large(prefix: Path) -> dict[str, float]:
 
     before, started = resident(), time.perf_counter()
     data = PreparedPairs(prefix, verify=False)
-    found = {"open_seconds": time.perf_counter() - started, "open_mib": resident() - before}
+    found = {"open_seconds": time.perf_counter() - started, "open_rss_mib": resident()[0] - before[0]}
     started = time.perf_counter()
     batch(0)
     found["first_batch_seconds"] = time.perf_counter() - started
@@ -145,7 +148,8 @@ def open_large(prefix: Path) -> dict[str, float]:
     for step in range(1, 51):
         batch(step * BATCH)
     found["batch_seconds"] = (time.perf_counter() - started) / 50
-    found["after_51_batches_mib"] = resident() - before
+    for i, name in enumerate(("rss", "rss_without_mapped_pages")):
+        found[f"after_51_batches_{name}_mib"] = resident()[i] - before[i]
     return found
 
 
@@ -190,14 +194,16 @@ def benchmark(args: argparse.Namespace, folder: Path) -> list[tuple[str, str, fl
     args.data.write_text("\n".join(lines * args.repeat) + "\n", encoding="utf-8")
     count = len(lines) * args.repeat
     found: list[tuple[str, str, float, str]] = []
-    rates = {}
+    rates: dict[tuple[str, int], np.ndarray] = {}
     sides = [(only, workers) for workers in (1, 2) for only in ("ours", "trl-cpo", "trl-dpo")]
     for only, workers in sides:
-        rates[only, workers] = count / child(args, only, workers=workers, folder=folder)
-        found.append(("preparation", f"{only}, {workers} workers, {count} rows", rates[only, workers], "pairs/s"))
+        rates[only, workers] = count / np.array(child(args, only, workers=workers, folder=folder))
+        for rate, unit in zip(rates[only, workers].tolist(), ("pairs/s", "pairs/CPU second"), strict=True):
+            found.append(("preparation", f"{only}, {workers} workers, {count} rows", rate, unit))
     for other in ("trl-cpo", "trl-dpo"):
-        best = max(rates[other, workers] for workers in (1, 2))
-        found.append(("preparation", f"ours, 2 workers / {other}, its best", rates["ours", 2] / best, "ratio"))
+        ours, theirs = rates["ours", 2], np.maximum(rates[other, 1], rates[other, 2])
+        for ratio, of in zip((ours / theirs).tolist(), ("wall clock", "CPU time"), strict=True):
+            found.append(("preparation", f"ours, 2 workers / {other}, its best, {of}", ratio, "ratio"))
     pairs = PreparedPairs(folder / "ours")
     real = np.stack([pairs.prompt_length[:], pairs.chosen_length[:], pairs.rejected_length[:]], axis=1)[: len(lines)]
     figures = packing_figures(real, SEQ_LENGTH)

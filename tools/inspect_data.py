@@ -17,7 +17,7 @@ from pathlib import Path
 
 from simpo_megatron import compat
 from simpo_megatron.arguments import data_options, data_parser
-from simpo_megatron.config import DataConfig
+from simpo_megatron.data.config import DataConfig
 from simpo_megatron.data.doctor import CHECKS, Doctor
 from simpo_megatron.data.encode import with_progress
 from simpo_megatron.data.prepared import PreparedPairs, is_prepared

@@ -47,7 +47,7 @@ FIXED = {
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
     """The configuration of the layout and the file for the report."""
     parser = build_parser("torchrun --nproc-per-node N tools/verify_layout.py", __doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, dest="train_data", metavar="PATH", help="preferences to verify with")
+    parser.add_argument("--data", nargs="+", dest="train_data", metavar="SOURCE", help="preferences to verify with")
     reports: list[Path] = []
     parser.add_argument("--json", type=reports.append, dest="json", metavar="PATH", help="write the report here")
     config = parse(argv, parser, {"global_batch_size": 8}, FIXED)
@@ -74,9 +74,10 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     from simpo_megatron.models.build import build_model
     from simpo_megatron.models.hf import read_hf_checkpoint
     from simpo_megatron.models.load import load_hf_weights
+    from simpo_megatron.trainer.data import load_data
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down, together
     from simpo_megatron.trainer.engine import Engine
-    from simpo_megatron.trainer.loop import layout_config, load_data
+    from simpo_megatron.trainer.loop import layout_config
     from simpo_megatron.verify.compare import compare
 
     device = resolve_device(config.train.device)
@@ -90,7 +91,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     transformer = layout_config(config, hf)
     started_here = not dist.is_initialized()
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
-    store, _, said = load_data(config, hf)
+    store, _, said = load_data(config.data, hf)
     if dist.get_rank() == 0:
         print("\n".join(said), flush=True)
     models = build_model(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, and its columns."""
 
-CHUNK = 500  # rows held as Python objects at a time
+CHUNK = 100  # rows held as Python objects at a time
 _DROPPED = {
     "empty": "with an empty response",
     "identical": "with identical responses",

@@ -10,6 +10,7 @@ thousand and for ten million pairs.
 
 import dataclasses
 import json
+import mmap
 import os
 import zlib
 from pathlib import Path
@@ -230,6 +231,8 @@ class PreparedPairs(Pairs):
         except (OSError, EOFError, ValueError, AssertionError, KeyError) as error:
             raise _damaged(self.prefix, " ".join(str(error).split())[:200]) from error
         index = self._data.index
+        for mapped in (getattr(self._data.bin_reader, "_bin_buffer_mmap", None), index.bin_buffer_mmap, self.records):
+            _expect_random_reads(mapped)
         end = 0 if not pairs else int(index.sequence_pointers[-1]) + 4 * int(index.sequence_lengths[-1])
         for found, wanted, what in (
             (index.dtype, np.int32, "type of ids"),
@@ -261,6 +264,13 @@ def _read_about(prefix: str) -> dict[str, Any]:
     if version != VERSION:
         raise UserError(f"{path}: version {version!r} is not {VERSION}; prepare it again.")
     return about
+
+
+def _expect_random_reads(mapped: Any) -> None:
+    """Keeps the kernel from reading ahead: pairs come in random order, and what is near a pair is not read next."""
+    pages = getattr(mapped, "_mmap", None)
+    if pages is not None and hasattr(mmap, "MADV_RANDOM"):
+        pages.madvise(mmap.MADV_RANDOM)
 
 
 def _damaged(path: str | Path, how: str) -> UserError:

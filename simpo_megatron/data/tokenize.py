@@ -9,7 +9,7 @@ One prompt, tokenized once, serves both members of a pair, so the boundary is at
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from simpo_megatron.data.options import DataOptions, PromptTruncation
 from simpo_megatron.data.schema import Message, Preference
@@ -110,6 +110,11 @@ class PairEncoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []  # transformers has no empty batches
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        if hasattr(backend, "encode_batch_fast"):  # the same ids without their offsets in the text
+            backend.no_truncation()
+            backend.no_padding()
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         # verbose=False: no warning about model_max_length; lengths are the caller's `max_length`.
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simpo_megatron.config import Config
 from simpo_megatron.data import Pairs, PairStore, load_preferences
 from simpo_megatron.data.blend import Blend, parse_blend
+from simpo_megatron.data.config import DataConfig
 from simpo_megatron.data.prepared import PreparedPairs, is_prepared
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
@@ -16,7 +16,7 @@ from simpo_megatron.models.hf import HFModel
 from simpo_megatron.trainer.distributed import broadcast_store, together
 
 
-def load_data(config: Config, hf: HFModel) -> tuple[Pairs, Pairs | None, list[str]]:
+def load_data(data: DataConfig, hf: HFModel) -> tuple[Pairs, Pairs | None, list[str]]:
     """The training and the validation pairs, and what to say about them (on rank 0).
 
     Collectives: one broadcast of which sources are prepared; what `together` and `broadcast_store` need, for each source.
@@ -24,18 +24,18 @@ def load_data(config: Config, hf: HFModel) -> tuple[Pairs, Pairs | None, list[st
     Raises:
         UserError: a source cannot be read, or was prepared for another model; the same on every rank.
     """
-    loader = _Loader(config, hf)
+    loader = _Loader(data, hf)
     found = [
         None if values is None else loader.load(parse_blend(values, flag))
-        for flag, values in (("--train-data", config.data.train_data), ("--valid-data", config.data.valid_data))
+        for flag, values in (("--train-data", data.train_data), ("--valid-data", data.valid_data))
     ]
     assert found[0] is not None, "checked by DataConfig"
     return found[0], found[1], loader.said
 
 
 class _Loader:
-    def __init__(self, config: Config, hf: HFModel) -> None:
-        self.config, self.hf = config, hf
+    def __init__(self, data: DataConfig, hf: HFModel) -> None:
+        self.data, self.hf = data, hf
         self.said: list[str] = []
         self.tokenizer: Any = None
         with together():
@@ -52,12 +52,12 @@ class _Loader:
         pairs: Pairs | None = None
         with together():
             if prepared[0]:
-                pairs = open_prepared(source, self.config, self.hf, self.tokenizer)
+                pairs = open_prepared(source, self.data, self.hf, self.tokenizer)
                 if first:
                     self.said.append(pairs.report.summary(source))
             elif first:
                 pairs, report = load_preferences(
-                    source, self.tokenizer, self.config.data.options, eos_token_ids=self.hf.eos_token_ids, progress=True
+                    source, self.tokenizer, self.data.options, eos_token_ids=self.hf.eos_token_ids, progress=True
                 )
                 self.said.append(report.summary(source))
             if first:
@@ -68,18 +68,18 @@ class _Loader:
         return broadcast_store(pairs if isinstance(pairs, PairStore) else None)
 
 
-def open_prepared(prefix: str, config: Config, hf: HFModel, tokenizer: Any) -> PreparedPairs:
+def open_prepared(prefix: str, data: DataConfig, hf: HFModel, tokenizer: Any) -> PreparedPairs:
     """Maps a prepared set.
 
     Args:
         prefix: of its files.
-        config, hf: of the run.
+        data, hf: of the run.
         tokenizer: to compare the set with what it was prepared for; None to map it unchecked.
 
     Raises:
         UserError: it cannot be read, was prepared for another model or otherwise, or holds a sequence too long for a row.
     """
-    pairs, data = PreparedPairs(prefix, verify=tokenizer is not None), config.data
+    pairs = PreparedPairs(prefix, verify=tokenizer is not None)
     if tokenizer is not None:
         pairs.check(fingerprint(tokenizer, hf.eos_token_ids), data.given_options, hf.path)
     if 2 * pairs.longest_sequence > data.seq_length:

@@ -89,7 +89,7 @@ class Run:
 
     def __init__(self, config: Config, hf: HFModel, transformer: TransformerConfig) -> None:
         self.config, self.hf = config, hf
-        self.train_pairs, self.valid_pairs, said = load_data(config, hf)
+        self.train_pairs, self.valid_pairs, said = load_data(config.data, hf)
         self.limit = total_pairs(config, len(self.train_pairs))
         self.total = math.ceil(self.limit / config.train.global_batch_size)
         self.engine = self._build_engine(transformer)

@@ -128,3 +128,41 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 def test_folder_in_place_of_a_file(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
     assert "there is no such file" in error_of(tmp_path / "a.jsonl")
+
+
+def test_a_dataset_saved_to_disk(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "splits")
+    assert list(read_rows(tmp_path / "one")) == [(f"{tmp_path}/one row {i + 1}", row) for i, row in enumerate(ROWS)]
+    assert [row for _, row in read_rows(tmp_path / "splits")] == ROWS
+    assert [row for _, row in read_rows(f"{tmp_path}/splits:test")] == ROWS[1:]
+    assert "there is no split 'dev'; use" in error_of(f"{tmp_path}/splits:dev")
+    assert "test" in error_of(f"{tmp_path}/splits:dev")
+
+
+def test_a_folder_of_something_else(tmp_path):
+    assert "holds no dataset that `datasets` saved" in error_of(tmp_path)
+
+
+def test_a_name_that_is_nothing(monkeypatch):
+    import datasets
+
+    def offline(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    message = error_of("owner/absent")
+    assert message.startswith(
+        "owner/absent: is no file, no prepared set and no dataset that the hub gives (no network)"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_giant_row(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("simpo_megatron.data.reading.LONGEST_LINE", 100)
+    content = json.dumps(ROWS[1]).encode() + b"\n" + json.dumps({"prompt": "a" * 200}).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert error_of(tmp_path / name).startswith(f"{tmp_path / name}:2: the line is longer than")

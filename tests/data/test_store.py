@@ -160,3 +160,45 @@ def test_progress_goes_to_a_terminal_on_stderr_alone(write, capsys, monkeypatch)
     out, err = capsys.readouterr()
     assert out == ""
     assert "Tokenizing" in err
+
+
+def test_mixed_schemas(write):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    other = {"chosen": chat, "rejected": [chat[0], {"role": "assistant", "content": "b"}]}
+    for rows in ([row(), other], [row()] * 150 + [other]):  # in one chunk and in two
+        path = write(rows)
+        with pytest.raises(UserError) as caught:
+            load_preferences(path, toy("llama3"), DataOptions())
+        first = (len(rows) - 2) // 100 * 100 + 1  # of the chunk before, or of the same one
+        assert str(caught.value) == (
+            f"{path}:{len(rows)}: the row is a conversation (lists of messages), but {path}:{first} is plain strings; give "
+            "rows of one schema, or two files as a blend."
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "rows"),
+    [
+        (
+            {"min_score_gap": 0.5},
+            "low_gap",
+            [row(score_chosen=1, score_rejected=0.6), row(score_chosen=1, score_rejected=2)],
+        ),
+        ({"max_length_ratio": 3}, "length_ratio", [row(" It is blue " * 9), row(rejected=" It is blue " * 40)]),
+        ({"duplicates": "drop"}, "duplicate", [row(score_chosen=1, score_rejected=0), row()]),
+    ],
+)
+def test_cleaning_is_counted(write, options, reason, rows):
+    good = row(score_chosen=1, score_rejected=0)
+    path = write([good, *rows])
+    settings = {"max_length": 300, "max_prompt_length": 100}
+    store, report = load_preferences(path, toy("llama3"), DataOptions(**settings, **options))
+    assert {name: count for name, count in report.dropped.items() if count} == {reason: 2}
+    assert len(store) == report.pairs == 1
+    assert len(load_preferences(path, toy("llama3"), DataOptions(**settings))[0]) == 3, "nothing is dropped unasked"
+
+
+def test_a_gap_needs_scores(write):
+    path = write([row()])
+    with pytest.raises(UserError, match="no `score_chosen` and `score_rejected`, which --min-score-gap compares"):
+        load_preferences(path, toy("llama3"), DataOptions(min_score_gap=0.1))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from simpo_megatron.config import DataConfig
+from simpo_megatron.data.config import DataConfig
 from simpo_megatron.data.prepare import prepare
 from tests.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
 from tests.trainer.runs import flags, run_and_read, train

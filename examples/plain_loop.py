@@ -1,0 +1,92 @@
+"""SimPO with Megatron-Core and nothing else: its schedule, its DDP, its optimizer, and our step. For people with a trainer.
+
+    torchrun --nproc-per-node 2 examples/plain_loop.py HF_CHECKPOINT pairs.jsonl [STEPS]
+
+Any machine: two CPU cores over gloo, or GPUs over NCCL. A few seconds for a tiny model; prints one line a step.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from simpo_megatron.config import LossConfig
+from simpo_megatron.data.config import DataConfig
+from simpo_megatron.head import LogProbHead
+from simpo_megatron.metrics import reduce_metrics
+from simpo_megatron.microbatches import pack_microbatches, plan_global_batch
+from simpo_megatron.models.build import build_model, transformer_config
+from simpo_megatron.models.hf import read_hf_checkpoint
+from simpo_megatron.models.load import load_hf_weights
+from simpo_megatron.program import exit_code
+from simpo_megatron.step import PreferenceStep
+from simpo_megatron.trainer.data import load_data
+from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
+
+SEQ_LENGTH, GLOBAL_BATCH_SIZE, LAYOUT = 512, 8, {"tensor_model_parallel_size": 2}
+
+
+def main(checkpoint: Path, preferences: str, steps: int) -> None:
+    """Trains for some steps and prints the loss of each."""
+    device = resolve_device("auto")
+    hf = read_hf_checkpoint(checkpoint)
+    config = transformer_config(hf, bf16=False, variable_seq_lengths=True, **LAYOUT)
+    initialize(config, timeout_minutes=10, device=device, seed=1)
+
+    # Your model: the output layer of the last stage becomes the head, before DDP wraps it.
+    (model,) = build_model(hf, config)
+    load_hf_weights([model], hf)
+    LogProbHead.install(model, slab_bytes=256 * 2**20)
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-4, use_distributed_optimizer=True), [chunk])
+    config.grad_scale_func = optimizer.scale_loss
+
+    # Your loop: the pairs of a global batch, this rank's rows of them, one schedule call, one optimizer step.
+    pairs, _, _ = load_data(DataConfig(train_data=(preferences,), seq_length=SEQ_LENGTH), hf)
+    loss = LossConfig(simpo_beta=2.5, simpo_gamma_beta_ratio=0.55)
+    for step in range(steps):
+        batch = plan_global_batch(
+            pairs,
+            pairs.order(step * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, seed=1),
+            members=loss.members,
+            share_prompts=False,
+            hidden_size=config.hidden_size,
+            seq_length=SEQ_LENGTH,
+        )
+        rows = pack_microbatches(
+            batch,
+            members=loss.members,
+            share_prompts=False,
+            row_length=None,
+            sequence_parallel=config.sequence_parallel,
+        )
+        chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        vectors = get_forward_backward_func()(
+            forward_step_func=PreferenceStep(loss, hf.vocab_size, len(batch.rows)),
+            data_iterator=rows,
+            model=chunk,
+            num_microbatches=len(batch.rows),
+            seq_length=SEQ_LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        optimizer.step()
+        metrics = reduce_metrics(vectors, loss.members)
+        if torch.distributed.get_rank() == 0:
+            accuracy = metrics["rewards/accuracies"]
+            print(f"step {step + 1}: loss {metrics['loss']:.4f}, accuracy {accuracy:.3f}", flush=True)
+    shut_down()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: torchrun --nproc-per-node 2 examples/plain_loop.py HF_CHECKPOINT pairs.jsonl [STEPS]")
+    arguments = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) == 4 else 5
+    sys.exit(exit_code("plain_loop.py", lambda: main(*arguments)))

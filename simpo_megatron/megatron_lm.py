@@ -1,0 +1,268 @@
+"""SimPO in Megatron-LM's own `pretrain()`, from an unmodified checkout: `examples/megatron_lm/pretrain_simpo.py`.
+
+    pretrain(train_valid_test_datasets_provider, with_logprob_head(your_model_provider), ModelType.encoder_or_decoder,
+             forward_step, extra_args_provider=add_simpo_args, args_defaults=ARGS_DEFAULTS)
+
+Arguments, checkpoints, logging, evaluation and resuming stay Megatron-LM's; batch, head, step and loss are those of our
+trainer. A sample is a pair: `--global-batch-size 128` is 128 pairs, `consumed_train_samples` counts pairs. Megatron-LM runs
+global-batch-size / data-parallel-size microbatches of `--micro-batch-size 1` whatever the data: the pairs are packed into as
+few rows of `--seq-length` as they take, and the microbatches that are left run empty packs of a token or two. Checked against
+core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
+from torch import Tensor
+
+from simpo_megatron.arguments import add_settings
+from simpo_megatron.batch import PreferenceBatch
+from simpo_megatron.config import LossConfig, ModelConfig
+from simpo_megatron.data import Pairs
+from simpo_megatron.data.config import OPTIONS, DataConfig
+from simpo_megatron.errors import UserError
+from simpo_megatron.head import LogProbHead
+from simpo_megatron.metrics import DIVISORS, metric_names
+from simpo_megatron.microbatches import pack_microbatches, plan_global_batch
+from simpo_megatron.models.attention import PackedAttention
+from simpo_megatron.models.hf import HFModel, read_hf_checkpoint
+from simpo_megatron.step import PreferenceStep
+from simpo_megatron.trainer.data import load_data
+
+ARGS_DEFAULTS = {"dataloader_type": "external", "micro_batch_size": 1, "tokenizer_type": "HuggingFaceTokenizer"}
+_LOSS = [field.name for field in dataclasses.fields(LossConfig) if field.name != "moe_aux_loss_coeff"]
+_DATA = [*OPTIONS, "share_prompts"]
+_HEAD = ["head", "head_slab_bytes"]
+
+
+def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """An `extra_args_provider`: the flags of the loss, the data and the head, as our trainer spells them."""
+    for title, group, names in (
+        ("SimPO", LossConfig, _LOSS),
+        ("preferences", DataConfig, _DATA),
+        ("head", ModelConfig, _HEAD),
+    ):
+        add_settings(parser.add_argument_group(title), group, names, with_defaults=True)
+    return parser
+
+
+def loss_config(args: Any) -> LossConfig:
+    """The loss that Megatron-LM's arguments ask for."""
+    coefficient = args.moe_aux_loss_coeff if args.num_experts else 0.0
+    if isinstance(coefficient, list):
+        coefficient = float(sum(coefficient))
+    return LossConfig(**{name: getattr(args, name) for name in _LOSS}, moe_aux_loss_coeff=coefficient)
+
+
+def data_config(args: Any) -> DataConfig:
+    """The data that Megatron-LM's arguments ask for; --train-data-path takes what our --train-data does."""
+    paths = {"train_data": args.train_data_path, "valid_data": args.valid_data_path}
+    sources = {name: tuple(given) if given else None for name, given in paths.items()}
+    return DataConfig(**sources, seq_length=args.seq_length, **{name: getattr(args, name) for name in _DATA})
+
+
+def check_args(args: Any) -> None:
+    """Refuses what the normaliser of the loss or the batch cannot serve.
+
+    Raises:
+        UserError: naming the flag, its value and the mend.
+    """
+    for flag, value, accepted, mend in (
+        ("--micro-batch-size", args.micro_batch_size, 1, "a microbatch is one packed row; set it to 1"),
+        (
+            "--dataloader-type",
+            args.dataloader_type,
+            "external",
+            "the datasets provider yields batches; set it to external",
+        ),
+        ("--calculate-per-token-loss", args.calculate_per_token_loss, False, "the loss is a mean over pairs; drop it"),
+        ("--fp16", args.fp16, False, "a log-prob sum leaves fp16's range; use --bf16"),
+        ("--sft", args.sft, False, "it changes how losses are averaged; use --objective sft"),
+        ("--mtp-num-layers", args.mtp_num_layers, None, "the head scores one token ahead; drop it"),
+    ):
+        if value != accepted:
+            raise UserError(f"{flag} {value} cannot be used with SimPO: {mend}")
+    if args.num_experts and args.moe_token_dispatcher_type != "alltoall":
+        raise UserError(
+            f"--moe-token-dispatcher-type {args.moe_token_dispatcher_type} cannot take rows of changing length; use alltoall"
+        )
+    if args.attention_dropout or args.hidden_dropout:
+        raise UserError(
+            "--attention-dropout and --hidden-dropout must be 0: the two responses of a pair must not see different noise"
+        )
+    if args.tokenizer_type != "HuggingFaceTokenizer":
+        raise UserError(f"--tokenizer-type {args.tokenizer_type} has no chat template; use HuggingFaceTokenizer")
+    loss_config(args)  # these check themselves
+    if not args.train_data_path:
+        raise UserError("--train-data-path is missing; give preferences: a prepared prefix or a .jsonl file")
+    data = data_config(args)
+    if data.share_prompts and (args.transformer_impl != "local" or args.context_parallel_size > 1):
+        raise UserError("--share-prompts needs --transformer-impl local and --context-parallel-size 1; drop it")
+    hf = checkpoint(args)
+    _check_architecture(args, hf)
+
+
+def checkpoint(args: Any) -> HFModel:
+    """The Hugging Face checkpoint that --tokenizer-model names: its tokenizer, chat template and true vocabulary are used."""
+    if args.tokenizer_model is None:
+        raise UserError(
+            "--tokenizer-model is missing; give the folder of the Hugging Face checkpoint the weights came from"
+        )
+    return read_hf_checkpoint(Path(args.tokenizer_model))
+
+
+def _check_architecture(args: Any, hf: HFModel) -> None:
+    """Compares Megatron-LM's arguments with config.json, where both say something."""
+    wanted = hf.family.transformer_kwargs(hf.config)
+    names = {"num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads"}
+    names |= {"num_query_groups": "num_query_groups", "kv_channels": "kv_channels", "num_moe_experts": "num_experts"}
+    for key, name in names.items():
+        given = getattr(args, name, None)
+        if name == "num_query_groups" and not args.group_query_attention:
+            given = args.num_attention_heads
+        if key in wanted and given != wanted[key]:
+            raise UserError(
+                f"--{name.replace('_', '-')} {given}, but {hf.path} has {wanted[key]}; use the arguments of that model "
+                "(tools/hf_to_megatron.py writes them beside the weights)"
+            )
+
+
+def with_logprob_head(model_provider: Callable[..., Any]) -> Callable[..., Any]:
+    """A model provider whose models score pairs: the output layer of the last stage becomes a `LogProbHead`.
+
+    The layer keeps its parameter, its name and its checkpoint key. Where the model has Megatron's local attention, which
+    refuses packed rows, `PackedAttention` takes its place; it has no parameters.
+    """
+
+    def provider(*args: Any, **kwargs: Any) -> Any:
+        settings = _args()
+        check_args(settings)
+        # Empty packs must not cost a whole row. Megatron-LM leaves the field to whoever brings the data (validate_args).
+        settings.variable_seq_lengths = True
+        settings.moe_token_dispatcher_type = "alltoall"  # the config asks for it with variable lengths, experts or not
+        model = model_provider(*args, **kwargs)
+        _pack_attention(model)
+        if settings.head == "fused":
+            for module in model.modules():
+                if getattr(module, "output_layer", None) is not None:
+                    LogProbHead.install(module, head_slab_bytes(settings))
+                    break
+        return model
+
+    return provider
+
+
+def head_slab_bytes(args: Any) -> int:
+    """--head-slab-bytes as a number."""
+    return ModelConfig(hf_checkpoint=Path(), head_slab_bytes=args.head_slab_bytes).slab_bytes
+
+
+def _pack_attention(model: torch.nn.Module) -> None:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    for module in model.modules():
+        old = getattr(module, "core_attention", None)
+        if isinstance(old, DotProductAttention):
+            module.core_attention = PackedAttention(old.config, softmax_scale=old.config.softmax_scale)
+
+
+def train_valid_test_datasets_provider(
+    train_val_test_num_samples: Any, vp_stage: int | None = None
+) -> tuple[Any, Any, None]:
+    """The datasets provider: endless iterators over packed rows, from where the checkpoint stopped; no test set.
+
+    Collectives: those of `trainer.data.load_data`.
+    """
+    args = _args()
+    stores = _stores(args)
+    train, valid = (
+        None if store is None else _rows(args, store, consumed)
+        for store, consumed in zip(stores, (args.consumed_train_samples, args.consumed_valid_samples), strict=True)
+    )
+    return train, valid, None
+
+
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank has an iterator
+
+
+_loaded: list[tuple[Pairs, Pairs | None]] = []
+
+
+def _stores(args: Any) -> tuple[Pairs, Pairs | None]:
+    """Training and validation pairs, read once whatever the number of virtual stages."""
+    if not _loaded:
+        train, valid, said = load_data(data_config(args), checkpoint(args))
+        for line in said:
+            print(line, flush=True)
+        _loaded.append((train, valid))
+    return _loaded[0]
+
+
+def _rows(args: Any, store: Pairs, position: int) -> Iterator[PreferenceBatch]:
+    """The rows of one global batch after the other, this rank's, `num_microbatches` of each."""
+    shape: Any = {"members": loss_config(args).members, "share_prompts": args.share_prompts}
+    while True:
+        size = get_current_global_batch_size()
+        batch = plan_global_batch(
+            store,
+            store.order(position, size, args.seed),
+            **shape,
+            hidden_size=args.hidden_size,
+            seq_length=args.seq_length,
+            num_microbatches=get_num_microbatches(),
+        )
+        yield from pack_microbatches(batch, **shape, row_length=None, sequence_parallel=args.sequence_parallel)
+        position += size
+
+
+def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Megatron-LM's `forward_step_func`."""
+    from megatron.training import get_timers
+
+    args, timers = _args(), get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = next(data_iterator)
+    timers("batch-generator").stop()
+    config = loss_config(args)
+    step = PreferenceStep(config, checkpoint(args).vocab_size, get_num_microbatches())
+    output, loss_func = step(iter((batch,)), model)
+    return output, partial(_report, args, config.members, loss_func)
+
+
+def _report(args: Any, members: int, loss_func: Any, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and every metric as the [sum, divisor] that Megatron-LM adds up over microbatches, DP and CP."""
+    loss, vector = loss_func(output)
+    if args.check_for_nan_in_loss_and_grad:
+        _validate(loss)
+    values = dict(zip(metric_names(members), vector.float(), strict=True))
+    pairs, chosen_tokens = (values.pop(name) for name in DIVISORS)
+    # The loss is divided by the global batch already: its divisors add up to 1 (times CP, as its sums do).
+    whole = loss.new_tensor(1.0 / (get_num_microbatches() * parallel_state.get_data_parallel_world_size())).float()
+    divisors = {"loss": whole, "nll_loss": chosen_tokens}
+    return loss, {name: torch.stack((value, divisors.get(name, pairs))) for name, value in values.items()}
+
+
+def _validate(loss: Tensor) -> None:
+    """Hands the loss to Megatron's rerun state machine, as Megatron-LM's own forward steps do."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    checks: Any = ((torch.isnan, "NaN"), (torch.isinf, "Inf"))
+    for rejected, name in checks:
+        get_rerun_state_machine().validate_result(
+            result=loss, rejection_func=rejected, message=f"found {name} in the SimPO loss", tolerance=0.0, fatal=True
+        )
+
+
+def _args() -> Any:
+    from megatron.training import get_args
+
+    return get_args()

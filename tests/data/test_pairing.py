@@ -1,0 +1,84 @@
+"""Scored responses become pairs; ties and small gaps are left out and counted."""
+
+import pytest
+
+from simpo_megatron.data.pairing import PairingReport, build_pairs, write_pairs
+from simpo_megatron.data.schema import parse_preference
+from simpo_megatron.errors import UserError
+
+ROW = {
+    "prompt": "p",
+    "responses": [{"content": text, "score": score} for text, score in zip("abcd", (2, 5, 1, 2), strict=True)],
+}
+
+
+def pairs(rows, strategy="best-worst", gap=0.0, seed=0):
+    report = PairingReport()
+    built = list(build_pairs(((f"f:{i + 1}", row) for i, row in enumerate(rows)), report, strategy, gap, seed))
+    return [(pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]) for pair in built], report, built
+
+
+def test_best_and_worst():
+    found, report, built = pairs([ROW])
+    assert found == [("b", "c")]
+    assert (report.prompts, report.pairs, report.no_gap, report.too_few) == (1, 1, 0, 0)
+    preference = parse_preference(built[0], "")
+    assert preference.scores == (5, 1) and preference.prompt == [{"role": "user", "content": "p"}]
+
+
+def test_all_pairs_above_a_gap():
+    assert pairs([ROW], "all")[0] == [("b", "a"), ("b", "d"), ("b", "c"), ("a", "c"), ("d", "c")]
+    assert pairs([ROW], "all", 3)[0] == [("b", "a"), ("b", "d"), ("b", "c")]
+    found, report, _ = pairs([ROW], "all", 9)
+    assert (found, report.no_gap) == ([], 1)
+
+
+def test_best_and_random_is_a_function_of_seed_and_row():
+    rows = [ROW] * 40
+    found = pairs(rows, "best-random", seed=1)[0]
+    assert found == pairs(rows, "best-random", seed=1)[0] != pairs(rows, "best-random", seed=2)[0]
+    assert {chosen for chosen, _ in found} == {"b"} and {rejected for _, rejected in found} == {"a", "c", "d"}
+
+
+def test_what_gives_no_pair_is_counted():
+    tied = {"prompt": "p", "responses": [{"content": "a", "score": 1}, {"content": "b", "score": 1}]}
+    found, report, _ = pairs([tied, {"prompt": "p", "responses": tied["responses"][:1]}])
+    assert (found, report.no_gap, report.too_few, report.prompts) == ([], 1, 1, 2)
+    assert report.summary("out") == (
+        "out: 0 pairs of 2 prompts; left out 1 prompts without the score gap, 1 with fewer than two responses"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": 3}, "`prompt` is neither a text nor a list of messages"),
+        ({"prompt": [{"role": "user"}]}, "`prompt` is neither"),
+        ({"responses": "a"}, "no list `responses`"),
+        ({"responses": [{"score": 1}]}, "response 1 has no text `content`"),
+        (
+            {"responses": [{"content": "a", "score": 1}, {"content": "b", "score": "2"}]},
+            "response 2 has the `score` '2'",
+        ),
+        ({"responses": [{"content": "a", "score": float("nan")}]}, "must be a finite number"),
+    ],
+)
+def test_a_wrong_row_is_named(change, words):
+    with pytest.raises(UserError) as caught:
+        pairs([ROW, {**ROW, **change}])
+    assert str(caught.value).startswith("f:2: ") and words in str(caught.value)
+
+
+def test_a_failure_leaves_the_file_that_was_there(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write_pairs([{"prompt": "ü"}], path)
+    assert path.read_text(encoding="utf-8") == '{"prompt": "ü"}\n'
+
+    def broken():
+        yield {"prompt": "new"}
+        raise UserError("no")
+
+    with pytest.raises(UserError):
+        write_pairs(broken(), path)
+    assert path.read_text(encoding="utf-8") == '{"prompt": "ü"}\n'
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,93 @@
+"""Whole templates of model families, and any conversation in them: ids, boundary, BOS, EOS and mask."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from real_templates import ANSWER, FAMILIES, FINAL, LOSSLESS, QUESTION, REPLY, ends_of, tokenizer_of
+
+from simpo_megatron.batch import BatchCounts, pack_pairs
+from simpo_megatron.data import DataOptions
+from simpo_megatron.data.encode import encode_rows
+from simpo_megatron.data.tokenize import PairEncoder
+from simpo_megatron.errors import UserError
+
+OPTIONS = DataOptions(max_length=4000, max_prompt_length=2000)
+
+
+def chat(*turns: str) -> list[dict[str, str]]:
+    """Turns of user and assistant in turn, the user's first."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def encoded(name, prompt, chosen, rejected):
+    row = {"chosen": [*prompt, *chat("", chosen)[1:]], "rejected": [*prompt, *chat("", rejected)[1:]]}
+    encoder = PairEncoder(tokenizer_of(name), OPTIONS, ends_of(name))
+    return encode_rows([("f:1", row)], encoder, OPTIONS).store
+
+
+def text_of(name, ids):
+    return tokenizer_of(name).decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversation_written_out(name):
+    store = encoded(name, chat(QUESTION, REPLY, FINAL), ANSWER, "No.")
+    prompt, chosen, _ = store.pair(0)
+    family, tokenizer = FAMILIES[name], tokenizer_of(name)
+    # The marker of a word's start that sentencepiece puts before a text decodes to a space.
+    assert text_of(name, prompt).replace("<s> ", "<s>") == family.prompt
+    assert text_of(name, chosen) == family.chosen
+    if tokenizer.bos_token_id is not None:
+        assert prompt.tolist().count(tokenizer.bos_token_id) == 1 and prompt[0] == tokenizer.bos_token_id
+    # The ids are those of the whole rendered conversation, cut where the response begins.
+    rendered = family.prompt.removeprefix("<s>" if name == "zephyr" else "") + family.chosen
+    whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert [*prompt.tolist(), *chosen.tolist()][-len(whole) :] == whole
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma"])
+def test_roles_that_a_template_refuses(name):
+    with pytest.raises(UserError, match=r"f:1: the chat template of .* refuses the conversation"):
+        encoded(name, [{"role": "system", "content": "Be brief."}, *chat(QUESTION)], ANSWER, "No.")
+
+
+texts = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="<>|"), min_size=1, max_size=30
+).filter(lambda text: bool(text.strip()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(LOSSLESS),
+    st.lists(texts, min_size=1, max_size=5).filter(lambda turns: len(turns) % 2),
+    texts,
+    texts,
+)
+def test_prompt_and_response_are_the_rendered_conversation(name, turns, chosen, rejected):
+    if tokenizer_of(name)(chosen.strip())["input_ids"] == tokenizer_of(name)(rejected.strip())["input_ids"]:
+        return
+    store = encoded(name, chat(*turns), chosen, rejected)
+    prompt, *responses = store.pair(0)
+    tokenizer, ends = tokenizer_of(name), {*ends_of(name), tokenizer_of(name).eos_token_id}
+    for answer, response in zip((chosen, rejected), responses, strict=True):
+        rendered = tokenizer.apply_chat_template(chat(*turns, answer), tokenize=False)
+        assert text_of(name, prompt) + text_of(name, response) == rendered.rstrip("\n")
+        assert text_of(name, prompt) == tokenizer.apply_chat_template(
+            chat(*turns), tokenize=False, add_generation_prompt=True
+        )
+        assert response[-1] in ends and not ends & set(response[:-1].tolist()), "EOS once, at the end"
+    check_mask(store, prompt, responses)
+
+
+def check_mask(store, prompt, responses):
+    """What is scored in a plain and in a shared row: the response and its EOS, each by the token before it."""
+    wanted = np.concatenate(responses).tolist()
+    for shared in (False, True):
+        batch = pack_pairs(store, [0], BatchCounts(1, 1), share_prompts=shared)
+        assert batch.targets.tolist() == wanted
+        assert batch.lengths.tolist() == [len(response) for response in responses]
+        tokens = batch.tokens[0].tolist()
+        before = [prompt[-1], *responses[0][:-1], prompt[-1], *responses[1][:-1]]
+        assert [tokens[row] for row in batch.rows.tolist()] == [int(token) for token in before]
+        assert len(tokens) == len(prompt) * (1 if shared else 2) + len(wanted)
