@@ -47,7 +47,7 @@ FIXED = {
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
     """The configuration of the layout and the file for the report."""
     parser = build_parser("torchrun --nproc-per-node N tools/verify_layout.py", __doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, dest="train_data", metavar="PATH", help="preferences to verify with")
+    parser.add_argument("--data", nargs="+", dest="train_data", metavar="SOURCE", help="preferences to verify with")
     reports: list[Path] = []
     parser.add_argument("--json", type=reports.append, dest="json", metavar="PATH", help="write the report here")
     config = parse(argv, parser, {"global_batch_size": 8}, FIXED)

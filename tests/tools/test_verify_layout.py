@@ -70,6 +70,6 @@ def test_a_training_file_serves(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("hf_checkpoint: model\ntrain_data: pairs.jsonl\ntrain_epochs: 2\nsave: runs/x\nseq_length: 512\n")
     config, report = parse_arguments(["--config", str(file), "--json", str(tmp_path / "report.json")])
-    assert config.data.seq_length == 512 and str(config.data.train_data) == "pairs.jsonl"
+    assert config.data.seq_length == 512 and config.data.train_data == ("pairs.jsonl",)
     assert (config.train.train_iters, config.train.global_batch_size, config.checkpoint.save) == (1, 8, None)
     assert report == tmp_path / "report.json"
