@@ -11,6 +11,7 @@ leaves no Megatron state behind. A task that hangs is killed with its pool after
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMEOUT = 150.0
+TASKS = 60  # then the workers start anew: Megatron's groups are not all given back, and idle ones poll
 
 
 class WorkerError(AssertionError):
@@ -53,6 +55,7 @@ def _serve(rank: int, connection: Any) -> None:
                 parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()  # models and optimizers are cycles; what is left of them keeps the threads of gloo's groups alive
         connection.send(outcome)
 
 
@@ -82,6 +85,8 @@ class WorkerPool:
         Raises:
             WorkerError: a rank raised or did not answer in time.
         """
+        if self.tasks % TASKS == 0:
+            self.close()
         self._grow(world_size)
         self.tasks += 1  # every task has its own part of the store
         for _, connection in self.workers[:world_size]:
