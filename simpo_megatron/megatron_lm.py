@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,13 @@ def checkpoint(args: Any) -> HFModel:
         raise UserError(
             "--tokenizer-model is missing; give the folder of the Hugging Face checkpoint the weights came from"
         )
-    return read_hf_checkpoint(Path(args.tokenizer_model))
+    return _read_once(Path(args.tokenizer_model))
+
+
+@functools.cache
+def _read_once(path: Path) -> HFModel:
+    """Every microbatch asks for the vocabulary: the headers of a large model are hundreds of files."""
+    return read_hf_checkpoint(path)
 
 
 def _check_architecture(args: Any, hf: HFModel) -> None:
