@@ -11,6 +11,7 @@ leaves no Megatron state behind. A task that hangs is killed with its pool after
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import traceback
@@ -18,12 +19,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMEOUT = 150.0
-TASKS = 60  # then the workers start anew: Megatron's groups are not all given back, and idle ones poll
 
 
 class WorkerError(AssertionError):
@@ -55,8 +56,21 @@ def _serve(rank: int, connection: Any) -> None:
                 parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
-            gc.collect()  # models and optimizers are cycles; what is left of them keeps the threads of gloo's groups alive
+            _forget_models()
         connection.send(outcome)
+
+
+def _forget_models() -> None:
+    """Frees models and optimizers, and with them the threads of every gloo group they know.
+
+    They are cycles. Those of DDP run through autograd's nodes, which the collector does not see, so they are cut here.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for wrapped in gc.get_objects():
+        if type(wrapped) is DistributedDataParallel:
+            vars(wrapped).clear()
+    gc.collect()
 
 
 class WorkerPool:
@@ -85,8 +99,6 @@ class WorkerPool:
         Raises:
             WorkerError: a rank raised or did not answer in time.
         """
-        if self.tasks % TASKS == 0:
-            self.close()
         self._grow(world_size)
         self.tasks += 1  # every task has its own part of the store
         for _, connection in self.workers[:world_size]:
@@ -109,8 +121,11 @@ class WorkerPool:
             return False, f"the process died with exit code {process.exitcode}"
 
     def close(self) -> None:
-        """Ends all workers; they hold nothing that outlives them."""
+        """Ends all workers, and the processes that Megatron's checkpoint writer started in them."""
         for process, _ in self.workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
             process.kill()
         for process, _ in self.workers:
             process.join()
