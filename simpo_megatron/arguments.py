@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -16,6 +16,7 @@ from simpo_megatron.data.config import OPTIONS, DataConfig
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.errors import UserError
 from simpo_megatron.presets import PRESETS
+from simpo_megatron.program import Parser
 from simpo_megatron.settings import choices, flag
 
 GROUPS: dict[str, type] = {
@@ -30,11 +31,6 @@ TAKES_BACK = {
     "max_length": "max_prompt_length",
 }
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
 
 
 def _value_type(annotation: Any) -> type:
@@ -60,7 +56,7 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """A parser of every setting, for the training program unless said otherwise; a flag that is not given is absent from
     the namespace."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description=description,
         argument_default=argparse.SUPPRESS,
@@ -105,7 +101,7 @@ def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[
 
 def data_parser(program: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for a tool that makes pairs of rows: it has training's flags on that, and the tool adds its own."""
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

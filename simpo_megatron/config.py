@@ -26,6 +26,9 @@ class ModelConfig(Group):
         "auto",
         "layers: Transformer Engine's, Megatron's own (local), or TE where it is installed (auto)",
     )
+    gradient_accumulation_fusion: bool | None = setting(
+        None, "weight gradients straight into fp32, by Apex's extension; unless said otherwise, where it is installed"
+    )
     make_vocab_size_divisible_by: int = setting(
         128, "pad the vocabulary to a multiple of this times the tensor-parallel size"
     )

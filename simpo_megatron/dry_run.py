@@ -59,6 +59,9 @@ def dry_run(config: Config, hf: HFModel) -> None:
             "--transformer-impl transformer_engine: it is not installed here, and has to be where the run is"
         )
         config = replace(config, model=replace(config.model, transformer_impl="auto"))
+    if config.model.gradient_accumulation_fusion:
+        remarks.append("--gradient-accumulation-fusion: a GPU and Apex's extension have to be where the run is")
+        config = replace(config, model=replace(config.model, gradient_accumulation_fusion=None))
     if config.model.head == "plain":
         remarks.append("--head plain: it holds all logits of a row, which the memory above leaves out")
     layout_config(config, hf)

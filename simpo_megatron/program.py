@@ -1,17 +1,26 @@
-"""How a distributed program ends: exit code 0, or 2 and one sentence for a mistake that the user can mend."""
+"""How every program of this package ends: exit code 0, or 2 and one sentence for a mistake that the user can mend."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from simpo_megatron.errors import UserError
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def exit_code(program: str, action: Callable[[], int | None]) -> int:
-    """Runs `action`; returns what it returns (0 for None), or 2 after printing its UserError."""
+    """Runs `action`; returns what it returns (0 for None), 2 after printing its UserError, or 130 where it is interrupted."""
     try:
         return action() or 0
     except UserError as error:
@@ -21,3 +30,6 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
             time.sleep(20)
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        return 130

@@ -36,13 +36,17 @@ def require(condition: bool, sentence: str) -> None:
 def parse_size(name: str, text: str) -> int:
     """Bytes of a size such as 80GiB; `name` is the flag, for the error.
 
-    >>> parse_size("--gpu-memory", "80GiB") // 2**30
-    80
+    >>> parse_size("--gpu-memory", "80GiB"), parse_size("--max-memory", "1.5 GB")
+    (85899345920, 1500000000)
     """
-    found = re.fullmatch(r"([1-9]\d*) *([KMG]iB)?", text)
-    if found is None:
-        raise UserError(f"{name} {text} is no size; give bytes, or e.g. 256MiB or 1GiB")
-    return int(found[1]) * 1024 ** (" KMG".index(found[2][0]) if found[2] else 0)
+    found = re.fullmatch(r" *(\d+(?:\.\d+)?) *(?:([KMG])(i)?)?B? *", text, re.IGNORECASE)
+    size = 0
+    if found is not None:
+        number, unit, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** (" KMG".index(unit.upper()) if unit else 0))
+    if size <= 0:
+        raise UserError(f"{name} {text} is no size; give bytes, or e.g. 256MiB or 1.5GB")
+    return size
 
 
 class Group:

@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from simpo_megatron.batch import PreferenceBatch
+from simpo_megatron.compat import check_balancing_loss
 from simpo_megatron.config import LossConfig
 from simpo_megatron.head import HeadTask, find_head, split_output
 from simpo_megatron.logprobs import vocab_parallel_logprobs
@@ -55,6 +56,10 @@ class PreferenceStep:
     num_microbatches: int
     on_sums: Callable[[PreferenceBatch, Tensor], None] | None = None
 
+    def __post_init__(self) -> None:
+        if self.loss.moe_aux_loss_coeff:
+            check_balancing_loss()
+
     def __call__(self, data_iterator: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Runs the model on the next batch.
 
@@ -70,19 +75,22 @@ class PreferenceStep:
                 batch.position_ids,
                 None,
                 packed_seq_params=batch.packed_seq_params,
-                padding_mask=self._padding_mask(batch, model),
+                **self._padding_mask(batch, model),
             )
         return output, partial(self.loss_func, batch, head is not None)
 
-    def _padding_mask(self, batch: PreferenceBatch, model: Any) -> Tensor | None:
-        """What Megatron's balancing loss must not count. Only the first stage cuts it for sequence parallelism by itself."""
+    def _padding_mask(self, batch: PreferenceBatch, model: Any) -> dict[str, Tensor]:
+        """What Megatron's balancing loss must not count; Megatron 0.15 knows neither mask nor argument.
+
+        Only the first stage cuts it for sequence parallelism by itself.
+        """
         if not self.loss.moe_aux_loss_coeff:
-            return None
-        gpt = unwrap(model)
-        if gpt.pre_process or not gpt.config.sequence_parallel:
-            return batch.padding_mask
-        group: Any = parallel_state.get_tensor_model_parallel_group()
-        return batch.padding_mask.chunk(group.size(), dim=1)[group.rank()]
+            return {}
+        gpt, mask = unwrap(model), batch.padding_mask
+        if not gpt.pre_process and gpt.config.sequence_parallel:
+            group: Any = parallel_state.get_tensor_model_parallel_group()
+            mask = mask.chunk(group.size(), dim=1)[group.rank()]
+        return {"padding_mask": mask}
 
     def head_task(self, batch: PreferenceBatch) -> HeadTask:
         """What the head is to do with a batch."""

@@ -150,7 +150,10 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--lr-decay-style", "step"], "argument --lr-decay-style: invalid choice"),
         # model and layout
         (["--head", "eager"], "argument --head: invalid choice: 'eager'"),
-        (["--head-slab-bytes", "256MB"], "--head-slab-bytes 256MB is no size; give bytes, or e.g. 256MiB or 1GiB"),
+        (
+            ["--head-slab-bytes", "256 megs"],
+            "--head-slab-bytes 256 megs is no size; give bytes, or e.g. 256MiB or 1.5GB",
+        ),
         (["--head-slab-bytes", "0"], "--head-slab-bytes 0 is no size"),
         (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0 must be greater than 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be greater than 0"),

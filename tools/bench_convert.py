@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from simpo_megatron.checkpoint.cli import Parser, human, parse_size, positive, run_program  # noqa: E402
+from simpo_megatron.checkpoint.cli import human, positive  # noqa: E402
+from simpo_megatron.program import Parser, exit_code  # noqa: E402
+from simpo_megatron.settings import parse_size  # noqa: E402
 
 CSV = ROOT / "tools" / "results" / "convert.csv"
 ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
@@ -194,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, metavar="DIR", help="scratch space; made, and emptied again")
     parser.add_argument("--model", choices=tuple(SIZES), default="llama-3.1-8b")
     parser.add_argument("--rounds", type=positive, default=1)
-    parser.add_argument("--max-memory", type=parse_size, default=2**30, metavar="SIZE")
+    parser.add_argument("--max-memory", type=partial(parse_size, "--max-memory"), default=2**30, metavar="SIZE")
     parser.add_argument("--workers", type=positive, default=1)
     parser.add_argument("--make", action="store_true", help="make the synthetic checkpoint and leave it there")
     parser.add_argument("--plans", action="store_true", help="print the plans of the larger models")
@@ -241,7 +244,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
-    return run_program("bench_convert.py", run, argv)
+    return exit_code("bench_convert.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

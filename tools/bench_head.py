@@ -14,6 +14,7 @@ errors of both gradients against fp64. Rows are appended to `tools/results/head.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import socket
@@ -63,6 +64,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide as much of what comes
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             self.base = memory("VmRSS")
             print(json.dumps({"base": self.base}), flush=True)  # for whoever has to stop this process

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from simpo_megatron.checkpoint.cli import Parser, add_conversion_flags, positive, run_program  # noqa: E402
+from simpo_megatron.checkpoint.cli import add_conversion_flags, positive  # noqa: E402
+from simpo_megatron.program import Parser, exit_code  # noqa: E402
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -72,7 +73,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
-    return run_program("megatron_to_hf.py", run, argv)
+    return exit_code("megatron_to_hf.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,12 @@ from simpo_megatron.shared_prompts import PairRotary
 
 
 def transformer_config(
-    hf: HFModel, *, bf16: bool, transformer_impl: str = "auto", **parallel: Any
+    hf: HFModel,
+    *,
+    bf16: bool,
+    transformer_impl: str = "auto",
+    gradient_accumulation_fusion: bool | None = None,
+    **parallel: Any,
 ) -> TransformerConfig:
     """Megatron's config of a model and its layout.
 
@@ -38,10 +43,11 @@ def transformer_config(
         hf: the checkpoint.
         bf16: parameters and activations in bfloat16, else float32.
         transformer_impl: "auto" (Transformer Engine where it is installed), "local" or "transformer_engine".
+        gradient_accumulation_fusion: weight gradients straight into fp32; None where Apex's extension is installed.
         **parallel: fields of TransformerConfig: parallel sizes, recomputation, communication; they win.
 
     Raises:
-        UserError: the layout does not divide the model, or Megatron refuses it.
+        UserError: the layout does not divide the model, Megatron refuses it, or what is asked for is not installed.
     """
     model = hf.family.transformer_kwargs(hf.config)
     check_layout(model, parallel)
@@ -53,6 +59,11 @@ def transformer_config(
         )
     dtype = torch.bfloat16 if bf16 else torch.float32
     on_gpu = torch.empty(0, device=torch.cuda.current_device()).is_cuda
+    fusable = on_gpu and have_fused_weight_gradient()
+    if gradient_accumulation_fusion and not fusable:
+        raise UserError(
+            "--gradient-accumulation-fusion needs a GPU and Apex's extension fused_weight_gradient_mlp_cuda; drop the flag"
+        )
     fields: dict[str, Any] = {
         "bf16": bf16,
         "params_dtype": dtype,
@@ -72,7 +83,9 @@ def transformer_config(
         "moe_router_dtype": "fp32",  # which experts are chosen turns on small differences
         "moe_grouped_gemm": "num_moe_experts" in model and grouped,
         "cuda_graph_scope": [],  # the default is deprecated, and says so
-        "gradient_accumulation_fusion": on_gpu and have_fused_weight_gradient(),
+        "gradient_accumulation_fusion": fusable
+        if gradient_accumulation_fusion is None
+        else gradient_accumulation_fusion,
     }
     if parallel.get("virtual_pipeline_model_parallel_size"):
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
+from simpo_megatron import compat
 from simpo_megatron.arguments import flat
 from simpo_megatron.config import Config
 from simpo_megatron.errors import UserError
@@ -47,6 +48,7 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
         hf,
         bf16=config.train.bf16,
         transformer_impl=config.model.transformer_impl,
+        gradient_accumulation_fusion=config.model.gradient_accumulation_fusion,
         moe_aux_loss_coeff=config.loss.moe_aux_loss_coeff,
         **layout_arguments(config.parallel, hf.num_layers),
     )
@@ -170,7 +172,8 @@ class Run:
             layout += f", each over {parallel.expert_tensor_parallel_size}"
         precision = "bf16" if self.config.train.bf16 else "fp32"
         lines = [
-            f"{self.hf.family.name} model, {precision}, {layout} on {torch.device(torch.cuda.current_device()).type}"
+            f"{self.hf.family.name} model, {precision}, {layout} on {torch.device(torch.cuda.current_device()).type}",
+            self._kernels(),
         ]
         if loss.objective == "simpo":
             lines.append(
@@ -186,6 +189,15 @@ class Run:
             f"{self.limit / len(self.train_pairs):.2f} epochs"
         )
         return lines
+
+    def _kernels(self) -> str:
+        """Whose code runs what the optional packages speed up."""
+        fused = use_transformer_engine(self.config.model.transformer_impl)
+        layers = "Transformer Engine's" if fused else "Megatron's on plain torch"
+        if not compat.have_transformer_engine():
+            layers += " (Transformer Engine is not installed)"
+        weight_gradients = "fused, by Apex" if self.engine.transformer.gradient_accumulation_fusion else "not fused"
+        return f"layers: {layers}; Adam: {compat.adam()}; accumulation of weight gradients: {weight_gradients}"
 
     def _next_batch(self) -> GlobalBatch:
         position = self.state.consumed_pairs

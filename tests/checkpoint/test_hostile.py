@@ -212,7 +212,7 @@ def test_trained_padding_is_not_dropped_silently(tmp_path: Path, capsys: Any, po
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"max_memory": "lots"}, "1GiB"),
+        ({"max_memory": "lots"}, "256MiB"),
         ({"shard": "3/2"}, "3/2"),
         ({"tensor_model_parallel_size": 2}, "torch_dist loads at every layout"),
         ({"format": "torch", "tensor_model_parallel_size": 5}, "does not divide"),

@@ -22,6 +22,7 @@ def refusals(path: Path) -> list[str]:
     for call in (
         lambda: transformer_config(hf, bf16=True, recompute_granularity="some"),
         lambda: build_model(hf, config, transformer_impl="transformer_engine"),
+        lambda: transformer_config(hf, bf16=True, gradient_accumulation_fusion=True),
     ):
         with pytest.raises(UserError) as raised:
             call()
@@ -31,9 +32,10 @@ def refusals(path: Path) -> list[str]:
 
 def test_what_is_not_available_is_refused(pool: Any, tmp_path: Path) -> None:
     tiny.make("llama", tmp_path)
-    [[recompute, engine]] = pool.run(1, refusals, tmp_path)
+    [[recompute, engine, fusion]] = pool.run(1, refusals, tmp_path)
     assert "Megatron refuses this layout" in recompute
     assert "Transformer Engine is not installed" in engine
+    assert "--gradient-accumulation-fusion needs a GPU and Apex's extension" in fusion
 
 
 def parameters(path: Path, layout: dict[str, Any]) -> dict[str, Any]:

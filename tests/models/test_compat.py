@@ -8,14 +8,51 @@ import sys
 import pytest
 
 from simpo_megatron import compat
+from simpo_megatron.config import LossConfig
 from simpo_megatron.errors import UserError
+from simpo_megatron.models import spec
+from simpo_megatron.step import PreferenceStep
 
 
 def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     compat.check_megatron_core()
-    monkeypatch.setattr(compat, "MEGATRON_CORE", (0, 99))
-    with pytest.raises(UserError, match=r"megatron-core 0\.16\.\d+ is installed, but 0\.99\.x"):
+    monkeypatch.setattr(compat, "MEGATRON_CORE", ((0, 98), (0, 99)))
+    with pytest.raises(UserError, match=r"megatron-core 0\.\d+\.\d+ is installed, but .* run with 0\.98 to 0\.99"):
         compat.check_megatron_core()
+
+
+def test_the_balancing_loss_needs_a_router_that_is_told_what_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import package_info
+
+    monkeypatch.setattr(package_info, "MINOR", 15)
+    PreferenceStep(LossConfig(), vocab_size=8, num_microbatches=1)
+    with pytest.raises(
+        UserError, match=r"--moe-aux-loss-coeff: the router of megatron-core .* would balance padding too"
+    ):
+        PreferenceStep(LossConfig(moe_aux_loss_coeff=0.1), vocab_size=8, num_microbatches=1)
+
+
+@pytest.mark.parametrize(
+    "installed, adam",
+    [
+        (["transformer_engine.pytorch", "amp_C", "apex.optimizers"], "Transformer Engine's"),
+        (["amp_C", "apex.optimizers"], "Apex's"),
+        (["apex.optimizers"], "torch's"),  # the registry's apex, or NVIDIA's without its extensions
+        ([], "torch's"),
+    ],
+)
+def test_whose_adam_megatron_takes(monkeypatch: pytest.MonkeyPatch, installed: list[str], adam: str) -> None:
+    monkeypatch.setattr(compat, "_importable", installed.__contains__)
+    assert compat.adam() == adam
+
+
+def test_the_optional_packages_are_chosen_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "_importable", lambda module: True)
+    assert compat.have_transformer_engine() and compat.have_apex() and compat.have_fused_weight_gradient()
+    assert spec.use_transformer_engine("auto") and spec.use_transformer_engine("transformer_engine")
+    assert not spec.use_transformer_engine("local")
+    monkeypatch.setattr(compat, "_importable", lambda module: False)
+    assert not spec.use_transformer_engine("auto")
 
 
 def test_megatron_imports_quietly() -> None:
