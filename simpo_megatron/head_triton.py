@@ -1,7 +1,8 @@
 """The element-wise work of the head in Triton: a program a row, fp32 inside. `head_kernels.py` says what each does.
 
 The first kernel reads a row once, the second reads it once and writes the gradient over it: 6 bytes of traffic a bf16 logit.
-Offsets are int64: rows times stride passes 2**31 from 16384 rows of 131072 columns on. Runs on a CPU under TRITON_INTERPRET=1.
+Whole blocks are read and written without a mask: with one, a number of columns
+that 16 does not divide would keep the compiler from loading several at a time. Offsets are int64: rows times stride passes 2**31 from 16384 rows of 131072 columns on. Runs on a CPU under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -41,19 +42,26 @@ def _launch(kernel: Any, logits_NV: Tensor, *rows_N: Tensor) -> None:
 
 
 @triton.jit
+def _add(x, maximum, total):
+    """Running maximum and sum of exponentials, of every lane, with one more value."""
+    larger = tl.maximum(maximum, x)
+    return larger, total * tl.exp(maximum - larger) + tl.exp(x - larger)
+
+
+@triton.jit
 def statistics_kernel(logits, targets, lse, target_logits, stride, columns, BLOCK: tl.constexpr):
-    """Running maximum and sum of one row, and its target's logit."""
+    """Log-sum-exp of one row, and its target's logit."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, columns, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        real = index < columns
-        x = tl.load(start + index, mask=real, other=0.0).to(tl.float32)
-        larger = tl.maximum(maximum, x)
-        total = tl.where(real, total * tl.exp(maximum - larger) + tl.exp(x - larger), total)
-        maximum = tl.where(real, larger, maximum)
+    whole = columns // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        maximum, total = _add(tl.load(start + first + tl.arange(0, BLOCK)).to(tl.float32), maximum, total)
+    index = whole + tl.arange(0, BLOCK)
+    real = index < columns
+    larger, sum = _add(tl.load(start + index, mask=real, other=0.0).to(tl.float32), maximum, total)
+    maximum, total = tl.where(real, larger, maximum), tl.where(real, sum, total)
     highest = tl.max(maximum, 0)
     # A lane without columns has a sum of 0 and a maximum of -inf. One that met a NaN keeps it: tl.maximum does not.
     total = tl.sum(total * tl.where(total == 0.0, 0.0, tl.exp(maximum - highest)), 0)
@@ -68,8 +76,13 @@ def gradient_kernel(logits, targets, lse, coefficients, stride, columns, BLOCK: 
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
     target, row_lse, coefficient = tl.load(targets + row), tl.load(lse + row), tl.load(coefficients + row)
-    for first in range(0, columns, BLOCK):
+    whole = columns // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        x = tl.load(start + index, mask=index < columns, other=float("-inf")).to(tl.float32)
+        x = tl.load(start + index).to(tl.float32)
         gradient = coefficient * ((index == target).to(tl.float32) - tl.exp(x - row_lse))
-        tl.store(start + index, gradient.to(logits.dtype.element_ty), mask=index < columns)
+        tl.store(start + index, gradient.to(logits.dtype.element_ty))
+    index = whole + tl.arange(0, BLOCK)
+    x = tl.load(start + index, mask=index < columns, other=float("-inf")).to(tl.float32)
+    gradient = coefficient * ((index == target).to(tl.float32) - tl.exp(x - row_lse))
+    tl.store(start + index, gradient.to(logits.dtype.element_ty), mask=index < columns)

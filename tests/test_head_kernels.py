@@ -130,3 +130,25 @@ def test_not_a_number_is_not_hidden(kernels) -> None:
     logits = torch.tensor([[1.0, float("nan"), 2.0], [1.0, 0.0, 2.0]])
     lse, _ = kernels.row_statistics(logits, torch.tensor([0, 0]))
     assert lse.isnan().tolist() == [True, False]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(os.environ.get(INTERPRET) == "1", reason="needs the compiler, not the interpreter")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_the_compiler_takes_the_kernels(architecture: int) -> None:
+    """For GPUs that are not here: whatever the number of columns, 16 bytes a load, and nothing spilled out of registers."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from simpo_megatron import head_triton
+
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i in range(5)
+    }  # the matrices, and the stride that head_slabs chooses
+    for kernel in (head_triton.statistics_kernel, head_triton.gradient_kernel):
+        tensors = dict(zip(kernel.arg_names[:4], ("*bf16", "*i64", "*fp32", "*fp32"), strict=True))
+        signature = {**tensors, "stride": "i32", "columns": "i32", "BLOCK": "constexpr"}
+        source = ASTSource(kernel, signature, constexprs={"BLOCK": 4096}, attrs=aligned)
+        ptx = compile_kernel(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 8}).asm["ptx"]
+        assert "ld.global.v4.b32" in ptx and ".local" not in ptx

@@ -107,7 +107,9 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     if report is not None:
         show(report, config)
         if report_file is not None:
-            report_file.write_text(json.dumps(_as_json(report, config), indent=1) + "\n", encoding="utf-8")
+            # JSON has no NaN: it is written as a string.
+            content = json.loads(json.dumps(_as_json(report, config)), parse_constant=str)
+            report_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     dist.broadcast_object_list(passed, src=0)
     if started_here:
         shut_down()
