@@ -1,8 +1,9 @@
 """The element-wise work of the head in Triton: a program a row, fp32 inside. `head_kernels.py` says what each does.
 
 The first kernel reads a row once, the second reads it once and writes the gradient over it: 6 bytes of traffic a bf16 logit.
-Whole blocks are read and written without a mask: with one, a number of columns
-that 16 does not divide would keep the compiler from loading several at a time. Offsets are int64: rows times stride passes 2**31 from 16384 rows of 131072 columns on. Runs on a CPU under TRITON_INTERPRET=1.
+Whole blocks are read and written without a mask: with one, a number of columns that 16 does not divide would keep the
+compiler from loading several at a time. Offsets are int64: rows times stride passes 2**31 from 16384 rows of 131072 columns
+on. Runs on a CPU under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
