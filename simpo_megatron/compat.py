@@ -110,8 +110,7 @@ def quiet_megatron() -> None:
 
     Call it before the first Megatron import. They say that Transformer Engine and Apex are absent (ten lines on a CPU), that
     the optimizer looks at `.grad` of a shard that is no leaf, that whole experts are not sequence-parallel, that torch
-    will rename collectives Megatron calls; and, in 0.15 and from 0.17 on, that parts of Megatron
-    itself are to go.
+    will rename collectives Megatron calls; and, in 0.15 and from 0.17 on, that parts of Megatron itself are to go.
     """
     for message in (
         "Apex is not installed",
@@ -119,7 +118,7 @@ def quiet_megatron() -> None:
         "The .grad attribute of a Tensor that is not a leaf",
         "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
         "MimoModelConfig is experimental",
-        "fused_indices_to_multihot has reached end of life",
+        "Failed to create unified memory mempool",
     ):
         warnings.filterwarnings("ignore", message, UserWarning)
     for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
@@ -128,6 +127,7 @@ def quiet_megatron() -> None:
         ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
         ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
         ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+        ("utils", "fused_indices_to_multihot has reached end of life"),
     ):
         logging.getLogger(f"megatron.core.{name}").addFilter(partial(_other_than, message))
 
