@@ -70,7 +70,9 @@ def dry_run(config: Config, hf: HFModel) -> None:
     experts = "num_moe_experts" in hf.family.transformer_kwargs(hf.config)
     needed = processes_needed(experts, layout)
     world = os.environ.get("WORLD_SIZE", str(needed))
-    require(world.isdecimal() and int(world) > 0, f"WORLD_SIZE is {world!r}, no number of processes; give one, or unset it")
+    require(
+        world.isdecimal() and int(world) > 0, f"WORLD_SIZE is {world!r}, no number of processes; give one, or unset it"
+    )
     world_size = int(world)
     check_processes(world_size, experts, layout)
     if config.model.export_hf is not None:

@@ -31,6 +31,7 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # from any folder, installed 
 
 # Slurm's names where there is Slurm; else one node, or NODE_RANK, MASTER_ADDR and MASTER_PORT by hand on each.
 gpus=${GPUS_PER_NODE:-8}
+[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ ]] || fail "NODES is $nodes and GPUS_PER_NODE $gpus; both must be numbers above 0"
 node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
 if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} && $nodes != 1 ]]; then
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # reads all: scontrol would die of a closed pipe
