@@ -27,7 +27,7 @@ for name in MODEL OUTPUT; do
 done
 [[ -n ${DATA:-} || $step == convert || $step == export ]] || fail "DATA is not set: the preferences to train on"
 root=$(realpath -- "$(dirname "$0")/../..")
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # from any folder, installed or not
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # this package from any folder, installed or not
 
 # Slurm's names where there is Slurm; else one node, or NODE_RANK, MASTER_ADDR and MASTER_PORT by hand on each.
 gpus=${GPUS_PER_NODE:-8}
