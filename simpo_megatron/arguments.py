@@ -13,11 +13,10 @@ import yaml
 
 from simpo_megatron import config as c
 from simpo_megatron.data.config import OPTIONS, DataConfig
-from simpo_megatron.data.options import DataOptions
 from simpo_megatron.errors import UserError
 from simpo_megatron.presets import PRESETS
 from simpo_megatron.program import Parser
-from simpo_megatron.settings import choices, flag
+from simpo_megatron.settings import choices, flag, require
 
 GROUPS: dict[str, type] = {
     field.name: typing.get_type_hints(c.Config)[field.name] for field in dataclasses.fields(c.Config)
@@ -108,14 +107,16 @@ def data_parser(program: str, description: str | None) -> argparse.ArgumentParse
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.add_argument("--config", type=Path, help="training's YAML file, for the settings below and its preset's")
     add_settings(parser.add_argument_group("rows to pairs, as in training"), DataConfig, (*OPTIONS, "seq_length"))
     return parser
 
 
-def data_options(args: argparse.Namespace) -> DataOptions:
-    """What the flags of `data_parser` say, with training's defaults."""
-    given = {name: getattr(args, name) for name in (*OPTIONS, "seq_length") if hasattr(args, name)}
-    return DataConfig(train_data=("unused",), **given).options
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """What the flags of `data_parser` say, over its --config, with training's defaults."""
+    settings = _with_file(vars(args))
+    given = {name: settings[name] for name in (*OPTIONS, "seq_length") if name in settings}
+    return DataConfig(train_data=("unused",), **given)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -168,6 +169,15 @@ def layered(*layers: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Flags over the file that `config` of them names, that over its preset, that over `defaults`."""
+    path = given.get("config")
+    file = read_yaml(path) if path else {}
+    preset = {**(defaults or {}), **file, **given}.get("preset")
+    require(preset is None or preset in PRESETS, f"--preset {preset} is not known; use {' or '.join(PRESETS)}")
+    return layered(defaults or {}, PRESETS.get(str(preset), {}), file, given)
+
+
 def parse(
     argv: Sequence[str] | None = None,
     parser: argparse.ArgumentParser | None = None,
@@ -186,12 +196,9 @@ def parse(
         UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
     """
     given = vars((parser or build_parser()).parse_args(argv))
-    path = given.pop("config", None)
     for name in given.keys() & (fixed or {}).keys():
         raise UserError(f"{flag(name)} {given[name]} has no meaning here; drop it")
-    file = read_yaml(path) if path else {}
-    preset = {**(defaults or {}), **file, **given}.get("preset")
-    settings = layered(defaults or {}, PRESETS.get(str(preset), {}), file, given, fixed or {})
+    settings = layered(_with_file(given, defaults), fixed or {})
     groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for group, field, _ in _fields():
         if field.name in settings:

@@ -295,6 +295,10 @@ class Config:
             f"--share-prompts has no attention under --context-parallel-size {size}; drop one of them",
         )
         require(
+            not (shared and self.model.transformer_impl == "transformer_engine"),
+            "--share-prompts has no attention under --transformer-impl transformer_engine; use local, or drop the flag",
+        )
+        require(
             not (shared and self.loss.members == 1),
             "--share-prompts has nothing to share with --objective sft, which computes the chosen response alone; drop it",
         )

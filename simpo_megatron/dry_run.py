@@ -34,6 +34,7 @@ from simpo_megatron.models.hf import HFModel, check_tensors
 from simpo_megatron.models.limits import check_processes, layout_arguments, processes_needed
 from simpo_megatron.plan.memory import Memory, Workload, estimate
 from simpo_megatron.presets import describe
+from simpo_megatron.settings import flag, require
 
 ROWS = 64  # of each file
 
@@ -68,7 +69,11 @@ def dry_run(config: Config, hf: HFModel) -> None:
     layout = layout_arguments(config.parallel, hf.num_layers)
     experts = "num_moe_experts" in hf.family.transformer_kwargs(hf.config)
     needed = processes_needed(experts, layout)
-    world_size = int(os.environ.get("WORLD_SIZE", needed))
+    world = os.environ.get("WORLD_SIZE", str(needed))
+    require(
+        world.isdecimal() and int(world) > 0, f"WORLD_SIZE is {world!r}, no number of processes; give one, or unset it"
+    )
+    world_size = int(world)
     check_processes(world_size, experts, layout)
     if config.model.export_hf is not None:
         check_target(config.model.export_hf)
@@ -149,9 +154,15 @@ def _checkpoint(config: Config, hf: HFModel) -> str:
     if folder is None:
         return str(hf.path)
     try:
-        read_dist(folder, hf)
+        saved = read_dist(folder, hf).args
     except UserError as error:
         raise UserError(f"--load {config.checkpoint.load} does not fit {hf.path}: {error}") from error
+    now = flat(config)
+    for name in ("seed", "use_distributed_optimizer") if step is not None else ():
+        require(
+            saved.get(name, now[name]) == now[name],
+            f"{folder} was saved with {flag(name)} {saved.get(name)}, not {now[name]}; resume it with the same",
+        )
     return str(folder)
 
 

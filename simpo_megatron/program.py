@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from simpo_megatron.errors import UserError
@@ -17,6 +18,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the flags")
+
+
+def check_report(flag: str, file: Path) -> None:
+    """Makes sure before the work that its report can be written; an empty file is there afterwards.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        with file.open("a"):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {file} cannot be written: {error.strerror}; give a file that can") from error
 
 
 def exit_code(program: str, action: Callable[[], int | None]) -> int:

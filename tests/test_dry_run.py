@@ -36,12 +36,23 @@ def test_it_finds_the_checkpoint_to_resume(pool, inputs: Inputs) -> None:
     assert pool.run(1, train, argv) == [None]
     code, out, _ = dry(pool, [*argv, "--load", str(folder), "--tensor-model-parallel-size", "2"])
     assert code == 0 and f"{folder}/iter_0000001" in out
+    for change in (["--seed", "7"], ["--no-use-distributed-optimizer"]):
+        code, _, err = dry(pool, [*argv, "--load", str(folder), *change])
+        assert code == 2 and f"iter_0000001 was saved with {change[0].replace('no-', '')}" in err
     other = make_checkpoint(inputs.folder / "other", num_hidden_layers=2)
     code, _, err = dry(pool, [*argv, "--load", str(folder), "--hf-checkpoint", str(other)])
     assert code == 2 and f"--load {folder} does not fit {other}: decoder.layers" in err and "[4, 32]" in err
     (folder / "iter_0000001" / "metadata.json").unlink()
     code, _, err = dry(pool, [*argv, "--load", str(folder)])
     assert code == 2 and "iter_0000001 is not a complete checkpoint" in err
+
+
+def test_shared_prompts_where_transformer_engine_is_not_installed(pool, inputs: Inputs) -> None:
+    settings = {"transformer_impl": "transformer_engine"}
+    code, out, _ = dry(pool, flags(inputs.checkpoint, inputs.data, **settings))
+    assert code == 0 and "has to be where the run is" in out
+    code, _, err = dry(pool, [*flags(inputs.checkpoint, inputs.data, **settings), "--share-prompts"])
+    assert code == 2 and "--share-prompts has no attention under --transformer-impl transformer_engine" in err
 
 
 def test_prepared_data(pool, inputs: Inputs) -> None:
@@ -117,3 +128,6 @@ def test_the_number_of_processes(pool, inputs: Inputs) -> None:
     assert code == 0 and "pipeline 2 x data 2" in out
     [(code, _, err)] = pool.run(1, count_processes, argv, "6")
     assert code == 2 and "6 processes cannot be cut into" in err and "start a multiple of 4" in err
+    for world in ("0", "-4", "many", ""):
+        [(code, _, err)] = pool.run(1, count_processes, argv, world)
+        assert code == 2 and f"WORLD_SIZE is {world!r}, no number of processes" in err

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron import compat
-from simpo_megatron.arguments import data_options, data_parser
-from simpo_megatron.data.config import DataConfig
+from simpo_megatron.arguments import data_config, data_parser
 from simpo_megatron.data.doctor import CHECKS, Doctor
 from simpo_megatron.data.encode import with_progress
 from simpo_megatron.data.prepared import PreparedPairs, is_prepared
@@ -31,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Examines, reports, and returns the exit code."""
     compat.quiet_megatron()
     tokenizer, eos_ids = load_tokenizer(args.hf_checkpoint), eos_token_ids(args.hf_checkpoint)
-    seq_length = getattr(args, "seq_length", DataConfig.seq_length)
-    doctor = Doctor(tokenizer, data_options(args), eos_ids, seq_length, args.pair)
+    data = data_config(args)
+    doctor = Doctor(tokenizer, data.options, eos_ids, data.seq_length, args.pair)
     if args.valid_data is not None:
         doctor.remember_prompts(args.valid_data)
     if is_prepared(args.data):

@@ -28,7 +28,7 @@ from rich.table import Table
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf import HFModel, read_hf_config
 from simpo_megatron.plan.layouts import MOST_GPUS, Planned, Request, fewest, fitting
-from simpo_megatron.program import exit_code
+from simpo_megatron.program import check_report, exit_code
 from simpo_megatron.settings import parse_size
 
 SHOWN = 15
@@ -78,10 +78,13 @@ def read_request(args: argparse.Namespace) -> Request:
     pair = args.pair_tokens or max(1, args.seq_length // 2)
     if pair > args.seq_length:
         raise UserError(f"--pair-tokens {pair} exceeds --seq-length {args.seq_length}; a row holds whole pairs")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: {args.json.absolute().parent} does not exist; make it first")
+    memory = parse_size("--gpu-memory", args.gpu_memory)
+    if memory < 2**20:
+        raise UserError(f"--gpu-memory {args.gpu_memory} is {memory} bytes; give the unit too, as in 80GiB")
+    if args.json is not None:
+        check_report("--json", args.json)
     return Request(
-        gpu_bytes=int(parse_size("--gpu-memory", args.gpu_memory) * (1 - FREE)),
+        gpu_bytes=int(memory * (1 - FREE)),
         seq_length=args.seq_length,
         rows=math.ceil(args.global_batch_size * pair / args.seq_length),
         slab_bytes=parse_size("--head-slab-bytes", args.head_slab_bytes),
@@ -181,6 +184,8 @@ def describe(one: Planned) -> str:
         "DP": one.data_parallel_size,
     }
     named = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
+    if p.expert_tensor_parallel_size:  # said even where it is 1: the flag's default is TP
+        named += f", ETP{p.expert_tensor_parallel_size}"
     return f"{named}, recompute {p.recompute_granularity or 'none'}, {one.memory.total / 2**30:.1f} GiB"
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron import compat
-from simpo_megatron.arguments import data_options, data_parser
+from simpo_megatron.arguments import data_config, data_parser
 from simpo_megatron.data.prepare import prepare
 from simpo_megatron.data.prepared import is_prepared
 from simpo_megatron.errors import UserError
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if is_prepared(args.input):
         raise UserError(f"--input {args.input} is prepared already; give the source it was made of")
     started = time.perf_counter()
-    options = data_options(args)
+    options = data_config(args).options
     report = prepare(args.input, args.hf_checkpoint, args.output_prefix, options, workers=args.workers, progress=True)
     seconds = time.perf_counter() - started
     print(report.summary(args.input))

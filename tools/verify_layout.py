@@ -24,7 +24,7 @@ from simpo_megatron import compat
 from simpo_megatron.arguments import build_parser, flat, parse
 from simpo_megatron.config import Config
 from simpo_megatron.errors import UserError
-from simpo_megatron.program import exit_code
+from simpo_megatron.program import check_report, exit_code
 
 SHOWN = 10
 
@@ -58,10 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
         )
     report = Path(reports[-1]) if reports else None
     if report is not None:
-        try:
-            report.touch()
-        except OSError as error:
-            raise UserError(f"--json {report} cannot be written: {error.strerror}; give a file that can") from error
+        check_report("--json", report)
     return config, report
 
 

@@ -9,9 +9,10 @@
 #     export MODEL=/data/Mixtral-8x7B-Instruct DATA=/data/pairs.jsonl OUTPUT=/data/runs/mixtral_8x7b
 #     bash examples/mixtral_8x7b/run.sh dry-run       # anywhere: no GPU, one process
 #     bash examples/mixtral_8x7b/run.sh prepare       # then: export TRAIN_DATA=$OUTPUT/data/train
-#     sbatch examples/mixtral_8x7b/job.slurm verify   # does this layout compute what transformers computes?
+#     sbatch examples/mixtral_8x7b/job.slurm verify --fp32 --transformer-impl local   # does this layout compute what transformers computes?
 #     sbatch examples/mixtral_8x7b/job.slurm train    # again to resume; the aligned checkpoint is OUTPUT/aligned
 #
+# In bf16 near-ties between experts fall either way, and Transformer Engine may have no fp32 attention for packed rows.
 # Without Slurm: `bash examples/mixtral_8x7b/run.sh train` on every node, with NODE_RANK and MASTER_ADDR set. All steps: examples/cluster/run.sh.
 set -euo pipefail
 here=$(dirname "$0")

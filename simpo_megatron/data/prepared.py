@@ -214,7 +214,9 @@ class PreparedPairs(Pairs):
             before = self.about["options"].get(name)
             if value != before:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{self.prefix}: prepared with {flag} {before}, not {value}; drop the flag, or {mend}")
+                raise UserError(
+                    f"{self.prefix}: prepared with {flag} {before}, not {value}; drop the flag, or {mend} {flag} {value}"
+                )
 
     def _open(self) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -17,6 +17,7 @@ from simpo_megatron.models.hf import read_hf_config
 from simpo_megatron.plan.layouts import Request, legal, plan
 from tests.distributed import free_environment
 from tests.tiny import make_checkpoint, make_rows, write_rows
+from tools.verify_layout import parse_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 4}
@@ -37,12 +38,14 @@ STAND_INS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def run_step(name: str, step: str, model: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    data = write_rows(folder / "pairs.jsonl", make_rows(10))
-    environment = {**free_environment(), "MODEL": str(model), "DATA": str(data), "OUTPUT": str(folder / "output")}
+def run_step(name: str, step: str, model: Path, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs a step from `folder`, with paths relative to it."""
+    write_rows(folder / "pairs.jsonl", make_rows(10))
+    relative = {"MODEL": str(model.relative_to(folder)), "DATA": "pairs.jsonl", "OUTPUT": "output"}
+    environment = {**free_environment(), **relative, **more}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.run(
-        ["bash", str(EXAMPLES / name / "run.sh"), step],
+        ["bash", str(EXAMPLES / name / "run.sh"), *step.split()],
         capture_output=True,
         text=True,
         env=environment,
@@ -61,6 +64,44 @@ def test_dry_run(name: str, tmp_path: Path) -> None:
     assert "dry run: nothing is wrong" in done.stdout and "memory of a GPU" in done.stdout
     assert f"preset {read_yaml(EXAMPLES / name / 'config.yaml')['preset']}: simpo_beta" in done.stdout
     assert not (tmp_path / "output").exists()
+
+
+def test_what_prepare_writes_fits_the_run(tmp_path: Path) -> None:
+    """The preset's lengths are those of the set, which training refuses otherwise."""
+    model = make_checkpoint(tmp_path / "model")
+    done = run_step("llama3_8b", "prepare --workers 1", model, tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_step("llama3_8b", "dry-run", model, tmp_path, TRAIN_DATA="output/data/train")
+    assert done.returncode == 0, done.stderr
+
+
+def test_rank_0_is_on_the_first_host_of_a_long_list(tmp_path: Path) -> None:
+    """A reader that stops after the first name would kill scontrol, and the script with it."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho first\nsleep 0.5\necho second\n")
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    for name in ("scontrol", "torchrun"):
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NODEID": "1"}
+    script, config = EXAMPLES / "cluster" / "run.sh", EXAMPLES / "qwen3_moe" / "config.yaml"
+    environment = {**free_environment(), **slurm, "MODEL": "m", "DATA": "d", "OUTPUT": "o"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(config), "2", "train"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("--nnodes 2 --nproc-per-node 8 --node-rank 1 --master-addr first ")
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_the_stated_verification_is_one_that_runs(name: str) -> None:
+    """A model with experts is verified in fp32 alone."""
+    stated = re.search(r"job.slurm verify (.*?) *# does", (EXAMPLES / name / "run.sh").read_text())
+    assert stated
+    config, _ = parse_arguments(
+        ["--config", str(EXAMPLES / name / "config.yaml"), "--hf-checkpoint", "m", "--data", "d", *stated[1].split()]
+    )
+    hf = read_hf_config(EXAMPLES / name / "model.json")
+    assert config.train.fp32 == any(weight.experts for weight in hf.weights)
 
 
 def test_a_layout_that_does_not_fit_is_one_line(tmp_path: Path) -> None:

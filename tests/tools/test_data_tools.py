@@ -45,6 +45,17 @@ def test_prepare_and_inspect(model: Path, source: Path, tmp_path: Path, capsys: 
     assert "prompts of the validation data" in capsys.readouterr().out
 
 
+def test_the_configuration_of_training(model: Path, source: Path, tmp_path: Path) -> None:
+    """A prepared set fits the run that its --config describes, preset included; flags win."""
+    config = tmp_path / "config.yaml"
+    config.write_text("preset: llama3-instruct\nseq_length: 4096\ntensor_model_parallel_size: 2\n")
+    settings = {"hf_checkpoint": model, "input": source, "config": config, "output_prefix": tmp_path / "set"}
+    for flags, lengths in (({}, [2048, 1800]), ({"max_length": 100}, [100, 50])):
+        assert run(preprocess_preferences, **settings, **flags) == 0
+        options = PreparedPairs(tmp_path / "set").about["options"]
+        assert [options[name] for name in ("max_length", "max_prompt_length")] == lengths
+
+
 def test_mistakes_are_one_line(model: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = tmp_path / "a"
     good = {"hf_checkpoint": model, "input": source, "output_prefix": prefix, "workers": 1}
@@ -57,6 +68,7 @@ def test_mistakes_are_one_line(model: Path, source: Path, tmp_path: Path, capsys
         ({"input": prefix}, "is prepared already"),
         ({"input": tmp_path / "none.jsonl"}, "there is no such file"),
         ({"workers": 0}, "--workers 0 must be at least 1"),
+        ({"config": tmp_path / "none.yaml"}, "none.yaml cannot be read"),
         ({"hf_checkpoint": tmp_path / "none"}, "is not a folder"),
         ({"max_length": 4000}, "--max-length 4000 lets a pair outgrow its row"),
         ({"max_length_ratio": 0.5}, "--max-length-ratio is 0.5"),
