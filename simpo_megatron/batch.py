@@ -32,6 +32,7 @@ class BatchCounts:
 
     pairs: int
     chosen_tokens: int
+    rows: int  # that hold pairs, over all ranks
 
 
 @dataclass(frozen=True)

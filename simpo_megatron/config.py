@@ -131,7 +131,7 @@ class LossConfig(Group):
     simpo_label_smoothing: float = setting(0.0, "probability that a pair's members were swapped")
     simpo_sft_weight: float = setting(0.0, "weight of the NLL of the chosen responses, a mean over their tokens")
     moe_aux_loss_coeff: float = setting(
-        0.0, "weight of Megatron's load-balancing loss of every layer with experts, a mean over microbatches"
+        0.0, "weight of Megatron's load-balancing loss of every layer with experts, a mean over packed rows"
     )
 
     def __post_init__(self) -> None:

@@ -64,7 +64,11 @@ def plan_global_batch(
     return GlobalBatch(
         store=store,
         rows=rows + [[] for _ in range((num_microbatches or 0) - len(rows))],
-        counts=BatchCounts(len(pairs), int(store.chosen_length[pairs].sum())),
+        counts=BatchCounts(
+            pairs=len(pairs),
+            chosen_tokens=int(store.chosen_length[pairs].sum()),
+            rows=sum(bool(row) for ranks_rows in plan for row in ranks_rows),
+        ),
         tokens=int(np.sum(lengths)),
     )
 

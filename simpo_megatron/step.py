@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from simpo_megatron.batch import PreferenceBatch
@@ -77,7 +78,28 @@ class PreferenceStep:
                 packed_seq_params=batch.packed_seq_params,
                 **self._padding_mask(batch, model),
             )
+        if self.loss.moe_aux_loss_coeff and output.requires_grad:
+            self._weigh_balancing_loss(batch, output)
         return output, partial(self.loss_func, batch, head is not None)
+
+    def _weigh_balancing_loss(self, batch: PreferenceBatch, output: Tensor) -> None:
+        """Makes the balancing loss of the experts a mean over the rows that hold pairs.
+
+        Megatron's is a mean over all microbatches, and knows one weight for all of them, which the backward pass reads. An
+        empty pack would count like a row, with the one token of padding it has. So each backward pass begins with a weight of
+        its own, and puts back the common one at its end.
+        """
+        microbatches = self.num_microbatches * parallel_state.get_data_parallel_world_size()
+        weight = microbatches / batch.counts.rows if batch.pair_rows else 0.0
+
+        def begin(_: Tensor) -> None:
+            common: Any = MoEAuxLossAutoScaler.main_loss_backward_scale
+            before = common.clone()
+            common.mul_(weight)
+            end = partial(MoEAuxLossAutoScaler.set_loss_scale, before)
+            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+
+        output.register_hook(begin)
 
     def _padding_mask(self, batch: PreferenceBatch, model: Any) -> dict[str, Tensor]:
         """What Megatron's balancing loss must not count; Megatron 0.15 knows neither mask nor argument.

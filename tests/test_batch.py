@@ -15,7 +15,7 @@ from tests.pairs import make_store
 
 # Unequal prompts and responses; prompts and responses of a single token among them.
 LENGTHS = [(5, 3, 2), (1, 1, 4), (7, 2, 1), (2, 6, 3)]
-COUNTS = BatchCounts(pairs=9, chosen_tokens=31)
+COUNTS = BatchCounts(pairs=9, chosen_tokens=31, rows=1)
 
 
 @dataclass

@@ -167,7 +167,7 @@ def loader(store: Any, shared: bool) -> dict[str, float]:
         )
         lengths = prompt * (1 if shared else 2) + sum(responses)
         for row in plan_batch(lengths, SEQ_LENGTH, 1, costs=pair_costs(prompt, responses, 4096, shared))[0]:
-            batch = pack_pairs(store, pairs[row].tolist(), BatchCounts(BATCH, 1), share_prompts=shared)
+            batch = pack_pairs(store, pairs[row].tolist(), BatchCounts(BATCH, 1, 1), share_prompts=shared)
             tokens += batch.tokens.shape[1]
     return {"seconds_a_step": (time.perf_counter() - started) / steps, "tokens_an_epoch": tokens}
 

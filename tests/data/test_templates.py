@@ -84,7 +84,7 @@ def check_mask(store, prompt, responses):
     """What is scored in a plain and in a shared row: the response and its EOS, each by the token before it."""
     wanted = np.concatenate(responses).tolist()
     for shared in (False, True):
-        batch = pack_pairs(store, [0], BatchCounts(1, 1), share_prompts=shared)
+        batch = pack_pairs(store, [0], BatchCounts(1, 1, 1), share_prompts=shared)
         assert batch.targets.tolist() == wanted
         assert batch.lengths.tolist() == [len(response) for response in responses]
         tokens = batch.tokens[0].tolist()
