@@ -39,7 +39,7 @@ def parse_size(name: str, text: str) -> int:
     >>> parse_size("--gpu-memory", "80GiB"), parse_size("--max-memory", "1.5 GB")
     (85899345920, 1500000000)
     """
-    found = re.fullmatch(r" *(\d+(?:\.\d+)?) *(?:([KMG])(i)?)?B? *", text, re.IGNORECASE)
+    found = re.fullmatch(r" *(\d{1,15}(?:\.\d+)?) *(?:([KMG])(i)?)?B? *", text, re.IGNORECASE)
     size = 0
     if found is not None:
         number, unit, binary = found.groups()

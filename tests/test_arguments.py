@@ -154,6 +154,7 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
             ["--head-slab-bytes", "256 megs"],
             "--head-slab-bytes 256 megs is no size; give bytes, or e.g. 256MiB or 1.5GB",
         ),
+        (["--head-slab-bytes", "9" * 400], "9 is no size; give bytes"),
         (["--head-slab-bytes", "0"], "--head-slab-bytes 0 is no size"),
         (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0 must be greater than 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be greater than 0"),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from simpo_megatron.checkpoint.cli import add_conversion_flags, positive  # noqa: E402
+from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, say_end  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
 
 
@@ -65,11 +65,8 @@ def run(argv: Sequence[str] | None) -> int:
     if args.plan:
         report_to_megatron(conversion, options, args.save)
         return 0
-    if convert_to_megatron(conversion, args.save, options):
-        print(f"{args.save / 'release'} is complete; `--load {args.save}` reads it")
-    else:
-        index, count = args.shard
-        print(f"share {index + 1}/{count} is written; the node that finishes last publishes {args.save / 'release'}")
+    complete = convert_to_megatron(conversion, args.save, options)
+    say_end(complete, args.save / "release", args.shard, then=f"; `--load {args.save}` reads it")
     return 0
 
 

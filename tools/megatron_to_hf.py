@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from simpo_megatron.checkpoint.cli import add_conversion_flags, positive  # noqa: E402
+from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, say_end  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -63,11 +63,7 @@ def run(argv: Sequence[str] | None) -> int:
     if args.plan:
         report_to_hf(export, options, args.save)
         return 0
-    if convert_to_hf(export, args.save, options):
-        print(f"{args.save} is complete")
-    else:
-        index, count = args.shard
-        print(f"share {index + 1}/{count} is written; the node that finishes last publishes {args.save}")
+    say_end(convert_to_hf(export, args.save, options), args.save, args.shard)
     return 0
 
 

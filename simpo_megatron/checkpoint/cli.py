@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from functools import partial
+from pathlib import Path
 
 from simpo_megatron.settings import parse_size
 
@@ -53,3 +54,12 @@ def add_conversion_flags(parser: argparse.ArgumentParser) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
     again.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
+
+
+def say_end(complete: bool, folder: Path, shard: tuple[int, int], then: str = "") -> None:
+    """Prints how a conversion ended: with `folder` complete and what `then` can be done, or with this node's share of it."""
+    if complete:
+        print(f"{folder} is complete{then}")
+    else:
+        index, count = shard
+        print(f"share {index + 1}/{count} is written; the node that finishes last publishes {folder}")
