@@ -15,14 +15,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from simpo_megatron.config import LossConfig
+from simpo_megatron.batch.plan import RowPacker
 from simpo_megatron.data.config import DataConfig
-from simpo_megatron.head import LogProbHead
+from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
-from simpo_megatron.microbatches import pack_microbatches, plan_global_batch
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.hf import read_hf_checkpoint
 from simpo_megatron.models.load import load_hf_weights
+from simpo_megatron.objectives import SimPO
 from simpo_megatron.program import exit_code
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
@@ -49,28 +49,15 @@ def main(checkpoint: Path, preferences: str, steps: int) -> None:
 
     # Your loop: the pairs of a global batch, this rank's rows of them, one schedule call, one optimizer step.
     pairs, _, _ = load_data(DataConfig(train_data=(preferences,), seq_length=SEQ_LENGTH), hf)
-    loss = LossConfig(simpo_beta=2.5, simpo_gamma_beta_ratio=0.55)
+    objective = SimPO(simpo_beta=2.5, simpo_gamma_beta_ratio=0.55)
+    packer = RowPacker(SEQ_LENGTH, objective.responses, config.hidden_size)
     for step in range(steps):
-        batch = plan_global_batch(
-            pairs,
-            pairs.order(step * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, seed=1),
-            members=loss.members,
-            share_prompts=False,
-            hidden_size=config.hidden_size,
-            seq_length=SEQ_LENGTH,
-        )
-        rows = pack_microbatches(
-            batch,
-            members=loss.members,
-            share_prompts=False,
-            row_length=None,
-            sequence_parallel=config.sequence_parallel,
-        )
+        batch = packer.plan(pairs, pairs.order(step * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, seed=1))
         chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        vectors = get_forward_backward_func()(
-            forward_step_func=PreferenceStep(loss, hf.vocab_size, len(batch.rows)),
-            data_iterator=rows,
+        sums = get_forward_backward_func()(
+            forward_step_func=PreferenceStep(objective, hf.vocab_size, len(batch.rows)),
+            data_iterator=packer.rows(batch),
             model=chunk,
             num_microbatches=len(batch.rows),
             seq_length=SEQ_LENGTH,
@@ -78,7 +65,7 @@ def main(checkpoint: Path, preferences: str, steps: int) -> None:
             forward_only=False,
         )
         optimizer.step()
-        metrics = reduce_metrics(vectors, loss.members)
+        metrics = reduce_metrics(sums, objective.metrics)
         if torch.distributed.get_rank() == 0:
             accuracy = metrics["rewards/accuracies"]
             print(f"step {step + 1}: loss {metrics['loss']:.4f}, accuracy {accuracy:.3f}", flush=True)

@@ -14,13 +14,17 @@ import yaml
 from simpo_megatron import config as c
 from simpo_megatron.data.config import OPTIONS, DataConfig
 from simpo_megatron.errors import UserError
+from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.presets import PRESETS
 from simpo_megatron.program import Parser
 from simpo_megatron.settings import choices, flag, require
 
 GROUPS: dict[str, type] = {
-    field.name: typing.get_type_hints(c.Config)[field.name] for field in dataclasses.fields(c.Config)
+    field.name: typing.get_type_hints(c.Config)[field.name]
+    for field in dataclasses.fields(c.Config)
+    if field.name != "objective"
 }
+DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
 # A setting takes back what a lower layer said of the other: they are two ways to say one thing, or the other's default follows.
 TAKES_BACK = {
     "simpo_gamma": "simpo_gamma_beta_ratio",
@@ -40,10 +44,10 @@ def _value_type(annotation: Any) -> type:
 
 
 def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
-    """Group, field and annotation of every setting."""
+    """Group (an objective's is its name), field and annotation of every setting."""
     return [
         (group, field, typing.get_type_hints(cls)[field.name])
-        for group, cls in GROUPS.items()
+        for group, cls in (*OBJECTIVES.items(), *GROUPS.items())
         for field in dataclasses.fields(cls)
     ]
 
@@ -62,10 +66,37 @@ def build_parser(
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, help="YAML file of the same names, e.g. `train_iters: 100`; flags win")
-    sections = {group: parser.add_argument_group(str(cls.__doc__)) for group, cls in GROUPS.items()}
-    for group, cls in GROUPS.items():
-        add_settings(sections[group], cls)
+    add_objectives(parser)
+    for cls in GROUPS.values():
+        add_settings(parser.add_argument_group(str(cls.__doc__)), cls)
     return parser
+
+
+def add_objectives(parser: argparse.ArgumentParser, with_defaults: bool = False) -> None:
+    """Adds `--objective` and the flags of every objective; arguments as for `add_settings`."""
+    section = parser.add_argument_group("objective")
+    default = {"default": DEFAULT_OBJECTIVE} if with_defaults else {}
+    text = f"what is trained for (default {DEFAULT_OBJECTIVE})"
+    section.add_argument("--objective", choices=tuple(OBJECTIVES), help=text, **default)
+    for cls in OBJECTIVES.values():
+        if dataclasses.fields(cls):
+            add_settings(parser.add_argument_group(str(cls.__doc__)), cls, with_defaults=with_defaults)
+
+
+def build_objective(settings: dict[str, Any]) -> Objective:
+    """The objective that settings name, with its own settings among them.
+
+    Raises:
+        UserError: it is not known, or its settings contradict each other.
+    """
+    name = settings.get("objective", DEFAULT_OBJECTIVE)
+    require(name in OBJECTIVES, f"--objective {name} is not known; use {' or '.join(OBJECTIVES)}")
+    return _build(OBJECTIVES[name], settings)
+
+
+def _build(group: type, settings: dict[str, Any]) -> Any:
+    """A group from those of the settings that are its fields."""
+    return group(**{field.name: settings[field.name] for field in dataclasses.fields(group) if field.name in settings})
 
 
 def add_settings(section: Any, group: type, names: Sequence[str] | None = None, with_defaults: bool = False) -> None:
@@ -127,7 +158,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `name: value` lines, not a {type(content).__name__}")
-    annotations = {field.name: annotation for _, field, annotation in _fields()}
+    annotations = {"objective": str, **{field.name: annotation for _, field, annotation in _fields()}}
     settings = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -199,17 +230,15 @@ def parse(
     for name in given.keys() & (fixed or {}).keys():
         raise UserError(f"{flag(name)} {given[name]} has no meaning here; drop it")
     settings = layered(_with_file(given, defaults), fixed or {})
-    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-    for group, field, _ in _fields():
-        if field.name in settings:
-            groups[group][field.name] = settings[field.name]
-    return c.Config(**{group: cls(**groups[group]) for group, cls in GROUPS.items()})
+    groups = {name: _build(group, settings) for name, group in GROUPS.items()}
+    return c.Config(objective=build_objective(settings), **groups)
 
 
 def flat(config: c.Config) -> dict[str, Any]:
     """Every setting by its name, paths and lists as strings: for logs and for the `args` of a checkpoint."""
-    values = {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(config, group)).items()}
-    return {name: _primitive(value) for name, value in values.items()}
+    groups = (config.objective, *(getattr(config, group) for group in GROUPS))
+    values = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    return {"objective": config.objective.name, **{name: _primitive(value) for name, value in values.items()}}
 
 
 def _primitive(value: Any) -> Any:

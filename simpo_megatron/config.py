@@ -12,8 +12,9 @@ from typing import Literal
 
 from simpo_megatron.data.config import DataConfig
 from simpo_megatron.models.limits import check_rows
+from simpo_megatron.objectives import Objective
 from simpo_megatron.presets import Preset
-from simpo_megatron.settings import Group, flag, parse_size, require, setting
+from simpo_megatron.settings import Group, parse_size, require, setting
 
 
 @dataclass(frozen=True)
@@ -120,58 +121,6 @@ class ParallelConfig(Group):
 
 
 @dataclass(frozen=True)
-class LossConfig(Group):
-    """loss"""
-
-    objective: Literal["simpo", "sft"] = setting("simpo", "simpo, or sft: NLL of the chosen responses")
-    simpo_beta: float = setting(2.0, "scale of the rewards")
-    simpo_gamma: float | None = setting(None, "target reward margin, absolute")
-    simpo_gamma_beta_ratio: float | None = setting(None, "target reward margin divided by beta; default 0.5")
-    simpo_loss_type: Literal["sigmoid", "hinge"] = setting("sigmoid", "sigmoid is the paper's")
-    simpo_label_smoothing: float = setting(0.0, "probability that a pair's members were swapped")
-    simpo_sft_weight: float = setting(0.0, "weight of the NLL of the chosen responses, a mean over their tokens")
-    moe_aux_loss_coeff: float = setting(
-        0.0, "weight of Megatron's load-balancing loss of every layer with experts, a mean over packed rows"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.positive("simpo_beta")
-        require(
-            self.simpo_gamma is None or self.simpo_gamma_beta_ratio is None,
-            "--simpo-gamma and --simpo-gamma-beta-ratio set the same margin (gamma = ratio * beta); give one of them",
-        )
-        require(
-            0 <= self.simpo_label_smoothing < 0.5,
-            f"--simpo-label-smoothing {self.simpo_label_smoothing} must be at least 0 and less than 0.5",
-        )
-        require(
-            not (self.simpo_label_smoothing and self.simpo_loss_type == "hinge"),
-            "--simpo-label-smoothing has no meaning with --simpo-loss-type hinge; drop one of them",
-        )
-        for name in ("simpo_sft_weight", "moe_aux_loss_coeff"):
-            require(getattr(self, name) >= 0, f"{flag(name)} {getattr(self, name)} must not be negative")
-
-    @property
-    def gamma(self) -> float:
-        """Target reward margin, absolute, whichever way it was given."""
-        if self.simpo_gamma is not None:
-            return self.simpo_gamma
-        ratio = 0.5 if self.simpo_gamma_beta_ratio is None else self.simpo_gamma_beta_ratio
-        return ratio * self.simpo_beta
-
-    @property
-    def nll_weight(self) -> float:
-        """Weight of the NLL term: all of the loss for `sft`."""
-        return 1.0 if self.objective == "sft" else self.simpo_sft_weight
-
-    @property
-    def members(self) -> int:
-        """Sequences a pair brings into the batch: `sft` leaves the rejected response out."""
-        return 1 if self.objective == "sft" else 2
-
-
-@dataclass(frozen=True)
 class TrainConfig(Group):
     """training"""
 
@@ -190,7 +139,10 @@ class TrainConfig(Group):
     )
     bf16: bool = setting(True, "bf16 weights and activations with fp32 main gradients and fp32 master weights")
     fp32: bool = setting(False, "everything in fp32, for checks")
-    fp16: bool = setting(False, "refused: see the message")
+    fp16: bool = setting(False, "not supported (log-prob sums overflow fp16); use --bf16 or --fp32")
+    moe_aux_loss_coeff: float = setting(
+        0.0, "weight of Megatron's load-balancing loss of every layer with experts, a mean over packed rows"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,6 +156,7 @@ class TrainConfig(Group):
         require(self.bf16 or self.fp32, "--no-bf16 leaves no precision; say --fp32")
         require(0 <= self.seed < 2**32, f"--seed {self.seed} must be at least 0 and below 2**32")
         self.positive("global_batch_size", "train_iters", "train_epochs")
+        self.not_negative("moe_aux_loss_coeff")
         require(
             (self.train_iters is None) != (self.train_epochs is None),
             "give one of --train-iters and --train-epochs"
@@ -232,8 +185,7 @@ class OptimizerConfig(Group):
         self.positive("lr", "adam_eps")
         self.fraction("lr_warmup_fraction", "adam_beta1", "adam_beta2")
         require(0 <= self.min_lr <= self.lr, f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
-        for name in ("weight_decay", "clip_grad"):
-            require(getattr(self, name) >= 0, f"{flag(name)} {getattr(self, name)} must not be negative")
+        self.not_negative("weight_decay", "clip_grad")
 
 
 @dataclass(frozen=True)
@@ -268,12 +220,12 @@ class LogConfig(Group):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told."""
+    """Everything a run is told; `objective` holds its own settings."""
 
+    objective: Objective
     model: ModelConfig
     parallel: ParallelConfig
     data: DataConfig
-    loss: LossConfig
     train: TrainConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
@@ -299,24 +251,7 @@ class Config:
             "--share-prompts has no attention under --transformer-impl transformer_engine; use local, or drop the flag",
         )
         require(
-            not (shared and self.loss.members == 1),
-            "--share-prompts has nothing to share with --objective sft, which computes the chosen response alone; drop it",
+            not (shared and self.objective.responses == 1),
+            f"--share-prompts has nothing to share with --objective {self.objective.name}, which computes the chosen response "
+            "alone; drop it",
         )
-
-    def warnings(self, num_parameters: int) -> list[str]:
-        """Settings that are allowed and have spoilt other people's runs, for a model of this size."""
-        found = []
-        if self.loss.objective == "simpo":
-            if self.optimizer.lr >= 1e-5 and num_parameters >= 1e9:
-                found.append(
-                    f"--lr {self.optimizer.lr:g}: SimPO on models of billions of parameters collapses from 1e-5 on"
-                )
-            if self.loss.simpo_beta < 1:
-                found.append(f"--simpo-beta {self.loss.simpo_beta:g}: SimPO uses 2 to 10, DPO's 0.1 is too small here")
-            if self.loss.gamma > self.loss.simpo_beta:
-                found.append(
-                    f"gamma {self.loss.gamma:g} exceeds beta {self.loss.simpo_beta:g}: is it a gamma given as a ratio?"
-                )
-            if self.loss.simpo_sft_weight:
-                found.append(f"--simpo-sft-weight {self.loss.simpo_sft_weight:g}: the paper's SimPO has no NLL term")
-        return found

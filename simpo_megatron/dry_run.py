@@ -53,7 +53,7 @@ def dry_run(config: Config, hf: HFModel) -> None:
     from simpo_megatron.models.export import check_target
     from simpo_megatron.trainer.loop import layout_config
 
-    remarks = config.warnings(hf.num_parameters)
+    remarks = config.objective.warnings(config.optimizer.lr, hf.num_parameters)
     impl = config.model.transformer_impl
     if impl == "transformer_engine" and not compat.have_transformer_engine():
         remarks.append(

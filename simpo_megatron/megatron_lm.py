@@ -13,7 +13,6 @@ core_v0.16.1.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,30 +24,29 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 from torch import Tensor
 
-from simpo_megatron.arguments import add_settings
-from simpo_megatron.batch import PreferenceBatch
-from simpo_megatron.config import LossConfig, ModelConfig
+from simpo_megatron.arguments import add_objectives, add_settings, build_objective
+from simpo_megatron.batch.plan import RowPacker
+from simpo_megatron.batch.row import PreferenceBatch
+from simpo_megatron.config import ModelConfig
 from simpo_megatron.data import Pairs
 from simpo_megatron.data.config import OPTIONS, DataConfig
 from simpo_megatron.errors import UserError
-from simpo_megatron.head import LogProbHead
-from simpo_megatron.metrics import DIVISORS, metric_names
-from simpo_megatron.microbatches import pack_microbatches, plan_global_batch
+from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.hf import HFModel, read_hf_checkpoint
+from simpo_megatron.objectives import Metric, Objective
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 
 ARGS_DEFAULTS = {"dataloader_type": "external", "micro_batch_size": 1, "tokenizer_type": "HuggingFaceTokenizer"}
-_LOSS = [field.name for field in dataclasses.fields(LossConfig) if field.name != "moe_aux_loss_coeff"]
 _DATA = [*OPTIONS, "share_prompts"]
 _HEAD = ["head", "head_slab_bytes"]
 
 
 def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """An `extra_args_provider`: the flags of the loss, the data and the head, as our trainer spells them."""
+    """An `extra_args_provider`: the flags of the objectives, the data and the head, as our trainer spells them."""
+    add_objectives(parser, with_defaults=True)
     for title, group, names in (
-        ("SimPO", LossConfig, _LOSS),
         ("preferences", DataConfig, _DATA),
         ("head", ModelConfig, _HEAD),
     ):
@@ -56,12 +54,15 @@ def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def loss_config(args: Any) -> LossConfig:
-    """The loss that Megatron-LM's arguments ask for."""
+def objective(args: Any) -> Objective:
+    """The objective that Megatron-LM's arguments ask for."""
+    return build_objective(vars(args))
+
+
+def moe_aux_loss_coeff(args: Any) -> float:
+    """Megatron-LM's --moe-aux-loss-coeff, a number or one for each of several losses; 0 without experts."""
     coefficient = args.moe_aux_loss_coeff if args.num_experts else 0.0
-    if isinstance(coefficient, list):
-        coefficient = float(sum(coefficient))
-    return LossConfig(**{name: getattr(args, name) for name in _LOSS}, moe_aux_loss_coeff=coefficient)
+    return float(sum(coefficient)) if isinstance(coefficient, list) else coefficient
 
 
 def data_config(args: Any) -> DataConfig:
@@ -102,7 +103,7 @@ def check_args(args: Any) -> None:
         )
     if args.tokenizer_type != "HuggingFaceTokenizer":
         raise UserError(f"--tokenizer-type {args.tokenizer_type} has no chat template; use HuggingFaceTokenizer")
-    loss_config(args)  # these check themselves
+    objective(args)  # it checks itself
     if not args.train_data_path:
         raise UserError("--train-data-path is missing; give preferences: a prepared prefix or a .jsonl file")
     data = data_config(args)
@@ -214,20 +215,18 @@ def _stores(args: Any) -> tuple[Pairs, Pairs | None]:
     return _loaded[0]
 
 
-def _rows(args: Any, store: Pairs, position: int) -> Iterator[PreferenceBatch]:
+def _rows(args: Any, pairs: Pairs, position: int) -> Iterator[PreferenceBatch]:
     """The rows of one global batch after the other, this rank's, `num_microbatches` of each."""
-    shape: Any = {"members": loss_config(args).members, "share_prompts": args.share_prompts}
+    packer = RowPacker(
+        seq_length=args.seq_length,
+        responses=objective(args).responses,
+        hidden_size=args.hidden_size,
+        share_prompts=args.share_prompts,
+        sequence_parallel=args.sequence_parallel,
+    )
     while True:
         size = get_current_global_batch_size()
-        batch = plan_global_batch(
-            store,
-            store.order(position, size, args.seed),
-            **shape,
-            hidden_size=args.hidden_size,
-            seq_length=args.seq_length,
-            num_microbatches=get_num_microbatches(),
-        )
-        yield from pack_microbatches(batch, **shape, row_length=None, sequence_parallel=args.sequence_parallel)
+        yield from packer.rows(packer.plan(pairs, pairs.order(position, size, args.seed), get_num_microbatches()))
         position += size
 
 
@@ -239,23 +238,22 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Ca
     timers("batch-generator", log_level=2).start()
     batch = next(data_iterator)
     timers("batch-generator").stop()
-    config = loss_config(args)
-    step = PreferenceStep(config, checkpoint(args).vocab_size, get_num_microbatches())
+    chosen = objective(args)
+    step = PreferenceStep(chosen, checkpoint(args).vocab_size, get_num_microbatches(), moe_aux_loss_coeff(args))
     output, loss_func = step(iter((batch,)), model)
-    return output, partial(_report, args, config.members, loss_func)
+    return output, partial(_report, args, chosen.metrics, loss_func)
 
 
-def _report(args: Any, members: int, loss_func: Any, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _report(args: Any, metrics: tuple[Metric, ...], loss_func: Any, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and every metric as the [sum, divisor] that Megatron-LM adds up over microbatches, DP and CP."""
-    loss, vector = loss_func(output)
+    loss, sums = loss_func(output)
     if args.check_for_nan_in_loss_and_grad:
         _validate(loss)
-    values = dict(zip(metric_names(members), vector.float(), strict=True))
-    pairs, chosen_tokens = (values.pop(name) for name in DIVISORS)
-    # The loss is divided by the global batch already: its divisors add up to 1 (times CP, as its sums do).
-    whole = loss.new_tensor(1.0 / (get_num_microbatches() * parallel_state.get_data_parallel_world_size())).float()
-    divisors = {"loss": whole, "nll_loss": chosen_tokens}
-    return loss, {name: torch.stack((value, divisors.get(name, pairs))) for name, value in values.items()}
+    # A sum without a divisor is divided by the global batch already: what is given adds up to 1 (times CP, as sums do).
+    sums["none"] = torch.full_like(
+        sums["pairs"], 1.0 / (get_num_microbatches() * parallel_state.get_data_parallel_world_size())
+    )
+    return loss, {metric.name: torch.stack((sums[metric.name], sums[metric.divisor])).float() for metric in metrics}
 
 
 def _validate(loss: Tensor) -> None:

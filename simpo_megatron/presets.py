@@ -40,6 +40,7 @@ def describe(preset: str, settings: dict[str, Any]) -> str:
     'set otherwise: lr 3e-07 (preset 5e-07)'
     """
     values = PRESETS[preset]
-    kept = [f"{name} {value}" for name, value in values.items() if settings[name] == value]
-    other = [f"{name} {settings[name]} (preset {value})" for name, value in values.items() if settings[name] != value]
+    used = {name: value for name, value in values.items() if name in settings}  # another objective has other settings
+    kept = [f"{name} {value}" for name, value in used.items() if settings[name] == value]
+    other = [f"{name} {settings[name]} (preset {value})" for name, value in used.items() if settings[name] != value]
     return f"preset {preset}: {', '.join(kept)}" + (f"; set otherwise: {', '.join(other)}" if other else "")

@@ -66,6 +66,12 @@ class Group:
             value = getattr(self, name)
             require(value is None or value > 0, f"{flag(name)} {value} must be greater than 0")
 
+    def not_negative(self, *names: str) -> None:
+        """Requires numbers from 0 on; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{flag(name)} {value} must not be negative")
+
     def fraction(self, *names: str) -> None:
         """Requires numbers from 0 up to, but not, 1."""
         for name in names:

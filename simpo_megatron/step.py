@@ -2,17 +2,18 @@
 
 The loss of a global batch is
 
-    sum over pairs of weight * simpo_loss / number of pairs
-      + sft_weight * (sum over chosen response tokens of -log p) / number of those tokens
+    sum over pairs of weight * (the objective's loss of the pair) / number of pairs
+      + nll_weight * (sum over chosen response tokens of -log p) / number of those tokens
 
-(`objective="sft"` keeps the second term alone, with weight 1). Both divisors count the *global* batch and are known before
-the step (`batch.BatchCounts`), so packing, accumulation and data parallelism cannot change the loss. Megatron divides a
-2-tuple loss by num_microbatches (`pipeline_parallel/schedules.py`, forward_step_calc_loss) and DDP averages over the
-data-parallel ranks, so the loss is handed over multiplied by both.
+Both divisors count the *global* batch and are known before the step (`BatchCounts`), so packing, accumulation and data
+parallelism cannot change the loss. Megatron divides a 2-tuple loss by num_microbatches (`pipeline_parallel/schedules.py`,
+forward_step_calc_loss), and DDP averages over the data-parallel ranks. So the loss is handed over multiplied by both.
 
-Under context parallelism the sums of log-probs are added up over the ranks before anything else is done with them; every rank
-then knows the same loss, and its backward pass reaches its own tokens. Megatron multiplies that loss by CP and DDP divides by
-DP * CP, so the gradients of the ranks add up, and no factor CP stands here.
+Under context parallelism the sums of log-probs are added up over the ranks before anything else is computed from them. Every
+rank then knows the same loss, and its backward pass reaches its own tokens. Megatron multiplies that loss by CP, and DDP
+divides by DP * CP. So the gradients of the ranks add up, and no factor CP stands here.
+
+Shapes: P pairs, M scored responses of a pair, R scored positions, V columns of the vocabulary on this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from simpo_megatron.batch import PreferenceBatch
+from simpo_megatron.batch.row import PreferenceBatch
 from simpo_megatron.compat import check_balancing_loss
-from simpo_megatron.config import LossConfig
-from simpo_megatron.head import HeadTask, find_head, split_output
-from simpo_megatron.logprobs import vocab_parallel_logprobs
-from simpo_megatron.loss import simpo_loss
-from simpo_megatron.metrics import pair_sums
+from simpo_megatron.head.layer import find_head, split_output
+from simpo_megatron.head.logprobs import vocab_parallel_logprobs
+from simpo_megatron.head.task import HeadTask
+from simpo_megatron.metrics import metric_sums
 from simpo_megatron.models.place import unwrap
+from simpo_megatron.objectives import Measured, Objective
 
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,21 @@ class PreferenceStep:
     """The `forward_step_func` of Megatron's `get_forward_backward_func`.
 
     Attributes:
-        loss: objective, beta, gamma and the rest.
+        objective: what is trained for.
         vocab_size: the true vocabulary, without Megatron's padding.
         num_microbatches: of this step and data-parallel rank; the same on all of them.
-        on_sums: called on the last stage with every microbatch and the summed log-probs of its responses, [P, members].
+        moe_aux_loss_coeff: weight of Megatron's balancing loss of the experts.
+        on_sums: called on the last stage with every microbatch and the summed log-probs of its responses, [P, M].
     """
 
-    loss: LossConfig
+    objective: Objective
     vocab_size: int
     num_microbatches: int
+    moe_aux_loss_coeff: float = 0.0
     on_sums: Callable[[PreferenceBatch, Tensor], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.loss.moe_aux_loss_coeff:
+        if self.moe_aux_loss_coeff:
             check_balancing_loss()
 
     def __call__(self, data_iterator: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -70,7 +73,7 @@ class PreferenceStep:
         """
         batch = next(data_iterator)
         head = find_head(model)
-        with head.armed(self.head_task(batch)) if head else contextlib.nullcontext():
+        with head.scoring(self.head_task(batch)) if head else contextlib.nullcontext():
             output = model(
                 batch.tokens,
                 batch.position_ids,
@@ -78,19 +81,18 @@ class PreferenceStep:
                 packed_seq_params=batch.packed_seq_params,
                 **self._padding_mask(batch, model),
             )
-        if self.loss.moe_aux_loss_coeff and output.requires_grad:
+        if self.moe_aux_loss_coeff and output.requires_grad:
             self._weigh_balancing_loss(batch, output)
         return output, partial(self.loss_func, batch, head is not None)
 
     def _weigh_balancing_loss(self, batch: PreferenceBatch, output: Tensor) -> None:
         """Makes the balancing loss of the experts a mean over the rows that hold pairs.
 
-        Megatron's is a mean over all microbatches, and knows one weight for all of them, which the backward pass reads. An
-        empty pack would count like a row, with the one token of padding it has. So each backward pass begins with a weight of
-        its own, and puts back the common one at its end.
+        Megatron's is a mean over all microbatches, with one weight for all of them, which the backward pass reads. An empty
+        row would count like a row of pairs. So each backward pass sets a weight of its own at its start, and restores the
+        common one at its end.
         """
-        microbatches = self.num_microbatches * parallel_state.get_data_parallel_world_size()
-        weight = microbatches / batch.counts.rows if batch.pair_rows else 0.0
+        weight = self._loss_scale() / batch.counts.rows if batch.pairs else 0.0
 
         def begin(_: Tensor) -> None:
             common: Any = MoEAuxLossAutoScaler.main_loss_backward_scale
@@ -102,11 +104,11 @@ class PreferenceStep:
         output.register_hook(begin)
 
     def _padding_mask(self, batch: PreferenceBatch, model: Any) -> dict[str, Tensor]:
-        """What Megatron's balancing loss must not count; Megatron 0.15 knows neither mask nor argument.
+        """The `padding_mask` of GPTModel.forward, which keeps padding out of the balancing loss (0.15 has no such argument).
 
-        Only the first stage cuts it for sequence parallelism by itself.
+        The first stage cuts it for sequence parallelism itself; later stages expect it already cut.
         """
-        if not self.loss.moe_aux_loss_coeff:
+        if not self.moe_aux_loss_coeff:
             return {}
         gpt, mask = unwrap(model), batch.padding_mask
         if not gpt.pre_process and gpt.config.sequence_parallel:
@@ -114,42 +116,40 @@ class PreferenceStep:
             mask = mask.chunk(group.size(), dim=1)[group.rank()]
         return {"padding_mask": mask}
 
+    def _loss_scale(self) -> float:
+        """The factor that undoes Megatron's division by microbatches and DDP's average over the data-parallel ranks."""
+        return float(self.num_microbatches * parallel_state.get_data_parallel_world_size())
+
     def head_task(self, batch: PreferenceBatch) -> HeadTask:
-        """What the head is to do with a batch."""
+        """The scoring task of one microbatch: positions, targets and the loss."""
+        # Megatron divides the scaled loss by num_microbatches and multiplies it by the context-parallel size.
+        gradient = self._loss_scale() / self.num_microbatches * parallel_state.get_context_parallel_world_size()
         return HeadTask(
-            rows_R=batch.rows,
-            targets_R=batch.targets,
-            segments_R=batch.segments,
-            pair_rows=batch.pair_rows,
-            largest_rows=batch.largest_rows,
-            members=batch.members,
+            scored=batch.scored,
+            responses=batch.responses,
             vocab_size=self.vocab_size,
-            loss=partial(batch_loss, self.loss, batch),
-            # `scale` below; Megatron divides by num_microbatches and multiplies by the context-parallel size.
-            loss_gradient=float(parallel_state.get_data_parallel_world_size(with_context_parallel=True)),
+            loss=partial(batch_loss, self.objective, batch),
+            loss_gradient=gradient,
         )
 
-    def loss_func(self, batch: PreferenceBatch, fused: bool, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The share of this microbatch in the loss, scaled as Megatron expects it, and its vector of metric sums.
+    def loss_func(self, batch: PreferenceBatch, fused: bool, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of this microbatch in the loss, scaled as Megatron expects it, and its `metric_sums`.
 
         Collectives: none with the fused head. Else one all-gather over the tensor-parallel ranks (`vocab_parallel_logprobs`)
-        and one all-reduce of a number a sequence over the context-parallel ranks; none in the backward pass.
+        and one all-reduce of a number a response over the context-parallel ranks; none in the backward pass.
         """
         if fused:
-            loss, sums_PM = split_output(output, batch.members)
+            loss, sums_PM = split_output(output, batch.responses)
         else:
             group: Any = parallel_state.get_tensor_model_parallel_group()
-            logits_RV = output[0].index_select(0, batch.rows)
-            logps_R = vocab_parallel_logprobs(logits_RV, batch.targets, self.vocab_size, group)
+            logits_RV = output[0].index_select(0, batch.scored.positions_R)
+            logps_R = vocab_parallel_logprobs(logits_RV, batch.scored.targets_R, self.vocab_size, group)
             sums_PM = sum_over_context(batch.segment_sums(logps_R))
-            loss = batch_loss(self.loss, batch, sums_PM)
-        sums_PM = sums_PM.detach()
+            loss = batch_loss(self.objective, batch, sums_PM)
         if self.on_sums is not None:
-            self.on_sums(batch, sums_PM)
-        divisors = (sums_PM.new_tensor(sums_PM.shape[0]), batch.lengths[:: batch.members].sum())
-        metrics = (*divisors, loss.detach(), -sums_PM[:, 0].sum(), *batch_metrics(self.loss, batch, sums_PM))
-        scale = self.num_microbatches * parallel_state.get_data_parallel_world_size()
-        return loss * scale, torch.stack([value.double() for value in metrics])
+            self.on_sums(batch, sums_PM.detach())
+        measured = measure(self.objective, batch, sums_PM.detach(), loss.detach())
+        return loss * self._loss_scale(), metric_sums(self.objective.metrics, measured)
 
 
 def sum_over_context(sums_PM: Tensor) -> Tensor:
@@ -158,38 +158,40 @@ def sum_over_context(sums_PM: Tensor) -> Tensor:
     return reduce_from_tensor_model_parallel_region(sums_PM, group)
 
 
-def batch_loss(config: LossConfig, batch: PreferenceBatch, sums_PM: Tensor) -> Tensor:
+def batch_loss(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor) -> Tensor:
     """The loss of the pairs of one microbatch, already divided by the counts of the global batch.
 
-    The losses of all microbatches of all data-parallel ranks add up to the loss of the global batch. A sum over pairs, which
-    the fused head relies on: the derivative by one pair's sums does not look at the others.
+    The losses of all microbatches of all data-parallel ranks add up to the loss of the global batch. It is a sum over pairs,
+    which the fused head relies on: the derivative with respect to one pair's sums does not depend on the other pairs.
 
     Args:
+        objective: what is trained for.
+        batch: the microbatch.
         sums_PM: summed log-probs of the responses, fp32; chosen first.
     """
-    logps_PM = sums_PM / batch.lengths.view(-1, batch.members)
     loss = sums_PM.new_zeros(())
-    if config.nll_weight:
-        loss = loss - config.nll_weight * sums_PM[:, 0].sum() / batch.counts.chosen_tokens
-    if config.objective == "simpo":
-        losses_P = simpo_loss(
-            logps_PM[:, 0],
-            logps_PM[:, 1],
-            beta=config.simpo_beta,
-            gamma_P=gammas(config, batch),
-            loss_type=config.simpo_loss_type,
-            label_smoothing=config.simpo_label_smoothing,
-        )
+    if objective.nll_weight:
+        loss = loss - objective.nll_weight * sums_PM[:, 0].sum() / batch.counts.chosen_tokens
+    losses_P = objective.pair_losses(batch.scores(sums_PM))
+    if losses_P is not None:
         loss = loss + (batch.weight * losses_P).sum() / batch.counts.pairs
     return loss
 
 
-def batch_metrics(config: LossConfig, batch: PreferenceBatch, sums_PM: Tensor) -> list[Tensor]:
-    """The sums over pairs of one microbatch that are logged, see `metrics.pair_sums`."""
-    lengths_PM, truncated_PM = (values.view(-1, batch.members) for values in (batch.lengths, batch.truncated))
-    return pair_sums(sums_PM / lengths_PM, lengths_PM, truncated_PM, config.simpo_beta, gammas(config, batch))
+def measure(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor, loss: Tensor) -> Measured:
+    """What the metrics of one microbatch are computed from.
 
-
-def gammas(config: LossConfig, batch: PreferenceBatch) -> Tensor:
-    """The target margin of each pair: its own where the data brings one."""
-    return torch.where(batch.margin.isnan(), config.gamma, batch.margin)
+    Args:
+        objective: what is trained for.
+        batch: the microbatch.
+        sums_PM: summed log-probs of the responses, without gradient.
+        loss: the share of the microbatch in the loss, without gradient.
+    """
+    scores = batch.scores(sums_PM)
+    return Measured(
+        scores=scores,
+        truncated_PM=batch.truncated.view(-1, batch.responses),
+        rewards_PM=objective.rewards(scores),
+        target_margins_P=objective.target_margins(scores),
+        loss=loss,
+    )

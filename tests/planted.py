@@ -16,7 +16,7 @@ def shift_after_slicing(batch: Any) -> Any:
     """Labels shifted on this rank's slices: the last token before a chunk border scores the token after the gap."""
     tokens = batch.tokens[0]
     shifted = torch.cat((tokens[1:], tokens[:1]))
-    return replace(batch, targets=shifted[batch.rows])
+    return replace(batch, scored=replace(batch.scored, targets_R=shifted[batch.scored.positions_R]))
 
 
 def plain_all_reduce(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, group: Any) -> Tensor:
@@ -39,14 +39,16 @@ def plain_all_reduce(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, grou
 @contextlib.contextmanager
 def planted(mistake: str) -> Iterator[None]:
     """Makes this process compute with the mistake."""
-    from simpo_megatron import head, microbatches, step
+    from simpo_megatron import step
+    from simpo_megatron.batch import plan
+    from simpo_megatron.head import layer
 
     names: list[tuple[Any, str, Any]] = {
         "labels shifted after slicing": [
-            (microbatches, "pack_pairs", lambda *a, _f=microbatches.pack_pairs, **k: shift_after_slicing(_f(*a, **k)))
+            (plan, "pack_row", lambda *a, _f=plan.pack_row, **k: shift_after_slicing(_f(*a, **k)))
         ],
         "plain all-reduce": [(step, "vocab_parallel_logprobs", plain_all_reduce)],
-        "hidden gradient not reduced": [(head, "_reduce", lambda grad_TH, _head: grad_TH)],
+        "hidden gradient not reduced": [(layer, "_reduce", lambda grad_TH, _head: grad_TH)],
         "mean of means": [(step, "batch_loss", lambda *a, _f=step.batch_loss: _mean_of_means(_f, *a))],
         "context factor dropped": [(step, "sum_over_context", _without_context_factor)],
     }[mistake]
@@ -60,13 +62,13 @@ def planted(mistake: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _mean_of_means(batch_loss: Any, config: Any, batch: Any, sums_PM: Tensor) -> Any:
+def _mean_of_means(batch_loss: Any, objective: Any, batch: Any, sums_PM: Tensor) -> Any:
     """Every microbatch divides by its own pairs, and the schedule by the microbatches and ranks."""
     from megatron.core import parallel_state
 
     rows = 3  # of the test's batch
     share = max(1, len(batch.weight)) * max(rows, parallel_state.get_data_parallel_world_size())
-    return batch_loss(config, batch, sums_PM) * batch.counts.pairs / share
+    return batch_loss(objective, batch, sums_PM) * batch.counts.pairs / share
 
 
 def _without_context_factor(sums_PM: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A loss and the pairs of one global batch; `loss` holds fields of LossConfig."""
+    """A loss and the pairs of one global batch; `loss` holds fields of the objective."""
 
     loss: dict[str, Any]
     store: dict[str, Any] = field(default_factory=lambda: PLAIN)
@@ -184,7 +184,7 @@ def run_cases(checkpoint: Path, layout: dict[str, Any], names: list[str]) -> dic
         case = CASES[name]
         settings = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in layout, **layout, **case.loss}
         engine, hf = build_engine(command_line(checkpoint, settings))
-        batch = engine.plan(case.pair_store, np.array(case.pairs))
+        batch = engine.packer.plan(case.pair_store, np.array(case.pairs))
         evaluated = engine.evaluate(batch)
         trained = engine.train_step(batch)
         found[name] = (evaluated, trained, gather_gradients(engine, hf))

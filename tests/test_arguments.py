@@ -37,12 +37,12 @@ def parse_yaml(path: Path, text: str, *flags: str) -> Config:
 def test_defaults() -> None:
     config = parse(ENOUGH)
     assert config.model.hf_checkpoint == Path("model") and config.data.train_data == ("pairs.jsonl",)
-    assert (config.loss.objective, config.loss.simpo_beta, config.loss.gamma) == ("simpo", 2.0, 1.0)
-    assert config.loss.simpo_sft_weight == 0, "the paper's SimPO has no NLL term"
+    assert (config.objective.name, config.objective.simpo_beta, config.objective.gamma) == ("simpo", 2.0, 1.0)
+    assert config.objective.simpo_sft_weight == 0, "the paper's SimPO has no NLL term"
     assert config.train.bf16 and not config.train.fp32
     assert config.parallel.use_distributed_optimizer
     assert config.data.max_length == config.data.seq_length // 2
-    assert config.warnings(10**10) == []
+    assert config.objective.warnings(config.optimizer.lr, 10**10) == []
 
 
 def test_flags_reach_every_group() -> None:
@@ -56,7 +56,7 @@ def test_flags_reach_every_group() -> None:
     assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.sequence_parallel
     assert not config.parallel.use_distributed_optimizer
     assert (config.data.seq_length, config.data.max_length, config.data.max_prompt_length) == (512, 256, 128)
-    assert config.loss.gamma == pytest.approx(1.375)
+    assert config.objective.gamma == pytest.approx(1.375)
     assert config.optimizer.lr == 5e-7
     assert config.checkpoint.save == Path("out") and config.checkpoint.save_interval == 3
     assert config.train.fp32 and not config.train.bf16
@@ -89,7 +89,7 @@ def test_yaml_values_take_the_type_of_the_setting(yaml_file: Path) -> None:
     config = parse_yaml(yaml_file, text)
     assert config.train.train_iters == 10 and isinstance(config.train.train_iters, int)
     assert config.checkpoint.save == Path("out")
-    assert isinstance(config.loss.simpo_beta, float) and config.loss.gamma == 0
+    assert isinstance(config.objective.simpo_beta, float) and config.objective.gamma == 0
     assert config.data.max_length == config.data.seq_length // 2
     assert config.log.wandb_project == "7"
 
@@ -277,6 +277,12 @@ def test_choices_bind_in_the_file_too(yaml_file: Path, text: str) -> None:
         parse_yaml(yaml_file, text, "--train-iters", "1")
 
 
+def warnings(argv: list[str], num_parameters: float) -> list[str]:
+    """What a run of these flags is warned of, for a model of this size."""
+    config = parse(argv)
+    return config.objective.warnings(config.optimizer.lr, int(num_parameters))
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -287,13 +293,13 @@ def test_choices_bind_in_the_file_too(yaml_file: Path, text: str) -> None:
     ],
 )
 def test_warnings_one_by_one(argv: list[str], words: str) -> None:
-    [warning] = parse([*ENOUGH, *argv]).warnings(10**10)
+    [warning] = warnings([*ENOUGH, *argv], 10**10)
     assert words in warning
-    assert parse([*ENOUGH, *argv, "--objective", "sft"]).warnings(10**10) == [], "they are about SimPO"
+    assert warnings([*ENOUGH, *argv, "--objective", "sft"], 10**10) == [], "they are about SimPO"
 
 
 def test_small_models_take_larger_steps() -> None:
-    assert parse([*ENOUGH, "--lr", "1e-3"]).warnings(10**6) == []
+    assert warnings([*ENOUGH, "--lr", "1e-3"], 10**6) == []
 
 
 def test_every_flag_of_the_interface_exists() -> None:

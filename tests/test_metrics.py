@@ -1,4 +1,4 @@
-"""`metrics.py`: what each name means, against plain torch, and one reduction over unequal data-parallel ranks."""
+"""Metrics: what each name means, against plain numbers, and one reduction over unequal data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from simpo_megatron.metrics import CHOSEN_METRICS, PAIR_METRICS, metric_names, pair_sums, reduce_metrics
+from simpo_megatron.metrics import DIVISORS, metric_sums, reduce_metrics
+from simpo_megatron.objectives import OBJECTIVES, SFT, Measured, PairScores, SimPO
 
 BETA = 2.0
 # chosen, rejected; wins by much, by less than its gamma, by exactly gamma, ties, loses.
@@ -33,51 +34,64 @@ EXPECTED = {
 }
 
 
+# What does not come from the pairs alone: a share in the loss, and the NLL of the chosen tokens.
+SHARE, NLL_A_TOKEN = 0.25, 93 / 51  # the sum of -LOGPS * LENGTHS over the chosen responses, and their tokens
+
+
+def sums_of(pairs: list[int], objective: Any = None) -> dict[str, torch.Tensor]:
+    """What `step` hands on of a microbatch of these pairs."""
+    objective = objective or SimPO(simpo_beta=BETA)
+    logps, lengths = LOGPS[pairs, : objective.responses], LENGTHS[pairs, : objective.responses]
+    scores = PairScores(logps * lengths, lengths, GAMMA[pairs], torch.ones(len(pairs)))
+    rewards, targets = objective.rewards(scores), objective.target_margins(scores)
+    truncated, share = TRUNCATED[pairs, : objective.responses], torch.tensor(SHARE * len(pairs))
+    return metric_sums(objective.metrics, Measured(scores, truncated, rewards, targets, share))
+
+
+ALL = [0, 1, 2, 3, 4]
+
+
 def test_what_every_name_means() -> None:
-    sums = dict(zip(PAIR_METRICS, pair_sums(LOGPS, LENGTHS, TRUNCATED, BETA, GAMMA), strict=True))
-    assert {name: value.item() / 5 for name, value in sums.items()} == pytest.approx(EXPECTED, rel=1e-12)
+    sums = sums_of(ALL)
     assert all(value.dtype == torch.float64 for value in sums.values())
+    assert (sums.pop("pairs"), sums.pop("chosen_tokens")) == (5, 51)
+    assert sums.pop("loss") == 5 * SHARE and sums.pop("nll_loss").item() == pytest.approx(93, rel=1e-12)
+    assert {name: value.item() / 5 for name, value in sums.items()} == pytest.approx(EXPECTED, rel=1e-12)
 
 
 def test_margin_is_the_difference_of_the_rewards() -> None:
     """Property, on numbers that are not round."""
     logps = -3 * torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
     lengths, truncated = torch.ones(64, 2, dtype=torch.int64), torch.zeros(64, 2, dtype=torch.bool)
-    sums = dict(zip(PAIR_METRICS, pair_sums(logps, lengths, truncated, BETA, torch.zeros(64)), strict=True))
-    rewards = BETA * logps.double()
-    assert sums["rewards/margins"].item() == pytest.approx((rewards[:, 0] - rewards[:, 1]).sum().item(), rel=1e-6)
+    objective, none = SimPO(simpo_beta=BETA), torch.zeros(64)
+    scores = PairScores(logps, lengths, none, none)
+    found = Measured(scores, truncated, objective.rewards(scores), objective.target_margins(scores), torch.zeros(()))
+    sums, rewards = metric_sums(objective.metrics, found), BETA * logps.double()
+    assert sums["rewards/margins"].item() == pytest.approx((rewards[:, 0] - rewards[:, 1]).sum().item(), rel=1e-12)
     assert sums["rewards/accuracies"] == sums["rewards/above_gamma"] == (logps[:, 0] > logps[:, 1]).sum()
 
 
 def test_chosen_alone() -> None:
-    sums = pair_sums(LOGPS[:, :1], LENGTHS[:, :1], TRUNCATED[:, :1], BETA, GAMMA)
-    found = {name: value.item() / 5 for name, value in zip(CHOSEN_METRICS, sums, strict=True)}
-    assert found == pytest.approx({name: EXPECTED[name] for name in CHOSEN_METRICS})
+    found = {name: value.item() / 5 for name, value in sums_of(ALL, SFT()).items() if "/" in name}
+    assert found == pytest.approx({name: value for name, value in EXPECTED.items() if name in found}, rel=1e-12)
+    assert found.keys() == {"logps/chosen", "response_length/chosen", "truncated/chosen"}
 
 
 def test_no_pairs_sum_to_nothing() -> None:
-    empty = pair_sums(LOGPS[:0], LENGTHS[:0], TRUNCATED[:0], BETA, GAMMA[:0])
-    assert [value.item() for value in empty] == [0.0] * len(PAIR_METRICS)
+    empty = sums_of([])
+    assert len(empty) == len(EXPECTED) + 4 and all(value.item() == 0 for value in empty.values())
 
 
-@pytest.mark.parametrize("members", [1, 2])
-def test_names_are_in_order_and_unique(members: int) -> None:
-    names = metric_names(members)
-    assert names[:4] == ("pairs", "chosen_tokens", "loss", "nll_loss")
-    assert len(set(names)) == len(names)
-    assert all(name.endswith("/chosen") for name in names[4:]) == (members == 1)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_every_objective_reports_its_loss_once(objective: Any) -> None:
+    names = [metric.name for metric in objective.metrics]
+    assert names[:2] == ["loss", "nll_loss"] and len(set(names)) == len(names)
+    assert all(metric.divisor in (*DIVISORS, "none") for metric in objective.metrics)
+    assert all(name.endswith("/chosen") for name in names[2:]) == (objective.responses == 1)
 
 
 # Microbatches of the data-parallel ranks: lists of pairs. Unequal counts, an empty pack, and an idle rank.
-SHARES = {1: [[[0, 1, 2, 3, 4]]], 2: [[[0], [1, 2, 3], []], [[4], [], []]], 4: [[[3]], [[0, 1]], [[]], [[2, 4]]]}
-NLL_A_TOKEN = 0.5
-
-
-def microbatch_vector(pairs: list[int]) -> torch.Tensor:
-    """What `step` hands on: pairs, chosen tokens, the share in the loss, summed NLL, and the sums over pairs."""
-    tokens = LENGTHS[pairs, 0].sum().item()
-    head = torch.tensor([len(pairs), tokens, 0.25 * len(pairs), NLL_A_TOKEN * tokens], dtype=torch.float64)
-    return torch.cat((head, torch.stack(pair_sums(LOGPS[pairs], LENGTHS[pairs], TRUNCATED[pairs], BETA, GAMMA[pairs]))))
+SHARES = {1: [[ALL]], 2: [[[0], [1, 2, 3], []], [[4], [], []]], 4: [[[3]], [[0, 1]], [[]], [[2, 4]]]}
 
 
 def reduced(layout: tuple[int, int]) -> tuple[dict[str, float], dict[str, int]]:
@@ -87,7 +101,7 @@ def reduced(layout: tuple[int, int]) -> tuple[dict[str, float], dict[str, int]]:
     tensor, pipeline = layout
     parallel_state.initialize_model_parallel(tensor, pipeline)
     microbatches = SHARES[parallel_state.get_data_parallel_world_size()][parallel_state.get_data_parallel_rank()]
-    vectors = [microbatch_vector(pairs) for pairs in microbatches]
+    sums = [sums_of(pairs) for pairs in microbatches]
     counts: Counter[str] = Counter()
     originals = {name: getattr(dist, name) for name in ("all_reduce", "broadcast", "all_gather_into_tensor")}
 
@@ -102,7 +116,7 @@ def reduced(layout: tuple[int, int]) -> tuple[dict[str, float], dict[str, int]]:
         setattr(dist, name, counted(name))
     try:
         last = parallel_state.is_pipeline_last_stage()
-        return reduce_metrics(vectors if last else [], 2), dict(counts)
+        return reduce_metrics(sums if last else [], SimPO.metrics), dict(counts)
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
@@ -123,5 +137,5 @@ def test_reduced_once_over_unequal_ranks(
     pool, world: int, layout: tuple[int, int], collectives: dict[str, int]
 ) -> None:
     for metrics, counts in pool.run(world, reduced, layout):
-        assert metrics == pytest.approx({**EXPECTED, "loss": 5 * 0.25, "nll_loss": NLL_A_TOKEN}, rel=1e-12)
+        assert metrics == pytest.approx({**EXPECTED, "loss": 5 * SHARE, "nll_loss": NLL_A_TOKEN}, rel=1e-12)
         assert counts == collectives

@@ -31,7 +31,7 @@ def step_gradients(
     case = CASES["sigmoid"]
     argv = command_line(checkpoint, {**case.loss, "seq_length": 512, "no_use_distributed_optimizer": True, **settings})
     engine, hf = build_engine(argv)
-    batch = engine.plan(case.pair_store, np.array(pairs))
+    batch = engine.packer.plan(case.pair_store, np.array(pairs))
     assert batch.counts.rows == 1
     metrics = engine.train_step(batch)
     return metrics["loss"], gather_gradients(engine, hf)

@@ -26,8 +26,8 @@ NEEDED = ["--hf-checkpoint", "model", "--train-data", "pairs.jsonl"]
 )
 def test_the_papers_numbers(preset: str, beta: float, gamma: float, lr: float) -> None:
     config = parse([*NEEDED, "--preset", preset])
-    assert (config.loss.simpo_beta, config.optimizer.lr) == (beta, lr)
-    assert config.loss.gamma == pytest.approx(gamma, rel=1e-12)
+    assert (config.objective.simpo_beta, config.optimizer.lr) == (beta, lr)
+    assert config.objective.gamma == pytest.approx(gamma, rel=1e-12)
     assert (config.train.train_epochs, config.train.train_iters, config.train.global_batch_size) == (1.0, None, 128)
     assert (config.data.max_length, config.data.max_prompt_length) == (2048, 1800)
     assert (config.optimizer.lr_decay_style, config.optimizer.lr_warmup_fraction) == ("cosine", 0.1)
@@ -37,18 +37,18 @@ def test_preset_then_file_then_flags(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("preset: mistral-base\nlr: 4e-7\nsimpo_beta: 3\n")
     config = parse([*NEEDED, "--config", str(file), "--simpo-beta", "4"])
-    assert (config.loss.simpo_beta, config.loss.gamma, config.optimizer.lr) == (4.0, 3.2, 4e-7)
+    assert (config.objective.simpo_beta, config.objective.gamma, config.optimizer.lr) == (4.0, 3.2, 4e-7)
     said = describe("mistral-base", flat(config))
     assert said.startswith("preset mistral-base: simpo_gamma_beta_ratio 0.8, train_epochs 1.0")
     assert said.endswith("set otherwise: simpo_beta 4.0 (preset 2.0), lr 4e-07 (preset 3e-07)")
-    assert parse([*NEEDED, "--config", str(file), "--preset", "llama3-base"]).loss.gamma == 1.5
+    assert parse([*NEEDED, "--config", str(file), "--preset", "llama3-base"]).objective.gamma == 1.5
 
 
 def test_the_other_way_to_say_it_takes_the_preset_back() -> None:
     config = parse(
         [*NEEDED, "--preset", "llama3-base", "--simpo-gamma", "0.7", "--train-iters", "9", "--max-length", "512"]
     )
-    assert (config.loss.gamma, config.loss.simpo_gamma_beta_ratio) == (0.7, None)
+    assert (config.objective.gamma, config.objective.simpo_gamma_beta_ratio) == (0.7, None)
     assert (config.train.train_iters, config.train.train_epochs) == (9, None)
     assert config.data.max_prompt_length == 256
     with pytest.raises(UserError, match="give one of them"):

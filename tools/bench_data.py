@@ -155,7 +155,7 @@ def open_large(prefix: Path) -> dict[str, float]:
 
 def loader(store: Any, shared: bool) -> dict[str, float]:
     """Seconds a step of `BATCH` pairs takes to plan and to lay out as tensors."""
-    from simpo_megatron.batch import BatchCounts, pack_pairs
+    from simpo_megatron.batch.row import BatchCounts, RowFormat, pack_row
     from simpo_megatron.data import pair_costs, plan_batch
 
     steps, tokens, started = len(store) // BATCH, 0, time.perf_counter()
@@ -167,7 +167,7 @@ def loader(store: Any, shared: bool) -> dict[str, float]:
         )
         lengths = prompt * (1 if shared else 2) + sum(responses)
         for row in plan_batch(lengths, SEQ_LENGTH, 1, costs=pair_costs(prompt, responses, 4096, shared))[0]:
-            batch = pack_pairs(store, pairs[row].tolist(), BatchCounts(BATCH, 1, 1), share_prompts=shared)
+            batch = pack_row(store, pairs[row].tolist(), BatchCounts(BATCH, 1, 1), RowFormat(share_prompts=shared))
             tokens += batch.tokens.shape[1]
     return {"seconds_a_step": (time.perf_counter() - started) / steps, "tokens_an_epoch": tokens}
 

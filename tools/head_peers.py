@@ -147,18 +147,18 @@ def liger(problem: Problem) -> Tensor:
     shape, ignored = problem.shape, torch.full_like(problem.targets, -100)
     ignored[problem.rows] = problem.targets[problem.rows]
 
-    def members(values: Tensor) -> Tensor:  # chosen sequences first, then rejected ones
+    def by_response(values: Tensor) -> Tensor:  # chosen sequences first, then rejected ones
         return values.view(shape.pairs, 2, -1, *values.shape[1:]).transpose(0, 1).flatten(0, 1)
 
     loss = LigerFusedLinearSimPOLoss(beta=BETA, gamma=GAMMA, compute_nll_loss=False, compiled=problem.hidden_TH.is_cuda)
-    return loss(problem.weight, members(problem.hidden_TH), members(ignored))[0]
+    return loss(problem.weight, by_response(problem.hidden_TH), by_response(ignored))[0]
 
 
 def plain(problem: Problem) -> Tensor:
     """`--head plain`: logits of every token, log-probs of the response tokens by `logprobs.py`."""
     from megatron.core import parallel_state
 
-    from simpo_megatron.logprobs import vocab_parallel_logprobs
+    from simpo_megatron.head.logprobs import vocab_parallel_logprobs
 
     logits = problem.megatron_layer()(problem.hidden_TH[:, None])[0][:, 0].index_select(0, problem.rows)
     group: Any = parallel_state.get_tensor_model_parallel_group()
@@ -169,22 +169,25 @@ def plain(problem: Problem) -> Tensor:
 
 def ours(problem: Problem) -> Tensor:
     """`--head fused`."""
-    from simpo_megatron.head import HeadTask, LogProbHead, split_output
+    from simpo_megatron.head.layer import LogProbHead, split_output
+    from simpo_megatron.head.task import HeadTask, ScoredPositions
 
     shape = problem.shape
     head = LogProbHead.install(SimpleNamespace(output_layer=problem.megatron_layer()), problem.slab_bytes)
     task = HeadTask(
-        rows_R=problem.rows,
-        targets_R=problem.targets[problem.rows],
-        segments_R=problem.segments,
-        pair_rows=(2 * shape.response,) * shape.pairs,
-        largest_rows=(2 * shape.response,) * shape.pairs,
-        members=2,
+        scored=ScoredPositions(
+            positions_R=problem.rows,
+            targets_R=problem.targets[problem.rows],
+            segments_R=problem.segments,
+            per_pair=(2 * shape.response,) * shape.pairs,
+            per_pair_max=(2 * shape.response,) * shape.pairs,
+        ),
+        responses=2,
         vocab_size=shape.vocab,
         loss=problem.pair_loss,
         loss_gradient=1.0,
     )
-    with head.armed(task):
+    with head.scoring(task):
         return split_output(head(problem.hidden_TH[:, None])[0], 2)[0]
 
 

@@ -51,9 +51,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
     reports: list[Path] = []
     parser.add_argument("--json", type=reports.append, dest="json", metavar="PATH", help="write the report here")
     config = parse(argv, parser, {"global_batch_size": 8}, FIXED)
-    if config.loss.moe_aux_loss_coeff:
+    if config.train.moe_aux_loss_coeff:
         raise UserError(
-            f"--moe-aux-loss-coeff {config.loss.moe_aux_loss_coeff:g} has no counterpart in the reference; verify with 0, "
+            f"--moe-aux-loss-coeff {config.train.moe_aux_loss_coeff:g} has no counterpart in the reference; verify with 0, "
             "training adds it on top"
         )
     report = Path(reports[-1]) if reports else None
@@ -88,7 +88,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     transformer = layout_config(config, hf)
     started_here = not dist.is_initialized()
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
-    store, _, said = load_data(config.data, hf)
+    pairs, _, said = load_data(config.data, hf)
     if dist.get_rank() == 0:
         print("\n".join(said), flush=True)
     models = build_model(
@@ -99,7 +99,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     )
     with together():
         load_hf_weights(models, hf, progress=dist.get_rank() == 0)
-    report = compare(Engine(config, models, transformer, hf.vocab_size, train_iters=1), hf, store, config)
+    report = compare(Engine(config, models, transformer, hf.vocab_size, train_iters=1), hf, pairs, config)
     passed = [report is None or report.passed]
     if report is not None:
         show(report, config)

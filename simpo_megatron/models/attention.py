@@ -24,9 +24,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from simpo_megatron.batch.shared_prompts import SharedPromptParams
 from simpo_megatron.context_parallel import chunks, positions
 from simpo_megatron.errors import UserError
-from simpo_megatron.shared_prompts import SharedPromptParams
 
 _BLOCK = 1024  # queries under one explicit mask
 

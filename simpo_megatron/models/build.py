@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from simpo_megatron.batch.shared_prompts import PairRotary
 from simpo_megatron.compat import have_fused_weight_gradient
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf import HFModel
@@ -26,7 +27,6 @@ from simpo_megatron.models.limits import check_layout
 from simpo_megatron.models.place import place_parameters
 from simpo_megatron.models.rope import Rope
 from simpo_megatron.models.spec import layer_spec, use_transformer_engine
-from simpo_megatron.shared_prompts import PairRotary
 
 
 def transformer_config(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -18,13 +16,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from simpo_megatron.batch import PreferenceBatch
+from simpo_megatron.batch.plan import GlobalBatch, RowPacker
 from simpo_megatron.config import Config
-from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
-from simpo_megatron.head import LogProbHead
+from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
-from simpo_megatron.microbatches import GlobalBatch, pack_microbatches, plan_global_batch
 from simpo_megatron.step import PreferenceStep
 
 
@@ -37,6 +33,9 @@ class Engine:
         transformer: their TransformerConfig; its schedule hooks are set here.
         vocab_size: without padding.
         train_iters: steps of the whole run, for the learning-rate schedule.
+
+    Attributes:
+        packer: makes the global batches that the methods take (`packer.plan`).
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class Engine:
         self.chunks: list[Any] = self._wrap()
         self.optimizer = self._build_optimizer()
         self.scheduler = self._build_scheduler(train_iters)
+        self.packer = self._build_packer()
         self.run_schedule = get_forward_backward_func()
 
     def _wrap(self) -> list[DistributedDataParallel]:
@@ -77,6 +77,18 @@ class Engine:
             hooks.param_sync_func = hook("start_param_sync")
         hooks.finalize_model_grads_func = finalize_model_grads
         return chunks
+
+    def _build_packer(self) -> RowPacker:
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        return RowPacker(
+            seq_length=self.config.data.seq_length,
+            responses=self.config.objective.responses,
+            hidden_size=self.transformer.hidden_size,
+            share_prompts=self.config.data.share_prompts,
+            fixed_length=not self.config.parallel.variable_seq_lengths,
+            sequence_parallel=self.config.parallel.sequence_parallel,
+            microbatch_multiple=stages if len(self.chunks) > 1 else 1,  # the interleaved schedule needs it
+        )
 
     def _build_optimizer(self) -> Any:
         settings = self.config.optimizer
@@ -131,45 +143,24 @@ class Engine:
             override_opt_param_scheduler=True,
         )
 
-    def plan(self, store: Pairs, pairs: np.ndarray, row_capacity: int | None = None) -> GlobalBatch:
-        """This data-parallel rank's rows of a global batch of pairs; rows hold at most --seq-length tokens, or fewer."""
-        return plan_global_batch(
-            store,
-            pairs,
-            members=self.config.loss.members,
-            share_prompts=self.config.data.share_prompts,
-            hidden_size=self.transformer.hidden_size,
-            seq_length=row_capacity or self.config.data.seq_length,
-            microbatch_multiple=parallel_state.get_pipeline_model_parallel_world_size() if len(self.chunks) > 1 else 1,
-        )
-
-    def _microbatches(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
-        parallel = self.config.parallel
-        return pack_microbatches(
-            batch,
-            members=self.config.loss.members,
-            share_prompts=self.config.data.share_prompts,
-            row_length=None if parallel.variable_seq_lengths else self.config.data.seq_length,
-            sequence_parallel=parallel.sequence_parallel,
-        )
-
     def _run(self, batch: GlobalBatch, forward_only: bool, on_sums: Any = None) -> dict[str, float]:
-        vectors: list[Tensor] = self.run_schedule(
-            forward_step_func=PreferenceStep(self.config.loss, self.vocab_size, len(batch.rows), on_sums),
-            data_iterator=[self._microbatches(batch) for _ in self.chunks],
+        objective, coefficient = self.config.objective, self.config.train.moe_aux_loss_coeff
+        sums: list[dict[str, Tensor]] = self.run_schedule(
+            forward_step_func=PreferenceStep(objective, self.vocab_size, len(batch.rows), coefficient, on_sums),
+            data_iterator=[self.packer.rows(batch) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batch.rows),
-            seq_length=self.config.data.seq_length,
+            seq_length=self.packer.seq_length,
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return reduce_metrics(vectors, self.config.loss.members)
+        return reduce_metrics(sums, objective.metrics)
 
     def compute_gradients(self, batch: GlobalBatch, on_sums: Any = None) -> dict[str, float]:
         """Fills the gradient buffers with the gradient of the batch alone and returns its metrics.
 
         Args:
-            batch: from `plan`.
+            batch: from `packer.plan`.
             on_sums: see `PreferenceStep`.
         """
         for chunk in self.chunks:
@@ -193,11 +184,11 @@ class Engine:
         return metrics
 
     @torch.no_grad()
-    def evaluate(self, batch: GlobalBatch) -> dict[str, float]:
-        """Metrics of a batch, here the whole validation set at once, by the formula of training."""
+    def evaluate(self, batch: GlobalBatch, on_sums: Any = None) -> dict[str, float]:
+        """Metrics of a batch of any size, by the formula of training; arguments as for `compute_gradients`."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(batch, forward_only=True)
+        return self._run(batch, forward_only=True, on_sums=on_sums)
 
     def sync_parameters(self) -> None:
         """Gathers the parameters that an overlapped gather would fetch only in the next forward pass."""

@@ -15,9 +15,9 @@ from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron import compat
 from simpo_megatron.arguments import flat
+from simpo_megatron.batch.plan import GlobalBatch
 from simpo_megatron.config import Config
 from simpo_megatron.errors import UserError
-from simpo_megatron.microbatches import GlobalBatch
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.hf import HFModel
@@ -49,7 +49,7 @@ def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
         bf16=config.train.bf16,
         transformer_impl=config.model.transformer_impl,
         gradient_accumulation_fusion=config.model.gradient_accumulation_fusion,
-        moe_aux_loss_coeff=config.loss.moe_aux_loss_coeff,
+        moe_aux_loss_coeff=config.train.moe_aux_loss_coeff,
         **layout_arguments(config.parallel, hf.num_layers),
     )
 
@@ -149,7 +149,7 @@ class Run:
     def _warnings(self) -> list[str]:
         longest = self.hf.config.get("max_position_embeddings")
         tokens = self.config.data.options.max_length
-        found = self.config.warnings(self.hf.num_parameters)
+        found = self.config.objective.warnings(self.config.optimizer.lr, self.hf.num_parameters)
         if longest and tokens > longest:
             found.append(
                 f"--max-length {tokens} (half of --seq-length unless set) exceeds the {longest} positions the model was made "
@@ -158,7 +158,7 @@ class Run:
         return found
 
     def _opening(self) -> list[str]:
-        loss, parallel = self.config.loss, self.config.parallel
+        parallel = self.config.parallel
         sizes = {
             "tensor": parallel.tensor_model_parallel_size,
             "context": parallel.context_parallel_size,
@@ -174,16 +174,12 @@ class Run:
         lines = [
             f"{self.hf.family.name} model, {precision}, {layout} on {torch.device(torch.cuda.current_device()).type}",
             self._kernels(),
+            self.config.objective.describe(),
         ]
-        if loss.objective == "simpo":
-            lines.append(
-                f"SimPO: beta {loss.simpo_beta:g}, gamma {loss.gamma:g} (gamma / beta {loss.gamma / loss.simpo_beta:g}), "
-                f"{loss.simpo_loss_type}"
-            )
         if self.config.train.preset is not None:
             lines.append(describe(self.config.train.preset, flat(self.config)))
-        if loss.moe_aux_loss_coeff:
-            lines.append(f"balancing loss of the experts: coefficient {loss.moe_aux_loss_coeff:g}")
+        if coefficient := self.config.train.moe_aux_loss_coeff:
+            lines.append(f"balancing loss of the experts: coefficient {coefficient:g}")
         lines.append(
             f"{self.total} steps of {self.config.train.global_batch_size} pairs: "
             f"{self.limit / len(self.train_pairs):.2f} epochs"
@@ -202,8 +198,8 @@ class Run:
     def _next_batch(self) -> GlobalBatch:
         position = self.state.consumed_pairs
         size = min(self.config.train.global_batch_size, self.limit - position)
-        pairs = self.train_pairs.order(position, size, self.config.train.seed)
-        return self.engine.plan(self.train_pairs, pairs)
+        indices = self.train_pairs.order(position, size, self.config.train.seed)
+        return self.engine.packer.plan(self.train_pairs, indices)
 
     def execute(self) -> None:
         """Trains to the end: evaluates, logs, saves and exports as configured."""
@@ -244,8 +240,8 @@ class Run:
     def _evaluate(self) -> None:
         if self.valid_pairs is None:
             return
-        pairs = self.valid_pairs.order(0, len(self.valid_pairs), seed=0, shuffle=False)
-        batch = self.engine.plan(self.valid_pairs, pairs)
+        indices = self.valid_pairs.order(0, len(self.valid_pairs), seed=0, shuffle=False)
+        batch = self.engine.packer.plan(self.valid_pairs, indices)
         self.last_eval = {f"eval/{name}": value for name, value in self.engine.evaluate(batch).items()}
         self.first_eval = self.first_eval or self.last_eval
         self.logger.row(self.state.step, self.last_eval)

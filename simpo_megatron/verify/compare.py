@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from simpo_megatron.batch import PreferenceBatch
-from simpo_megatron.config import Config, LossConfig
+from simpo_megatron.config import Config
 from simpo_megatron.context_parallel import sequence_multiple
 from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
-from simpo_megatron.loss import simpo_loss
 from simpo_megatron.models.hf import HFModel, expected_tensors
+from simpo_megatron.objectives import Objective, PairScores
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.scoring import SeenSums
 from simpo_megatron.verify.reference import Reference
 from simpo_megatron.verify.shards import ShardErrors, complete_gradients
 
@@ -71,7 +71,7 @@ class Report:
         )
 
 
-def compare(engine: Engine, hf: HFModel, store: Pairs, config: Config) -> Report | None:
+def compare(engine: Engine, hf: HFModel, pairs: Pairs, config: Config) -> Report | None:
     """Runs both and compares; the report on rank 0, None on the others. Every rank calls it.
 
     Collectives: those of a training step; a gather of the sums; for every tensor of the checkpoint a broadcast of its
@@ -80,60 +80,48 @@ def compare(engine: Engine, hf: HFModel, store: Pairs, config: Config) -> Report
     Raises:
         UserError: the checkpoint holds no finite answer for this batch.
     """
-    members = config.loss.members
-    pairs = store.order(0, min(config.train.global_batch_size, len(store)), config.train.seed)
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def on_sums(batch: PreferenceBatch, sums_PM: Tensor) -> None:
-        seen.append((sums_PM.double().cpu(), batch.lengths.view(-1, members).cpu()))
-
-    plan = engine.plan(store, pairs, _row_capacity(engine, store, pairs))
-    metrics = engine.compute_gradients(plan, on_sums)
+    indices = pairs.order(0, min(config.train.global_batch_size, len(pairs)), config.train.seed)
+    packer, seen = replace(engine.packer, seq_length=_row_capacity(engine, pairs, indices)), SeenSums()
+    batch = packer.plan(pairs, indices)
+    metrics = engine.compute_gradients(batch, seen)
     engine.optimizer.prepare_grads()
     norm = float(engine.optimizer.get_grad_norm())
     complete_gradients(engine)
-    found = _gather_pairs(plan.rows, seen)
+    found = _gather(seen)
 
     errors = ShardErrors(engine, hf)
-    expected = _Expected(hf, store, pairs.tolist(), config) if dist.get_rank() == 0 else None
+    expected = _Expected(hf, pairs, indices.tolist(), config) if dist.get_rank() == 0 else None
     for name, gradient in _broadcast_gradients(expected):
         errors.add(name, gradient)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, errors.of_rank)
-    return None if expected is None else expected.report(found, metrics["loss"], norm, everyone, len(plan.rows))
+    return None if expected is None else expected.report(found, metrics["loss"], norm, everyone, len(batch.rows))
 
 
-def _row_capacity(engine: Engine, store: Pairs, pairs: np.ndarray) -> int:
+def _row_capacity(engine: Engine, pairs: Pairs, indices: np.ndarray) -> int:
     """Tokens of a row such that every data-parallel rank accumulates over several."""
     parallel = engine.config.parallel
     rows = 2 * parallel.pipeline_model_parallel_size * parallel_state.get_data_parallel_world_size()
-    responses = store.chosen_length[pairs].astype(np.int64) + store.rejected_length[pairs]
-    lengths = 2 * store.prompt_length[pairs] + responses + 2 * sequence_multiple(parallel.context_parallel_size)
+    responses = pairs.chosen_length[indices].astype(np.int64) + pairs.rejected_length[indices]
+    lengths = 2 * pairs.prompt_length[indices] + responses + 2 * sequence_multiple(parallel.context_parallel_size)
     return int(min(max(lengths.max(), -(-lengths.sum() // rows)), engine.config.data.seq_length))
 
 
-def _gather_pairs(
-    rows: list[list[int]], seen: list[tuple[Tensor, Tensor]]
-) -> dict[int, list[tuple[list[float], list[int]]]]:
-    """What every rank that saw them says of every pair: sums and lengths, by pair. Collectives: one gather of objects."""
-    mine = [
-        (pair, sums.tolist(), lengths.tolist())
-        for row, (sums_PM, lengths_PM) in zip(rows, seen, strict=False)  # earlier stages saw nothing
-        for pair, sums, lengths in zip(row, sums_PM, lengths_PM, strict=True)
-    ]
+def _gather(seen: SeenSums) -> dict[int, list[tuple[list[float], list[int]]]]:
+    """Sums and lengths of every pair, from every rank that saw it, by index. Collectives: one gather of objects."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, list(seen.by_pair()))
     found: dict[int, list[tuple[list[float], list[int]]]] = {}
-    for pair, sums, lengths in (entry for entries in everyone for entry in entries):
-        found.setdefault(pair, []).append((sums, lengths))
+    for index, sums, lengths in (entry for entries in everyone for entry in entries):
+        found.setdefault(index, []).append((sums, lengths))
     return found
 
 
 class _Expected:
     """The reference's side, on rank 0."""
 
-    def __init__(self, hf: HFModel, store: Pairs, pairs: list[int], config: Config) -> None:
-        self.store, self.pairs, self.config = store, pairs, config
+    def __init__(self, hf: HFModel, pairs: Pairs, indices: list[int], config: Config) -> None:
+        self.pairs, self.indices, self.config = pairs, indices, config
         device = torch.device(torch.cuda.current_device())
         self.reference = Reference(hf, torch.float32, device)
         self.sums, self.loss, self.slopes = self._loss(self.reference)
@@ -148,8 +136,9 @@ class _Expected:
             raise UserError(f"the loss of {hf.path} on these pairs is {self.loss} in fp32; the checkpoint is broken")
 
     def _loss(self, reference: Reference) -> tuple[Tensor, float, Tensor]:
-        sums = reference.forward(self.store, self.pairs, self.config.loss.members).requires_grad_()
-        loss = reference_loss(self.config.loss, self.store, self.pairs, sums)
+        objective = self.config.objective
+        sums = reference.forward(self.pairs, self.indices, objective.responses).requires_grad_()
+        loss = reference_loss(objective, reference_scores(self.pairs, self.indices, sums))
         return sums.detach(), loss.item(), torch.autograd.grad(loss, sums)[0]
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -171,19 +160,20 @@ class _Expected:
         self, found: dict[int, Any], loss: float, norm: float, everyone: list[dict[str, Tensor]], microbatches: int
     ) -> Report:
         """Judges what the ranks found."""
-        members, beta = self.config.loss.members, self.config.loss.simpo_beta
-        lengths = reference_lengths(self.store, self.pairs, members)
-        wrong = [pair for pair, wanted in zip(self.pairs, lengths.tolist(), strict=True) if not found.get(pair)]
-        table, sums_error, reward_error = [], 0.0, 0.0
-        for pair, wanted_sums, wanted_lengths in zip(self.pairs, self.sums, lengths, strict=True):
-            for sums, counted in found.get(pair, []):
-                if counted != wanted_lengths.tolist() and pair not in wrong:
-                    wrong.append(pair)
-                off = torch.tensor(sums, dtype=torch.float64) - wanted_sums
-                sums_error = _worst(sums_error, _ratio(off.abs().max(), wanted_sums.abs().max()))
-                reward = (beta * wanted_sums / wanted_lengths).abs().max()
-                reward_error = _worst(reward_error, _ratio((beta * off / wanted_lengths).abs().max(), reward))
-            table.append({"pair": pair, "reference_sums": wanted_sums.tolist(), "found": found.get(pair, [])})
+        lengths = reference_scores(self.pairs, self.indices, self.sums).lengths_PM.tolist()
+        observed = [(i, *seen) for i, index in enumerate(self.indices) for seen in found.get(index, [])]
+        wrong = [index for index in self.indices if not found.get(index)]
+        wrong += sorted({self.indices[i] for i, _, counted in observed if counted != lengths[i]})
+        places = [i for i, _, _ in observed]
+        sums_error, reward_error = self._errors(
+            [self.indices[i] for i in places],
+            self.sums.new_tensor([sums for _, sums, _ in observed]),
+            self.sums[places],
+        )
+        table = [
+            {"pair": index, "reference_sums": self.sums[i].tolist(), "found": found.get(index, [])}
+            for i, index in enumerate(self.indices)
+        ]
         off_loss = abs(loss - self.loss) / max(abs(self.loss), 1e-30)
         values = [
             Difference(name, error, self._allowed("sums", rounded))
@@ -199,19 +189,18 @@ class _Expected:
         uncompared = sorted({name for name, _ in expected_tensors(self.hf)} - compared)
         return Report([*values, *vectors], gradients, wrong, uncompared, microbatches, table)
 
+    def _errors(self, indices: list[int], found_PM: Tensor, exact_PM: Tensor) -> tuple[float, float]:
+        """The largest relative errors of the sums of some pairs, and of their rewards."""
+        found, exact = (reference_scores(self.pairs, indices, sums_PM) for sums_PM in (found_PM, exact_PM))
+        rewards = self.config.objective.rewards
+        return _largest_error(found.sums_PM, exact.sums_PM), _largest_error(rewards(found), rewards(exact))
+
     def _rounded(self) -> tuple[float, float, float]:
         """The errors of transformers in bf16 in sums, rewards and loss; zeros where the layout runs in fp32."""
         if self.rounded is None:
             return 0.0, 0.0, 0.0
-        lengths = reference_lengths(self.store, self.pairs, self.config.loss.members)
-        of_sums, of_rewards = (
-            ((self.rounded_sums - self.sums).abs() / by).amax(1) / (self.sums.abs() / by).amax(1) for by in (1, lengths)
-        )
-        return (
-            of_sums.max().item(),
-            of_rewards.max().item(),
-            abs(self.rounded_loss - self.loss) / max(abs(self.loss), 1e-30),
-        )
+        off_loss = abs(self.rounded_loss - self.loss) / max(abs(self.loss), 1e-30)
+        return *self._errors(self.indices, self.rounded_sums, self.sums), off_loss
 
     def _allowed(self, kind: str, rounded: float) -> float:
         fp32, bf16, times = TOLERANCE[kind]
@@ -262,32 +251,30 @@ def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tens
         yield header[0], tensor
 
 
-def reference_lengths(store: Pairs, pairs: list[int], members: int) -> Tensor:
-    """Scored tokens of the responses, counted in the store: [P, members]."""
-    lengths = [[len(response) for response in store.pair(pair)[1 : 1 + members]] for pair in pairs]
-    return torch.tensor(lengths, dtype=torch.float64)
+def reference_scores(pairs: Pairs, indices: list[int], sums_PM: Tensor) -> PairScores:
+    """What the objective sees of these pairs, in float64; lengths are counted in the data, not in a row."""
+    responses = sums_PM.shape[1]
+    lengths = [[len(response) for response in pairs.pair(index)[1 : 1 + responses]] for index in indices]
+    return PairScores(
+        sums_PM=sums_PM,
+        lengths_PM=torch.tensor(lengths, dtype=torch.float64),
+        margin_P=torch.from_numpy(pairs.margin[indices]).double(),
+        weight_P=torch.from_numpy(pairs.weight[indices]).double(),
+    )
 
 
-def reference_loss(config: LossConfig, store: Pairs, pairs: list[int], sums_PM: Tensor) -> Tensor:
-    """The loss of the batch from whole sums, written for one process; float64."""
-    lengths = reference_lengths(store, pairs, config.members)
-    loss = -config.nll_weight * sums_PM[:, 0].sum() / lengths[:, 0].sum()
-    if config.objective == "simpo":
-        margin = torch.from_numpy(store.margin[pairs]).double()
-        losses = simpo_loss(
-            *(sums_PM / lengths).unbind(1),
-            beta=config.simpo_beta,
-            gamma_P=torch.where(margin.isnan(), config.gamma, margin),
-            loss_type=config.simpo_loss_type,
-            label_smoothing=config.simpo_label_smoothing,
-        )
-        loss = loss + (torch.from_numpy(store.weight[pairs]).double() * losses).mean()
-    return loss
+def reference_loss(objective: Objective, scores: PairScores) -> Tensor:
+    """The loss of a batch from whole sums, on one process; float64."""
+    loss = -objective.nll_weight * scores.sums_PM[:, 0].sum() / scores.lengths_PM[:, 0].sum()
+    losses_P = objective.pair_losses(scores)
+    return loss if losses_P is None else loss + (scores.weight_P * losses_P).mean()
+
+
+def _largest_error(found_PM: Tensor, exact_PM: Tensor) -> float:
+    """The largest error of a pair, relative to the larger of its exact numbers; NaN where one is."""
+    errors_P = (found_PM - exact_PM).abs().amax(1) / exact_PM.abs().amax(1).clamp_min(1e-30)
+    return errors_P.max().item() if len(errors_P) else math.nan
 
 
 def _ratio(error: Tensor, of: Tensor) -> float:
     return (error / of.clamp_min(1e-30)).item()
-
-
-def _worst(a: float, b: float) -> float:
-    return b if math.isnan(b) else max(a, b)

@@ -5,7 +5,7 @@ so that one layer, the embedding or the output layer, and the hidden states betw
 pass runs every layer again, last to first, from the hidden states it was given. The embedding is a plain lookup: transformers
 gives the row of `pad_token_id` no gradient even where that token is text (an end of text that is padding too).
 
-Shapes: n tokens of a sequence, H hidden size, V vocabulary, P pairs, M members of a pair.
+Shapes: n tokens of a sequence, H hidden size, V vocabulary, P pairs, M scored responses of a pair.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Reference:
         """The logits [1, n, V] of the last hidden states [1, n, H]."""
         return F.linear(self._norm()(hidden.to(self.device)), self._tensor(self._head_name))
 
-    def forward(self, store: Pairs, pairs: list[int], members: int) -> Tensor:
+    def forward(self, pairs: Pairs, indices: list[int], num_responses: int) -> Tensor:
         """Summed log-probs of the responses: [P, M] float64, chosen first."""
         self.sequences = [
             (torch.tensor([*prompt.tolist(), *response.tolist()]), len(prompt))
-            for prompt, *responses in map(store.pair, pairs)
-            for response in responses[:members]
+            for prompt, *responses in map(pairs.pair, indices)
+            for response in responses[:num_responses]
         ]
         with torch.no_grad():
             embedding = self._tensor(EMBEDDING)
@@ -75,7 +75,7 @@ class Reference:
                 self.hidden.append([self._run(model, hidden).cpu() for hidden in self.hidden[-1]])
             norm, head = self._norm(), self._tensor(self._head_name)
             sums = [self._sum(norm, head, i, hidden) for i, hidden in enumerate(self.hidden[-1])]
-        return torch.stack(sums).view(-1, members).double().cpu()
+        return torch.stack(sums).view(-1, num_responses).double().cpu()
 
     def gradients(self, of_sums_PM: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The gradient of every tensor of the checkpoint by its name, output layer first; after `forward`.

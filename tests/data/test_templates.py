@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_templates import ANSWER, FAMILIES, FINAL, LOSSLESS, QUESTION, REPLY, ends_of, tokenizer_of
 
-from simpo_megatron.batch import BatchCounts, pack_pairs
+from simpo_megatron.batch.row import BatchCounts, RowFormat, pack_row
 from simpo_megatron.data import DataOptions
 from simpo_megatron.data.encode import encode_rows
 from simpo_megatron.data.tokenize import PairEncoder
@@ -84,10 +84,10 @@ def check_mask(store, prompt, responses):
     """What is scored in a plain and in a shared row: the response and its EOS, each by the token before it."""
     wanted = np.concatenate(responses).tolist()
     for shared in (False, True):
-        batch = pack_pairs(store, [0], BatchCounts(1, 1, 1), share_prompts=shared)
-        assert batch.targets.tolist() == wanted
+        batch = pack_row(store, [0], BatchCounts(1, 1, 1), RowFormat(share_prompts=shared))
+        assert batch.scored.targets_R.tolist() == wanted
         assert batch.lengths.tolist() == [len(response) for response in responses]
         tokens = batch.tokens[0].tolist()
         before = [prompt[-1], *responses[0][:-1], prompt[-1], *responses[1][:-1]]
-        assert [tokens[row] for row in batch.rows.tolist()] == [int(token) for token in before]
+        assert [tokens[row] for row in batch.scored.positions_R.tolist()] == [int(token) for token in before]
         assert len(tokens) == len(prompt) * (1 if shared else 2) + len(wanted)

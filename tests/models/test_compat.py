@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from simpo_megatron import compat
-from simpo_megatron.config import LossConfig
 from simpo_megatron.errors import UserError
 from simpo_megatron.models import spec
+from simpo_megatron.objectives import SimPO
 from simpo_megatron.step import PreferenceStep
 
 
@@ -25,11 +25,11 @@ def test_the_balancing_loss_needs_a_router_that_is_told_what_is_padding(monkeypa
     from megatron.core import package_info
 
     monkeypatch.setattr(package_info, "MINOR", 15)
-    PreferenceStep(LossConfig(), vocab_size=8, num_microbatches=1)
+    PreferenceStep(SimPO(), vocab_size=8, num_microbatches=1)
     with pytest.raises(
         UserError, match=r"--moe-aux-loss-coeff: the router of megatron-core .* would balance padding too"
     ):
-        PreferenceStep(LossConfig(moe_aux_loss_coeff=0.1), vocab_size=8, num_microbatches=1)
+        PreferenceStep(SimPO(), vocab_size=8, num_microbatches=1, moe_aux_loss_coeff=0.1)
 
 
 @pytest.mark.parametrize(

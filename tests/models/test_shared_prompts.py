@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from simpo_megatron.batch import BatchCounts, pack_pairs
+from simpo_megatron.batch.row import BatchCounts, RowFormat, pack_row
 from tests.models.test_attention import attention
 from tests.pairs import make_store
 
@@ -25,12 +25,13 @@ def test_shared_and_plain_rows_give_the_same_scores(sizes: list[Any], window: in
     found = []
     for shared in (False, True):
         used = sum((1 if shared else 2) * prompt + chosen + rejected for prompt, chosen, rejected in sizes)
-        batch = pack_pairs(store, range(len(sizes)), counts, share_prompts=shared, row_length=used + padding)
+        row_format = RowFormat(share_prompts=shared, row_length=used + padding)
+        batch = pack_row(store, range(len(sizes)), counts, row_format)
         weight = table.clone().requires_grad_()
         x = weight[batch.tokens[0], batch.position_ids[0]]
         packed: PackedSeqParams = batch.packed_seq_params
         out = attention(window)(x[:, :2], x[:, 2:3], x[:, 3:], packed_seq_params=packed)
-        scores = (out[batch.rows].sin() * batch.targets[:, None]).sum(1)
+        scores = (out[batch.scored.positions_R].sin() * batch.scored.targets_R[:, None]).sum(1)
         (gradient,) = torch.autograd.grad(batch.segment_sums(scores).cos().sum(), weight)
         found.append((scores, gradient))
     torch.testing.assert_close(found[0], found[1])

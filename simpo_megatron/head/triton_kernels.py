@@ -1,4 +1,4 @@
-"""The element-wise work of the head in Triton: a program a row, fp32 inside. `head_kernels.py` says what each does.
+"""The element-wise work of the head in Triton: a program a row, fp32 inside. `kernels.py` says what each does.
 
 The first kernel reads a row once, the second reads it once and writes the gradient over it: 6 bytes of traffic a bf16 logit.
 Whole blocks are read and written without a mask: with one, a number of columns that 16 does not divide would keep the

@@ -3,7 +3,7 @@
     row        prompt chosen rejected | prompt chosen rejected | padding
     position   0 ..   P ..   P ..       0 ..   P ..   P ..       0 ..
 
-Both responses see the prompt and not each other. Three places know of it: `batch.pack_pairs` lays the row out, `PairRotary`
+Both responses see the prompt and not each other. Three places know of it: `row.py` lays the row out, `PairRotary`
 reads the positions, `models.attention.PackedAttention` attends. T tokens of the row.
 """
 

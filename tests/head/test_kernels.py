@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from simpo_megatron import head_kernels
+from simpo_megatron.head import kernels as torch_kernels
 
 INTERPRET = "TRITON_INTERPRET"
 
@@ -21,10 +21,10 @@ INTERPRET = "TRITON_INTERPRET"
 def kernels(request: pytest.FixtureRequest) -> Any:
     """The module with the two functions."""
     if request.param == "torch":
-        return head_kernels
+        return torch_kernels
     if os.environ.get(INTERPRET) != "1":
         pytest.skip("runs below, in a process of its own")
-    return importlib.import_module("simpo_megatron.head_triton")
+    return importlib.import_module("simpo_megatron.head.triton_kernels")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -46,7 +46,7 @@ def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def one_rounding(kernels: Any) -> float:
     """Relative error of one rounding to bf16; Triton's interpreter cuts the bits off instead."""
-    return 4.1e-3 if kernels is head_kernels else 7.9e-3
+    return 4.1e-3 if kernels is torch_kernels else 7.9e-3
 
 
 def oracle(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -141,12 +141,10 @@ def test_the_compiler_takes_the_kernels(architecture: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from simpo_megatron import head_triton
+    from simpo_megatron.head import triton_kernels
 
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i in range(5)
-    }  # the matrices, and the stride that head_slabs chooses
-    for kernel in (head_triton.statistics_kernel, head_triton.gradient_kernel):
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}  # the matrices, and the stride that slabs.py chooses
+    for kernel in (triton_kernels.statistics_kernel, triton_kernels.gradient_kernel):
         tensors = dict(zip(kernel.arg_names[:4], ("*bf16", "*i64", "*fp32", "*fp32"), strict=True))
         signature = {**tensors, "stride": "i32", "columns": "i32", "BLOCK": "constexpr"}
         source = ASTSource(kernel, signature, constexprs={"BLOCK": 4096}, attrs=aligned)

@@ -2,14 +2,13 @@
 
 Sums and gradients are fp32 (fp64 for fp64 weights) over all slabs. The GEMMs run in the dtype of the weight, except for bf16
 on a CPU without bf16 arithmetic: there the weight is cast to fp32 a tile of the vocabulary at a time, which is several times
-faster than torch's emulation and more exact. Shapes: see `head.py`.
+faster than torch's emulation and more exact. Shapes: see `layer.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,11 +16,9 @@ from torch import Tensor
 
 from simpo_megatron.compat import have_fp32_accumulating_addmm, have_native_bf16
 from simpo_megatron.context_parallel import round_up
-from simpo_megatron.head_kernels import row_statistics, write_gradient_
-from simpo_megatron.logprobs import join_shards, shard_targets
-
-if TYPE_CHECKING:
-    from simpo_megatron.head import HeadTask
+from simpo_megatron.head.kernels import row_statistics, write_gradient_
+from simpo_megatron.head.logprobs import join_shards, shard_targets
+from simpo_megatron.head.task import HeadTask
 
 _TILE_BYTES = 32 * 2**20  # of the weight in fp32
 
@@ -58,7 +55,7 @@ def score_slabs(
 ) -> tuple[Tensor, Tensor]:
     """The loss and the sums of a task, and its gradients into `gradients`.
 
-    Collectives: see `head.LogProbHead`.
+    Collectives: see `layer.LogProbHead`.
 
     Args:
         hidden_RH: the scored tokens' hidden states.
@@ -68,84 +65,92 @@ def score_slabs(
     Returns:
         loss: scalar; sums_PM: the log-probs of each response, summed over all context-parallel ranks.
     """
-    columns, local_R = shard_targets(task.targets_R, task.vocab_size, weight_VH.shape[0], tensor_group)
+    scored = task.scored
+    columns, local_R = shard_targets(scored.targets_R, task.vocab_size, weight_VH.shape[0], tensor_group)
     projection = _Projection(weight_VH[:columns], gradients)
-    pairs, members = len(task.pair_rows), task.members
+    pairs, responses = len(scored.per_pair), task.responses
     dtype = _accumulate(weight_VH.dtype)
-    sums_PM = torch.zeros(pairs, members, dtype=dtype, device=weight_VH.device)
-    # By the shard with its padding: all tensor-parallel ranks cut alike, though one may hold more padding than another.
-    slab_rows = max(1, slab_bytes // (weight_VH.shape[0] * projection.dtype.itemsize))
-    plan = cut_slabs(task.pair_rows, task.largest_rows, slab_rows)
-    longest = max((rows.stop - rows.start for slab in plan for rows in slab.chunks), default=0)
-    # Rows begin at multiples of 64 numbers, whatever the vocabulary: tensor cores and wide loads want aligned ones.
+    sums_PM = torch.zeros(pairs, responses, dtype=dtype, device=weight_VH.device)
+    # Sized by the padded shard, which is equal on all tensor-parallel ranks, so that all cut the same slabs.
+    slab_positions = max(1, slab_bytes // (weight_VH.shape[0] * projection.dtype.itemsize))
+    slabs = cut_slabs(scored.per_pair, scored.per_pair_max, slab_positions)
+    longest = max((part.stop - part.start for slab in slabs for part in slab.parts), default=0)
+    # The stride of the logits is a multiple of 64 numbers whatever the vocabulary: tensor cores and wide loads need it.
     logits_NV = torch.empty(longest, round_up(columns, 64), dtype=projection.dtype, device=weight_VH.device)[
         :, :columns
     ]
 
-    def statistics(rows: slice) -> tuple[Tensor, Tensor]:
-        logits = logits_NV[: rows.stop - rows.start]
-        projection.logits(hidden_RH[rows], logits)
-        return row_statistics(logits, local_R[rows])
+    def statistics(part: slice) -> tuple[Tensor, Tensor]:
+        logits = logits_NV[: part.stop - part.start]
+        projection.logits(hidden_RH[part], logits)
+        return row_statistics(logits, local_R[part])
 
-    for slab in plan:
-        rows = slice(slab.chunks[0].start, slab.chunks[-1].stop)
+    for slab in slabs:
+        whole = slice(slab.parts[0].start, slab.parts[-1].stop)
         lses, logps = [], []
-        for chunk in slab.chunks:
-            if chunk.stop > chunk.start:  # under context parallelism a pair may have all its rows elsewhere
-                lse_N, target_N = join_shards(*statistics(chunk), tensor_group)
+        for part in slab.parts:
+            if part.stop > part.start:  # under context parallelism a pair may have all its positions elsewhere
+                lse_N, target_N = join_shards(*statistics(part), tensor_group)
                 lses.append(lse_N)
                 logps.append(target_N - lse_N)
         logps_N = torch.cat(logps) if logps else sums_PM.new_zeros(0)
         if __debug__:
             torch.ops.aten._assert_async.msg(~(logps_N > 0).any(), "a log-probability is positive")
-        sums_S = sums_PM.new_zeros(pairs * members).index_add_(0, task.segments_R[rows], logps_N)
+        sums_S = sums_PM.new_zeros(pairs * responses).index_add_(0, scored.segments_R[whole], logps_N)
         sums_PM[slab.pairs] = sums_S.view_as(sums_PM)[slab.pairs]
         if _spans(context_group):
             dist.all_reduce(sums_PM[slab.pairs], group=context_group)
         if gradients is None or not logps:
             continue
-        coefficients_N = _derivative(task, sums_PM).index_select(0, task.segments_R[rows]) * gradients.factor
+        coefficients_N = _derivative(task, sums_PM).index_select(0, scored.segments_R[whole]) * gradients.factor
         lse_N = torch.cat(lses)
-        for chunk in reversed(slab.chunks):  # the logits of the last are still there
-            if chunk is not slab.chunks[-1]:
-                projection.logits(hidden_RH[chunk], logits_NV[: chunk.stop - chunk.start])
-            part = slice(chunk.start - rows.start, chunk.stop - rows.start)
-            logits = logits_NV[: chunk.stop - chunk.start]
-            write_gradient_(logits, local_R[chunk], lse_N[part], coefficients_N[part])
-            projection.gradients(logits, hidden_RH, chunk)
+        for part in reversed(slab.parts):  # the logits of the last part are still there
+            logits = logits_NV[: part.stop - part.start]
+            if part is not slab.parts[-1]:
+                projection.logits(hidden_RH[part], logits)
+            here = slice(part.start - whole.start, part.stop - whole.start)
+            write_gradient_(logits, local_R[part], lse_N[here], coefficients_N[here])
+            projection.gradients(logits, hidden_RH, part)
     return task.loss(sums_PM), sums_PM
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Whole pairs whose logits are held together, and their rows; several chunks of rows for one pair that is too large."""
+    """Whole pairs whose logits are held together.
+
+    Attributes:
+        pairs: which.
+        parts: their scored positions; several parts for one pair that is larger than a slab.
+    """
 
     pairs: slice
-    chunks: tuple[slice, ...]
+    parts: tuple[slice, ...]
 
 
-def cut_slabs(pair_rows: Sequence[int], largest_rows: Sequence[int], slab_rows: int) -> list[Slab]:
-    """Cuts a microbatch into slabs of at most `slab_rows` rows.
+def cut_slabs(per_pair: Sequence[int], per_pair_max: Sequence[int], slab_positions: int) -> list[Slab]:
+    """Cuts a microbatch into slabs of at most `slab_positions` scored positions.
 
     Args:
-        pair_rows: rows of each pair on this rank.
-        largest_rows: the same on the context-parallel rank that has most of them. They decide, so that all ranks cut alike.
+        per_pair: scored positions of each pair on this rank.
+        per_pair_max: the same on the context-parallel rank that has most of them; the cut follows it, so that all ranks
+            cut alike.
+        slab_positions: of a slab.
 
-    >>> [(s.pairs, s.chunks) for s in cut_slabs([2, 3, 9, 1], [2, 3, 9, 1], 5)]  # doctest: +NORMALIZE_WHITESPACE
+    >>> [(s.pairs, s.parts) for s in cut_slabs([2, 3, 9, 1], [2, 3, 9, 1], 5)]  # doctest: +NORMALIZE_WHITESPACE
     [(slice(0, 2, None), (slice(0, 5, None),)),
      (slice(2, 3, None), (slice(5, 10, None), slice(10, 14, None))),
      (slice(3, 4, None), (slice(14, 15, None),))]
     """
     slabs, first, held = [], 0, 0
-    for pair, rows in enumerate([*largest_rows, slab_rows + 1]):
-        if held + rows > slab_rows and pair > first:
-            start = sum(pair_rows[:first])
-            stop = start + sum(pair_rows[first:pair])
-            size = max(1, min(slab_rows, stop - start))
-            chunks = tuple(slice(at, min(at + size, stop)) for at in range(start, max(stop, start + 1), size))
-            slabs.append(Slab(slice(first, pair), chunks))
+    for pair, count in enumerate([*per_pair_max, slab_positions + 1]):
+        if held + count > slab_positions and pair > first:
+            start = sum(per_pair[:first])
+            stop = start + sum(per_pair[first:pair])
+            size = max(1, min(slab_positions, stop - start))
+            parts = tuple(slice(at, min(at + size, stop)) for at in range(start, max(stop, start + 1), size))
+            slabs.append(Slab(slice(first, pair), parts))
             first, held = pair, 0
-        held += rows
+        held += count
     return slabs
 
 

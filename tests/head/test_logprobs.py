@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from simpo_megatron import logprobs
-from simpo_megatron.logprobs import vocab_parallel_logprobs
+from simpo_megatron.head.logprobs import vocab_parallel_logprobs
 from tests.distributed import Collectives
 
 VOCAB, PADDED, TOKENS = 50, 64, 40

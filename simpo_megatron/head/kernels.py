@@ -1,8 +1,10 @@
 """The element-wise work of the head on one slab of logits: statistics before the loss, the gradient in place after it.
 
-On CUDA the Triton kernels of `head_triton.py`. Elsewhere, and without Triton, torch on a few rows at a time, so that what it
-holds besides the slab stays in the cache. Both round the gradient once, after target and probability have met: near a
-probability of 1 the two cancel. Shapes: N rows, V columns of this rank.
+On CUDA the Triton kernels of `triton_kernels.py` do it. Elsewhere, and without Triton, torch does it on a few rows at a time,
+so that its temporaries stay in the cache. Both subtract the target from the probability in fp32 and round the difference:
+rounding first would lose the small gradients of tokens that are predicted with a probability near 1.
+
+Shapes: N scored positions, V columns of this rank.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ def row_statistics(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor
     """
     accumulate = torch.promote_types(logits_NV.dtype, torch.float32)
     if logits_NV.is_cuda and have_triton():
-        from simpo_megatron import head_triton
+        from simpo_megatron.head import triton_kernels
 
-        return head_triton.row_statistics(logits_NV, targets_N)
+        return triton_kernels.row_statistics(logits_NV, targets_N)
     lse_N = torch.empty(len(targets_N), dtype=accumulate, device=logits_NV.device)
     for rows in _blocks(logits_NV):
         lse_N[rows] = torch.logsumexp(logits_NV[rows].to(accumulate), dim=1)
@@ -48,9 +50,9 @@ def write_gradient_(logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, coeffic
         coefficients_N: derivative of the loss by each row's log-prob, in that dtype.
     """
     if logits_NV.is_cuda and have_triton():
-        from simpo_megatron import head_triton
+        from simpo_megatron.head import triton_kernels
 
-        head_triton.write_gradient_(logits_NV, targets_N, lse_N, coefficients_N)
+        triton_kernels.write_gradient_(logits_NV, targets_N, lse_N, coefficients_N)
         return
     if not logits_NV.shape[1]:
         return

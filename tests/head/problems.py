@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from simpo_megatron.head import HeadTask, LogProbHead, split_output
+from simpo_megatron.head.layer import LogProbHead, split_output
+from simpo_megatron.head.task import HeadTask, ScoredPositions
 
 HIDDEN, VOCAB, PADDED = 8, 50, 64  # with 8 shards the last one is all padding
 SCALE = 0.75  # what follows the loss
@@ -31,7 +32,7 @@ def hinge(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def weighted_nll(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The two members move by scalars that have nothing to do with each other."""
+    """The two responses move by scalars that have nothing to do with each other."""
     weight = torch.arange(len(sums)) % 3
     return -(weight * F.logsigmoid(margins(sums, lengths))).sum() - 0.3 * sums[:, 0].sum() / 11
 
@@ -53,7 +54,7 @@ class Problem:
     """A row of tokens with its pairs; `lengths` are (prompt, chosen, rejected)."""
 
     lengths: tuple[tuple[int, int, int], ...]
-    members: int = 2
+    responses: int = 2
     seed: int = 0
     dtype: torch.dtype = torch.float64
     hidden_size: int = HIDDEN
@@ -62,7 +63,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        sizes = [(prompt, n) for prompt, *responses in self.lengths for n in responses[: self.members]]
+        sizes = [(prompt, n) for prompt, *responses in self.lengths for n in responses[: self.responses]]
         starts = torch.tensor([0, *(prompt + n for prompt, n in sizes)]).cumsum(0).tolist()
         tokens = -(-(starts[-1] + 1) // 16) * 16
         lengths = torch.tensor([n for _, n in sizes], dtype=torch.int64)
@@ -76,18 +77,18 @@ class Problem:
         scored = [torch.arange(start + p, start + p + n) for (p, n), start in zip(sizes, starts, strict=False)]
         self.rows = torch.cat([torch.zeros(0, dtype=torch.int64), *scored])
         self.segments = torch.arange(len(sizes)).repeat_interleave(lengths)
-        self.lengths_PM = lengths.view(-1, self.members)
+        self.lengths_PM = lengths.view(-1, self.responses)
         # Context-parallel ranks; the first pair of a pack lies on one of them alone.
         self.parts = torch.randint(2, (tokens,), generator=generator)
         if sizes:
-            self.parts[: starts[self.members]] = 1
+            self.parts[: starts[self.responses]] = 1
 
     def oracle(self, loss: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Loss, sums and both gradients of SCALE * loss, fp64."""
         hidden, weight = (x.detach().double().clone().requires_grad_() for x in (self.hidden, self.weight))
         logps = (hidden[self.rows] @ weight[: self.vocab].T).log_softmax(-1)
         logps = logps.gather(1, self.targets[self.rows, None])[:, 0]
-        sums = logps.new_zeros(self.lengths_PM.numel()).index_add(0, self.segments, logps).view(-1, self.members)
+        sums = logps.new_zeros(self.lengths_PM.numel()).index_add(0, self.segments, logps).view(-1, self.responses)
         value = loss(sums, self.lengths_PM)
         (SCALE * value).backward()
         return value.detach(), sums.detach(), hidden.grad, weight.grad
@@ -99,7 +100,10 @@ def random_packs() -> list[Problem]:
     def lengths(pairs: int) -> tuple[tuple[int, int, int], ...]:
         return tuple(tuple(torch.randint(1, 12, (3,), generator=generator).tolist()) for _ in range(pairs))  # type: ignore[misc]
 
-    return [Problem(lengths(pairs), seed=pairs) for pairs in (1, 3, 7)] + [Problem(()), Problem(lengths(3), members=1)]
+    return [Problem(lengths(pairs), seed=pairs) for pairs in (1, 3, 7)] + [
+        Problem(()),
+        Problem(lengths(3), responses=1),
+    ]
 
 
 def build_head(problem: Problem, tp: int, sp: bool, cp: int, slab_bytes: int, tied: bool = False) -> tuple[Any, Any]:
@@ -156,26 +160,28 @@ def score(problem: Problem, head: Any, weight: Any, loss: Any, tied: bool = Fals
     if head.sequence_parallel:
         hidden = hidden.chunk(head.tp_group.size())[head.tp_group.rank()]
     hidden = hidden.clone().requires_grad_()
-    pair_of_rows = problem.segments // problem.members
-    pair_rows = [
+    pair_of_rows = problem.segments // problem.responses
+    per_pair = [
         torch.bincount(pair_of_rows[problem.parts[problem.rows] == part] if cp > 1 else pair_of_rows, minlength=pairs)
         for part in range(cp)
     ]
     made = HeadTask(
-        rows_R=place[rows],
-        targets_R=problem.targets[rows],
-        segments_R=segments,
-        pair_rows=tuple(pair_rows[part].tolist()) if pairs else (),
-        largest_rows=tuple(torch.stack(pair_rows).amax(0).tolist()) if pairs else (),
-        members=problem.members,
+        scored=ScoredPositions(
+            positions_R=place[rows],
+            targets_R=problem.targets[rows],
+            segments_R=segments,
+            per_pair=tuple(per_pair[part].tolist()) if pairs else (),
+            per_pair_max=tuple(torch.stack(per_pair).amax(0).tolist()) if pairs else (),
+        ),
+        responses=problem.responses,
         vocab_size=problem.vocab,
         loss=lambda sums: loss(sums, problem.lengths_PM),
         **task,
     )
-    with head.armed(made):
+    with head.scoring(made):
         output, bias = head(hidden, weight=weight if tied else None)
     assert bias is None
-    value, sums = split_output(output.transpose(0, 1).contiguous(), problem.members)
+    value, sums = split_output(output.transpose(0, 1).contiguous(), problem.responses)
     if torch.is_grad_enabled():
         (SCALE * value).backward()
     return value.detach(), sums, tokens, hidden.grad

@@ -1,4 +1,4 @@
-"""`loss.py` against TRL's CPOTrainer.cpo_loss and against the formulas of the SimPO repository, values and gradients."""
+"""The SimPO loss against TRL's CPOTrainer.cpo_loss and the formulas of the SimPO repository, values and gradients."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simpo_megatron.config import LossConfig
 from simpo_megatron.errors import UserError
-from simpo_megatron.loss import simpo_loss
+from simpo_megatron.objectives.simpo import SimPO, simpo_loss
 
 
 def random_logps(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +57,7 @@ def test_hinge_equals_the_simpo_repository() -> None:
     assert not torch.allclose(ours, simpo_loss(*inputs, beta=beta, gamma_P=beta * ratio))
 
 
-def test_equal_members_lose_softplus_gamma_and_pull_apart() -> None:
+def test_equal_responses_lose_softplus_gamma_and_pull_apart() -> None:
     logps = torch.tensor([-1.5], requires_grad=True)
     loss = simpo_loss(logps, logps, beta=2.0, gamma_P=1.0)
     assert loss.item() == pytest.approx(F.softplus(torch.tensor(1.0)).item())
@@ -104,9 +103,9 @@ def test_unknown_loss_type() -> None:
     ],
 )
 def test_gamma_and_its_ratio_meet(settings: dict, gamma: float) -> None:
-    assert math.isclose(LossConfig(**settings).gamma, gamma)
+    assert math.isclose(SimPO(**settings).gamma, gamma)
 
 
 def test_gamma_and_ratio_together_are_refused() -> None:
     with pytest.raises(UserError, match="--simpo-gamma and --simpo-gamma-beta-ratio"):
-        LossConfig(simpo_gamma=1.0, simpo_gamma_beta_ratio=0.5)
+        SimPO(simpo_gamma=1.0, simpo_gamma_beta_ratio=0.5)

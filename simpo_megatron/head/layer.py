@@ -1,29 +1,30 @@
 """LogProbHead: from hidden states to the loss of a microbatch, without its [tokens, vocabulary] logits.
 
     head = LogProbHead.install(gpt_model, slab_bytes=256 * 2**20)   # once, before DDP wraps the model
-    with head.armed(HeadTask(...)):
-        output = gpt_model(tokens, position_ids, None, ...)         # what `split_output` takes apart, no logits
-    loss, sums_PM = split_output(output, members)
+    with head.scoring(HeadTask(...)):
+        output = gpt_model(tokens, position_ids, None, ...)         # no logits: `split_output` takes it apart
+    loss, sums_PM = split_output(output, responses)
 
-Armed, the output layer scores the response tokens alone. It projects whole pairs, a slab of logits at a time. Once a slab's
-sums are known, so is the derivative of the loss by each of its log-probs, for the loss of a pair is a function of that pair's
-sums; both gradients are made while the logits are still there: the three GEMMs of 6NHV FLOPs, nothing stored, nothing computed
-twice. The backward pass only scales. Unarmed it is Megatron's layer.
+With a task, the output layer scores the response tokens alone. It projects whole pairs, a slab of logits at a time. The loss
+of a pair depends only on that pair's summed log-probs. So after scoring a slab the gradient of the loss with respect to each
+of its log-probs is known, and both gradients are computed before the logits are overwritten. That takes the three GEMMs of
+6NHV FLOPs; nothing is stored and nothing is computed twice. The backward pass only scales. Without a task it is Megatron's
+layer.
 
-A pair larger than a slab goes through it in chunks, first for the sums, then for the gradients; all chunks but the last are
-projected a second time (at most 8NHV FLOPs, for such pairs alone). Its gradient could be summed with coefficients known in
-advance and multiplied by the pair's scalar afterwards, but a loss with an NLL term moves the two responses by two independent
-scalars: that takes two more copies of the weight gradient in fp32, more memory than the slabs save. A larger slab is the mend.
+A pair larger than a slab goes through it in parts, first for the sums, then for the gradients. All parts but the last are
+projected a second time (at most 8NHV FLOPs, for such pairs alone). If that costs too much time, raise --head-slab-bytes. The
+second projection could be avoided only with two more fp32 copies of the weight gradient: a loss with an NLL term moves the two
+responses by two independent scalars, which are not known before the end of the pair. Those copies take more memory than the
+slabs save.
 
-Shapes: T tokens of the row, R scored ones of this context-parallel rank, N those of a slab, H hidden, V columns of this
-tensor-parallel rank, P pairs, M members of a pair (1 or 2).
+Shapes: T tokens of the row, R scored positions of this context-parallel rank, N those of a slab, H hidden, V columns of this
+tensor-parallel rank, P pairs, M scored responses of a pair (1 or 2).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,43 +33,14 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from simpo_megatron.head_slabs import Gradients, score_slabs
-
-
-@dataclass(frozen=True)
-class HeadTask:
-    """What one forward pass is to score: this context-parallel rank's rows, the same on all tensor-parallel ranks.
-
-    Attributes:
-        rows_R: positions in the row of tokens that score a response token, int64, in the order of the pairs; the end of a
-            shared prompt scores two.
-        targets_R: token ids they score, int64, in the whole vocabulary.
-        segments_R: sequence (pair * members + member) each belongs to, int64.
-        pair_rows: scored rows of each pair here, on the host: slabs are cut without waiting for a GPU.
-        largest_rows: the same on the context-parallel rank that has most of the pair; all ranks cut by them.
-        members: sequences a pair, M.
-        vocab_size: true vocabulary; columns from there on get neither probability nor gradient.
-        loss: sums [P, M] of log-probs over all context-parallel ranks, fp32 (fp64 for fp64 weights) -> scalar, a sum of one
-            differentiable term a pair. Called once a slab while the sums of later pairs are still 0, and once at the end.
-        loss_gradient: the number by which the backward pass will multiply the gradient of the loss, where it is known. Then
-            the gradient of the weight goes straight into an fp32 `main_grad`: no copy of it in fp32, no rounding.
-    """
-
-    rows_R: Tensor
-    targets_R: Tensor
-    segments_R: Tensor
-    pair_rows: tuple[int, ...]
-    largest_rows: tuple[int, ...]
-    members: int
-    vocab_size: int
-    loss: Callable[[Tensor], Tensor]
-    loss_gradient: float | None = None
+from simpo_megatron.head.slabs import Gradients, score_slabs
+from simpo_megatron.head.task import HeadTask
 
 
 class LogProbHead(ColumnParallelLinear):
-    """Megatron's output layer, which can be armed with a task; same parameter, names and checkpoint.
+    """Megatron's output layer, which scores pairs while it has a task; same parameter, names and checkpoint.
 
-    Collectives of an armed pass over the tensor-parallel ranks: forward one all-gather of the hidden states under sequence
+    Collectives of a scoring pass over the tensor-parallel ranks: forward one all-gather of the hidden states under sequence
     parallelism and one of two numbers a token for each slab; backward one reduce-scatter of the hidden states' gradient under
     sequence parallelism, else one all-reduce. None for one rank. Over the context-parallel ranks: forward one all-reduce of
     a number a response for each slab.
@@ -110,7 +82,7 @@ class LogProbHead(ColumnParallelLinear):
         return head
 
     @contextlib.contextmanager
-    def armed(self, task: HeadTask) -> Iterator[None]:
+    def scoring(self, task: HeadTask) -> Iterator[None]:
         """Within it the layer returns the loss of `task` instead of logits."""
         self._task = task
         try:
@@ -121,7 +93,7 @@ class LogProbHead(ColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Unarmed: Megatron's. Armed: [1, 1, 1 + P * M] in fp32, the loss and the detached sums, and no bias.
+        """Without a task: Megatron's. With one: [1, 1, 1 + P * M] in fp32, the loss and the detached sums, and no bias.
 
         Args:
             input_: hidden states [T, 1, H], a part of the tokens under sequence parallelism.
@@ -140,10 +112,10 @@ def find_head(model: torch.nn.Module) -> LogProbHead | None:
     return next((module for module in model.modules() if isinstance(module, LogProbHead)), None)
 
 
-def split_output(output: Tensor, members: int) -> tuple[Tensor, Tensor]:
-    """Loss (differentiable) and sums [P, M] (detached) of what a model with an armed head returned."""
+def split_output(output: Tensor, responses: int) -> tuple[Tensor, Tensor]:
+    """Loss (differentiable) and sums [P, M] (detached) of what a model returned whose head had a task."""
     flat = output.flatten()
-    return flat[0], flat[1:].detach().view(-1, members)
+    return flat[0], flat[1:].detach().view(-1, responses)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -157,7 +129,7 @@ class _FusedHead(torch.autograd.Function):
             local_TH = hidden_TH.contiguous()
             hidden_TH = local_TH.new_empty(local_TH.shape[0] * group.size(), local_TH.shape[1])
             dist.all_gather_into_tensor(hidden_TH, local_TH, group=group)
-        hidden_RH = hidden_TH.index_select(0, task.rows_R)
+        hidden_RH = hidden_TH.index_select(0, task.scored.positions_R)
 
         ctx.into_main_grad = False
         gradients = None
@@ -199,7 +171,7 @@ class _FusedHead(torch.autograd.Function):
             grad_weight = (gradients.weight_VH * ratio).to(weight.dtype)
         if gradients.hidden_RH is not None:
             grad_RH = (gradients.hidden_RH * ratio).to(ctx.dtype)
-            grad_TH = grad_RH.new_zeros(ctx.tokens, grad_RH.shape[1]).index_add_(0, task.rows_R, grad_RH)
+            grad_TH = grad_RH.new_zeros(ctx.tokens, grad_RH.shape[1]).index_add_(0, task.scored.positions_R, grad_RH)
             grad_hidden = _reduce(grad_TH, ctx.head).view(ctx.hidden_shape)
         return grad_hidden, grad_weight, None, None, None
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from simpo_megatron import head_kernels
-from simpo_megatron.head_slabs import cut_slabs
+from simpo_megatron.head import kernels
+from simpo_megatron.head.slabs import cut_slabs
 from tests.distributed import Collectives
-from tests.head_problems import (
+from tests.head.problems import (
     HIDDEN,
     PADDED,
     PAIR_LOSSES,
@@ -44,7 +44,7 @@ def check_problems(
     from megatron.core import parallel_state
 
     for problem in problems:
-        for loss in losses if problem.members == 2 else [chosen_nll]:
+        for loss in losses if problem.responses == 2 else [chosen_nll]:
             value, sums, grad_hidden, grad_weight = problem.oracle(loss)
             for rows in slabs:
                 head, weight = build_head(problem, tp, sp, cp, rows * ROW_BYTES // tp, tied)
@@ -89,7 +89,7 @@ def test_a_vocabulary_without_padding(pool) -> None:
 
 
 def check_bf16_is_as_exact_as_the_plain_path() -> None:
-    from simpo_megatron.logprobs import vocab_parallel_logprobs
+    from simpo_megatron.head.logprobs import vocab_parallel_logprobs
 
     problem = Problem(((5, 60, 40), (9, 33, 70)), dtype=torch.bfloat16, hidden_size=64, vocab=1000, padded=1024)
     _, sums, *wanted = problem.oracle(sigmoid)
@@ -139,7 +139,7 @@ def check_frozen_parts_get_no_gradient() -> None:
     assert weight.grad is None
 
 
-def check_unarmed_it_is_the_old_layer() -> None:
+def check_without_a_task_it_is_the_old_layer() -> None:
     from megatron.core import parallel_state
 
     problem = Problem(((3, 4, 5),))
@@ -180,7 +180,7 @@ def check_memory_does_not_grow_with_the_pairs() -> None:
         weight.grad = None
         rows, tokens = len(problem.rows), len(problem.hidden)
         gradients = hidden * (vocab * 6 + rows * 4 + tokens * 6)
-        statistics = 2 * head_kernels._BLOCK_BYTES
+        statistics = 2 * kernels._BLOCK_BYTES
         cast = vocab * hidden * 4
         peak = peak_allocated(lambda: score(problem, head, weight, sigmoid))  # noqa: B023
         selected = 4 * tokens * hidden * 4 + 16 * tokens * 8
@@ -193,7 +193,7 @@ ON_ONE_RANK = [
     check_bf16_is_as_exact_as_the_plain_path,
     check_gradients_go_into_main_grad,
     check_frozen_parts_get_no_gradient,
-    check_unarmed_it_is_the_old_layer,
+    check_without_a_task_it_is_the_old_layer,
     check_work,
     check_memory_does_not_grow_with_the_pairs,
 ]
@@ -236,15 +236,15 @@ def test_slabs_hold_whole_pairs_and_cover_every_row() -> None:
     for pair_rows in ([], [5], [3, 3, 3, 3], [1, 20, 1], [20, 20], [0, 4, 0], [7, 0, 0, 9]):
         for slab_rows in (1, 4, 7, 100):
             slabs = cut_slabs(pair_rows, pair_rows, slab_rows)
-            chunks = [chunk for slab in slabs for chunk in slab.chunks]
-            covered = [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
+            parts = [part for slab in slabs for part in slab.parts]
+            covered = [row for part in parts for row in range(part.start, part.stop)]
             assert covered == list(range(sum(pair_rows)))
-            assert all(chunk.stop - chunk.start <= slab_rows for chunk in chunks)
+            assert all(part.stop - part.start <= slab_rows for part in parts)
             assert [p for slab in slabs for p in range(slab.pairs.start, slab.pairs.stop)] == list(
                 range(len(pair_rows))
             )
             for slab in slabs:
-                assert len(slab.chunks) == 1 or slab.pairs.stop - slab.pairs.start == 1
+                assert len(slab.parts) == 1 or slab.pairs.stop - slab.pairs.start == 1
 
 
 def test_context_parallel_ranks_cut_alike() -> None:

@@ -1,4 +1,4 @@
-"""`batch.py` against a loop over tokens: what is scored, by which position, for which sequence."""
+"""`batch/row.py` against a loop over tokens: what is scored, by which position, for which sequence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from simpo_megatron.batch import BatchCounts, PreferenceBatch, pack_pairs
+from simpo_megatron.batch.row import BatchCounts, PreferenceBatch, RowFormat, pack_row
 from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, PairStore
 from tests.pairs import make_store
 
@@ -45,14 +45,20 @@ class Naive:
             self.positions.append(position)
 
 
-def naive_row(store: PairStore, pairs: list[int], members: int, total: int) -> Naive:
+def naive_row(store: PairStore, pairs: list[int], responses: int, total: int) -> Naive:
     row = Naive()
     for i in pairs:
         prompt, chosen, rejected = store.pair(i)
-        for response in (chosen, rejected)[:members]:
+        for response in (chosen, rejected)[:responses]:
             row.add(prompt, response)
     row.pad(total)
     return row
+
+
+def scored_here(batch: PreferenceBatch) -> list[tuple[int, int, int]]:
+    """Position, target and sequence of everything this rank scores."""
+    scored = batch.scored
+    return list(zip(scored.positions_R.tolist(), scored.targets_R.tolist(), scored.segments_R.tolist(), strict=True))
 
 
 def check(batch: PreferenceBatch, row: Naive) -> None:
@@ -64,48 +70,55 @@ def check(batch: PreferenceBatch, row: Naive) -> None:
         assert cu_seqlens.dtype == torch.int32
     longest = max(end - start for start, end in zip(row.starts, [*row.starts[1:], len(row.tokens)], strict=True))
     assert packed.max_seqlen_q == packed.max_seqlen_kv == longest
-    scored = list(zip(batch.rows.tolist(), batch.targets.tolist(), batch.segments.tolist(), strict=True))
-    assert scored == row.scored
+    assert scored_here(batch) == row.scored
     assert batch.lengths.tolist() == row.lengths
-    for tensor in (batch.tokens, batch.position_ids, batch.rows, batch.targets, batch.segments, batch.lengths):
+    scored = batch.scored
+    for tensor in (
+        batch.tokens,
+        batch.position_ids,
+        scored.positions_R,
+        scored.targets_R,
+        scored.segments_R,
+        batch.lengths,
+    ):
         assert tensor.dtype == torch.int64
 
 
-@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("responses", [1, 2])
 @pytest.mark.parametrize("pairs", [[0], [3, 1], [0, 1, 2, 3]])
 @pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 61}], ids=str)
-def test_row_equals_a_loop_over_tokens(members: int, pairs: list[int], padding: dict[str, int]) -> None:
+def test_row_equals_a_loop_over_tokens(responses: int, pairs: list[int], padding: dict[str, int]) -> None:
     store = make_store(LENGTHS)
-    used = sum(LENGTHS[i][0] * members + sum(LENGTHS[i][1 : 1 + members]) for i in pairs)
+    used = sum(LENGTHS[i][0] * responses + sum(LENGTHS[i][1 : 1 + responses]) for i in pairs)
     multiple = padding.get("row_multiple", 1)
     total = padding.get("row_length") or (used + multiple - 1) // multiple * multiple
-    batch = pack_pairs(store, pairs, COUNTS, members=members, **padding)
-    check(batch, naive_row(store, pairs, members, total))
-    assert batch.members == members and batch.counts == COUNTS
+    batch = pack_row(store, pairs, COUNTS, RowFormat(responses, **padding))
+    check(batch, naive_row(store, pairs, responses, total))
+    assert batch.responses == responses and batch.counts == COUNTS
 
 
 def test_a_pair_written_out() -> None:
     """No loop, no helper: the row of the module's docstring."""
     store = make_store([(3, 2, 1)])
     store.tokens[:] = [10, 11, 12, 0, 21, 30]
-    batch = pack_pairs(store, [0], COUNTS, row_length=12)
+    batch = pack_row(store, [0], COUNTS, RowFormat(row_length=12))
     assert batch.tokens.tolist() == [[10, 11, 12, 0, 21, 10, 11, 12, 30, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
     assert batch.packed_seq_params.cu_seqlens_q.tolist() == [0, 5, 9, 12]
-    assert batch.rows.tolist() == [2, 3, 7]
-    assert batch.targets.tolist() == [0, 21, 30]
-    assert batch.segments.tolist() == [0, 0, 1]
+    assert batch.scored.positions_R.tolist() == [2, 3, 7]
+    assert batch.scored.targets_R.tolist() == [0, 21, 30]
+    assert batch.scored.segments_R.tolist() == [0, 0, 1]
     assert batch.lengths.tolist() == [2, 1]
 
 
-@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("responses", [1, 2])
 @pytest.mark.parametrize("padding, total", [({}, 1), ({"row_multiple": 4}, 4), ({"row_length": 16}, 16)])
-def test_an_empty_pack_is_padding_alone(members: int, padding: dict[str, int], total: int) -> None:
-    batch = pack_pairs(make_store(LENGTHS), [], COUNTS, members=members, **padding)
-    check(batch, naive_row(make_store(LENGTHS), [], members, total))
+def test_an_empty_row_is_padding_alone(responses: int, padding: dict[str, int], total: int) -> None:
+    batch = pack_row(make_store(LENGTHS), [], COUNTS, RowFormat(responses, **padding))
+    check(batch, naive_row(make_store(LENGTHS), [], responses, total))
     assert batch.weight.shape == batch.margin.shape == batch.truncated.shape == (0,)
     sums = batch.segment_sums(torch.zeros(0, requires_grad=True))
-    assert sums.shape == (0, members) and sums.requires_grad
+    assert sums.shape == (0, responses) and sums.requires_grad
 
 
 def test_what_belongs_to_a_pair_follows_it() -> None:
@@ -115,58 +128,55 @@ def test_what_belongs_to_a_pair_follows_it() -> None:
         margin=[float("nan"), 0.5, 0, -1],
         truncated=[0, CHOSEN_CUT, REJECTED_CUT, CHOSEN_CUT | REJECTED_CUT],
     )
-    batch = pack_pairs(store, [3, 0, 2], COUNTS)
+    batch = pack_row(store, [3, 0, 2], COUNTS)
     assert batch.weight.tolist() == [4, 1, 3]
     torch.testing.assert_close(batch.margin, torch.tensor([-1, float("nan"), 0]), equal_nan=True)
     assert batch.truncated.tolist() == [True, True, False, False, False, True]
     assert batch.weight.dtype == batch.margin.dtype == torch.float32
-    assert pack_pairs(store, [3, 1, 2], COUNTS, members=1).truncated.tolist() == [True, True, False]
+    assert pack_row(store, [3, 1, 2], COUNTS, RowFormat(responses=1)).truncated.tolist() == [True, True, False]
 
 
 def test_pairs_that_do_not_fit() -> None:
     store = make_store(LENGTHS)
-    pack_pairs(store, [0, 1], COUNTS, row_length=22)
+    pack_row(store, [0, 1], COUNTS, RowFormat(row_length=22))
     with pytest.raises(ValueError, match=r"pairs \[0, 1\] need 22 tokens, the row has 21"):
-        pack_pairs(store, [0, 1], COUNTS, row_length=21)
+        pack_row(store, [0, 1], COUNTS, RowFormat(row_length=21))
 
 
-@pytest.mark.parametrize("members", [1, 2])
-def test_segment_sums_and_their_gradient(members: int) -> None:
-    batch = pack_pairs(make_store(LENGTHS), [2, 0, 3], COUNTS, members=members)
+@pytest.mark.parametrize("responses", [1, 2])
+def test_segment_sums_and_their_gradient(responses: int) -> None:
+    batch = pack_row(make_store(LENGTHS), [2, 0, 3], COUNTS, RowFormat(responses))
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(len(batch.rows), dtype=torch.float64, generator=generator, requires_grad=True)
-    weights = torch.randn(3, members, dtype=torch.float64, generator=generator)
+    values = torch.randn(len(batch.scored.positions_R), dtype=torch.float64, generator=generator, requires_grad=True)
+    weights = torch.randn(3, responses, dtype=torch.float64, generator=generator)
     want = [0.0] * len(batch.lengths)
-    for value, segment in zip(values.tolist(), batch.segments.tolist(), strict=True):
+    for value, segment in zip(values.tolist(), batch.scored.segments_R.tolist(), strict=True):
         want[segment] += value
     sums = batch.segment_sums(values)
-    torch.testing.assert_close(sums, torch.tensor(want, dtype=torch.float64).view(3, members))
+    torch.testing.assert_close(sums, torch.tensor(want, dtype=torch.float64).view(3, responses))
     [gradient] = torch.autograd.grad((weights * sums).sum(), values)
-    assert gradient.tolist() == [weights.view(-1)[segment].item() for segment in batch.segments]
+    assert gradient.tolist() == [weights.view(-1)[segment].item() for segment in batch.scored.segments_R]
 
 
-@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("responses", [1, 2])
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 192}], ids=str)
-def test_context_parallel_slices_hold_the_row_once(members: int, size: int, padding: dict[str, int]) -> None:
+def test_context_parallel_slices_hold_the_row_once(responses: int, size: int, padding: dict[str, int]) -> None:
     """Put back where zig-zag takes them from, the slices of all ranks are the row of a single rank, sequences padded."""
     store, pairs = make_store(LENGTHS), [3, 0, 2]
     ranks = [
-        pack_pairs(
+        pack_row(
             store,
             pairs,
             COUNTS,
-            members=members,
-            context_parallel_size=size,
-            context_parallel_rank=rank,
-            **padding,
+            RowFormat(responses, context_parallel_size=size, context_parallel_rank=rank, **padding),
         )
         for rank in range(size)
     ]
     row, starts = Naive(), []
     for i in pairs:
-        prompt, *responses = store.pair(i)
-        for response in responses[:members]:
+        prompt, *both = store.pair(i)
+        for response in both[:responses]:
             starts.append(len(row.tokens))
             row.add(prompt, response)
             row.pad(-(-len(row.tokens) // (2 * size)) * 2 * size)
@@ -186,48 +196,43 @@ def test_context_parallel_slices_hold_the_row_once(members: int, size: int, padd
             places += [*chunks[rank].tolist(), *chunks[2 * size - 1 - rank].tolist()]
         for local, place in enumerate(places):
             tokens[place], positions[place] = batch.tokens[0, local].item(), batch.position_ids[0, local].item()
-        scored += [
-            (places[local], target, segment)
-            for local, target, segment in zip(
-                batch.rows.tolist(), batch.targets.tolist(), batch.segments.tolist(), strict=True
-            )
-        ]
+        scored += [(places[local], target, segment) for local, target, segment in scored_here(batch)]
     assert tokens == row.tokens
     assert sorted(scored) == sorted(row.scored)
     assert sum((~batch.padding_mask).sum().item() for batch in ranks) == sum(
-        LENGTHS[i][0] * members + sum(LENGTHS[i][1 : 1 + members]) for i in pairs
+        LENGTHS[i][0] * responses + sum(LENGTHS[i][1 : 1 + responses]) for i in pairs
     )
     real = [
         place
-        for start, (_, length) in zip(starts, _used(pairs, members), strict=True)
+        for start, (_, length) in zip(starts, _used(pairs, responses), strict=True)
         for place in range(start, start + length)
     ]
-    assert [positions[place] for place in real] == [i for _, length in _used(pairs, members) for i in range(length)]
+    assert [positions[place] for place in real] == [i for _, length in _used(pairs, responses) for i in range(length)]
 
 
-def _used(pairs: list[int], members: int) -> list[tuple[int, int]]:
+def _used(pairs: list[int], responses: int) -> list[tuple[int, int]]:
     """Pair and tokens of every sequence, padding left out."""
-    return [(i, LENGTHS[i][0] + LENGTHS[i][1 + member]) for i in pairs for member in range(members)]
+    return [(i, LENGTHS[i][0] + LENGTHS[i][1 + member]) for i in pairs for member in range(responses)]
 
 
 def test_padding_is_marked() -> None:
-    batch = pack_pairs(make_store([(3, 2, 1)]), [0], COUNTS, row_length=12)
+    batch = pack_row(make_store([(3, 2, 1)]), [0], COUNTS, RowFormat(row_length=12))
     assert batch.padding_mask.tolist() == [[False] * 9 + [True] * 3]
 
 
 def test_a_shared_prompt_written_out() -> None:
     store = make_store([(3, 2, 2), (1, 1, 2)])
     store.tokens[:] = [10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71]
-    batch = pack_pairs(store, [0, 1], COUNTS, share_prompts=True, row_length=14)
+    batch = pack_row(store, [0, 1], COUNTS, RowFormat(share_prompts=True, row_length=14))
     assert batch.tokens.tolist() == [[10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 0, 1, 1, 2, 0, 1, 2]]
     assert batch.padding_mask.tolist() == [[False] * 11 + [True] * 3]
     packed = batch.packed_seq_params
     assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 7, 11, 14]
     assert packed.splits == ((3, 2), (1, 1)) and packed.position_ids.tolist() == batch.position_ids[0].tolist()
-    assert batch.rows.tolist() == [2, 3, 2, 5, 7, 7, 9]
-    assert batch.targets.tolist() == [0, 21, 30, 31, 60, 70, 71]
-    assert batch.segments.tolist() == [0, 0, 1, 1, 2, 3, 3]
+    assert batch.scored.positions_R.tolist() == [2, 3, 2, 5, 7, 7, 9]
+    assert batch.scored.targets_R.tolist() == [0, 21, 30, 31, 60, 70, 71]
+    assert batch.scored.segments_R.tolist() == [0, 0, 1, 1, 2, 3, 3]
     assert batch.lengths.tolist() == [2, 2, 1, 2]
-    empty = pack_pairs(store, [], COUNTS, share_prompts=True, row_multiple=4)
+    empty = pack_row(store, [], COUNTS, RowFormat(share_prompts=True, row_multiple=4))
     assert empty.tokens.shape == (1, 4) and empty.packed_seq_params.splits == ()

@@ -1,0 +1,108 @@
+"""From the pairs of a global batch to this rank's microbatches: the one way, for our trainer and for Megatron-LM's.
+
+packer = RowPacker(seq_length=4096, responses=2, hidden_size=4096)
+batch = packer.plan(pairs, indices)          # this rank's rows, and what the global batch holds
+for row in packer.rows(batch): ...           # `PreferenceBatch`es on this rank's device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from simpo_megatron.batch.row import BatchCounts, PreferenceBatch, RowFormat, pack_row
+from simpo_megatron.context_parallel import round_up, sequence_multiple
+from simpo_megatron.data import Pairs, pair_costs, plan_batch
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This data-parallel rank's rows of a global batch.
+
+    Attributes:
+        pairs: the data set.
+        rows: indices of the pairs in each row, one row a microbatch; an empty list is an empty row.
+        counts: what the whole batch holds.
+        tokens: of the whole batch, padding excluded.
+    """
+
+    pairs: Pairs
+    rows: list[list[int]]
+    counts: BatchCounts
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RowPacker:
+    """How the pairs of a run become rows. `parallel_state` must be initialised when a method is called.
+
+    Attributes:
+        seq_length: tokens a row holds at most.
+        responses: scored responses of a pair (`Objective.responses`).
+        hidden_size: of the model; the cost of a pair depends on it.
+        share_prompts: the prompt of a pair stands once in its row.
+        fixed_length: pad every row to `seq_length`; else a row ends after its last pair.
+        sequence_parallel: tensor-parallel ranks hold equal parts of a row.
+        microbatch_multiple: every rank's number of rows is a multiple of this (pipeline stages, where they interleave).
+    """
+
+    seq_length: int
+    responses: int
+    hidden_size: int
+    share_prompts: bool = False
+    fixed_length: bool = False
+    sequence_parallel: bool = False
+    microbatch_multiple: int = 1
+
+    def plan(self, pairs: Pairs, indices: np.ndarray, num_microbatches: int | None = None) -> GlobalBatch:
+        """Packs the pairs of a global batch into rows and picks this data-parallel rank's.
+
+        Args:
+            pairs: the data set.
+            indices: of the whole batch, int64.
+            num_microbatches: add empty rows up to this many; None for as few rows as the pairs take.
+        """
+        prompt = pairs.prompt_length[indices].astype(np.int64)
+        columns = (pairs.chosen_length, pairs.rejected_length)[: self.responses]
+        responses = [column[indices].astype(np.int64) for column in columns]
+        lengths = [
+            response + prompt * (not self.share_prompts or first == 0) for first, response in enumerate(responses)
+        ]
+        multiple = sequence_multiple(parallel_state.get_context_parallel_world_size())
+        rows_of_ranks = plan_batch(
+            np.sum([round_up(length, multiple) for length in lengths], axis=0),
+            self.seq_length,
+            parallel_state.get_data_parallel_world_size(),
+            self.microbatch_multiple,
+            pair_costs(prompt, responses, self.hidden_size, self.share_prompts),
+        )
+        mine = rows_of_ranks[parallel_state.get_data_parallel_rank()]
+        rows = [[int(indices[i]) for i in row] for row in mine]
+        return GlobalBatch(
+            pairs=pairs,
+            rows=rows + [[] for _ in range((num_microbatches or 0) - len(rows))],
+            counts=BatchCounts(
+                pairs=len(indices),
+                chosen_tokens=int(pairs.chosen_length[indices].sum()),
+                rows=sum(bool(row) for rows in rows_of_ranks for row in rows),
+            ),
+            tokens=int(np.sum(lengths)),
+        )
+
+    def rows(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
+        """This rank's rows of a batch, or its slices of them, on its device."""
+        row_format = RowFormat(
+            responses=self.responses,
+            share_prompts=self.share_prompts,
+            row_length=self.seq_length if self.fixed_length else None,
+            row_multiple=parallel_state.get_tensor_model_parallel_world_size() if self.sequence_parallel else 1,
+            context_parallel_size=parallel_state.get_context_parallel_world_size(),
+            context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        )
+        device = torch.device(torch.cuda.current_device())
+        for indices in batch.rows:
+            yield pack_row(batch.pairs, indices, batch.counts, row_format, device)

@@ -1,0 +1,36 @@
+"""SFT: the negative log-likelihood of the chosen responses, the step before SimPO in the paper's Base setup."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from simpo_megatron.objectives.base import CHOSEN_METRICS, Metric, Objective, PairScores
+
+
+@dataclass(frozen=True)
+class SFT(Objective):
+    """SFT"""
+
+    name: ClassVar[str] = "sft"
+    responses: ClassVar[int] = 1
+    metrics: ClassVar[tuple[Metric, ...]] = CHOSEN_METRICS
+
+    @property
+    def nll_weight(self) -> float:
+        """The NLL is the whole loss."""
+        return 1.0
+
+    def pair_losses(self, scores: PairScores) -> None:
+        """There is no loss of a pair besides the NLL."""
+        return
+
+    def rewards(self, scores: PairScores) -> Tensor:
+        """The average log-probs, [P, 1]."""
+        return scores.averages_PM
+
+    def describe(self) -> str:
+        """What is trained on."""
+        return "SFT: negative log-likelihood of the chosen responses"

@@ -1,0 +1,139 @@
+"""SimPO: the formula, its flags and its rewards. Pure torch. Read this file first.
+
+SimPO (arXiv 2405.14734, equation 6) scores a response y by its average log-probability. It asks the chosen response w to beat
+the rejected response l by a target margin gamma:
+
+    r(x, y) = beta / |y| * sum_t log pi(y_t | x, y_<t)
+    loss    = -log sigmoid(r_w - r_l - gamma)
+
+gamma is absolute, in units of reward. The paper tunes the ratio gamma / beta; TRL's `simpo_gamma` is the absolute gamma.
+`SimPO.gamma` is the one place where the two flags meet. Shapes: P pairs, M responses of a pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simpo_megatron.objectives.base import Objective, PairScores
+from simpo_megatron.settings import require, setting
+
+
+def simpo_loss(
+    chosen_logps_P: Tensor,
+    rejected_logps_P: Tensor,
+    *,
+    beta: float,
+    gamma_P: Tensor | float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """One loss a pair, not reduced.
+
+    Args:
+        chosen_logps_P: average log-prob of each chosen response (sum over its tokens divided by their number), fp32 or fp64.
+        rejected_logps_P: the same for the rejected responses.
+        beta: scale of the rewards.
+        gamma_P: target reward margin, one number or one a pair.
+        loss_type: `sigmoid` (the paper's) or `hinge`, relu(1 - (r_w - r_l - gamma)), which has no label smoothing.
+        label_smoothing: the probability that the two responses of a pair were swapped.
+
+    Returns:
+        [P] in the dtype of the log-probs.
+
+    Raises:
+        ValueError: an unknown loss type.
+    """
+    logits_P = beta * (chosen_logps_P - rejected_logps_P) - gamma_P
+    if loss_type == "sigmoid":
+        return -(1 - label_smoothing) * F.logsigmoid(logits_P) - label_smoothing * F.logsigmoid(-logits_P)
+    if loss_type == "hinge":
+        return torch.relu(1 - logits_P)
+    raise ValueError(f"loss_type {loss_type!r} is not known; use sigmoid or hinge")
+
+
+@dataclass(frozen=True)
+class SimPO(Objective):
+    """SimPO"""
+
+    name: ClassVar[str] = "simpo"
+    simpo_beta: float = setting(2.0, "scale of the rewards")
+    simpo_gamma: float | None = setting(None, "target reward margin, absolute")
+    simpo_gamma_beta_ratio: float | None = setting(None, "target reward margin divided by beta; default 0.5")
+    simpo_loss_type: Literal["sigmoid", "hinge"] = setting("sigmoid", "sigmoid is the paper's")
+    simpo_label_smoothing: float = setting(0.0, "probability that the two responses of a pair were swapped")
+    simpo_sft_weight: float = setting(0.0, "weight of the NLL of the chosen responses, a mean over their tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("simpo_beta")
+        self.not_negative("simpo_sft_weight")
+        require(
+            self.simpo_gamma is None or self.simpo_gamma_beta_ratio is None,
+            "--simpo-gamma and --simpo-gamma-beta-ratio set the same margin (gamma = ratio * beta); give one of them",
+        )
+        require(
+            0 <= self.simpo_label_smoothing < 0.5,
+            f"--simpo-label-smoothing {self.simpo_label_smoothing} must be at least 0 and less than 0.5",
+        )
+        require(
+            not (self.simpo_label_smoothing and self.simpo_loss_type == "hinge"),
+            "--simpo-label-smoothing has no meaning with --simpo-loss-type hinge; drop one of them",
+        )
+
+    @property
+    def gamma(self) -> float:
+        """Target reward margin, absolute, whichever way it was given."""
+        if self.simpo_gamma is not None:
+            return self.simpo_gamma
+        ratio = 0.5 if self.simpo_gamma_beta_ratio is None else self.simpo_gamma_beta_ratio
+        return ratio * self.simpo_beta
+
+    @property
+    def nll_weight(self) -> float:
+        """`--simpo-sft-weight`; the paper's SimPO has no NLL term."""
+        return self.simpo_sft_weight
+
+    def pair_losses(self, scores: PairScores) -> Tensor:
+        """`simpo_loss` of the average log-probs, [P]."""
+        chosen_P, rejected_P = scores.averages_PM.unbind(1)
+        return simpo_loss(
+            chosen_P,
+            rejected_P,
+            beta=self.simpo_beta,
+            gamma_P=self.target_margins(scores),
+            loss_type=self.simpo_loss_type,
+            label_smoothing=self.simpo_label_smoothing,
+        )
+
+    def rewards(self, scores: PairScores) -> Tensor:
+        """beta times the average log-probs, [P, M]; gamma is not in them."""
+        return self.simpo_beta * scores.averages_PM
+
+    def target_margins(self, scores: PairScores) -> Tensor:
+        """gamma, or the margin that the data sets for a pair, [P]."""
+        return torch.where(scores.margin_P.isnan(), self.gamma, scores.margin_P)
+
+    def describe(self) -> str:
+        """beta and both values of gamma."""
+        return (
+            f"SimPO: beta {self.simpo_beta:g}, gamma {self.gamma:g} (gamma / beta {self.gamma / self.simpo_beta:g}), "
+            f"{self.simpo_loss_type}"
+        )
+
+    def warnings(self, lr: float, num_parameters: int) -> list[str]:
+        """See `Objective.warnings`."""
+        found = []
+        if lr >= 1e-5 and num_parameters >= 1e9:
+            found.append(f"--lr {lr:g}: SimPO on models of billions of parameters collapses from 1e-5 on")
+        if self.simpo_beta < 1:
+            found.append(f"--simpo-beta {self.simpo_beta:g}: SimPO uses 2 to 10, DPO's 0.1 is too small here")
+        if self.gamma > self.simpo_beta:
+            found.append(f"gamma {self.gamma:g} exceeds beta {self.simpo_beta:g}: is it a gamma given as a ratio?")
+        if self.simpo_sft_weight:
+            found.append(f"--simpo-sft-weight {self.simpo_sft_weight:g}: the paper's SimPO has no NLL term")
+        return found
