@@ -75,7 +75,7 @@ def build_parser(
 def add_objectives(parser: argparse.ArgumentParser, with_defaults: bool = False) -> None:
     """Adds `--objective` and the flags of every objective; arguments as for `add_settings`."""
     section = parser.add_argument_group("objective")
-    default = {"default": DEFAULT_OBJECTIVE} if with_defaults else {}
+    default: dict[str, Any] = {"default": DEFAULT_OBJECTIVE} if with_defaults else {}
     text = f"what is trained for (default {DEFAULT_OBJECTIVE})"
     section.add_argument("--objective", choices=tuple(OBJECTIVES), help=text, **default)
     for cls in OBJECTIVES.values():

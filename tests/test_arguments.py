@@ -10,6 +10,7 @@ import pytest
 from simpo_megatron.arguments import GROUPS, build_parser, flat, parse
 from simpo_megatron.config import Config
 from simpo_megatron.errors import UserError
+from simpo_megatron.objectives import OBJECTIVES
 
 REQUIRED = ["--hf-checkpoint", "model", "--train-data", "pairs.jsonl"]
 ENOUGH = [*REQUIRED, "--train-iters", "10"]
@@ -314,8 +315,9 @@ def test_help_is_grouped_and_complete(capsys: pytest.CaptureFixture[str], monkey
     assert raised.value.code == 0
     sections = capsys.readouterr().out.strip().split("\n\n")[2:]  # usage and description come first
     shown = {title: lines for section in sections for title, *lines in [section.split("\n")]}
-    assert list(shown) == ["options:", *(f"{cls.__doc__}:" for cls in GROUPS.values())]
-    for cls in GROUPS.values():
+    groups = [cls for cls in (*OBJECTIVES.values(), *GROUPS.values()) if dataclasses.fields(cls)]
+    assert list(shown) == ["options:", "objective:", *(f"{cls.__doc__}:" for cls in groups)]
+    for cls in groups:
         lines = shown[f"{cls.__doc__}:"]
         flags = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
         assert flags == ["--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)]
@@ -325,6 +327,7 @@ def test_help_is_grouped_and_complete(capsys: pytest.CaptureFixture[str], monkey
 
 def test_flat_holds_every_setting_as_a_primitive() -> None:
     values = flat(parse([*ENOUGH, "--save", "out"]))
-    assert set(values) == {field.name for cls in GROUPS.values() for field in dataclasses.fields(cls)}
+    groups = (OBJECTIVES["simpo"], *GROUPS.values())
+    assert set(values) == {"objective", *(field.name for cls in groups for field in dataclasses.fields(cls))}
     assert values["save"] == "out" and values["train_iters"] == 10
     assert all(isinstance(value, str | int | float | bool | None) for value in values.values())
