@@ -1,8 +1,10 @@
 """The arithmetic of the head: slabs of whole pairs, from hidden states to the loss and both gradients.
 
-Sums and gradients are fp32 (fp64 for fp64 weights) over all slabs. The GEMMs run in the dtype of the weight, except for bf16
-on a CPU without bf16 arithmetic: there the weight is cast to fp32 a tile of the vocabulary at a time, which is several times
-faster than torch's emulation and more exact. Shapes: see `layer.py`.
+Sums and gradients are fp32 (fp64 for fp64 weights) over all slabs, whatever the processor. A GEMM of bf16 matrices whose result
+cannot be fp32 (a CPU; CUDA before torch 2.8) runs a tile of the vocabulary at a time, and each tile's result is added to the
+fp32 gradient. So no product of the size of the weight is ever held, and each is rounded to bf16 once. A CPU without bf16
+arithmetic casts each tile of the weight to fp32: several times faster than torch's emulation, and more exact.
+Shapes: see `layer.py`.
 """
 
 from __future__ import annotations
@@ -155,13 +157,14 @@ def cut_slabs(per_pair: Sequence[int], per_pair_max: Sequence[int], slab_positio
 
 
 class _Projection:
-    """Logits of some rows, and the two gradients from the logits' gradient, a tile of the vocabulary at a time."""
+    """Logits of some positions, and the two gradients from the logits' gradient, a tile of the vocabulary at a time."""
 
     def __init__(self, weight_VH: Tensor, into: Gradients | None) -> None:
         self.weight, self.into, (columns, hidden) = weight_VH, into, weight_VH.shape
-        emulated = weight_VH.dtype == torch.bfloat16 and not (weight_VH.is_cuda or have_native_bf16())
+        rounds = weight_VH.dtype == torch.bfloat16 and not (weight_VH.is_cuda and have_fp32_accumulating_addmm())
+        emulated = rounds and not (weight_VH.is_cuda or have_native_bf16())
         self.dtype = torch.float32 if emulated else weight_VH.dtype
-        size = max(1, min(_TILE_BYTES // (4 * hidden), columns)) if emulated else max(1, columns)
+        size = max(1, min(_TILE_BYTES // (4 * hidden), columns)) if rounds else max(1, columns)
         self.tiles = [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
         self.cast = torch.empty(size if emulated else 0, hidden, dtype=self.dtype, device=weight_VH.device)
 
@@ -170,21 +173,21 @@ class _Projection:
         return weight if weight.dtype == self.dtype else self.cast[: len(weight)].copy_(weight)
 
     def logits(self, hidden_NH: Tensor, out_NV: Tensor) -> None:
-        """Writes the logits of some rows."""
+        """Writes the logits of some positions."""
         hidden_NH = hidden_NH.to(self.dtype)
         for tile in self.tiles:
             _multiply(out_NV[:, tile], hidden_NH, self._tile(tile).t(), add=False)
 
-    def gradients(self, grad_NV: Tensor, hidden_RH: Tensor, rows: slice) -> None:
-        """Writes the gradient of the rows' hidden states and adds to that of the weight."""
+    def gradients(self, grad_NV: Tensor, hidden_RH: Tensor, part: slice) -> None:
+        """Writes the gradient of the hidden states of some positions and adds to that of the weight."""
         assert self.into is not None
         grad_hidden, grad_weight = self.into.hidden_RH, self.into.weight_VH
-        hidden_NH = hidden_RH[rows].to(self.dtype)
+        hidden_NH = hidden_RH[part].to(self.dtype)
         if grad_hidden is not None and not self.tiles:
-            grad_hidden[rows] = 0
+            grad_hidden[part] = 0
         for tile in self.tiles:
             if grad_hidden is not None:
-                _multiply(grad_hidden[rows], grad_NV[:, tile], self._tile(tile), add=tile.start > 0)
+                _multiply(grad_hidden[part], grad_NV[:, tile], self._tile(tile), add=tile.start > 0)
             if grad_weight is not None:
                 _multiply(grad_weight[tile], grad_NV[:, tile].t(), hidden_NH, add=True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from simpo_megatron.head import slabs
 from simpo_megatron.head.layer import LogProbHead, split_output
 from simpo_megatron.head.task import HeadTask, ScoredPositions
 
@@ -60,6 +63,7 @@ class Problem:
     hidden_size: int = HIDDEN
     vocab: int = VOCAB
     padded: int = PADDED
+    confident: bool = False  # every target is the token that the model predicts, with a probability near 1
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -78,6 +82,8 @@ class Problem:
         self.rows = torch.cat([torch.zeros(0, dtype=torch.int64), *scored])
         self.segments = torch.arange(len(sizes)).repeat_interleave(lengths)
         self.lengths_PM = lengths.view(-1, self.responses)
+        if self.confident:
+            self.targets = (self.hidden.double() @ self.weight[: self.vocab].double().T).argmax(-1)
         # Context-parallel ranks; the first pair of a pack lies on one of them alone.
         self.parts = torch.randint(2, (tokens,), generator=generator)
         if sizes:
@@ -92,6 +98,55 @@ class Problem:
         value = loss(sums, self.lengths_PM)
         (SCALE * value).backward()
         return value.detach(), sums.detach(), hidden.grad, weight.grad
+
+    def bf16_errors(self, loss: Callable[..., torch.Tensor], native: bool) -> tuple[float, float, float]:
+        """How far sums and both gradients of SCALE * loss are off in bf16, relative to their norms, as rounding predicts.
+
+        Rounded to bf16 are the gradients that are returned and, with native bf16 GEMMs, the logits, their gradient, and each
+        product of that with hidden states or weights; everything between is fp32. Rounding to 8 significant bits is off by up
+        to 2**-8 / m of a number with the significand m in [1, 2), uniformly; significands are spread like 1 / m. Independent
+        errors add up in squares. To first order, in fp64.
+        """
+        unit = 2.0**-8 / 3**0.5 * (3 / 8 / math.log(2)) ** 0.5  # root of the mean square, over errors and significands
+        inner = unit if native else 2.0**-24  # of what the GEMMs give
+        hidden, weight = self.hidden[self.rows].double(), self.weight[: self.vocab].double()
+        logits, targets = hidden @ weight.T, self.targets[self.rows, None]
+        p = logits.softmax(-1)
+        squares = (inner * logits).square()  # of the errors of the logits
+        of_lse = (p.square() * squares).sum(-1, keepdim=True)
+        pull = torch.zeros_like(p).scatter_(1, targets, 1.0) - p  # the derivative of each log-prob by its logits
+        of_logps = (pull.square() * squares).sum(-1)
+
+        def per_response(values: torch.Tensor) -> torch.Tensor:
+            return (
+                values.new_zeros(self.lengths_PM.numel()).index_add(0, self.segments, values).view(-1, self.responses)
+            )
+
+        sums = per_response(logits.log_softmax(-1).gather(1, targets)[:, 0])
+        of_sums = per_response(of_logps)
+        slope = torch.func.jacrev(lambda x: SCALE * loss(x, self.lengths_PM))(sums).flatten()[self.segments, None]
+        curvature = torch.func.hessian(lambda x: SCALE * loss(x, self.lengths_PM))(sums)
+        of_slope = torch.einsum("pmqn,qn->pm", curvature.square(), of_sums).flatten()[self.segments, None]
+        gradient = slope * pull
+        of_p = p.square() * (squares * (1 - 2 * p) + of_lse)  # a probability near 1 moves little
+        of_gradient = of_slope * pull.square() + slope.square() * of_p + (inner * gradient).square()
+        _, _, grad_hidden, grad_weight = self.oracle(loss)
+        of_weight = of_gradient.T @ hidden.square() + (unit**2 + inner**2) * grad_weight[: self.vocab].square()
+        of_hidden = of_gradient @ weight.square() + (unit**2 + inner**2) * grad_hidden[self.rows].square()
+        return tuple(  # type: ignore[return-value]
+            float(error.sum().sqrt() / whole.norm())
+            for error, whole in ((of_sums, sums), (of_hidden, grad_hidden), (of_weight, grad_weight))
+        )
+
+
+@contextlib.contextmanager
+def bf16_arithmetic(native: bool) -> Iterator[None]:
+    """Within it the head computes as on a processor with bf16 arithmetic, or as on one without, whichever this is."""
+    before, slabs.have_native_bf16 = slabs.have_native_bf16, lambda: native
+    try:
+        yield
+    finally:
+        slabs.have_native_bf16 = before
 
 
 def random_packs() -> list[Problem]:

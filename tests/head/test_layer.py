@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from simpo_megatron.head import kernels
+from simpo_megatron.head import kernels, layer, slabs
 from simpo_megatron.head.slabs import cut_slabs
 from tests.distributed import Collectives
 from tests.head.problems import (
@@ -27,6 +27,7 @@ from tests.head.problems import (
     SCALE,
     VOCAB,
     Problem,
+    bf16_arithmetic,
     build_head,
     chosen_nll,
     random_packs,
@@ -88,28 +89,103 @@ def test_a_vocabulary_without_padding(pool) -> None:
     pool.run(4, check_problems, [problem], [sigmoid], 4, False, 1, [9])
 
 
-def check_bf16_is_as_exact_as_the_plain_path() -> None:
+def bf16_errors(native: bool, confident: bool) -> list[tuple[float, float, float]]:
+    """On a rank: of sums, hidden and weight gradient the error of the head, of the plain path, and the predicted one.
+
+    Args:
+        native: compute as on a processor with bf16 arithmetic, or as on one without.
+        confident: see `Problem`.
+    """
     from simpo_megatron.head.logprobs import vocab_parallel_logprobs
 
-    problem = Problem(((5, 60, 40), (9, 33, 70)), dtype=torch.bfloat16, hidden_size=64, vocab=1000, padded=1024)
+    small = {"dtype": torch.bfloat16, "hidden_size": 64, "vocab": 1000, "padded": 1024}
+    problem = Problem(((5, 60, 40), (9, 33, 70)) * 8, **small, confident=confident)
     _, sums, *wanted = problem.oracle(sigmoid)
 
-    head, weight = build_head(problem, 1, False, 1, 70 * 1024 * 4)  # both pairs are too large
-    _, fused_sums, _, fused_hidden = score(problem, head, weight, sigmoid)
-    fused = (fused_hidden[: len(problem.hidden), 0], weight.grad)
+    with bf16_arithmetic(native):
+        head, weight = build_head(problem, 1, False, 1, 70 * 1024 * (2 if native else 4))  # every pair is too large
+        _, fused_sums, _, fused_hidden = score(problem, head, weight, sigmoid)
+    assert fused_sums.dtype == torch.float32 and fused_hidden.dtype == weight.grad.dtype == torch.bfloat16
+    fused = (fused_sums, fused_hidden[: len(problem.hidden), 0], weight.grad)
 
     hidden, plain_weight = (x.clone().requires_grad_() for x in (problem.hidden, problem.weight))
     logps = vocab_parallel_logprobs(hidden[problem.rows] @ plain_weight.T, problem.targets[problem.rows], 1000)
-    plain_sums = logps.new_zeros(4).index_add(0, problem.segments, logps).view(2, 2)
+    plain_sums = logps.new_zeros(32).index_add(0, problem.segments, logps).view(16, 2)
     (SCALE * sigmoid(plain_sums, problem.lengths_PM)).backward()
+    plain = (plain_sums.detach(), hidden.grad, plain_weight.grad)
 
     def error(got: torch.Tensor, right: torch.Tensor) -> float:
         return float((got.double() - right).norm() / right.norm())
 
-    assert fused_sums.dtype == torch.float32 and fused[0].dtype == fused[1].dtype == torch.bfloat16
-    assert error(fused_sums, sums) <= error(plain_sums.detach(), sums)
-    for got, plain, right in zip(fused, (hidden.grad, plain_weight.grad), wanted, strict=True):
-        assert error(got, right) <= 1.05 * error(plain, right) and error(got, right) < 4e-3
+    right = (sums, *wanted)
+    return list(
+        zip(map(error, fused, right), map(error, plain, right), problem.bf16_errors(sigmoid, native), strict=True)
+    )
+
+
+def too_far(fused: float, plain: float, predicted: float) -> bool:
+    """Rounding alone does not explain the error, or the plain path is closer by more than the products of each slab."""
+    return fused > 1.5 * predicted + 1e-6 or fused > 1.05 * plain + 1e-6  # 1e-6: fp32
+
+
+NATIVE = pytest.mark.parametrize("native", [True, False], ids=["native bf16", "emulated bf16"])
+CONFIDENT = pytest.mark.parametrize("confident", [False, True], ids=["any target", "confident"])
+
+
+@CONFIDENT
+@NATIVE
+def test_bf16_is_as_exact_as_rounding_allows(pool, native: bool, confident: bool) -> None:
+    """Both ways of computing, whichever processor this is."""
+    [errors] = pool.run(1, bf16_errors, native, confident)
+    assert not any(too_far(*found) for found in errors), errors
+
+
+class Bf16Gradients(slabs.Gradients):
+    """Accumulates over the slabs in the dtype of the weight."""
+
+    @classmethod
+    def of(cls, hidden_RH: Any, weight_VH: Any, main_grad: Any, factor: float) -> slabs.Gradients:
+        made = slabs.Gradients.of(hidden_RH, weight_VH, main_grad, factor)
+        assert made.weight_VH is not None
+        return cls(made.hidden_RH, made.weight_VH.bfloat16(), made.factor)
+
+
+def rounded_first(logits_NV: torch.Tensor, targets_N: torch.Tensor, lse_N: torch.Tensor, by_N: torch.Tensor) -> None:
+    """The gradient of the logits, with the probability rounded before the target is subtracted."""
+    p_NV = (logits_NV.float() - lse_N[:, None]).exp().bfloat16()
+    p_NV.scatter_add_(1, targets_N[:, None], torch.full_like(p_NV[:, :1], -1.0))
+    logits_NV.copy_(p_NV.float() * -by_N[:, None])
+
+
+def rounded_statistics(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_N, target_N = kernels.row_statistics(logits_NV, targets_N)
+    return lse_N.bfloat16().float(), target_N
+
+
+# What is replaced, by what; and where it shows: with native bf16, with confident predictions.
+BF16_MISTAKES: dict[str, tuple[Any, str, Any, bool, bool]] = {
+    "gradient rounded first": (slabs, "write_gradient_", rounded_first, False, True),
+    "statistics in bf16": (slabs, "row_statistics", rounded_statistics, True, False),
+    "weight gradient summed in bf16": (layer, "Gradients", Bf16Gradients, False, False),
+}
+
+
+def bf16_errors_with(mistake: str, native: bool, confident: bool) -> list[tuple[float, float, float]]:
+    """On a rank: `bf16_errors` of a head that rounds where it must not."""
+    owner, name, value, *_ = BF16_MISTAKES[mistake]
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        return bf16_errors(native, confident)
+    finally:
+        setattr(owner, name, before)
+
+
+@pytest.mark.parametrize("mistake", BF16_MISTAKES)
+def test_bf16_mistakes_are_seen(pool, mistake: str) -> None:
+    native, confident = BF16_MISTAKES[mistake][3:]
+    [errors] = pool.run(1, bf16_errors_with, mistake, native, confident)
+    assert any(too_far(*found) for found in errors), errors
 
 
 def check_gradients_go_into_main_grad() -> None:
@@ -169,8 +245,8 @@ def check_work() -> None:
     assert flops(short, 4) == 3 + 3 / 4
 
 
-def check_memory_does_not_grow_with_the_pairs() -> None:
-    """Bound: the slab, the gradients in fp32 and in bf16, the selected rows, and the few rows the statistics work on."""
+def memory_of_the_pairs(native: bool) -> None:
+    """Bound: the slab, gradients in fp32 and in bf16, the selected rows, the few rows the statistics work on, and a tile."""
     slab, vocab, hidden = 8 * 2**20, 8000, 32
     small = {"dtype": torch.bfloat16, "hidden_size": hidden, "vocab": vocab, "padded": vocab}
     for lengths in [((8, 100, 100),), ((8, 100, 100),) * 16, ((8, 2048, 2048),)]:
@@ -182,7 +258,8 @@ def check_memory_does_not_grow_with_the_pairs() -> None:
         gradients = hidden * (vocab * 6 + rows * 4 + tokens * 6)
         statistics = 2 * kernels._BLOCK_BYTES
         cast = vocab * hidden * 4
-        peak = peak_allocated(lambda: score(problem, head, weight, sigmoid))  # noqa: B023
+        with bf16_arithmetic(native):
+            peak = peak_allocated(lambda: score(problem, head, weight, sigmoid))  # noqa: B023
         selected = 4 * tokens * hidden * 4 + 16 * tokens * 8
         assert peak < slab + gradients + statistics + cast + selected, lengths
         if rows > 1000:
@@ -190,18 +267,39 @@ def check_memory_does_not_grow_with_the_pairs() -> None:
 
 
 ON_ONE_RANK = [
-    check_bf16_is_as_exact_as_the_plain_path,
     check_gradients_go_into_main_grad,
     check_frozen_parts_get_no_gradient,
     check_without_a_task_it_is_the_old_layer,
     check_work,
-    check_memory_does_not_grow_with_the_pairs,
 ]
 
 
 @pytest.mark.parametrize("check", ON_ONE_RANK, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_on_one_rank(pool, check: Callable[[], None]) -> None:
     pool.run(1, check)
+
+
+@NATIVE
+def test_memory_does_not_grow_with_the_pairs(pool, native: bool) -> None:
+    pool.run(1, memory_of_the_pairs, native)
+
+
+def memory_of_a_tile() -> None:
+    """A product of the size of the weight is never held: with a third of the vocabulary in a tile, the peak falls."""
+    problem = Problem(((1, 6, 6),), dtype=torch.bfloat16, hidden_size=256, vocab=9000, padded=9000)
+    peaks = []
+    for tile in (9000, 3000):
+        head, weight = build_head(problem, 1, False, 1, 2**20)
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(weight.shape), False
+        before, slabs._TILE_BYTES = slabs._TILE_BYTES, tile * 256 * 4
+        with bf16_arithmetic(True):
+            peaks.append(peak_allocated(lambda: score(problem, head, weight, sigmoid, loss_gradient=SCALE)))  # noqa: B023
+        slabs._TILE_BYTES = before
+    assert peaks[0] - peaks[1] > 0.9 * 6000 * 256 * 2
+
+
+def test_the_weight_gradient_is_made_a_tile_at_a_time(pool) -> None:
+    pool.run(1, memory_of_a_tile)
 
 
 def count_collectives(problem: Problem, tp: int, sp: bool, cp: int, slab_rows: int) -> dict[str, int]:

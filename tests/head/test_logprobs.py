@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from simpo_megatron import logprobs
+from simpo_megatron.head import logprobs
 from simpo_megatron.head.logprobs import vocab_parallel_logprobs
 from tests.distributed import Collectives
 
