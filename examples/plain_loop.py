@@ -16,11 +16,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from simpo_megatron.batch.plan import RowPacker
-from simpo_megatron.data.config import DataConfig
+from simpo_megatron.config.data import DataConfig
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.models.build import build_model, transformer_config
-from simpo_megatron.models.hf import read_hf_checkpoint
+from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.models.load import load_hf_weights
 from simpo_megatron.objectives import SimPO
 from simpo_megatron.program import exit_code

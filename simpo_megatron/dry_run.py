@@ -20,26 +20,26 @@ import numpy as np
 from rich.console import Console
 
 from simpo_megatron import compat, cpu
-from simpo_megatron.arguments import flat
-from simpo_megatron.checkpoint.dist_reader import read_dist
-from simpo_megatron.config import Config
+from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
+from simpo_megatron.config.arguments import flat
+from simpo_megatron.config.presets import describe
+from simpo_megatron.config.run import Config
 from simpo_megatron.data.blend import parse_blend
-from simpo_megatron.data.encode import encode_rows, nothing_left
-from simpo_megatron.data.prepared import is_prepared
+from simpo_megatron.data.clean import encode_rows, nothing_left
+from simpo_megatron.data.encode import PairEncoder
+from simpo_megatron.data.prepared_set import is_prepared
 from simpo_megatron.data.reading import read_rows
-from simpo_megatron.data.tokenize import PairEncoder
 from simpo_megatron.data.tokenizer import load_tokenizer
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel, check_tensors
-from simpo_megatron.models.limits import check_processes, layout_arguments, processes_needed
-from simpo_megatron.plan.memory import Memory, Workload, estimate
-from simpo_megatron.presets import describe
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
+from simpo_megatron.parallel.limits import check_processes, layout_arguments, processes_needed
+from simpo_megatron.planning.memory import Memory, Workload, estimate
 from simpo_megatron.settings import flag, require
 
 ROWS = 64  # of each file
 
 
-def dry_run(config: Config, hf: HFModel) -> None:
+def dry_run(config: Config, hf: HFCheckpoint) -> None:
     """Checks the run and prints what it would be.
 
     Args:
@@ -51,7 +51,7 @@ def dry_run(config: Config, hf: HFModel) -> None:
     """
     cpu.enable()
     from simpo_megatron.models.export import check_target
-    from simpo_megatron.trainer.loop import layout_config
+    from simpo_megatron.trainer.loop import build_transformer_config
 
     remarks = config.objective.warnings(config.optimizer.lr, hf.num_parameters)
     impl = config.model.transformer_impl
@@ -65,7 +65,7 @@ def dry_run(config: Config, hf: HFModel) -> None:
         config = replace(config, model=replace(config.model, gradient_accumulation_fusion=None))
     if config.model.head == "plain":
         remarks.append("--head plain: it holds all logits of a row, which the memory above leaves out")
-    layout_config(config, hf)
+    build_transformer_config(config, hf)
     layout = layout_arguments(config.parallel, hf.num_layers)
     experts = "num_moe_experts" in hf.family.transformer_kwargs(hf.config)
     needed = processes_needed(experts, layout)
@@ -113,7 +113,7 @@ def dry_run(config: Config, hf: HFModel) -> None:
     _show(lines, remarks)
 
 
-def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFModel, tokenizer: Any) -> float:
+def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpoint, tokenizer: Any) -> float:
     """Checks the sources of a blend, raw files by their first rows; mean tokens of their pairs, prompts twice.
 
     Raises:
@@ -136,7 +136,7 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFModel, 
     return float(np.concatenate(found).mean())
 
 
-def _checkpoint(config: Config, hf: HFModel) -> str:
+def _checkpoint(config: Config, hf: HFCheckpoint) -> str:
     """Where the run starts from, its names and shapes checked.
 
     Raises:
@@ -154,7 +154,7 @@ def _checkpoint(config: Config, hf: HFModel) -> str:
     if folder is None:
         return str(hf.path)
     try:
-        saved = read_dist(folder, hf).args
+        saved = read_torch_dist(folder, hf).args
     except UserError as error:
         raise UserError(f"--load {config.checkpoint.load} does not fit {hf.path}: {error}") from error
     now = flat(config)

@@ -24,16 +24,16 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 from torch import Tensor
 
-from simpo_megatron.arguments import add_objectives, add_settings, build_objective
 from simpo_megatron.batch.plan import RowPacker
 from simpo_megatron.batch.row import PreferenceBatch
-from simpo_megatron.config import ModelConfig
+from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective
+from simpo_megatron.config.data import OPTIONS, DataConfig
+from simpo_megatron.config.run import ModelConfig
 from simpo_megatron.data import Pairs
-from simpo_megatron.data.config import OPTIONS, DataConfig
 from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.attention import PackedAttention
-from simpo_megatron.models.hf import HFModel, read_hf_checkpoint
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import Metric, Objective
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
@@ -113,7 +113,7 @@ def check_args(args: Any) -> None:
     _check_architecture(args, hf)
 
 
-def checkpoint(args: Any) -> HFModel:
+def checkpoint(args: Any) -> HFCheckpoint:
     """The Hugging Face checkpoint that --tokenizer-model names: its tokenizer, chat template and true vocabulary are used."""
     if args.tokenizer_model is None:
         raise UserError(
@@ -123,12 +123,12 @@ def checkpoint(args: Any) -> HFModel:
 
 
 @functools.cache
-def _read_once(path: Path) -> HFModel:
+def _read_once(path: Path) -> HFCheckpoint:
     """Every microbatch asks for the vocabulary: the headers of a large model are hundreds of files."""
     return read_hf_checkpoint(path)
 
 
-def _check_architecture(args: Any, hf: HFModel) -> None:
+def _check_architecture(args: Any, hf: HFCheckpoint) -> None:
     """Compares Megatron-LM's arguments with config.json, where both say something."""
     wanted = hf.family.transformer_kwargs(hf.config)
     names = {"num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads"}

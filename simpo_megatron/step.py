@@ -36,7 +36,7 @@ from simpo_megatron.head.layer import find_head, split_output
 from simpo_megatron.head.logprobs import vocab_parallel_logprobs
 from simpo_megatron.head.task import HeadTask
 from simpo_megatron.metrics import metric_sums
-from simpo_megatron.models.place import unwrap
+from simpo_megatron.models.placement import unwrap
 from simpo_megatron.objectives import Measured, Objective
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]

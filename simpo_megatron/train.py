@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from simpo_megatron import compat
-from simpo_megatron.arguments import parse
-from simpo_megatron.config import Config
+from simpo_megatron.config.arguments import parse
+from simpo_megatron.config.run import Config
 from simpo_megatron.program import exit_code
 
 
@@ -29,10 +29,11 @@ def run(config: Config) -> None:
     compat.check_megatron_core()
     from simpo_megatron.dry_run import dry_run
     from simpo_megatron.models.export import check_target
-    from simpo_megatron.models.hf import read_hf_checkpoint
+    from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+    from simpo_megatron.parallel.together import raise_on_all_ranks
     from simpo_megatron.trainer.checkpointing import check_new_run, check_writable
-    from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down, together
-    from simpo_megatron.trainer.loop import Run, layout_config
+    from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
+    from simpo_megatron.trainer.loop import Run, build_transformer_config
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
     assert config.model.hf_checkpoint is not None
@@ -49,10 +50,10 @@ def run(config: Config) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             dry_run(config, hf)
         return
-    transformer = layout_config(config, hf)
+    transformer = build_transformer_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
     if config.model.export_hf is not None:
-        with together():  # no rank is still probing the folder
+        with raise_on_all_ranks():  # no rank is still probing the folder
             check_target(config.model.export_hf)
     Run(config, hf, transformer).execute()
     shut_down()

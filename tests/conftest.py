@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import WorkerPool
-from tests.tiny import make_checkpoint, make_rows, write_rows
-from tests.trainer.runs import Inputs
+from tests.support.distributed import WorkerPool
+from tests.support.runs import Inputs
+from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
 
 @pytest.fixture(scope="session")

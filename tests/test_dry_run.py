@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests import test_wrong_input as wrong_input
+from tests.support.runs import Inputs, flags, run_main, train
+from tests.support.tiny import make_checkpoint
 from tests.test_wrong_input import Wrong
-from tests.tiny import make_checkpoint
-from tests.trainer.runs import Inputs, flags, run_main, train
 
 BIG = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
 

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.data import pack_rows
-from tests.steps import CASES, EDGES, SEQ_LENGTH, VOCAB, check_layout, one_thread, oracle, run_cases
-from tests.tiny import EXPERTS, make_checkpoint
+from tests.support.steps import CASES, EDGES, SEQ_LENGTH, VOCAB, check_layout, one_thread, oracle, run_cases
+from tests.support.tiny import EXPERTS, make_checkpoint
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}

@@ -20,9 +20,9 @@ import torch
 
 from simpo_megatron import megatron_lm
 from simpo_megatron.errors import UserError
-from tests.distributed import free_environment
-from tests.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
-from tests.trainer.runs import flags, run_and_read
+from tests.support.distributed import free_environment
+from tests.support.runs import flags, run_and_read
+from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
 ROOT = Path(__file__).parent.parent
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
@@ -185,7 +185,7 @@ def provide(model: Path, data: Path, layout: dict[str, Any], wrapped: bool) -> t
     """On a rank: whether the provider's model has a head, whether `find_head` sees it, and packed attentions."""
     from simpo_megatron.head import LogProbHead, find_head
     from simpo_megatron.models.attention import PackedAttention
-    from tests.models.tiny import build
+    from tests.support.families import build
 
     _, _, models = build(model, **layout)
     megatron_lm._args = lambda: args(model, data)

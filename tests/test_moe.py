@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.models.tiny import on_disk
-from tests.steps import CASES, build_engine, command_line, gather_gradients, relative_error
+from tests.support.families import on_disk
+from tests.support.steps import CASES, build_engine, command_line, gather_gradients, relative_error
+from tests.support.tiny import EXPERTS, make_checkpoint
 from tests.test_layouts import CP2, EP2, FULL, PP2, SP, WHOLE
-from tests.tiny import EXPERTS, make_checkpoint
 
 COEFFICIENT = 0.3
 ALL = CASES["sigmoid"].pairs

@@ -13,11 +13,11 @@ from transformers import LlamaForCausalLM
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.step import PreferenceStep
-from tests.distributed import Collectives
-from tests.pairs import make_store
-from tests.steps import CASES, LENGTHS, NAN, build_engine, command_line, one_thread, oracle, oracle_metrics
+from tests.support.distributed import Collectives
+from tests.support.pairs import make_store
+from tests.support.steps import CASES, LENGTHS, NAN, build_engine, command_line, one_thread, oracle, oracle_metrics
+from tests.support.tiny import make_checkpoint
 from tests.test_layouts import CP2, PP2, SP, TP2, VPP
-from tests.tiny import make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.distributed import free_environment
+from tests.support.distributed import free_environment
+from tests.support.runs import Inputs, flags, read_rows, run_and_read, run_main
+from tests.support.tiny import make_rows
 from tests.test_wrong_input import truncated_line
-from tests.tiny import make_rows
-from tests.trainer.runs import Inputs, flags, read_rows, run_and_read, run_main
 
 ROOT = Path(__file__).parent.parent
 MEMBERS = ("chosen", "rejected")

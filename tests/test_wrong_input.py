@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import EXPERTS, make_checkpoint, make_rows, make_tokenizer
-from tests.trainer.runs import Inputs, flags, run_main
+from tests.support.runs import Inputs, flags, run_main
+from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 MEMBERS = ("chosen", "rejected")

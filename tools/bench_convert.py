@@ -65,7 +65,7 @@ def make_checkpoint(folder: Path, model: str) -> int:
 
     from simpo_megatron.checkpoint.source import imagine_weights, read_config
     from simpo_megatron.checkpoint.to_hf import Tensor, safetensors_header
-    from simpo_megatron.models.hf import INDEX, MAX_FILE_BYTES, file_names
+    from simpo_megatron.models.hf_checkpoint import INDEX, MAX_FILE_BYTES, file_names
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of(model), indent=2))
@@ -165,10 +165,10 @@ def run_round(folder: Path, source: Path, args: argparse.Namespace) -> list[dict
 
 def _check_bytes(source: Path, back: Path) -> None:
     """Raises RuntimeError where a tensor that came back is not the source's."""
-    from simpo_megatron.checkpoint.moves import Unit
-    from simpo_megatron.checkpoint.slabs import tensor_step
     from simpo_megatron.checkpoint.source import read_source
-    from simpo_megatron.checkpoint.work import read_unit
+    from simpo_megatron.checkpoint.transfer.cut import tensor_step
+    from simpo_megatron.checkpoint.transfer.execute import read_unit
+    from simpo_megatron.checkpoint.transfer.moves import Unit
 
     hashes = []
     for folder in (source, back):

@@ -88,7 +88,7 @@ def prepare_trl(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
 
 def make_large(prefix: Path, pairs: int) -> None:
     """A prepared set of lengths as in the real data; the ids are a hole in the file."""
-    from simpo_megatron.data.prepared import RECORD, SUFFIXES, VERSION, part
+    from simpo_megatron.data.prepared_set import RECORD, SUFFIXES, VERSION, part
 
     generator = np.random.default_rng(0)
     median, spread = np.array([32, 300, 100]), np.array([0.9, 0.7, 0.9])
@@ -125,7 +125,7 @@ def open_large(prefix: Path) -> dict[str, float]:
     from megatron.core.datasets import indexed_dataset  # noqa: F401
 
     from simpo_megatron import compat
-    from simpo_megatron.data.prepared import PreparedPairs
+    from simpo_megatron.data.prepared_set import PreparedPairs
 
     compat.quiet_megatron()
 
@@ -187,7 +187,7 @@ def child(args: argparse.Namespace, only: str, **flags: Any) -> Any:
 def benchmark(args: argparse.Namespace, folder: Path) -> list[tuple[str, str, float, str]]:
     """(measure, setting, value, unit) of everything."""
     from simpo_megatron.data.doctor import packing_figures
-    from simpo_megatron.data.prepared import PreparedPairs
+    from simpo_megatron.data.prepared_set import PreparedPairs
 
     lines = args.data.read_text(encoding="utf-8").splitlines()
     args.data = folder / "rows.jsonl"

@@ -88,7 +88,7 @@ def read_store(args: argparse.Namespace) -> Any:
 
 def run_ours(args: argparse.Namespace) -> list[float]:
     """Seconds of each step of this package."""
-    from simpo_megatron.arguments import parse
+    from simpo_megatron.config.arguments import parse
     from simpo_megatron.train import run
 
     with tempfile.TemporaryDirectory() as folder:

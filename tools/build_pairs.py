@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from simpo_megatron.data.encode import with_progress
+from simpo_megatron.data.clean import with_progress
 from simpo_megatron.data.pairing import PairingReport, Strategy, build_pairs, write_pairs
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.errors import UserError

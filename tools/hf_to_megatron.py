@@ -47,11 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     """Converts; 0 when the checkpoint, or this shard of it, is written."""
     args = build_parser().parse_args(argv)
-    from simpo_megatron.checkpoint.legacy import Layout
-    from simpo_megatron.checkpoint.plan import report_to_megatron
-    from simpo_megatron.checkpoint.run import Options
+    from simpo_megatron.checkpoint.estimate import report_to_megatron
+    from simpo_megatron.checkpoint.formats.rank_files_writer import Layout
     from simpo_megatron.checkpoint.source import has_weights, imagine_weights, read_config, read_source
     from simpo_megatron.checkpoint.to_megatron import convert_to_megatron, plan_conversion
+    from simpo_megatron.checkpoint.transfer.publish import Options
     from simpo_megatron.errors import UserError
 
     given = {name: getattr(args, name) for name in Layout.__dataclass_fields__ if getattr(args, name) is not None}

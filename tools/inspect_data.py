@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron import compat
-from simpo_megatron.arguments import data_config, data_parser
+from simpo_megatron.config.arguments import data_config, data_parser
+from simpo_megatron.data.clean import with_progress
 from simpo_megatron.data.doctor import CHECKS, Doctor
-from simpo_megatron.data.encode import with_progress
-from simpo_megatron.data.prepared import PreparedPairs, is_prepared
+from simpo_megatron.data.prepared_set import PreparedPairs, is_prepared
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.report import print_report, write_html
 from simpo_megatron.data.tokenizer import eos_token_ids, fingerprint, load_tokenizer

@@ -42,8 +42,7 @@ def run(argv: Sequence[str] | None) -> int:
     """Converts; 0 when the checkpoint, or this shard of it, is written."""
     args = build_parser().parse_args(argv)
     from simpo_megatron.checkpoint.config_from_args import model_from_args
-    from simpo_megatron.checkpoint.plan import report_to_hf
-    from simpo_megatron.checkpoint.run import Options
+    from simpo_megatron.checkpoint.estimate import report_to_hf
     from simpo_megatron.checkpoint.source import read_config
     from simpo_megatron.checkpoint.to_hf import (
         check_padding,
@@ -52,6 +51,7 @@ def run(argv: Sequence[str] | None) -> int:
         plan_export,
         read_checkpoint,
     )
+    from simpo_megatron.checkpoint.transfer.publish import Options
 
     folder = checkpoint_folder(args.load)
     hf = read_config(args.hf_reference) if args.hf_reference else model_from_args(folder, args.vocab_size)

@@ -5,7 +5,7 @@
 
 DIR_OR_CONFIG is a Hugging Face checkpoint or a config.json. The table has the best layouts first: memory of the fullest rank
 (bf16 weights, fp32 gradients, distributed optimizer, Transformer Engine's layers), the pipeline bubble, and the time of a step
-against an ideal one (`simpo_megatron/plan/layouts.py` says what that leaves out). A tenth of the memory stays free, for the
+against an ideal one (`simpo_megatron/planning/layouts.py` says what that leaves out). A tenth of the memory stays free, for the
 CUDA context, communication buffers and fragmentation. `--compare dpo` adds what DPO would need for its reference model.
 
 Exit code: 0 where something fits, 1 where nothing does, 2 for bad arguments.
@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel, read_hf_config
-from simpo_megatron.plan.layouts import MOST_GPUS, Planned, Request, fewest, fitting
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
+from simpo_megatron.planning.layouts import MOST_GPUS, Planned, Request, fewest, fitting
 from simpo_megatron.program import check_report, exit_code
 from simpo_megatron.settings import parse_size
 
@@ -113,11 +113,11 @@ def run(argv: Sequence[str] | None) -> int:
     return 0 if objectives[0].layouts else 1
 
 
-def _objective(name: str, hf: HFModel, gpus: int, request: Request) -> Objective:
+def _objective(name: str, hf: HFCheckpoint, gpus: int, request: Request) -> Objective:
     return Objective(name, fitting(hf, gpus, request), fewest(hf, request))
 
 
-def whole_parameters(hf: HFModel) -> int:
+def whole_parameters(hf: HFCheckpoint) -> int:
     """Parameters of the model, without padding and copies."""
     return sum(
         sum(map(math.prod, weight.shapes)) * sum(1 for _ in weight.instances(hf.num_layers)) for weight in hf.weights
@@ -189,7 +189,7 @@ def describe(one: Planned) -> str:
     return f"{named}, recompute {p.recompute_granularity or 'none'}, {one.memory.total / 2**30:.1f} GiB"
 
 
-def as_json(hf: HFModel, objectives: Sequence[Objective]) -> dict[str, Any]:
+def as_json(hf: HFCheckpoint, objectives: Sequence[Objective]) -> dict[str, Any]:
     """All of it for machines; bytes."""
 
     def layout(one: Planned) -> dict[str, Any]:

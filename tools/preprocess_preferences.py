@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron import compat
-from simpo_megatron.arguments import data_config, data_parser
+from simpo_megatron.config.arguments import data_config, data_parser
 from simpo_megatron.data.prepare import prepare
-from simpo_megatron.data.prepared import is_prepared
+from simpo_megatron.data.prepared_set import is_prepared
 from simpo_megatron.errors import UserError
 from simpo_megatron.program import exit_code
 

@@ -41,9 +41,9 @@ def run(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     from simpo_megatron.checkpoint.config_from_args import model_from_args
     from simpo_megatron.checkpoint.manifest import read_manifest
-    from simpo_megatron.checkpoint.run import Options
     from simpo_megatron.checkpoint.source import read_source
     from simpo_megatron.checkpoint.to_hf import checkpoint_folder, read_checkpoint
+    from simpo_megatron.checkpoint.transfer.publish import Options
     from simpo_megatron.checkpoint.verify import verify
     from simpo_megatron.errors import UserError
 
@@ -63,7 +63,7 @@ def run(argv: Sequence[str] | None) -> int:
         return 1
     print(f"{compared} tensors are equal, bit for bit")
     if args.logits:
-        from simpo_megatron.models.forward_check import compare_forward
+        from simpo_megatron.verify.layers import compare_forward
 
         return compare_forward(hf, saved)
     return 0

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron import compat
-from simpo_megatron.arguments import build_parser, flat, parse
-from simpo_megatron.config import Config
+from simpo_megatron.config.arguments import build_parser, flat, parse
+from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.program import check_report, exit_code
 
@@ -69,12 +69,13 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     import torch.distributed as dist
 
     from simpo_megatron.models.build import build_model
-    from simpo_megatron.models.hf import read_hf_checkpoint
+    from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
     from simpo_megatron.models.load import load_hf_weights
+    from simpo_megatron.parallel.together import raise_on_all_ranks
     from simpo_megatron.trainer.data import load_data
-    from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down, together
+    from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
     from simpo_megatron.trainer.engine import Engine
-    from simpo_megatron.trainer.loop import layout_config
+    from simpo_megatron.trainer.loop import build_transformer_config
     from simpo_megatron.verify.compare import compare
 
     device = resolve_device(config.train.device)
@@ -85,7 +86,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
             "a model with experts is verified with --fp32: in bf16 near-ties between experts fall either way, and no bound "
             "tells that from a mistake"
         )
-    transformer = layout_config(config, hf)
+    transformer = build_transformer_config(config, hf)
     started_here = not dist.is_initialized()
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
     pairs, _, said = load_data(config.data, hf)
@@ -97,7 +98,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
         transformer_impl=config.model.transformer_impl,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )
-    with together():
+    with raise_on_all_ranks():
         load_hf_weights(models, hf, progress=dist.get_rank() == 0)
     report = compare(Engine(config, models, transformer, hf.vocab_size, train_iters=1), hf, pairs, config)
     passed = [report is None or report.passed]

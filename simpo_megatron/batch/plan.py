@@ -15,8 +15,8 @@ import torch
 from megatron.core import parallel_state
 
 from simpo_megatron.batch.row import BatchCounts, PreferenceBatch, RowFormat, pack_row
-from simpo_megatron.context_parallel import round_up, sequence_multiple
 from simpo_megatron.data import Pairs, pair_costs, plan_batch
+from simpo_megatron.parallel.context import round_up, sequence_multiple
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.checkpoint.dist_reader import args_of, read_common
-from simpo_megatron.checkpoint.legacy import FILE
+from simpo_megatron.checkpoint.formats.rank_files_writer import FILE
+from simpo_megatron.checkpoint.formats.torch_dist_reader import args_of, read_common
+from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.checkpoint.source import read_config
-from simpo_megatron.checkpoint.zips import read_torch_file
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
 
-def model_from_args(folder: Path, vocab_size: int | None) -> HFModel:
+def model_from_args(folder: Path, vocab_size: int | None) -> HFCheckpoint:
     """The model of a checkpoint, as far as its arguments tell.
 
     Args:

@@ -19,15 +19,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.checkpoint.items import StoredModel
-from simpo_megatron.checkpoint.run import replace_text
+from simpo_megatron.checkpoint.parameters import StoredModel
+from simpo_megatron.checkpoint.transfer.publish import replace_text
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel, expected_tensors
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, expected_tensors
 
 NAME = "conversion.json"
 
 
-def model_facts(hf: HFModel) -> dict[str, Any]:
+def model_facts(hf: HFCheckpoint) -> dict[str, Any]:
     """What a run must agree with the checkpoint about: sizes, norms, rope, vocabulary."""
     return {
         "family": hf.family.name,
@@ -39,7 +39,7 @@ def model_facts(hf: HFModel) -> dict[str, Any]:
 
 
 def write_manifest(
-    folder: Path, hf: HFModel, hashes: dict[str, str], kind: str, plan: str, saved: StoredModel, **more: Any
+    folder: Path, hf: HFCheckpoint, hashes: dict[str, str], kind: str, plan: str, saved: StoredModel, **more: Any
 ) -> None:
     """Writes the manifest of a folder that is complete but for it.
 
@@ -128,7 +128,7 @@ def _gaps_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
     return digest.hexdigest()
 
 
-def check_manifest(folder: Path, hf: HFModel, keys: dict[str, Any]) -> bool:
+def check_manifest(folder: Path, hf: HFCheckpoint, keys: dict[str, Any]) -> bool:
     """Whether a folder has a manifest; compares it with the model a run is about to train.
 
     Args:

@@ -10,13 +10,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from simpo_megatron.checkpoint.pickles import ITEM_SIZE, StoredTensor
-from simpo_megatron.checkpoint.zips import read_torch_file
+from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE, StoredTensor
+from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import (
+from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     SINGLE,
-    HFModel,
+    HFCheckpoint,
     HFTensor,
     check_tensors,
     expected_tensors,
@@ -29,7 +29,7 @@ BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def read_source(path: Path) -> HFModel:
+def read_source(path: Path) -> HFCheckpoint:
     """A checkpoint to convert, its tensors compared with the weight table.
 
     Raises:
@@ -42,7 +42,7 @@ def read_source(path: Path) -> HFModel:
     return hf
 
 
-def read_config(path: Path) -> HFModel:
+def read_config(path: Path) -> HFCheckpoint:
     """A checkpoint whose weights do not matter, or are not there."""
     return read_hf_checkpoint(path, lambda _: {})
 
@@ -52,7 +52,7 @@ def has_weights(path: Path) -> bool:
     return any((path / name).exists() for name in (INDEX, SINGLE, BIN_INDEX, BIN))
 
 
-def imagine_weights(hf: HFModel) -> HFModel:
+def imagine_weights(hf: HFCheckpoint) -> HFCheckpoint:
     """The model with the tensors config.json implies, in the dtype it states; for plans."""
     dtype = str(hf.config.get("dtype") or hf.config.get("torch_dtype") or "bfloat16")
     if dtype not in _TORCH_DTYPES:

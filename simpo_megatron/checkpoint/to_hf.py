@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from simpo_megatron.checkpoint.dist_reader import read_dist
-from simpo_megatron.checkpoint.items import Stored, StoredModel
-from simpo_megatron.checkpoint.legacy_reader import read_legacy
-from simpo_megatron.checkpoint.moves import OutFile, Rect, Step, Unit
-from simpo_megatron.checkpoint.pickles import ITEM_SIZE
-from simpo_megatron.checkpoint.run import Options, Target, file_stamps, fingerprint, replace_text, run
-from simpo_megatron.checkpoint.slabs import read_step, slab_bytes
+from simpo_megatron.checkpoint.formats.rank_files_reader import read_rank_files
+from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
+from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
+from simpo_megatron.checkpoint.parameters import StoredModel, StoredParameter
 from simpo_megatron.checkpoint.to_megatron import RELEASE, TRACKER
-from simpo_megatron.checkpoint.work import Files, read_rect
+from simpo_megatron.checkpoint.transfer.cut import read_step, slab_bytes
+from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
+from simpo_megatron.checkpoint.transfer.moves import OutFile, Rect, Step, Unit
+from simpo_megatron.checkpoint.transfer.publish import Options, Target, file_stamps, fingerprint, replace_text, run
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import COPIED, INDEX, MAX_FILE_BYTES, HFModel, copied_files, file_names
+from simpo_megatron.models.hf_checkpoint import COPIED, INDEX, MAX_FILE_BYTES, HFCheckpoint, copied_files, file_names
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Tensor:
 class Export:
     """A plan: its model, the units of work and the tensors they write."""
 
-    hf: HFModel
+    hf: HFCheckpoint
     saved: StoredModel
     units: tuple[Unit, ...]
     tensors: tuple[Tensor, ...]
@@ -72,22 +72,26 @@ def checkpoint_folder(load: Path) -> Path:
     return folder
 
 
-def read_checkpoint(folder: Path, hf: HFModel) -> StoredModel:
+def read_checkpoint(folder: Path, hf: HFCheckpoint) -> StoredModel:
     """Finds the parameters of a model in a folder of either format."""
     path = folder / "metadata.json"
     if not path.is_file():
-        return read_legacy(folder, hf)
+        return read_rank_files(folder, hf)
     try:
         backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error!r}); copy it again") from None
     if backend != "torch_dist":
         raise UserError(f"{path} names the format {backend!r}; only torch_dist and torch checkpoints convert")
-    return read_dist(folder, hf)
+    return read_torch_dist(folder, hf)
 
 
 def plan_export(
-    hf: HFModel, saved: StoredModel, options: Options, dtype: str | None = None, max_file_bytes: int = MAX_FILE_BYTES
+    hf: HFCheckpoint,
+    saved: StoredModel,
+    options: Options,
+    dtype: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Export:
     """Plans every byte.
 
@@ -99,7 +103,7 @@ def plan_export(
         max_file_bytes: no file gets larger, unless one tensor is.
     """
     size = slab_bytes(options.max_memory, options.workers)
-    files: list[list[tuple[Stored, int]]] = [[]]
+    files: list[list[tuple[StoredParameter, int]]] = [[]]
     filled = 0
     for stored in saved.parameters:
         for part, shape in enumerate(stored.item.weight.shapes):
@@ -167,7 +171,7 @@ def check_padding(saved: StoredModel) -> None:
         files.close()
 
 
-def _nonzero_rows(files: Files, stored: Stored) -> list[int]:
+def _nonzero_rows(files: Files, stored: StoredParameter) -> list[int]:
     counts = []
     for block in stored.tiles:
         row_bytes = block.columns * stored.item.item_size

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from simpo_megatron.checkpoint import bundle
-from simpo_megatron.checkpoint.dist_reader import read_dist
-from simpo_megatron.checkpoint.items import Block, Item, model_items
-from simpo_megatron.checkpoint.legacy import Layout, RankFile, lay_out_ranks, stages
-from simpo_megatron.checkpoint.legacy_reader import read_legacy
+from simpo_megatron.checkpoint import megatron_args as bundle
+from simpo_megatron.checkpoint.formats.rank_files_reader import read_rank_files
+from simpo_megatron.checkpoint.formats.rank_files_writer import Layout, RankFile, lay_out_ranks, stages
+from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
+from simpo_megatron.checkpoint.formats.torch_dist_writer import DistFile, lay_out_files, write_metadata
 from simpo_megatron.checkpoint.manifest import write_manifest
-from simpo_megatron.checkpoint.moves import Step, Unit
-from simpo_megatron.checkpoint.run import Options, Target, file_stamps, fingerprint, replace_text, run
-from simpo_megatron.checkpoint.slabs import slab_bytes, write_step
-from simpo_megatron.checkpoint.torch_dist import DistFile, lay_out_files, write_metadata
-from simpo_megatron.models.hf import HFModel
+from simpo_megatron.checkpoint.parameters import Block, MegatronParameter, model_parameters
+from simpo_megatron.checkpoint.transfer.cut import slab_bytes, write_step
+from simpo_megatron.checkpoint.transfer.moves import Step, Unit
+from simpo_megatron.checkpoint.transfer.publish import Options, Target, file_stamps, fingerprint, replace_text, run
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron starts such a checkpoint at step 0 and asks for no optimizer state
@@ -34,14 +34,14 @@ class Conversion:
         layout: of the torch format, else None.
     """
 
-    hf: HFModel
+    hf: HFCheckpoint
     units: tuple[Unit, ...]
-    items: tuple[tuple[Item, tuple[Block, ...]], ...]
+    items: tuple[tuple[MegatronParameter, tuple[Block, ...]], ...]
     files: tuple[DistFile, ...]
     layout: Layout | None
 
 
-def plan_conversion(hf: HFModel, layout: Layout | None, options: Options) -> Conversion:
+def plan_conversion(hf: HFCheckpoint, layout: Layout | None, options: Options) -> Conversion:
     """Plans every byte.
 
     Args:
@@ -52,10 +52,10 @@ def plan_conversion(hf: HFModel, layout: Layout | None, options: Options) -> Con
     Raises:
         UserError: a dtype that does not convert, or a layout that does not divide the model.
     """
-    items = list(model_items(hf, {name: tensor.dtype for name, tensor in hf.tensors.items()}))
+    items = list(model_parameters(hf, {name: tensor.dtype for name, tensor in hf.tensors.items()}))
     size = slab_bytes(options.max_memory, options.workers)
 
-    def step(item: Item, blocks: Sequence[Block]) -> Step:
+    def step(item: MegatronParameter, blocks: Sequence[Block]) -> Step:
         return write_step(item, blocks, hf.tensors, size)
 
     if layout is None:
@@ -98,7 +98,7 @@ def convert_to_megatron(conversion: Conversion, save: Path, options: Options) ->
         if layout is None:
             write_metadata(folder, conversion.files, hf.num_layers, bundle.namespace(args))
         replace_text(folder / "megatron_args.yaml", bundle.yaml_text(hf, args))
-        saved = read_dist(folder, hf) if layout is None else read_legacy(folder, hf)
+        saved = read_torch_dist(folder, hf) if layout is None else read_rank_files(folder, hf)
         facts = {} if layout is None else {"layout": asdict(layout)}
         write_manifest(folder, hf, hashes, "torch" if layout else "torch_dist", plan, saved, **facts)
 

@@ -11,20 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.checkpoint.items import StoredModel
 from simpo_megatron.checkpoint.manifest import file_facts
-from simpo_megatron.checkpoint.moves import Step, Unit
-from simpo_megatron.checkpoint.progress import transfer_bar
-from simpo_megatron.checkpoint.run import Options
-from simpo_megatron.checkpoint.slabs import read_step, slab_bytes, tensor_step
-from simpo_megatron.checkpoint.work import Outcome, run_units
-from simpo_megatron.models.hf import HFModel, HFTensor
+from simpo_megatron.checkpoint.parameters import StoredModel
+from simpo_megatron.checkpoint.transfer.cut import read_step, slab_bytes, tensor_step
+from simpo_megatron.checkpoint.transfer.execute import Outcome
+from simpo_megatron.checkpoint.transfer.moves import Step, Unit
+from simpo_megatron.checkpoint.transfer.processes import run_units
+from simpo_megatron.checkpoint.transfer.progress import transfer_bar
+from simpo_megatron.checkpoint.transfer.publish import Options
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, HFTensor
 
 UNIT_BYTES = 2 * 2**30
 
 
 def verify(
-    saved: StoredModel, hf: HFModel | None, manifest: dict[str, Any] | None, options: Options
+    saved: StoredModel, hf: HFCheckpoint | None, manifest: dict[str, Any] | None, options: Options
 ) -> tuple[list[str], int]:
     """Compares; returns the differences as sentences, and how many tensors were compared.
 

@@ -1,10 +1,10 @@
 """Preference data: files -> `Pairs` -> the packs of each batch. Needs no GPU or process group."""
 
-from simpo_megatron.data.encode import DataReport, load_preferences
+from simpo_megatron.data.clean import DataReport, load_preferences
 from simpo_megatron.data.options import DataOptions
+from simpo_megatron.data.order import pairs_of_batch
 from simpo_megatron.data.packing import pack_rows, pair_costs, plan_batch
-from simpo_megatron.data.sampling import pairs_of_batch
-from simpo_megatron.data.store import CHOSEN_CUT, REJECTED_CUT, BlendedPairs, Pairs, PairStore
+from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT, BlendedPairs, Pairs, PairStore
 
 __all__ = [
     "CHOSEN_CUT",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpo_megatron.data.store import BlendedPairs, Pairs
+from simpo_megatron.data.pairs import BlendedPairs, Pairs
 from simpo_megatron.errors import UserError
 
 

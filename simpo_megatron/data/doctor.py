@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from simpo_megatron.data.encode import Row, chunks
+from simpo_megatron.data.clean import Row, chunks
+from simpo_megatron.data.encode import EncodedPair, PairEncoder, TemplateError, truncate
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.packing import pack_rows
-from simpo_megatron.data.prepared import PreparedPairs, is_prepared
+from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT
+from simpo_megatron.data.prepared_set import PreparedPairs, is_prepared
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.schema import Preference, parse_preference
-from simpo_megatron.data.store import CHOSEN_CUT, REJECTED_CUT
-from simpo_megatron.data.tokenize import EncodedPair, PairEncoder, TemplateError, truncate
 
 EXAMPLES = 5
 BATCH = 128  # pairs of a global batch, for the figures of packing

@@ -1,293 +1,191 @@
-"""Rows -> tokenized pairs, a chunk at a time, and the count of what became of every row.
+"""Preferences -> token ids: chat template, prompt/response boundary, BOS, EOS and truncation.
 
-A chunk is worked on by a pure function (`encode_rows`), so worker processes may; what needs more than one chunk to decide
-(duplicates, schemas that change) is `Gate`'s, which sees the chunks in order.
+One prompt, tokenized once, serves both members of a pair, so the boundary is at the same place in both:
+
+    text    prompt = template(messages, generation prompt)     response = template(messages + answer)[len(prompt):]
+    ids     [BOS] prompt                                       response EOS
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
-from simpo_megatron.data.options import DataOptions
-from simpo_megatron.data.reading import read_rows
-from simpo_megatron.data.schema import Preference, parse_preference
-from simpo_megatron.data.store import CHOSEN_CUT, REJECTED_CUT, PairStore, concatenate
-from simpo_megatron.data.tokenize import EncodedPair, PairEncoder, truncate
+from simpo_megatron.data.options import DataOptions, PromptTruncation
+from simpo_megatron.data.schema import Message, Preference
 from simpo_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = tuple[str, dict[str, Any]]
-"""Where a row stands, and its columns."""
 
-CHUNK = 100  # rows held as Python objects at a time
-_DROPPED = {
-    "empty": "with an empty response",
-    "identical": "with identical responses",
-    "tie": "with equal scores",
-    "low_gap": "with a score gap below --min-score-gap",
-    "length_ratio": "with responses of too unequal length",
-    "duplicate": "that repeat an earlier row",
-    "identical_after_truncation": "identical after truncation",
-}
-
-
-@dataclass
-class DataReport:
-    """What became of the rows of a file. Truncation and merges are counted over the pairs that are kept."""
-
-    rows: int = 0
-    pairs: int = 0
-    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_DROPPED, 0))
-    """Rows by the reason; see `_DROPPED`."""
-    ties_kept: int = 0
-    truncated_prompts: int = 0
-    truncated_chosen: int = 0
-    truncated_rejected: int = 0
-    boundary_merges: int = 0
-    """Responses tokenized on their own because a token straddled their boundary with the prompt."""
-
-    def summary(self, path: str | Path) -> str:
-        """One line on rows and pairs and, when there is something to say, one on cuts, ties and merges."""
-        drops = self.drops()
-        lines = [f"{path}: {self.pairs} pairs of {self.rows} rows" + (f"; dropped {drops}" if drops else "")]
-        notes = {
-            "prompts cut": self.truncated_prompts,
-            "chosen responses cut (no EOS)": self.truncated_chosen,
-            "rejected responses cut (no EOS)": self.truncated_rejected,
-            "ties kept with margin 0": self.ties_kept,
-            "responses tokenized apart from their prompt": self.boundary_merges,
-        }
-        if any(notes.values()):
-            lines.append("  " + ", ".join(f"{count} {note}" for note, count in notes.items() if count))
-        return "\n".join(lines)
-
-    def drops(self) -> str:
-        """The rows that were dropped, by reason; empty where none was."""
-        return ", ".join(f"{count} {_DROPPED[reason]}" for reason, count in self.dropped.items() if count)
-
-    def add(self, other: "DataReport") -> None:
-        """Counts the rows of `other` too."""
-        for name, value in vars(other).items():
-            if name == "dropped":
-                for reason, count in value.items():
-                    self.dropped[reason] += count
-            else:
-                setattr(self, name, getattr(self, name) + value)
+class TemplateError(UserError):
+    """The chat template writes a prompt in two ways."""
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The pairs kept of some rows, in their order: P of them."""
+class EncodedPair:
+    """Token ids of one pair. A response without a single token before EOS is left empty."""
 
-    store: PairStore
-    row: np.ndarray  # int64 [P], the row of the source, from 1
-    scores: np.ndarray  # float32 [P, 2], NaN where there is none
-    prompt_cut: np.ndarray  # bool [P]
-    merges: np.ndarray  # uint8 [P], responses tokenized apart
-    digest: np.ndarray  # uint64 [P] of the ids; none unless duplicates are dropped
-    report: DataReport  # of all of the rows; kept pairs are counted by `Gate`
-    first: tuple[str, bool] | None  # where the first row stands, and whether it is a conversation
-
-
-def encode_rows(rows: Iterable[Row], encoder: PairEncoder, options: DataOptions) -> Chunk:
-    """Parses, tokenizes and truncates rows. Raises UserError naming the row that is in none of the schemas."""
-    report, preferences = DataReport(), []
-    first: tuple[str, bool] | None = None
-    for where, row in rows:
-        preference = parse_preference(row, where)
-        first = first or (where, preference.conversational)
-        check_schema(first, (where, preference.conversational))
-        report.rows += 1
-        reason = _unusable(preference, options)
-        if reason:
-            report.dropped[reason] += 1
-        else:
-            preferences.append(preference)
-    kept: list[tuple[Preference, EncodedPair]] = []
-    for preference, pair in zip(preferences, encoder.encode(preferences), strict=True):
-        cut = truncate(pair, options, encoder.bos)
-        reason = _untrainable(pair, cut, options)
-        if reason:
-            report.dropped[reason] += 1
-        else:
-            kept.append((preference, cut))
-    store = _store(kept)
-    digests = [_digest(store, i) for i in range(len(store))] if options.duplicates == "drop" else []
-    scores = [[np.nan if score is None else score for score in preference.scores] for preference, _ in kept]
-    return Chunk(
-        store=store,
-        row=np.array([row_number(preference.where) for preference, _ in kept], np.int64),
-        scores=np.array(scores, np.float32).reshape(-1, 2),
-        prompt_cut=np.array([pair.prompt_cut for _, pair in kept], bool),
-        merges=np.array([pair.boundary_merges for _, pair in kept], np.uint8),
-        digest=np.array(digests, np.uint64),
-        report=report,
-        first=first,
-    )
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    boundary_merges: int = 0
+    """Responses tokenized on their own because a token straddles their boundary with the prompt."""
+    prompt_cut: bool = False
+    chosen_cut: bool = False
+    rejected_cut: bool = False
 
 
-class Gate:
-    """Lets through what is kept of chunk after chunk, and counts it in `report`."""
+class PairEncoder:
+    """Tokenizes preferences the way `options` says; a response ends with one of the EOS ids, once."""
 
-    def __init__(self, options: DataOptions) -> None:
-        self.report = DataReport()
-        self._seen: set[int] | None = set() if options.duplicates == "drop" else None
-        self._first: tuple[str, bool] | None = None
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", options: DataOptions, eos_token_ids: Iterable[int] = ()
+    ) -> None:
+        """`eos_token_ids`: ids that end a response besides tokenizer.eos_token_id (those of generation_config.json)."""
+        self.tokenizer = tokenizer
+        self._options = options
+        self._name = tokenizer.name_or_path or "in use"
+        self.bos = cast("int | None", tokenizer.bos_token_id)
+        self._eos = cast("int | None", tokenizer.eos_token_id)
+        self.eos_ids = {*eos_token_ids, *([] if self._eos is None else [self._eos])}
+        self._adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
+        self._is_blank = lru_cache(maxsize=None)(lambda token: not str(tokenizer.decode([token])).strip())
 
-    def __call__(self, chunk: Chunk) -> Chunk:
-        """The chunk without pairs that stood in an earlier row. Raises UserError for a schema that changes."""
-        if chunk.first is not None:
-            self._first = self._first or chunk.first
-            check_schema(self._first, chunk.first)
-        if self._seen is not None:
-            chunk = self._without_duplicates(chunk, self._seen)
-        self.report.add(chunk.report)
-        for name, values in {
-            "pairs": np.ones(len(chunk.row)),
-            "ties_kept": chunk.scores[:, 0] == chunk.scores[:, 1],
-            "truncated_prompts": chunk.prompt_cut,
-            "truncated_chosen": chunk.store.truncated & CHOSEN_CUT != 0,
-            "truncated_rejected": chunk.store.truncated & REJECTED_CUT != 0,
-            "boundary_merges": chunk.merges,
-        }.items():
-            setattr(self.report, name, getattr(self.report, name) + int(values.sum()))
-        return chunk
+    def encode(self, preferences: Sequence[Preference]) -> list[EncodedPair]:
+        """Token ids of each preference, at full length. Raises UserError naming the row that cannot be encoded."""
+        texts = [self._texts(preference) for preference in preferences]
+        flat = [text for prompt, chosen, rejected in texts for text in (prompt, prompt + chosen, prompt + rejected)]
+        ids = self._ids(flat)
+        # ids[3n] is the prompt of pair n. Where its tokens do not begin a member's, one token straddles the boundary.
+        merged = [i for i, full in enumerate(ids) if full[: len(ids[i - i % 3])] != ids[i - i % 3]]
+        alone = dict(zip(merged, self._alone([texts[i // 3][i % 3] for i in merged]), strict=True))
 
-    @staticmethod
-    def _without_duplicates(chunk: Chunk, seen: set[int]) -> Chunk:
-        keep = np.ones(len(chunk.row), bool)
-        for i, digest in enumerate(chunk.digest.tolist()):
-            keep[i] = digest not in seen
-            seen.add(digest)
-        chunk.report.dropped["duplicate"] += int((~keep).sum())
-        return Chunk(
-            store=chunk.store.take(keep),
-            row=chunk.row[keep],
-            scores=chunk.scores[keep],
-            prompt_cut=chunk.prompt_cut[keep],
-            merges=chunk.merges[keep],
-            digest=chunk.digest[keep],
-            report=chunk.report,
-            first=chunk.first,
-        )
+        def response(i: int) -> list[int]:
+            return self._close(alone[i] if i in alone else ids[i][len(ids[i - i % 3]) :])
+
+        return [
+            EncodedPair(
+                prompt=self._open(ids[i], preference.where),
+                chosen=response(i + 1),
+                rejected=response(i + 2),
+                boundary_merges=(i + 1 in alone) + (i + 2 in alone),
+            )
+            for i, preference in zip(range(0, len(ids), 3), preferences, strict=True)
+        ]
+
+    def _texts(self, preference: Preference) -> tuple[str, str, str]:
+        """(prompt, chosen response, rejected response) as strings, through the chat template for conversations."""
+        if isinstance(preference.prompt, str):
+            return preference.prompt, *preference.texts
+        header_in_prompt = self._options.assistant_header == "prompt"
+        prompt = self._render(preference.prompt, header_in_prompt, preference.where)
+        responses = []
+        for answer in (preference.chosen, preference.rejected):
+            full = self._render([*preference.prompt, cast(Message, answer)], False, preference.where)
+            if not full.startswith(prompt):
+                raise TemplateError(_differing_prompt(preference.where, prompt, full, header_in_prompt))
+            responses.append(full[len(prompt) :])
+        return prompt, responses[0], responses[1]
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool, where: str) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{where}: the row is a conversation but the tokenizer {self._name} has no chat template; add "
+                "chat_template.jinja to its folder, or give `prompt`, `chosen` and `rejected` as strings."
+            )
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as error:  # a template may raise anything: its own refusals, but also type errors
+            raise UserError(
+                f"{where}: the chat template of {self._name} refuses the conversation ({error}); "
+                "change the row's messages or the template."
+            ) from error
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []  # transformers has no empty batches
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        if hasattr(backend, "encode_batch_fast"):  # the same ids without their offsets in the text
+            backend.no_truncation()
+            backend.no_padding()
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        # verbose=False: no warning about model_max_length; lengths are the caller's `max_length`.
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _alone(self, responses: list[str]) -> list[list[int]]:
+        """Ids of responses by themselves, without the word-start marker that SentencePiece puts before a text."""
+        (newline,) = self._ids(["\n"])
+        after = self._ids(["\n" + text for text in responses])
+        return [
+            ids[len(newline) :] if ids[: len(newline)] == newline else alone
+            for ids, alone in zip(after, self._ids(responses), strict=True)
+        ]
+
+    def _open(self, prompt: list[int], where: str) -> list[int]:
+        """The prompt with one BOS where the template or the tokenizer wants one, and at least one token long."""
+        if self.bos is None:
+            if not prompt:
+                raise UserError(
+                    f"{where}: the prompt is empty and the tokenizer {self._name} has no BOS token, so nothing "
+                    "predicts the first token of the response; give the row a `prompt`."
+                )
+            return prompt
+        start = next((i for i, token in enumerate(prompt) if token != self.bos), len(prompt))
+        return [self.bos, *prompt[start:]] if start or self._adds_bos or not prompt else prompt
+
+    def _close(self, response: list[int]) -> list[int]:
+        """The response up to the first EOS of those that end it (whitespace may follow), or with EOS appended."""
+        end = None
+        for i in range(len(response) - 1, -1, -1):
+            if response[i] in self.eos_ids:
+                end = i + 1
+            elif not self._is_blank(response[i]):
+                break
+        if end is not None:
+            return response[:end]
+        return [*response, self._eos] if response and self._eos is not None else response
 
 
-def load_preferences(
-    path: str | Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    options: DataOptions,
-    *,
-    eos_token_ids: Iterable[int] = (),
-    progress: bool = False,
-) -> tuple[PairStore, DataReport]:
-    """Read and tokenize the preference pairs of a source (see `reading.py`), in its order.
+def truncate(pair: EncodedPair, options: DataOptions, bos: int | None) -> EncodedPair:
+    """The pair within options.max_length: first the prompt is cut, the same for both, then each response on its own.
 
-    `eos_token_ids` are ids that end a response besides tokenizer.eos_token_id. `progress` shows a bar on stderr.
-    Raises UserError for a file or row that cannot be read, and when no pair is left.
+    A cut response has lost its EOS; none is emptied, because max_prompt_length < max_length.
     """
-    encoder, gate = PairEncoder(tokenizer, options, eos_token_ids), Gate(options)
-    rows = read_rows(path)
-    shown = with_progress(rows, f"Tokenizing {path}") if progress else rows
-    parts = [gate(encode_rows(chunk, encoder, options)).store for chunk in chunks(shown)]
-    if not gate.report.pairs:
-        raise nothing_left(path, gate.report)
-    return concatenate(parts), gate.report
-
-
-def nothing_left(path: str | Path, report: DataReport) -> UserError:
-    """The error of a source all of whose rows were dropped."""
-    return UserError(f"{path}: no pair is left of {report.rows} rows: dropped {report.drops()}; mend the data.")
-
-
-def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows in lists of CHUNK, the last one shorter."""
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk
-
-
-def row_number(where: str) -> int:
-    """The number a place ends with: "pairs.jsonl:7" and "pairs.parquet row 7" are 7; 0 without one."""
-    digits = where[len(where.rstrip("0123456789")) :]
-    return int(digits) if digits else 0
-
-
-def check_schema(first: tuple[str, bool], other: tuple[str, bool]) -> None:
-    """Raises UserError where one row is a conversation and another is not: two sources, or a broken export."""
-    if first[1] != other[1]:
-        kinds = {True: "a conversation (lists of messages)", False: "plain strings"}
-        raise UserError(
-            f"{other[0]}: the row is {kinds[other[1]]}, but {first[0]} is {kinds[first[1]]}; give rows of one schema, or "
-            "two files as a blend."
-        )
-
-
-def _unusable(preference: Preference, options: DataOptions) -> str | None:
-    if not all(text.strip() for text in preference.texts):
-        return "empty"
-    if preference.chosen == preference.rejected:
-        return "identical"
-    if preference.tie and options.tie_policy == "drop":
-        return "tie"
-    if options.min_score_gap is None:
-        return None
-    chosen, rejected = preference.scores
-    if chosen is None or rejected is None:
-        raise UserError(
-            f"{preference.where}: no `score_chosen` and `score_rejected`, which --min-score-gap compares; add them or drop "
-            "the flag."
-        )
-    return "low_gap" if not preference.tie and chosen - rejected < options.min_score_gap else None
-
-
-def _untrainable(pair: EncodedPair, cut: EncodedPair, options: DataOptions) -> str | None:
-    if not pair.chosen or not pair.rejected:  # the tokenizer's normalizer removed all of the text
-        return "empty"
-    if pair.chosen == pair.rejected:
-        return "identical"
-    shorter, longer = sorted((len(pair.chosen), len(pair.rejected)))
-    if options.max_length_ratio is not None and longer > options.max_length_ratio * shorter:
-        return "length_ratio"
-    return "identical_after_truncation" if cut.chosen == cut.rejected else None
-
-
-def _store(kept: list[tuple[Preference, EncodedPair]]) -> PairStore:
-    lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for _, p in kept], np.int32).reshape(-1, 3)
-    ids = chain.from_iterable(part for _, p in kept for part in (p.prompt, p.chosen, p.rejected))
-    margins = [0.0 if preference.tie else preference.margin for preference, _ in kept]
-    return PairStore(
-        tokens=np.fromiter(ids, np.int32, count=int(lengths.sum())),
-        offsets=np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))]),
-        prompt_length=lengths[:, 0].copy(),
-        chosen_length=lengths[:, 1].copy(),
-        rejected_length=lengths[:, 2].copy(),
-        weight=np.array([preference.weight for preference, _ in kept], np.float32),
-        margin=np.array([np.nan if margin is None else margin for margin in margins], np.float32),
-        truncated=np.array([CHOSEN_CUT * p.chosen_cut | REJECTED_CUT * p.rejected_cut for _, p in kept], np.uint8),
+    prompt = pair.prompt
+    longest = max(len(pair.chosen), len(pair.rejected))
+    if len(prompt) + longest > options.max_length and len(prompt) > options.max_prompt_length:
+        prompt = _cut_prompt(prompt, options.max_prompt_length, options.prompt_truncation, bos)
+    room = options.max_length - len(prompt)
+    return replace(
+        pair,
+        prompt=prompt,
+        chosen=pair.chosen[:room],
+        rejected=pair.rejected[:room],
+        prompt_cut=len(prompt) < len(pair.prompt),
+        chosen_cut=len(pair.chosen) > room,
+        rejected_cut=len(pair.rejected) > room,
     )
 
 
-def _digest(store: PairStore, i: int) -> int:
-    """64 bits of the ids of a pair: of 10 million pairs two that differ meet with a chance of 3 in a million."""
-    found = hashlib.blake2b(store.tokens[store.offsets[i] : store.offsets[i + 1]].tobytes(), digest_size=8)
-    found.update(np.array([store.prompt_length[i], store.chosen_length[i]]).tobytes())
-    return int.from_bytes(found.digest(), "little")
+def _cut_prompt(prompt: list[int], length: int, keep: PromptTruncation, bos: int | None) -> list[int]:
+    if keep == "keep_start":
+        return prompt[:length]
+    head = prompt[:1] if prompt[0] == bos else []
+    return head + prompt[len(prompt) - length + len(head) :]
 
 
-def with_progress(rows: Iterable[Any], description: str) -> Iterator[Any]:
-    """The rows, counted in a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
-    # Off a terminal it would leave a line among the errors.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield from bar.track(rows, total=None, description=description)
+def _differing_prompt(where: str, prompt: str, full: str, header_in_prompt: bool) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    mend = "make the template write the prompt the same way in both"
+    if header_in_prompt:
+        mend += ", or use --assistant-header response if only the generation prompt differs"
+    return (
+        f"{where}: the chat template renders the prompt differently when a response follows: {prompt[at : at + 40]!r} "
+        f"became {full[at : at + 40]!r} at character {at + 1}; {mend}."
+    )

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from simpo_megatron.data.encode import Row
+from simpo_megatron.data.clean import Row
 from simpo_megatron.errors import UserError
 
 Strategy = Literal["best-worst", "best-random", "all"]

@@ -12,11 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.data.encode import Chunk, DataReport, Gate, Row, chunks, encode_rows, nothing_left, with_progress
+from simpo_megatron.data.clean import (
+    Chunk,
+    CrossChunkFilter,
+    DataReport,
+    Row,
+    chunks,
+    encode_rows,
+    nothing_left,
+    with_progress,
+)
+from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
-from simpo_megatron.data.prepared import Writer
+from simpo_megatron.data.prepared_set import Writer
 from simpo_megatron.data.reading import read_rows
-from simpo_megatron.data.tokenize import PairEncoder
 from simpo_megatron.data.tokenizer import eos_token_ids, fingerprint, load_tokenizer
 
 _AHEAD = 3  # chunks a worker has waiting
@@ -39,7 +48,7 @@ def prepare(
     """
     eos_ids = eos_token_ids(checkpoint)
     encoder = PairEncoder(load_tokenizer(checkpoint), options, eos_ids)
-    gate = Gate(options)
+    gate = CrossChunkFilter(options)
     with encoding(encoder, options, workers) as encode, Writer(prefix) as writer:
         rows = read_rows(source)
         for chunk in encode(chunks(with_progress(rows, f"Preparing {source}") if progress else rows)):

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.compat import have_fp32_accumulating_addmm, have_native_bf16
-from simpo_megatron.context_parallel import round_up
 from simpo_megatron.head.kernels import row_statistics, write_gradient_
 from simpo_megatron.head.logprobs import join_shards, shard_targets
 from simpo_megatron.head.task import HeadTask
+from simpo_megatron.parallel.context import round_up
 
 _TILE_BYTES = 32 * 2**20  # of the weight in fp32
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simpo_megatron.batch.shared_prompts import SharedPromptParams
-from simpo_megatron.context_parallel import chunks, positions
 from simpo_megatron.errors import UserError
+from simpo_megatron.parallel.context import chunks, positions
 
 _BLOCK = 1024  # queries under one explicit mask
 

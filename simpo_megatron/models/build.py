@@ -22,15 +22,15 @@ from torch import Tensor
 from simpo_megatron.batch.shared_prompts import PairRotary
 from simpo_megatron.compat import have_fused_weight_gradient
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel
-from simpo_megatron.models.limits import check_layout
-from simpo_megatron.models.place import place_parameters
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import Rope
 from simpo_megatron.models.spec import layer_spec, use_transformer_engine
+from simpo_megatron.parallel.limits import check_layout
 
 
 def transformer_config(
-    hf: HFModel,
+    hf: HFCheckpoint,
     *,
     bf16: bool,
     transformer_impl: str = "auto",
@@ -96,7 +96,11 @@ def transformer_config(
 
 
 def build_model(
-    hf: HFModel, config: TransformerConfig, *, transformer_impl: str = "auto", make_vocab_size_divisible_by: int = 128
+    hf: HFCheckpoint,
+    config: TransformerConfig,
+    *,
+    transformer_impl: str = "auto",
+    make_vocab_size_divisible_by: int = 128,
 ) -> list[GPTModel]:
     """Builds what this rank holds of the model, on its device, with uninitialised weights in `config.params_dtype`.
 
@@ -170,7 +174,7 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     return frequency.to(torch.cuda.current_device())
 
 
-def _mark_parameters(model: GPTModel, hf: HFModel) -> None:
+def _mark_parameters(model: GPTModel, hf: HFCheckpoint) -> None:
     """Says how parameters are split and shared, where Megatron did not (`tensor_parallel/layers.py`).
 
     Its layers say which are split over the tensor-parallel ranks while they initialise, which is turned off; unsaid, the

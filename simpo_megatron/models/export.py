@@ -23,9 +23,9 @@ from torch import Tensor
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.family import OUTPUT
-from simpo_megatron.models.hf import INDEX, MAX_FILE_BYTES, HFModel, copied_files, file_names
-from simpo_megatron.models.layout import from_megatron
-from simpo_megatron.models.place import Placed, place_parameters
+from simpo_megatron.models.hf_checkpoint import INDEX, MAX_FILE_BYTES, HFCheckpoint, copied_files, file_names
+from simpo_megatron.models.part_layout import from_megatron
+from simpo_megatron.models.placement import PlacedParameter, place_parameters
 
 # One file: its tensors by name, with their bytes.
 File = dict[str, int]
@@ -33,7 +33,7 @@ File = dict[str, int]
 
 def export_hf(
     models: Sequence[torch.nn.Module],
-    hf: HFModel,
+    hf: HFCheckpoint,
     directory: Path,
     progress: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -90,7 +90,7 @@ def check_target(directory: Path) -> None:
         raise UserError(f"{directory} is not empty; export to a new directory, or remove it")
 
 
-def plan_files(placed: Sequence[Placed], max_bytes: int) -> list[File]:
+def plan_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File]:
     """Cuts the tensors of these parameters, in their order, into files of at most `max_bytes`."""
     files: list[File] = [{}]
     for place in placed:
@@ -102,23 +102,23 @@ def plan_files(placed: Sequence[Placed], max_bytes: int) -> list[File]:
     return [file for file in files if file]
 
 
-def _is_tied_copy(place: Placed, hf: HFModel) -> bool:
+def _is_tied_copy(place: PlacedParameter, hf: HFCheckpoint) -> bool:
     """The last stage's copy of a tied embedding, which the first stage exports."""
     return hf.tied and place.name == OUTPUT
 
 
-def _first_replica(place: Placed) -> bool:
+def _first_replica(place: PlacedParameter) -> bool:
     """Whether this rank's group is the one among the data-parallel replicas that exports the parameter."""
     if place.weight.experts:
         return parallel_state.get_expert_data_parallel_rank() == 0
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
-def _gathered(placed: Iterable[Placed]) -> Iterator[tuple[str, Tensor]]:
+def _gathered(placed: Iterable[PlacedParameter]) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of these parameters, whole and on the CPU, on the first rank of their groups; nothing on the
     others.
 
-    Collectives: one gather over `Placed.group` for every parameter that is split.
+    Collectives: one gather over `PlacedParameter.group` for every parameter that is split.
     """
     for place in placed:
         group, rank, ranks = place.group, place.group.rank(), place.group.size()
@@ -169,7 +169,7 @@ def _prepare(directory: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _finish(hf: HFModel, partial: Path, directory: Path, files: dict[str, File]) -> None:
+def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, File]) -> None:
     """Adds the index and what is copied, and gives the directory its name."""
     if missing := [name for name in files if not (partial / name).exists()]:
         raise UserError(

@@ -12,12 +12,12 @@ from rich.progress import track
 from safetensors import safe_open
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel, check_tensors
-from simpo_megatron.models.layout import rank_slice, to_megatron
-from simpo_megatron.models.place import Placed, place_parameters
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
+from simpo_megatron.models.part_layout import rank_slice, to_megatron
+from simpo_megatron.models.placement import PlacedParameter, place_parameters
 
 
-def load_hf_weights(models: Sequence[torch.nn.Module], hf: HFModel, progress: bool = False) -> None:
+def load_hf_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, progress: bool = False) -> None:
     """Fills every parameter of this rank's models, in its dtype and on its device; padded vocabulary rows become zero.
 
     No collectives: tied copies of the embedding on two stages are read twice.
@@ -40,7 +40,7 @@ def load_hf_weights(models: Sequence[torch.nn.Module], hf: HFModel, progress: bo
             _fill(place, {name: files[tensors[name]].get_slice(name) for name in place.hf})
 
 
-def _fill(place: Placed, slices: dict[str, Any]) -> None:
+def _fill(place: PlacedParameter, slices: dict[str, Any]) -> None:
     """Reads a rank's slices of the parts and copies them into its parameter."""
     weight, parameter, dim = place.weight, place.parameter, place.weight.tp_dim
     rank, ranks = place.group.rank(), place.group.size()

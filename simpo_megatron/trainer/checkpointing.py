@@ -26,13 +26,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from simpo_megatron.arguments import flat
-from simpo_megatron.checkpoint.dist_reader import weight_keys
+from simpo_megatron.checkpoint.formats.torch_dist_reader import weight_keys
 from simpo_megatron.checkpoint.manifest import check_manifest
+from simpo_megatron.config.arguments import flat
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer import torch_adam
-from simpo_megatron.trainer.distributed import together
 from simpo_megatron.trainer.engine import Engine
 
 RELEASE = "release"  # what Megatron-LM and tools/hf_to_megatron.py write into the tracker for weights without a run
@@ -212,7 +212,7 @@ def save(engine: Engine, root: Path, progress: Progress) -> None:
         "rng_state": _rng_state(),
         "num_floating_point_operations_so_far": 0,
     }
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def save(engine: Engine, root: Path, progress: Progress) -> None:
         dist_checkpointing.save(state, str(directory), content_metadata=_metadata())
     except FAILURES as error:
         raise _save_error(error, directory, root) from error
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             try:
                 _replace_text(root / TRACKER, str(progress.step))
@@ -269,7 +269,7 @@ def load(engine: Engine, root: Path, step: int) -> Progress:
     return Progress(**state["progress"])
 
 
-def load_weights(models: Sequence[torch.nn.Module], hf: HFModel, directory: Path) -> None:
+def load_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, directory: Path) -> None:
     """Fills the models from a checkpoint without optimizer state, at any layout; padded vocabulary rows become zero.
 
     Args:

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from simpo_megatron.config.data import DataConfig
 from simpo_megatron.data import Pairs, PairStore, load_preferences
 from simpo_megatron.data.blend import Blend, parse_blend
-from simpo_megatron.data.config import DataConfig
-from simpo_megatron.data.prepared import PreparedPairs, is_prepared
+from simpo_megatron.data.prepared_set import PreparedPairs, is_prepared
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel
-from simpo_megatron.trainer.distributed import broadcast_store, together
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.trainer.distributed import broadcast_store
 
 
-def load_data(data: DataConfig, hf: HFModel) -> tuple[Pairs, Pairs | None, list[str]]:
+def load_data(data: DataConfig, hf: HFCheckpoint) -> tuple[Pairs, Pairs | None, list[str]]:
     """The training and the validation pairs, and what to say about them (on rank 0).
 
     Collectives: one broadcast of which sources are prepared; what `together` and `broadcast_store` need, for each source.
@@ -34,11 +35,11 @@ def load_data(data: DataConfig, hf: HFModel) -> tuple[Pairs, Pairs | None, list[
 
 
 class _Loader:
-    def __init__(self, data: DataConfig, hf: HFModel) -> None:
+    def __init__(self, data: DataConfig, hf: HFCheckpoint) -> None:
         self.data, self.hf = data, hf
         self.said: list[str] = []
         self.tokenizer: Any = None
-        with together():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 self.tokenizer = load_tokenizer(hf.path)
 
@@ -50,7 +51,7 @@ class _Loader:
         prepared = [is_prepared(source)]
         dist.broadcast_object_list(prepared, src=0)  # a node that does not see the files must say so, not wait
         pairs: Pairs | None = None
-        with together():
+        with raise_on_all_ranks():
             if prepared[0]:
                 pairs = open_prepared(source, self.data, self.hf, self.tokenizer)
                 if first:
@@ -68,7 +69,7 @@ class _Loader:
         return broadcast_store(pairs if isinstance(pairs, PairStore) else None)
 
 
-def open_prepared(prefix: str, data: DataConfig, hf: HFModel, tokenizer: Any) -> PreparedPairs:
+def open_prepared(prefix: str, data: DataConfig, hf: HFCheckpoint, tokenizer: Any) -> PreparedPairs:
     """Maps a prepared set.
 
     Args:
@@ -91,7 +92,7 @@ def open_prepared(prefix: str, data: DataConfig, hf: HFModel, tokenizer: Any) ->
     return pairs
 
 
-def check_ids(pairs: Pairs, hf: HFModel, source: str) -> None:
+def check_ids(pairs: Pairs, hf: HFCheckpoint, source: str) -> None:
     """Raises UserError where a source holds a token id that the model does not have."""
     if pairs.largest_token >= hf.vocab_size:
         raise UserError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from simpo_megatron import cpu
 from simpo_megatron.data import PairStore
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.limits import check_processes
+from simpo_megatron.parallel.limits import check_processes
 
 
 def resolve_device(device: str) -> str:
@@ -66,25 +64,6 @@ def shut_down() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Turns a UserError of any rank inside the block into the same UserError on every rank.
-
-    Collectives: one all-gather of a string at the end of the block. The block itself must not hold collectives that a
-    failing rank would miss.
-    """
-    message = None
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    first = next((text for text in messages if text), None)
-    if first:
-        raise UserError(first)
 
 
 def broadcast_store(store: PairStore | None) -> PairStore:

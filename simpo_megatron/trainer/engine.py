@@ -17,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from simpo_megatron.batch.plan import GlobalBatch, RowPacker
-from simpo_megatron.config import Config
+from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.metrics import reduce_metrics

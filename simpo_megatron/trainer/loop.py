@@ -14,26 +14,26 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron import compat
-from simpo_megatron.arguments import flat
 from simpo_megatron.batch.plan import GlobalBatch
-from simpo_megatron.config import Config
+from simpo_megatron.config.arguments import flat
+from simpo_megatron.config.presets import describe
+from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
-from simpo_megatron.models.hf import HFModel
-from simpo_megatron.models.limits import layout_arguments
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.load import load_hf_weights
 from simpo_megatron.models.spec import use_transformer_engine
-from simpo_megatron.presets import describe
+from simpo_megatron.parallel.limits import layout_arguments
+from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
+from simpo_megatron.trainer.console import Logger
 from simpo_megatron.trainer.data import load_data
-from simpo_megatron.trainer.distributed import together
 from simpo_megatron.trainer.engine import Engine
-from simpo_megatron.trainer.logging import Logger
 
 
-def layout_config(config: Config, hf: HFModel) -> TransformerConfig:
+def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerConfig:
     """Megatron's config of the model in the layout of the run; needs no process group.
 
     Raises:
@@ -89,7 +89,7 @@ def checkpoint_to_load(config: Config) -> int | None:
 class Run:
     """One training run, from its configuration to its last checkpoint. Megatron's groups must exist."""
 
-    def __init__(self, config: Config, hf: HFModel, transformer: TransformerConfig) -> None:
+    def __init__(self, config: Config, hf: HFCheckpoint, transformer: TransformerConfig) -> None:
         self.config, self.hf = config, hf
         self.train_pairs, self.valid_pairs, said = load_data(config.data, hf)
         self.limit = total_pairs(config, len(self.train_pairs))
@@ -98,7 +98,7 @@ class Run:
         fingerprint = self.train_pairs.fingerprint
         self.state = Progress(num_pairs=len(self.train_pairs), tokens_crc32=fingerprint, seed=config.train.seed)
         resumed = self._resume()
-        with together():
+        with raise_on_all_ranks():
             self.logger = Logger(config, self.total, self.state.step)
         for line in (
             *said,
@@ -118,7 +118,7 @@ class Run:
             transformer_impl=config.model.transformer_impl,
             make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
         )
-        with together():
+        with raise_on_all_ranks():
             if (converted := converted_weights(config)) is not None:
                 checkpointing.load_weights(models, self.hf, converted)
             elif checkpoint_to_load(config) is None:

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from simpo_megatron.config import Config
-from simpo_megatron.context_parallel import sequence_multiple
+from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf import HFModel, expected_tensors
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, expected_tensors
 from simpo_megatron.objectives import Objective, PairScores
+from simpo_megatron.parallel.context import sequence_multiple
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.scoring import SeenSums
 from simpo_megatron.verify.reference import Reference
@@ -71,7 +71,7 @@ class Report:
         )
 
 
-def compare(engine: Engine, hf: HFModel, pairs: Pairs, config: Config) -> Report | None:
+def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> Report | None:
     """Runs both and compares; the report on rank 0, None on the others. Every rank calls it.
 
     Collectives: those of a training step; a gather of the sums; for every tensor of the checkpoint a broadcast of its
@@ -120,7 +120,7 @@ def _gather(seen: SeenSums) -> dict[int, list[tuple[list[float], list[int]]]]:
 class _Expected:
     """The reference's side, on rank 0."""
 
-    def __init__(self, hf: HFModel, pairs: Pairs, indices: list[int], config: Config) -> None:
+    def __init__(self, hf: HFCheckpoint, pairs: Pairs, indices: list[int], config: Config) -> None:
         self.pairs, self.indices, self.config = pairs, indices, config
         device = torch.device(torch.cuda.current_device())
         self.reference = Reference(hf, torch.float32, device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from simpo_megatron.data import Pairs
-from simpo_megatron.models.hf import HFModel
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -35,7 +35,7 @@ class Reference:
         device: where layers run; hidden states stay on the CPU.
     """
 
-    def __init__(self, hf: HFModel, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, hf: HFCheckpoint, dtype: torch.dtype, device: torch.device | str) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.hf, self.dtype, self.device = hf, dtype, torch.device(device)

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simpo_megatron.models.hf import HFModel
-from simpo_megatron.models.layout import from_megatron, rank_slice
-from simpo_megatron.models.place import Placed, place_parameters
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.part_layout import from_megatron, rank_slice
+from simpo_megatron.models.placement import PlacedParameter, place_parameters
 from simpo_megatron.trainer.engine import Engine
 
 
@@ -32,8 +32,8 @@ def complete_gradients(engine: Engine) -> None:
 class ShardErrors:
     """On every rank: how far its shards of the gradients are from the reference."""
 
-    def __init__(self, engine: Engine, hf: HFModel) -> None:
-        self.places: dict[str, list[tuple[Placed, int]]] = {}
+    def __init__(self, engine: Engine, hf: HFCheckpoint) -> None:
+        self.places: dict[str, list[tuple[PlacedParameter, int]]] = {}
         for place in (place for model in engine.models for place in place_parameters(model, hf)):
             for part, name in enumerate(place.hf):
                 self.places.setdefault(name, []).append((place, part))

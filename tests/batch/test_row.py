@@ -11,7 +11,7 @@ import torch
 
 from simpo_megatron.batch.row import BatchCounts, PreferenceBatch, RowFormat, pack_row
 from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, PairStore
-from tests.pairs import make_store
+from tests.support.pairs import make_store
 
 # Unequal prompts and responses; prompts and responses of a single token among them.
 LENGTHS = [(5, 3, 2), (1, 1, 4), (7, 2, 1), (2, 6, 3)]

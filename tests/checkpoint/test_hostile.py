@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.checkpoints import PROGRAMS, argv, to_megatron
-from tests.models import tiny
+from tests.support import families as tiny
+from tests.support.checkpoints import PROGRAMS, argv, to_megatron
 from tools import verify_checkpoint
 
 

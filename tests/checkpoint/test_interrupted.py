@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from simpo_megatron.checkpoint import slabs, to_hf, torch_dist, work
-from tests.checkpoint.checkpoints import PROGRAMS, argv, same_bits, tensors
-from tests.models import tiny
+from simpo_megatron.checkpoint import to_hf
+from simpo_megatron.checkpoint.formats import torch_dist_writer as torch_dist
+from simpo_megatron.checkpoint.transfer import cut as slabs
+from simpo_megatron.checkpoint.transfer import execute as work
+from tests.support import families as tiny
+from tests.support.checkpoints import PROGRAMS, argv, same_bits, tensors
 from tools import verify_checkpoint
 
 CALLS = ("pwrite", "preadv", "fdatasync", "fsync", "rename", "replace", "truncate", "unlink", "rmdir")

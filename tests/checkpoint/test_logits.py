@@ -8,16 +8,16 @@ from pathlib import Path
 
 from simpo_megatron.checkpoint.source import read_source
 from simpo_megatron.checkpoint.to_hf import read_checkpoint
-from tests.checkpoint.checkpoints import to_megatron
-from tests.distributed import free_environment
-from tests.models import tiny
+from tests.support import families as tiny
+from tests.support.checkpoints import to_megatron
+from tests.support.distributed import free_environment
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from simpo_megatron.checkpoint.source import read_source
 from simpo_megatron.checkpoint.to_hf import read_checkpoint
-from simpo_megatron.models.forward_check import compare_forward
+from simpo_megatron.verify.layers import compare_forward
 for pair in sys.argv[1:]:
     hf, release = map(Path, pair.split(":"))
     source = read_source(hf)

@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 
-from tests.checkpoint.checkpoints import IDS, to_megatron
-from tests.distributed import free_environment
-from tests.models import tiny
+from tests.support import families as tiny
+from tests.support.checkpoints import IDS, to_megatron
+from tests.support.distributed import free_environment
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
 pytestmark = pytest.mark.skipif(
@@ -38,8 +38,8 @@ from simpo_megatron import compat, cpu
 compat.quiet_megatron()
 cpu.enable()
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-from tests.checkpoint.checkpoints import IDS, build_empty
-from tests.models import tiny
+from tests.support.checkpoints import IDS, build_empty
+from tests.support import families as tiny
 sys.path.append(megatron_lm)  # last: it has a package named tools, too
 for absent in ("six", "megatron.core.transformer.custom_layers.batch_invariant_kernels"):  # BERT's tokenizer, triton kernels
     sys.modules.setdefault(absent, MagicMock())

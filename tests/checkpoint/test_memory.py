@@ -9,14 +9,19 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from tests.checkpoint.checkpoints import argv
-from tests.distributed import free_environment
+from tests.support.checkpoints import argv
+from tests.support.distributed import free_environment
 
 MIB = 2**20
 # Prints the peak resident bytes before and after the work itself.
 PROGRAM = """
 import resource, sys
-from simpo_megatron.checkpoint import dist_reader, legacy_reader, manifest, plan, slabs, to_hf, to_megatron, verify, zips
+from simpo_megatron.checkpoint import manifest, to_hf, to_megatron, verify
+from simpo_megatron.checkpoint.formats import torch_dist_reader as dist_reader
+from simpo_megatron.checkpoint.formats import rank_files_reader as legacy_reader
+from simpo_megatron.checkpoint import estimate as plan
+from simpo_megatron.checkpoint.transfer import cut as slabs
+from simpo_megatron.checkpoint.formats import torch_save_file as zips
 import torch
 zips.lay_out(lambda: torch.empty(4))
 from torch.distributed.checkpoint import filesystem

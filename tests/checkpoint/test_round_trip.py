@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.checkpoints import (
+from tests.support import families as tiny
+from tests.support.checkpoints import (
     IDS,
     dist_logits,
     legacy_logits,
@@ -19,7 +20,6 @@ from tests.checkpoint.checkpoints import (
     to_hf,
     to_megatron,
 )
-from tests.models import tiny
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}

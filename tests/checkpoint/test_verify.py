@@ -14,8 +14,8 @@ from simpo_megatron.checkpoint.manifest import check_manifest
 from simpo_megatron.checkpoint.source import read_source
 from simpo_megatron.checkpoint.to_hf import read_checkpoint
 from simpo_megatron.errors import UserError
-from tests.checkpoint.checkpoints import argv, to_megatron
-from tests.models import tiny
+from tests.support import families as tiny
+from tests.support.checkpoints import argv, to_megatron
 from tools import verify_checkpoint
 
 FORMATS = {

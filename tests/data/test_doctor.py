@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from toy_tokenizers import MISTRAL, THINKING, toy, with_template
 
 from simpo_megatron.data import DataOptions
 from simpo_megatron.data.doctor import CHECKS, Doctor, packing_figures
 from simpo_megatron.data.prepare import prepare
-from simpo_megatron.data.prepared import PreparedPairs
+from simpo_megatron.data.prepared_set import PreparedPairs
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.report import print_report, write_html
+from tests.support.toy_tokenizers import MISTRAL, THINKING, toy, with_template
 
 OPTIONS = DataOptions(max_length=60, max_prompt_length=30)
 

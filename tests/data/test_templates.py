@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_templates import ANSWER, FAMILIES, FINAL, LOSSLESS, QUESTION, REPLY, ends_of, tokenizer_of
 
 from simpo_megatron.batch.row import BatchCounts, RowFormat, pack_row
 from simpo_megatron.data import DataOptions
-from simpo_megatron.data.encode import encode_rows
-from simpo_megatron.data.tokenize import PairEncoder
+from simpo_megatron.data.clean import encode_rows
+from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.errors import UserError
+from tests.support.real_templates import ANSWER, FAMILIES, FINAL, LOSSLESS, QUESTION, REPLY, ends_of, tokenizer_of
 
 OPTIONS = DataOptions(max_length=4000, max_prompt_length=2000)
 

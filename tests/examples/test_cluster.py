@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from simpo_megatron.arguments import read_yaml
-from simpo_megatron.config import ParallelConfig
-from simpo_megatron.models.hf import read_hf_config
-from simpo_megatron.plan.layouts import Request, legal, plan
-from tests.distributed import free_environment
-from tests.tiny import make_checkpoint, make_rows, write_rows
+from simpo_megatron.config.arguments import read_yaml
+from simpo_megatron.models.hf_checkpoint import read_hf_config
+from simpo_megatron.parallel.config import ParallelConfig
+from simpo_megatron.planning.layouts import Request, legal, plan
+from tests.support.distributed import free_environment
+from tests.support.tiny import make_checkpoint, make_rows, write_rows
 from tools.verify_layout import parse_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,7 +14,7 @@ import torch
 
 from simpo_megatron.data.schema import parse_preference
 from simpo_megatron.errors import UserError
-from tests.tiny import make_rows, write_rows
+from tests.support.tiny import make_rows, write_rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simpo_megatron.head import kernels, layer, slabs
 from simpo_megatron.head.slabs import cut_slabs
-from tests.distributed import Collectives
-from tests.head.problems import (
+from tests.support.distributed import Collectives
+from tests.support.head_problems import (
     HIDDEN,
     PADDED,
     PAIR_LOSSES,
@@ -35,7 +35,7 @@ from tests.head.problems import (
     sigmoid,
     weighted_nll,
 )
-from tests.memory import peak_allocated
+from tests.support.memory import peak_allocated
 
 
 def check_problems(

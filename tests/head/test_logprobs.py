@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from simpo_megatron.head import logprobs
 from simpo_megatron.head.logprobs import vocab_parallel_logprobs
-from tests.distributed import Collectives
+from tests.support.distributed import Collectives
 
 VOCAB, PADDED, TOKENS = 50, 64, 40
 

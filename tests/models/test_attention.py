@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simpo_megatron.models.spec import PackedAttention
-from tests.models.tiny import pack
+from tests.support.families import pack
 
 LENGTHS = [1, 40, 7, 16, 3]
 

@@ -10,7 +10,7 @@ import torch
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import padded_vocab_size, transformer_config
-from tests.models import tiny
+from tests.support import families as tiny
 
 
 def refusals(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from simpo_megatron.errors import UserError
-from tests.models import tiny
+from tests.support import families as tiny
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import tiny
+from tests.support import families as tiny
 
 LENGTHS = [17, 30, 5]  # the window of the Mistral model is 8, the original context of the Llama 3 model 32
 IDS = torch.randint(0, tiny.VOCAB, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(2))

@@ -16,14 +16,22 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from simpo_megatron.arguments import build_parser, flat, parse
+from simpo_megatron.config.arguments import build_parser, flat, parse
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES, Objective, PairScores
 from simpo_megatron.settings import setting
-from tests.models.tiny import on_disk
-from tests.steps import CASES, build_engine, command_line, gather_gradients, member_logps, one_thread, relative_error
+from tests.support.families import on_disk
+from tests.support.steps import (
+    CASES,
+    build_engine,
+    command_line,
+    gather_gradients,
+    member_logps,
+    one_thread,
+    relative_error,
+)
+from tests.support.tiny import make_checkpoint
 from tests.test_layouts import CP2, PP2, TP2
-from tests.tiny import make_checkpoint
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from simpo_megatron.data.prepared import PreparedPairs
-from tests.tiny import make_rows, make_tokenizer, write_rows
+from simpo_megatron.data.prepared_set import PreparedPairs
+from tests.support.tiny import make_rows, make_tokenizer, write_rows
 from tools import build_pairs, inspect_data, preprocess_preferences
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.errors import UserError
-from tests.distributed import free_environment
-from tests.tiny import make_checkpoint, make_rows, write_rows
+from tests.support.distributed import free_environment
+from tests.support.tiny import make_checkpoint, make_rows, write_rows
 from tools.verify_layout import parse_arguments
 
 PROGRAM = str(Path(__file__).parents[2] / "tools" / "verify_layout.py")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.trainer.checkpointing import TRACKER, check_writable, checkpoint_dir, latest_step
-from tests.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
-from tests.trainer.runs import flags, read_rows, run_and_read, train
+from tests.support.runs import flags, read_rows, run_and_read, train
+from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
 MEASURED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "learning_rate")
 

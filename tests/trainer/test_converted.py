@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.checkpoints import same_bits, tensors, to_hf, to_megatron
-from tests.tiny import make_checkpoint, make_rows, write_rows
-from tests.trainer.runs import flags, read_rows, run_and_read, train
+from tests.support.checkpoints import same_bits, tensors, to_hf, to_megatron
+from tests.support.runs import flags, read_rows, run_and_read, train
+from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
 
 @pytest.fixture(scope="module")

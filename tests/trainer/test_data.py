@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from simpo_megatron.data.config import DataConfig
+from simpo_megatron.config.data import DataConfig
 from simpo_megatron.data.prepare import prepare
-from tests.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
-from tests.trainer.runs import flags, run_and_read, train
+from tests.support.runs import flags, run_and_read, train
+from tests.support.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
 
 OPTIONS = DataConfig(train_data=("unused",), seq_length=512).options
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.trainer.checkpointing import TRACKER
-from tests.tiny import make_checkpoint, make_rows, write_rows
-from tests.trainer.runs import flags, read_rows, run_and_read, train
+from tests.support.runs import flags, read_rows, run_and_read, train
+from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from simpo_megatron.data import pairs_of_batch
-from tests.tiny import make_checkpoint, make_rows, write_rows
-from tests.trainer.runs import flags, run_and_read
+from tests.support.runs import flags, run_and_read
+from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
 STEPS, BATCH, PAIRS, SEED = 20, 8, 56, 7
 BETA, GAMMA, LR = 2.5, 1.375, 3e-3

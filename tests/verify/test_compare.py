@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from simpo_megatron.models.hf import read_hf_checkpoint
+from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.verify.reference import Reference
-from tests.models import tiny as families
-from tests.pairs import make_store
-from tests.planted import PLANTED, planted
-from tests.steps import CASES, oracle
+from tests.support import families
+from tests.support.pairs import make_store
+from tests.support.planted import PLANTED, planted
+from tests.support.runs import flags
+from tests.support.steps import CASES, oracle
+from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 from tests.test_layouts import CP2, EP2, SP, VPP, WHOLE, check_layout
-from tests.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
-from tests.trainer.runs import flags
 from tools import verify_layout
 
 SEQ_LENGTH = 256
@@ -109,7 +109,7 @@ def test_experts_are_verified_in_fp32(pool, inputs, capfd) -> None:
 
 
 def run_planted_case(checkpoint: Path, layout: dict[str, Any], mistake: str, names: list[str]) -> Any:
-    from tests.steps import run_cases
+    from tests.support.steps import run_cases
 
     with planted(mistake):
         return run_cases(checkpoint, layout, names)

@@ -1,0 +1,247 @@
+"""Command line and YAML file -> `config.Config`. Flags win over the file, the file over the preset, that over the defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simpo_megatron.config.data import OPTIONS, DataConfig
+from simpo_megatron.config.presets import PRESETS
+from simpo_megatron.config.run import Config
+from simpo_megatron.errors import UserError
+from simpo_megatron.objectives import OBJECTIVES, Objective
+from simpo_megatron.program import Parser
+from simpo_megatron.settings import choices, flag, require
+
+GROUPS: dict[str, type] = {
+    field.name: typing.get_type_hints(Config)[field.name]
+    for field in dataclasses.fields(Config)
+    if field.name != "objective"
+}
+DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
+# A setting takes back what a lower layer said of the other: they are two ways to say one thing, or the other's default follows.
+TAKES_BACK = {
+    "simpo_gamma": "simpo_gamma_beta_ratio",
+    "simpo_gamma_beta_ratio": "simpo_gamma",
+    "train_iters": "train_epochs",
+    "train_epochs": "train_iters",
+    "max_length": "max_prompt_length",
+}
+METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+
+
+def _value_type(annotation: Any) -> type:
+    """`int` of `int | None`, `str` of a Literal."""
+    if choices(annotation):
+        return str
+    return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+
+
+def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
+    """Group (an objective's is its name), field and annotation of every setting."""
+    return [
+        (group, field, typing.get_type_hints(cls)[field.name])
+        for group, cls in (*OBJECTIVES.items(), *GROUPS.items())
+        for field in dataclasses.fields(cls)
+    ]
+
+
+def build_parser(
+    prog: str = "torchrun --nproc-per-node N -m simpo_megatron.train",
+    description: str = "SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, "
+    "aligned Hugging Face checkpoint out.",
+) -> argparse.ArgumentParser:
+    """A parser of every setting, for the training program unless said otherwise; a flag that is not given is absent from
+    the namespace."""
+    parser = Parser(
+        prog=prog,
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the same names, e.g. `train_iters: 100`; flags win")
+    add_objectives(parser)
+    for cls in GROUPS.values():
+        add_settings(parser.add_argument_group(str(cls.__doc__)), cls)
+    return parser
+
+
+def add_objectives(parser: argparse.ArgumentParser, with_defaults: bool = False) -> None:
+    """Adds `--objective` and the flags of every objective; arguments as for `add_settings`."""
+    section = parser.add_argument_group("objective")
+    default: dict[str, Any] = {"default": DEFAULT_OBJECTIVE} if with_defaults else {}
+    text = f"what is trained for (default {DEFAULT_OBJECTIVE})"
+    section.add_argument("--objective", choices=tuple(OBJECTIVES), help=text, **default)
+    for cls in OBJECTIVES.values():
+        if dataclasses.fields(cls):
+            add_settings(parser.add_argument_group(str(cls.__doc__)), cls, with_defaults=with_defaults)
+
+
+def build_objective(settings: dict[str, Any]) -> Objective:
+    """The objective that settings name, with its own settings among them.
+
+    Raises:
+        UserError: it is not known, or its settings contradict each other.
+    """
+    name = settings.get("objective", DEFAULT_OBJECTIVE)
+    require(name in OBJECTIVES, f"--objective {name} is not known; use {' or '.join(OBJECTIVES)}")
+    return _build(OBJECTIVES[name], settings)
+
+
+def _build(group: type, settings: dict[str, Any]) -> Any:
+    """A group from those of the settings that are its fields."""
+    return group(**{field.name: settings[field.name] for field in dataclasses.fields(group) if field.name in settings})
+
+
+def add_settings(section: Any, group: type, names: Sequence[str] | None = None, with_defaults: bool = False) -> None:
+    """Adds a group's fields as flags to a parser or a section of one.
+
+    Args:
+        section: what has `add_argument`.
+        group: the dataclass.
+        names: of the fields; None for all.
+        with_defaults: a flag that is not given is its default; else it is absent.
+    """
+    annotations = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        if names is None or field.name in names:
+            _add(section, field, annotations[field.name], {"default": field.default} if with_defaults else {})
+
+
+def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[str, Any]) -> None:
+    text = field.metadata["help"]
+    if field.default is not None:
+        text += f" (default {field.default})"
+    name, kind, allowed = flag(field.name), _value_type(annotation), choices(annotation)
+    if kind is bool:
+        section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
+    elif typing.get_origin(kind) is tuple:
+        section.add_argument(name, nargs="+", help=text, metavar="SOURCE", **options)
+    elif allowed:
+        section.add_argument(name, choices=allowed, help=text, **options)
+    else:
+        section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind], **options)
+
+
+def data_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for a tool that makes pairs of rows: it has training's flags on that, and the tool adds its own."""
+    parser = Parser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help="training's YAML file, for the settings below and its preset's")
+    add_settings(parser.add_argument_group("rows to pairs, as in training"), DataConfig, (*OPTIONS, "seq_length"))
+    return parser
+
+
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """What the flags of `data_parser` say, over its --config, with training's defaults."""
+    settings = _with_file(vars(args))
+    given = {name: settings[name] for name in (*OPTIONS, "seq_length") if name in settings}
+    return DataConfig(train_data=("unused",), **given)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, by field name and in the field's type."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold `name: value` lines, not a {type(content).__name__}")
+    annotations = {"objective": str, **{field.name: annotation for _, field, annotation in _fields()}}
+    settings = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in annotations:
+            raise UserError(f"--config {path}: {key} is not a setting; --help lists them")
+        try:
+            settings[name] = _convert(value, annotations[name])
+        except (TypeError, ValueError, OverflowError) as error:
+            kind = getattr(_value_type(annotations[name]), "__name__", "list")
+            raise UserError(f"--config {path}: {key}: {value!r} is not of type {kind}") from error
+    return settings
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+    kind: Any = _value_type(annotation)
+    if value is None and type(None) in typing.get_args(annotation):
+        return None
+    if typing.get_origin(kind) is tuple:
+        return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
+    if value is None or (kind is bool) != isinstance(value, bool):
+        raise TypeError
+    if kind is int and int(value) != float(value):
+        raise ValueError
+    return kind(value)  # YAML reads 1e-6 as a string: float() takes it
+
+
+def layered(*layers: dict[str, Any]) -> dict[str, Any]:
+    """The settings of several layers, of which later ones win.
+
+    >>> layered({"train_epochs": 1.0, "lr": 1e-6}, {"train_iters": 5})
+    {'lr': 1e-06, 'train_iters': 5}
+    """
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        for name, other in TAKES_BACK.items():
+            if layer.get(name) is not None:
+                settings.pop(other, None)
+        settings |= layer
+    return settings
+
+
+def _with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Flags over the file that `config` of them names, that over its preset, that over `defaults`."""
+    path = given.get("config")
+    file = read_yaml(path) if path else {}
+    preset = {**(defaults or {}), **file, **given}.get("preset")
+    require(preset is None or preset in PRESETS, f"--preset {preset} is not known; use {' or '.join(PRESETS)}")
+    return layered(defaults or {}, PRESETS.get(str(preset), {}), file, given)
+
+
+def parse(
+    argv: Sequence[str] | None = None,
+    parser: argparse.ArgumentParser | None = None,
+    defaults: dict[str, Any] | None = None,
+    fixed: dict[str, Any] | None = None,
+) -> Config:
+    """The configuration of the command line.
+
+    Args:
+        argv: the flags; None for those of this process.
+        parser: from `build_parser`, with more flags for fields; None for the training program's.
+        defaults: settings by field name where neither a flag nor the file gives them.
+        fixed: settings of another program than training, whatever the file says; giving the flag is a mistake.
+
+    Raises:
+        UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
+    """
+    given = vars((parser or build_parser()).parse_args(argv))
+    for name in given.keys() & (fixed or {}).keys():
+        raise UserError(f"{flag(name)} {given[name]} has no meaning here; drop it")
+    settings = layered(_with_file(given, defaults), fixed or {})
+    groups = {name: _build(group, settings) for name, group in GROUPS.items()}
+    return Config(objective=build_objective(settings), **groups)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by its name, paths and lists as strings: for logs and for the `args` of a checkpoint."""
+    groups = (config.objective, *(getattr(config, group) for group in GROUPS))
+    values = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    return {"objective": config.objective.name, **{name: _primitive(value) for name, value in values.items()}}
+
+
+def _primitive(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,63 @@
+"""What the mixture-of-experts families share: the router and the experts in place of the dense feed-forward.
+
+Hugging Face takes the softmax over all experts and keeps the best k; where it then divides the k weights by their sum, that
+is the softmax over the k logits alone, which Megatron computes at once (`moe_router_pre_softmax=False`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs
+from simpo_megatron.models.family import Weight, required
+
+
+def num_experts(config: dict[str, Any]) -> int:
+    """Experts of a layer; `num_experts` of older configs is `num_local_experts` in newer ones."""
+    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    return required(config, key)
+
+
+def moe_kwargs(config: dict[str, Any], *, ffn: int, norm_topk_prob: bool) -> dict[str, Any]:
+    """The arguments of TransformerConfig of a model whose every layer has experts.
+
+    Args:
+        config: config.json.
+        ffn: the intermediate size of one expert.
+        norm_topk_prob: the weights of the chosen experts are divided by their sum.
+
+    Raises:
+        UserError: as `dense_kwargs`, or more experts a token than there are.
+    """
+    experts, topk = num_experts(config), required(config, "num_experts_per_tok")
+    if topk > experts:
+        raise UserError(f"config.json sets num_experts_per_tok to {topk}, but the model has {experts} experts a layer")
+    return {
+        **dense_kwargs(config),
+        "num_moe_experts": experts,
+        "moe_ffn_hidden_size": ffn,
+        "moe_router_topk": topk,
+        "moe_router_pre_softmax": not norm_topk_prob,
+    }
+
+
+def moe_feed_forward(
+    config: dict[str, Any], *, ffn: int, block: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> tuple[Weight, ...]:
+    """The rows of the router and of the experts.
+
+    Args:
+        config: config.json.
+        ffn: the intermediate size of one expert.
+        block: what the checkpoint calls the module of router and experts.
+        parts: what it calls gate, up and down.
+    """
+    hidden, experts = required(config, "hidden_size"), num_experts(config)
+    gate, up, down = (f"{LAYER}{block}.experts.{{expert}}.{part}.weight" for part in parts)
+    expert = f"{BLOCK}mlp.experts.local_experts.{{expert}}."
+    return (
+        Weight(f"{BLOCK}mlp.router.weight", (f"{LAYER}{block}.gate.weight",), ((experts, hidden),), "copy", None),
+        Weight(f"{expert}linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), "gate_up", 0, experts=experts),
+        Weight(f"{expert}linear_fc2.weight", (down,), ((hidden, ffn),), "copy", 1, experts=experts),
+    )

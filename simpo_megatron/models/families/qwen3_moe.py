@@ -1,0 +1,28 @@
+"""Qwen3 with experts in every layer: Qwen3-30B-A3B, Qwen3-235B-A22B."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simpo_megatron.models.families.dense import dense_weights
+from simpo_megatron.models.families.moe import moe_feed_forward, moe_kwargs
+from simpo_megatron.models.family import Family, Weight, refuse, required
+
+
+def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
+    refuse(config, "use_sliding_window", False, None, mend="set it to false, which is exact up to the window's length")
+    refuse(config, "attention_bias", False, None, mend="only Qwen3 models without biases run")
+    refuse(config, "decoder_sparse_step", 1, mend="only models with experts in every layer run")
+    refuse(config, "mlp_only_layers", [], None, mend="only models with experts in every layer run")
+    kwargs = moe_kwargs(
+        config, ffn=required(config, "moe_intermediate_size"), norm_topk_prob=bool(config.get("norm_topk_prob", False))
+    )
+    return {**kwargs, "qk_layernorm": True}
+
+
+def _weights(config: dict[str, Any]) -> tuple[Weight, ...]:
+    experts = moe_feed_forward(config, ffn=required(config, "moe_intermediate_size"), block="mlp")
+    return dense_weights(config, qk_norm=True, feed_forward=experts)
+
+
+QWEN3_MOE = Family("Qwen3-MoE", ("qwen3_moe",), _transformer_kwargs, _weights)

@@ -1,0 +1,75 @@
+"""The parallel layout that the user asks for, checked as far as it can be without the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from simpo_megatron.settings import Group, require, setting
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Group):
+    """parallel layout"""
+
+    tensor_model_parallel_size: int = setting(1, "ranks that share every layer")
+    pipeline_model_parallel_size: int = setting(1, "stages the layers are cut into")
+    num_layers_per_virtual_pipeline_stage: int | None = setting(None, "interleaved schedule: layers of one model chunk")
+    decoder_first_pipeline_num_layers: int | None = setting(None, "layers of the first stage, where stages are uneven")
+    decoder_last_pipeline_num_layers: int | None = setting(None, "layers of the last stage, where stages are uneven")
+    sequence_parallel: bool = setting(False, "shard activations between tensor-parallel regions")
+    context_parallel_size: int = setting(1, "ranks that share every sequence")
+    expert_model_parallel_size: int = setting(1, "ranks that share the experts of a layer")
+    expert_tensor_parallel_size: int | None = setting(
+        None, "ranks that share every expert; default --tensor-model-parallel-size"
+    )
+    use_distributed_optimizer: bool = setting(True, "shard optimizer state over the data-parallel ranks")
+    overlap_grad_reduce: bool = setting(False, "reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = setting(False, "gather parameters while the forward pass runs")
+    recompute_granularity: Literal["selective", "full"] | None = setting(
+        None, "recompute activations: attention alone, or whole layers"
+    )
+    recompute_method: Literal["uniform", "block"] | None = setting(None, "with full recompute: which layers")
+    recompute_num_layers: int | None = setting(None, "with full recompute: layers a recomputed block holds")
+    variable_seq_lengths: bool = setting(
+        True, "end every row after its last pair; off: pad each to --seq-length, so that shapes never change"
+    )
+    distributed_timeout_minutes: int = setting(10, "give up on a collective after this long")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive(
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
+            "num_layers_per_virtual_pipeline_stage",
+            "recompute_num_layers",
+            "distributed_timeout_minutes",
+        )
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "--sequence-parallel needs --tensor-model-parallel-size of at least 2; drop it for a single tensor rank",
+        )
+        require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",
+        )
+        full = self.recompute_granularity == "full"
+        require(
+            all((given is not None) == full for given in (self.recompute_method, self.recompute_num_layers)),
+            "--recompute-granularity full goes with --recompute-method and --recompute-num-layers, and they with it",
+        )
+        uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
+        require(
+            not uneven or self.pipeline_model_parallel_size > 1,
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers need "
+            "--pipeline-model-parallel-size of at least 2",
+        )
+        require(
+            self.num_layers_per_virtual_pipeline_stage is None or self.pipeline_model_parallel_size > 1,
+            "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2",
+        )

@@ -1,0 +1,229 @@
+"""Layouts that a model cannot have, each refused with the nearest values that it can.
+
+Some of them Megatron would refuse in its own words, some it would train on with wrong numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.parallel.context import round_up, sequence_multiple
+from simpo_megatron.settings import flag
+
+if TYPE_CHECKING:
+    from simpo_megatron.parallel.config import ParallelConfig
+
+
+def join_or(values: Iterable[int]) -> str:
+    """A list for people.
+
+    >>> join_or([1, 2, 4])
+    '1, 2 or 4'
+    """
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def layout_arguments(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
+    """A layout as arguments of TransformerConfig, for a model of this many layers.
+
+    Raises:
+        UserError: the chunks of virtual stages, or of recomputation, do not divide the layers.
+    """
+    stages, chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    if chunk is not None and num_layers % (stages * chunk):
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {chunk} x --pipeline-model-parallel-size {stages} does not divide "
+            f"the model's {num_layers} layers; choose a chunk size that does"
+        )
+    virtual = 1 if chunk is None else num_layers // (stages * chunk)
+    layers = num_layers // (stages * virtual)
+    if parallel.recompute_method == "uniform" and layers % (parallel.recompute_num_layers or 1):
+        raise UserError(
+            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {layers} layers of a model chunk; "
+            "choose a number that does, or --recompute-method block"
+        )
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "num_layers_in_first_pipeline_stage": parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
+        "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "recompute_granularity": parallel.recompute_granularity,
+        "recompute_method": parallel.recompute_method,
+        "recompute_num_layers": parallel.recompute_num_layers,
+        "variable_seq_lengths": parallel.variable_seq_lengths,
+    }
+
+
+def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    """Checks a layout against a model.
+
+    Args:
+        model: the arguments of TransformerConfig that describe the architecture (`Family.transformer_kwargs`).
+        parallel: those that describe the layout; absent is Megatron's default.
+
+    Raises:
+        UserError: the layout does not divide the model, or Megatron would train it wrongly.
+    """
+    _check_tensor_parallel(model, parallel)
+    _check_experts(model, parallel)
+    _check_pipeline(model["num_layers"], parallel)
+
+
+def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    tp = parallel.get("tensor_model_parallel_size", 1)
+    keys = ["num_query_groups", "num_attention_heads"]
+    sizes = {key: model[key] for key in (keys if "num_moe_experts" in model else [*keys, "ffn_hidden_size"])}
+    for key, size in sizes.items():
+        if size % tp:
+            listed = join_or(divisors(math.gcd(*sizes.values())))
+            raise UserError(f"--tensor-model-parallel-size {tp} does not divide {key} {size}; use {listed}")
+    if parallel.get("sequence_parallel") and tp == 1:
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; drop it, or split the tensors")
+
+
+def _check_experts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    experts, ep = model.get("num_moe_experts"), parallel.get("expert_model_parallel_size", 1)
+    tp = parallel.get("tensor_model_parallel_size", 1)
+    etp = parallel.get("expert_tensor_parallel_size")
+    if experts is None:
+        for name, size in (("--expert-model-parallel-size", ep), ("--expert-tensor-parallel-size", etp or 1)):
+            if size > 1:
+                raise UserError(f"{name} {size} needs a model with experts; this one is dense, drop the flag")
+        if coefficient := parallel.get("moe_aux_loss_coeff", 0):
+            raise UserError(
+                f"--moe-aux-loss-coeff {coefficient:g} needs a model with experts; this one is dense, drop it"
+            )
+        return
+    if experts % ep:
+        raise UserError(
+            f"--expert-model-parallel-size {ep} does not divide the {experts} experts of a layer; use "
+            f"{join_or(divisors(experts))}"
+        )
+    ffn = model["moe_ffn_hidden_size"]
+    if ffn % (etp or tp):
+        name = "--expert-tensor-parallel-size" if etp else "--tensor-model-parallel-size, which splits experts too,"
+        raise UserError(
+            f"{name} {etp or tp} does not divide moe_ffn_hidden_size {ffn}; give --expert-tensor-parallel-size "
+            f"{join_or(n for n in divisors(ffn) if n <= max(tp, etp or 1))}"
+        )
+    if tp > 1 and not parallel.get("sequence_parallel"):
+        raise UserError(
+            f"--tensor-model-parallel-size {tp} of a model with experts needs --sequence-parallel: without it Megatron "
+            "does not train experts; add it"
+        )
+
+
+def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
+    pp = parallel.get("pipeline_model_parallel_size", 1)
+    virtual = parallel.get("virtual_pipeline_model_parallel_size")
+    if virtual and pp == 1:
+        raise UserError("virtual pipeline stages need --pipeline-model-parallel-size above 1; drop them, or add stages")
+    if (
+        virtual
+        and pp == 2
+        and not (parallel.get("overlap_p2p_comm", True) and not parallel.get("batch_p2p_comm", False))
+    ):
+        raise UserError(
+            "virtual pipeline stages on 2 pipeline ranks need overlap_p2p_comm and no batch_p2p_comm: Megatron would "
+            "swap the tensors of the two directions; leave both unset"
+        )
+    if parallel.get("pipeline_model_parallel_layout") is not None:
+        return  # Megatron checks it
+    edges = {edge: parallel.get(f"num_layers_in_{edge}_pipeline_stage") for edge in ("first", "last")}
+    given = {f"--decoder-{edge}-pipeline-num-layers": n for edge, n in edges.items() if n is not None}
+    layers, stages = num_layers - sum(given.values()), pp - len(given)
+    chunks = stages * (virtual or 1)
+    if (chunks and layers >= chunks and layers % chunks == 0) or not (chunks or layers):
+        return
+    of = f"{stages} pipeline stages" + (f" of {virtual} virtual stages each" if virtual else "")
+    if given:
+        named = " and ".join(f"{name} {n}" for name, n in given.items())
+        raise UserError(
+            f"{named}: that leaves {layers} of the model's {num_layers} layers for {of}; give the edges so many that a "
+            f"positive multiple of {max(chunks, 1)} is left"
+        )
+    counts = [n // (virtual or 1) for n in divisors(num_layers) if n % (virtual or 1) == 0]
+    raise UserError(
+        f"{layers} of the model's {num_layers} layers do not divide into {of}; use --pipeline-model-parallel-size "
+        f"{join_or(counts or [1])}, or give the first and the last stage another number of layers"
+    )
+
+
+def check_rows(seq_length: int, parallel: ParallelConfig) -> None:
+    """Checks that context and sequence parallelism can cut rows of this many tokens.
+
+    Raises:
+        UserError: they cannot.
+    """
+    # Under context parallelism each half of a row must take the longest sequence, padded to its multiple.
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    multiple, why = 2 * sequence_multiple(context), f"4 x --context-parallel-size {context}"
+    if context == 1:
+        multiple, why = 1, ""
+    if parallel.sequence_parallel and not parallel.variable_seq_lengths:
+        multiple = math.lcm(multiple, context * tensor)
+        why += f"{' and ' if why else ''}--tensor-model-parallel-size {tensor}, which cuts rows of fixed length"
+    below, above = seq_length // multiple * multiple, round_up(seq_length, multiple)
+    near = " or ".join(str(n) for n in (below, above) if n)
+    if seq_length % multiple:
+        raise UserError(f"--seq-length {seq_length} must be a multiple of {multiple} ({why}); use {near}")
+
+
+def _cuts(experts: bool, parallel: dict[str, Any]) -> list[dict[str, int]]:
+    """The sizes Megatron cuts the processes into: for attention, and again for the experts."""
+    tensor, pipeline = parallel["tensor_model_parallel_size"], parallel["pipeline_model_parallel_size"]
+    cuts = [
+        {
+            "tensor_model_parallel_size": tensor,
+            "pipeline_model_parallel_size": pipeline,
+            "context_parallel_size": parallel["context_parallel_size"],
+        }
+    ]
+    if experts:
+        cuts.append(
+            {
+                "expert_tensor_parallel_size": parallel["expert_tensor_parallel_size"] or tensor,
+                "pipeline_model_parallel_size": pipeline,
+                "expert_model_parallel_size": parallel["expert_model_parallel_size"],
+            }
+        )
+    return cuts
+
+
+def processes_needed(experts: bool, parallel: dict[str, Any]) -> int:
+    """The number of processes a run needs a multiple of.
+
+    Args:
+        experts: whether the model has them.
+        parallel: as `check_layout` takes it.
+    """
+    return math.lcm(*(math.prod(cut.values()) for cut in _cuts(experts, parallel)))
+
+
+def check_processes(world_size: int, experts: bool, parallel: dict[str, Any]) -> None:
+    """Checks a number of processes against a layout; arguments as for `processes_needed`.
+
+    Raises:
+        UserError: they cannot be cut so.
+    """
+    for cut in _cuts(experts, parallel):
+        if world_size % math.prod(cut.values()):
+            named = " x ".join(f"{flag(name)} {size}" for name, size in cut.items())
+            raise UserError(
+                f"{world_size} processes cannot be cut into {named}; start a multiple of "
+                f"{processes_needed(experts, parallel)} (torchrun --nproc-per-node)"
+            )

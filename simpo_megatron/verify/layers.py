@@ -1,0 +1,151 @@
+"""Runs a Hugging Face checkpoint and a Megatron checkpoint in fp32, layer by layer, and compares what every layer computes.
+
+Each layer runs on the hidden states that transformers computed below it, so an error shows in the layer that makes it. One
+layer of either side is held at a time; Megatron's is a model of one layer in this process, built for one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from simpo_megatron import cpu
+from simpo_megatron.checkpoint.formats.dtypes import TORCH
+from simpo_megatron.checkpoint.parameters import StoredModel, StoredParameter
+from simpo_megatron.checkpoint.transfer.cut import stored_rects
+from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+
+TOLERANCE = 1e-5  # relative to the largest value, in fp32
+TOKENS = 48
+SHOWN = 5
+
+
+def compare_forward(hf: HFCheckpoint, saved: StoredModel, tolerance: float = TOLERANCE) -> int:
+    """Compares and prints; 0 where every layer and the logits agree, else 1. Needs no process group and makes one.
+
+    Args:
+        hf: the source; its layers are run by transformers.
+        saved: the checkpoint.
+        tolerance: the largest difference allowed, divided by the largest value.
+    """
+    errors = [
+        (name, error) for name, error in track(_errors(hf, saved), "forward", total=hf.num_layers + 2, transient=True)
+    ]
+    wrong = [(name, error) for name, error in errors if not error <= tolerance]
+    table = Table("computed by", "relative difference", "")
+    for name, error in wrong or sorted(errors, key=lambda entry: -entry[1])[:SHOWN]:
+        table.add_row(name, f"{error:.1e}", "WRONG" if not error <= tolerance else "ok")
+    Console(soft_wrap=True).print(table)
+    print(
+        f"{len(wrong)} of {len(errors)} differ, the first is {wrong[0][0]}"
+        if wrong
+        else f"{hf.num_layers} layers, embedding and logits compute the same"
+    )
+    return 1 if wrong else 0
+
+
+@torch.no_grad()
+def _errors(hf: HFCheckpoint, saved: StoredModel) -> Iterator[tuple[str, float]]:
+    """Name and relative difference of the embedding, of every layer and of the logits."""
+    from simpo_megatron.verify.reference import Reference
+
+    cpu.enable()
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ids = torch.randint(hf.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
+        reference, ours = Reference(hf, torch.float32, "cpu"), _OneLayer(hf, saved)
+        hidden = reference.embed(ids)
+        yield "embedding", _difference(ours.embed(ids), hidden)
+        for layer in range(hf.num_layers):
+            above = reference.layer(layer, hidden)
+            yield f"layer {layer}", _difference(ours.layer(layer, hidden), above)
+            hidden = above
+        yield "logits", _difference(ours.logits(hidden), reference.logits(hidden))
+    finally:
+        _leave()
+
+
+def _leave() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+class _OneLayer:
+    """Megatron's model with one layer, whose weights are read when it runs."""
+
+    def __init__(self, hf: HFCheckpoint, saved: StoredModel) -> None:
+        from dataclasses import replace
+
+        from megatron.core import parallel_state, tensor_parallel
+
+        from simpo_megatron.models.build import build_model, transformer_config
+
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        config = {**hf.config, "num_hidden_layers": 1}
+        if config.get("layer_types"):
+            config["layer_types"] = config["layer_types"][:1]
+        self.hf = replace(hf, config=config)
+        self.stored = {
+            (stored.item.weight.megatron, stored.item.layer, stored.item.expert): stored for stored in saved.parameters
+        }
+        [model] = build_model(self.hf, transformer_config(self.hf, bf16=False), transformer_impl="local")
+        self.model: Any = model.eval()
+
+    def _fill(self, layer: int | None) -> None:
+        """Reads the parameters of a layer, or those outside the layers."""
+        from simpo_megatron.models.placement import place_parameters
+
+        for place in place_parameters(self.model, self.hf):
+            if (place.layer is None) == (layer is None):
+                stored = self.stored[place.weight.megatron, layer or 0, place.expert or 0]
+                _read_into(stored, place.parameter)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[n] -> [1, n, H]"""
+        self._fill(None)
+        return self.model.embedding(ids[None], torch.arange(len(ids))[None]).transpose(0, 1)
+
+    def layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """[1, n, H] -> [1, n, H]"""
+        self._fill(layer)
+        rotary = self.model.rotary_pos_emb(hidden.shape[1])
+        above = self.model.decoder.layers[0](hidden.transpose(0, 1).contiguous(), None, rotary_pos_emb=rotary)
+        return above[0].transpose(0, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[1, n, H] -> [1, n, V]"""
+        normed = self.model.decoder.final_layernorm(hidden.transpose(0, 1).contiguous())
+        weight = self.model.shared_embedding_or_output_weight() if self.hf.tied else None
+        logits, _ = self.model.output_layer(normed, weight=weight)
+        return logits.transpose(0, 1)[..., : self.hf.vocab_size]
+
+
+def _read_into(stored: StoredParameter, parameter: torch.nn.Parameter) -> None:
+    import numpy as np
+
+    item, files = stored.item, Files(None)
+    buffer = np.zeros(item.size, np.uint8)
+    try:
+        for rect in stored_rects(stored):
+            read_rect(files, rect, buffer)
+    finally:
+        files.close()
+    tensor = torch.from_numpy(buffer).view(TORCH[item.dtype]).view(item.shape)
+    parameter.data.zero_()
+    parameter.data[: item.rows].copy_(tensor)

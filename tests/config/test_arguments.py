@@ -1,0 +1,333 @@
+"""`arguments.py` and `config.py`: flags, YAML, and one sentence naming the flag for everything that cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from simpo_megatron.config.arguments import GROUPS, build_parser, flat, parse
+from simpo_megatron.config.run import Config
+from simpo_megatron.errors import UserError
+from simpo_megatron.objectives import OBJECTIVES
+
+REQUIRED = ["--hf-checkpoint", "model", "--train-data", "pairs.jsonl"]
+ENOUGH = [*REQUIRED, "--train-iters", "10"]
+
+# The names other work relies on.
+INTERFACE = """
+--hf-checkpoint --train-data --valid-data --tensor-model-parallel-size --pipeline-model-parallel-size
+--global-batch-size --train-iters --train-epochs --seq-length --lr --min-lr --lr-decay-style --lr-warmup-fraction
+--weight-decay --adam-beta1 --adam-beta2 --clip-grad --simpo-beta --simpo-gamma --simpo-gamma-beta-ratio
+--simpo-sft-weight --objective --fp32 --seed --log-interval --eval-interval --save --save-interval --load --export-hf
+--device --config
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    return tmp_path / "run.yaml"
+
+
+def parse_yaml(path: Path, text: str, *flags: str) -> Config:
+    path.write_text(text)
+    return parse([*REQUIRED, "--config", str(path), *flags])
+
+
+def test_defaults() -> None:
+    config = parse(ENOUGH)
+    assert config.model.hf_checkpoint == Path("model") and config.data.train_data == ("pairs.jsonl",)
+    assert (config.objective.name, config.objective.simpo_beta, config.objective.gamma) == ("simpo", 2.0, 1.0)
+    assert config.objective.simpo_sft_weight == 0, "the paper's SimPO has no NLL term"
+    assert config.train.bf16 and not config.train.fp32
+    assert config.parallel.use_distributed_optimizer
+    assert config.data.max_length == config.data.seq_length // 2
+    assert config.objective.warnings(config.optimizer.lr, 10**10) == []
+
+
+def test_flags_reach_every_group() -> None:
+    flags = """
+    --train-epochs 0.5 --tensor-model-parallel-size 2 --sequence-parallel --seq-length 512 --simpo-beta 2.5
+    --simpo-gamma-beta-ratio 0.55 --lr 5e-7 --save out --save-interval 3 --fp32 --no-use-distributed-optimizer
+    --eval-interval 7
+    """
+    config = parse([*REQUIRED, *flags.split()])
+    assert config.train.train_epochs == 0.5 and config.train.train_iters is None
+    assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.sequence_parallel
+    assert not config.parallel.use_distributed_optimizer
+    assert (config.data.seq_length, config.data.max_length, config.data.max_prompt_length) == (512, 256, 128)
+    assert config.objective.gamma == pytest.approx(1.375)
+    assert config.optimizer.lr == 5e-7
+    assert config.checkpoint.save == Path("out") and config.checkpoint.save_interval == 3
+    assert config.train.fp32 and not config.train.bf16
+    assert config.log.eval_interval == 7
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(yaml_file: Path) -> None:
+    config = parse_yaml(yaml_file, "train_iters: 5\nlr: 3e-7\nsequence_parallel: false\n", "--lr", "4e-7")
+    assert (config.train.train_iters, config.optimizer.lr) == (5, 4e-7)
+    config = parse_yaml(yaml_file, "train_iters: 5\nbf16: true\nuse_distributed_optimizer: true\n", "--fp32")
+    assert config.train.fp32 and not config.train.bf16
+    assert not parse_yaml(
+        yaml_file, "train_iters: 5\nuse_distributed_optimizer: true", "--no-use-distributed-optimizer"
+    ).parallel.use_distributed_optimizer
+
+
+@pytest.mark.parametrize("key", ["global_batch_size", "global-batch-size"])
+def test_dashes_are_underscores(yaml_file: Path, key: str) -> None:
+    assert parse_yaml(yaml_file, f"train-iters: 1\n{key}: 6").train.global_batch_size == 6
+
+
+@pytest.mark.parametrize("number", ["1e-6", "1.0e-6", "0.000001", "'1e-6'"])
+def test_numbers_as_people_write_them(yaml_file: Path, number: str) -> None:
+    """YAML reads 1e-6 as a string."""
+    assert parse_yaml(yaml_file, f"train_iters: 1\nlr: {number}").optimizer.lr == 1e-6
+
+
+def test_yaml_values_take_the_type_of_the_setting(yaml_file: Path) -> None:
+    text = "train_iters: 10.0\nsave: out\nsimpo_beta: 2\nmax_length: null\nwandb_project: 7\nsimpo_gamma: 0"
+    config = parse_yaml(yaml_file, text)
+    assert config.train.train_iters == 10 and isinstance(config.train.train_iters, int)
+    assert config.checkpoint.save == Path("out")
+    assert isinstance(config.objective.simpo_beta, float) and config.objective.gamma == 0
+    assert config.data.max_length == config.data.seq_length // 2
+    assert config.log.wandb_project == "7"
+
+
+def test_an_empty_file_sets_nothing(yaml_file: Path) -> None:
+    assert parse_yaml(yaml_file, "# nothing\n", "--train-iters", "10") == parse(ENOUGH)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("train_iter: 5", "train_iter is not a setting; --help lists them"),
+        ("config: other.yaml", "config is not a setting"),
+        ("train_iters: many", "train_iters: 'many' is not of type int"),
+        ("train_iters: 1.5", "train_iters: 1.5 is not of type int"),
+        ("train_iters: .inf", "train_iters: inf is not of type int"),
+        ("train_iters: true", "train_iters: True is not of type int"),
+        ("train_iters: [1]", "train_iters: [1] is not of type int"),
+        ("lr: fast", "lr: 'fast' is not of type float"),
+        ("lr:", "lr: None is not of type float"),
+        ("seed: null", "seed: None is not of type int"),
+        ("fp32: 1", "fp32: 1 is not of type bool"),
+        ("fp32: 'yes'", "fp32: 'yes' is not of type bool"),
+        ("save: 3", "save: 3 is not of type Path"),
+        ("- train_iters", "must hold `name: value` lines, not a list"),
+        ("train_iters", "must hold `name: value` lines, not a str"),
+        ("train_iters: [1", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_named(yaml_file: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse_yaml(yaml_file, text)
+    message = str(raised.value)
+    assert message.startswith(f"--config {yaml_file}") and words in message and "\n" not in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(UserError, match=f"--config {path} cannot be read"):
+            parse([*ENOUGH, "--config", str(path)])
+
+
+PP2 = ["--pipeline-model-parallel-size", "2"]
+SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        # what argparse sees
+        (["--simpo-gama", "1"], "unrecognized arguments: --simpo-gama 1; --help lists the flags"),
+        (["--simpo-gam", "1"], "unrecognized arguments: --simpo-gam"),  # no abbreviations
+        (["stray"], "unrecognized arguments: stray"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--global-batch-size", "1.5"], "argument --global-batch-size: invalid int value: '1.5'"),
+        (["--lr"], "argument --lr: expected one argument"),
+        (["--objective", "dpo"], "argument --objective: invalid choice: 'dpo'"),
+        (["--lr-decay-style", "step"], "argument --lr-decay-style: invalid choice"),
+        # model and layout
+        (["--head", "eager"], "argument --head: invalid choice: 'eager'"),
+        (
+            ["--head-slab-bytes", "256 megs"],
+            "--head-slab-bytes 256 megs is no size; give bytes, or e.g. 256MiB or 1.5GB",
+        ),
+        (["--head-slab-bytes", "9" * 400], "9 is no size; give bytes"),
+        (["--head-slab-bytes", "0"], "--head-slab-bytes 0 is no size"),
+        (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0 must be greater than 0"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be greater than 0"),
+        (["--pipeline-model-parallel-size", "-1"], "--pipeline-model-parallel-size -1 must be greater than 0"),
+        (["--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel-size of at least 2"),
+        (["--overlap-param-gather"], "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad"),
+        (["--recompute-granularity", "full"], "--recompute-granularity full goes with --recompute-method and"),
+        (["--recompute-method", "uniform", "--recompute-num-layers", "1"], "--recompute-granularity full goes with"),
+        (["--recompute-method", "uniform"], "--recompute-granularity full goes with"),
+        (["--decoder-first-pipeline-num-layers", "1"], "--pipeline-model-parallel-size of at least 2"),
+        ([*PP2, "--decoder-last-pipeline-num-layers", "0"], "--decoder-last-pipeline-num-layers 0 must be greater"),
+        (["--num-layers-per-virtual-pipeline-stage", "1"], "needs --pipeline-model-parallel-size of at least 2"),
+        ([*PP2, "--num-layers-per-virtual-pipeline-stage", "0"], "--num-layers-per-virtual-pipeline-stage 0 must be"),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "0"],
+            "--recompute-num-layers 0 must be greater than 0",
+        ),
+        (["--distributed-timeout-minutes", "0"], "--distributed-timeout-minutes 0 must be greater than 0"),
+        (
+            [*SP2, "--no-variable-seq-lengths", "--seq-length", "511"],
+            "must be a multiple of 2 (--tensor-model-parallel",
+        ),
+        (
+            ["--context-parallel-size", "2", "--seq-length", "1020"],
+            "1020 must be a multiple of 8 (4 x --context-parallel",
+        ),
+        (["--context-parallel-size", "2", "--seq-length", "5"], "use 8"),
+        (
+            [*SP2, "--no-variable-seq-lengths", "--context-parallel-size", "3", "--seq-length", "90"],
+            "multiple of 12 (4 x --context-parallel-size 3 and --tensor-model-parallel-size 2, which cuts rows of fixed "
+            "length); use 84 or 96",
+        ),
+        (["--context-parallel-size", "0"], "--context-parallel-size 0 must be greater than 0"),
+        (["--expert-model-parallel-size", "0"], "--expert-model-parallel-size 0 must be greater than 0"),
+        (["--moe-aux-loss-coeff", "-1"], "--moe-aux-loss-coeff -1.0 must not be negative"),
+        # data
+        (["--seq-length", "0"], "--seq-length 0 must be greater than 0"),
+        (["--max-length", "0"], "--max-length 0 must be greater than 0"),
+        (["--max-length", "1"], "--max-length 1 leaves no room for a prompt and a response"),
+        (["--max-prompt-length", "0"], "--max-prompt-length 0 must be greater than 0"),
+        (
+            ["--seq-length", "100", "--max-length", "51"],
+            "--max-length 51 lets a pair outgrow its row; use at most half",
+        ),
+        (
+            ["--max-length", "8", "--max-prompt-length", "8"],
+            "--max-prompt-length (8) must be less than --max-length (8)",
+        ),
+        # loss
+        (["--simpo-beta", "0"], "--simpo-beta 0.0 must be greater than 0"),
+        (["--simpo-beta", "nan"], "--simpo-beta nan must be a finite number"),
+        (["--simpo-gamma", "inf"], "--simpo-gamma inf must be a finite number"),
+        (["--simpo-gamma", "1", "--simpo-gamma-beta-ratio", "0.5"], "--simpo-gamma and --simpo-gamma-beta-ratio set"),
+        (["--simpo-label-smoothing", "0.5"], "--simpo-label-smoothing 0.5 must be at least 0 and less than 0.5"),
+        (["--simpo-label-smoothing", "-0.1"], "--simpo-label-smoothing -0.1 must be at least 0"),
+        (
+            ["--simpo-label-smoothing", "0.1", "--simpo-loss-type", "hinge"],
+            "--simpo-label-smoothing has no meaning with --simpo-loss-type hinge",
+        ),
+        (["--simpo-sft-weight", "-1"], "--simpo-sft-weight -1.0 must not be negative"),
+        # training
+        (["--fp16"], "--fp16 is not supported: a response's log-prob sum leaves fp16's range"),
+        (["--no-bf16"], "--no-bf16 leaves no precision; say --fp32"),
+        (["--global-batch-size", "0"], "--global-batch-size 0 must be greater than 0"),
+        (["--train-iters", "0"], "--train-iters 0 must be greater than 0"),
+        (["--train-epochs", "1"], "give one of --train-iters and --train-epochs, not both"),
+        (["--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--seed", "4294967296"], "--seed 4294967296 must be at least 0 and below 2**32"),
+        # optimizer
+        (["--lr", "0"], "--lr 0.0 must be greater than 0"),
+        (["--lr", "inf"], "--lr inf must be a finite number"),
+        (["--min-lr", "1"], "--min-lr 1.0 must lie between 0 and --lr 1e-06"),
+        (["--min-lr", "-1"], "--min-lr -1.0 must lie between 0 and --lr"),
+        (["--lr-warmup-fraction", "1"], "--lr-warmup-fraction 1.0 must be at least 0 and less than 1"),
+        (["--adam-beta1", "1"], "--adam-beta1 1.0 must be at least 0 and less than 1"),
+        (["--adam-beta2", "-0.5"], "--adam-beta2 -0.5 must be at least 0"),
+        (["--adam-eps", "0"], "--adam-eps 0.0 must be greater than 0"),
+        (["--weight-decay", "-1"], "--weight-decay -1.0 must not be negative"),
+        (["--clip-grad", "-1"], "--clip-grad -1.0 must not be negative"),
+        # checkpoints and logging
+        (["--save-interval", "5"], "--save-interval needs --save"),
+        (["--save", "out", "--save-interval", "0"], "--save-interval 0 must be greater than 0"),
+        (["--save", "out", "--export-hf", "out"], "--export-hf out is the --save folder too"),
+        (["--log-interval", "0"], "--log-interval 0 must be greater than 0"),
+        (["--eval-interval", "0"], "--eval-interval 0 must be greater than 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_sentence_with_its_flag(argv: list[str], words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse([*ENOUGH, *argv])
+    message = str(raised.value)
+    assert words in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--train-data", "d", "--train-iters", "1"], "--hf-checkpoint is missing"),
+        (["--hf-checkpoint", "m", "--train-iters", "1"], "--train-data is missing"),
+        (["--hf-checkpoint", "m", "--train-data", "d"], "give one of --train-iters and --train-epochs: neither is set"),
+        ([*REQUIRED, "--train-epochs", "0"], "--train-epochs 0.0 must be greater than 0"),
+    ],
+)
+def test_what_is_missing(argv: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse(argv)
+
+
+@pytest.mark.parametrize("text, size", [("1024", 1024), ("3KiB", 3072), ("256MiB", 2**28), ("2 GiB", 2**31)])
+def test_sizes(yaml_file: Path, text: str, size: int) -> None:
+    assert parse([*ENOUGH, "--head-slab-bytes", text]).model.slab_bytes == size
+    assert parse_yaml(yaml_file, f"train_iters: 1\nhead_slab_bytes: {text}").model.slab_bytes == size
+
+
+@pytest.mark.parametrize("text", ["objective: dpo", "simpo_loss_type: ipo", "tie_policy: keep", "device: tpu"])
+def test_choices_bind_in_the_file_too(yaml_file: Path, text: str) -> None:
+    name, value = text.split(": ")
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value} is not known; use "):
+        parse_yaml(yaml_file, text, "--train-iters", "1")
+
+
+def warnings(argv: list[str], num_parameters: float) -> list[str]:
+    """What a run of these flags is warned of, for a model of this size."""
+    config = parse(argv)
+    return config.objective.warnings(config.optimizer.lr, int(num_parameters))
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--lr", "1e-5"], "--lr 1e-05"),
+        (["--simpo-beta", "0.1"], "--simpo-beta 0.1"),
+        (["--simpo-beta", "2.5", "--simpo-gamma-beta-ratio", "1.4"], "gamma 3.5 exceeds beta 2.5"),
+        (["--simpo-sft-weight", "0.1"], "--simpo-sft-weight 0.1"),
+    ],
+)
+def test_warnings_one_by_one(argv: list[str], words: str) -> None:
+    [warning] = warnings([*ENOUGH, *argv], 10**10)
+    assert words in warning
+    assert warnings([*ENOUGH, *argv, "--objective", "sft"], 10**10) == [], "they are about SimPO"
+
+
+def test_small_models_take_larger_steps() -> None:
+    assert warnings([*ENOUGH, "--lr", "1e-3"], 10**6) == []
+
+
+def test_every_flag_of_the_interface_exists() -> None:
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    assert set(INTERFACE.split()) <= known
+
+
+def test_help_is_grouped_and_complete(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside a text
+    with pytest.raises(SystemExit) as raised:
+        parse(["--help"])
+    assert raised.value.code == 0
+    sections = capsys.readouterr().out.strip().split("\n\n")[2:]  # usage and description come first
+    shown = {title: lines for section in sections for title, *lines in [section.split("\n")]}
+    groups = [cls for cls in (*OBJECTIVES.values(), *GROUPS.values()) if dataclasses.fields(cls)]
+    assert list(shown) == ["options:", "objective:", *(f"{cls.__doc__}:" for cls in groups)]
+    for cls in groups:
+        lines = shown[f"{cls.__doc__}:"]
+        flags = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
+        assert flags == ["--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)]
+        for field in dataclasses.fields(cls):
+            assert any(field.metadata["help"] in line for line in lines), field.name
+
+
+def test_flat_holds_every_setting_as_a_primitive() -> None:
+    values = flat(parse([*ENOUGH, "--save", "out"]))
+    groups = (OBJECTIVES["simpo"], *GROUPS.values())
+    assert set(values) == {"objective", *(field.name for cls in groups for field in dataclasses.fields(cls))}
+    assert values["save"] == "out" and values["train_iters"] == 10
+    assert all(isinstance(value, str | int | float | bool | None) for value in values.values())

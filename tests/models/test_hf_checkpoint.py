@@ -1,0 +1,142 @@
+"""What is wrong with a checkpoint is one sentence, before anything is built."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf_checkpoint import check_tensors, read_hf_checkpoint
+from tests.support import families as tiny
+
+
+def change_config(path: Path, **values: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def change_tensors(path: Path, **tensors: torch.Tensor | None) -> None:
+    held = {**load_file(path / "model.safetensors"), **tensors}
+    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, path / "model.safetensors")
+
+
+def test_a_checkpoint_is_described(tmp_path: Path) -> None:
+    tiny.make("llama_tied", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    hf = read_hf_checkpoint(tmp_path)
+    check_tensors(hf)
+    assert (hf.vocab_size, hf.tied, hf.eos_token_ids, hf.family.name) == (tiny.VOCAB, True, (7, 9), "Llama")
+    (tmp_path / "generation_config.json").unlink()
+    assert read_hf_checkpoint(tmp_path).eos_token_ids == (2,)
+
+
+def test_reading_needs_neither_torch_nor_megatron() -> None:
+    code = (
+        "import simpo_megatron.models.hf_checkpoint, sys; print([m for m in ('torch', 'megatron') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
+    tiny.make("llama3", tmp_path)
+    new = read_hf_checkpoint(tmp_path).rope
+    change_config(tmp_path, rope_parameters=None, rope_theta=500000.0, rope_scaling=tiny.LLAMA3)
+    assert read_hf_checkpoint(tmp_path).rope == new
+    assert (new.theta, new.kind, new.original_max_position_embeddings) == (500000.0, "llama3", 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("llama", {"model_type": "gpt2"}, ["'gpt2'", "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"]),
+        ("llama", {"layer_types": 3}, ["config.json holds a value of the wrong kind"]),
+        ("llama", {"rope_parameters": {"rope_theta": "big"}}, ["a value of the wrong kind", "'big'"]),
+        ("llama", {"rope_parameters": [1]}, ["config.json holds a value of the wrong kind"]),
+        ("llama", {"rms_norm_eps": []}, ["config.json holds a value of the wrong kind"]),
+        ("llama", {"head_dim": "wide"}, ["head_dim", "'wide'"]),
+        ("llama", {"num_key_value_heads": -4}, ["num_key_value_heads", "-4"]),
+        ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise to 0.1", "set it to 0"]),
+        ("mixtral", {"num_experts_per_tok": 9}, ["num_experts_per_tok to 9", "4 experts"]),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers", "experts in every layer"]),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step"]),
+        ("llama", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
+        ("llama", {"attention_bias": True}, ["attention_bias"]),
+        ("llama", {"mlp_bias": True}, ["mlp_bias"]),
+        ("llama", {"num_hidden_layers": None}, ["num_hidden_layers"]),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["'yarn'", "llama3"]),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, ["'dynamic'"]),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["low_freq_factor"]),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+        ("qwen2", {"use_sliding_window": True}, ["use_sliding_window"]),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention"]),
+        ("qwen3", {"attention_bias": True}, ["attention_bias"]),
+    ],
+)
+def test_a_model_that_would_be_computed_differently_is_refused(
+    name: str, values: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    tiny.make(name, tmp_path)
+    change_config(tmp_path, **values)
+    with pytest.raises(UserError) as raised:
+        read_hf_checkpoint(tmp_path)
+    assert all(word in str(raised.value) for word in words)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is not a directory"):
+        read_hf_checkpoint(tmp_path / "nowhere")
+    tiny.make("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for length in (4, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"model\.safetensors is truncated"):
+            read_hf_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(UserError, match=r"names model-00001-of-00002\.safetensors, which does not exist"):
+        read_hf_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    file.unlink()
+    with pytest.raises(UserError, match="has neither"):
+        read_hf_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="convert them to safetensors"):
+        read_hf_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read as JSON"):
+        read_hf_checkpoint(tmp_path)
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({NORM: None}, ["has no tensor", NORM]),
+        ({NORM: torch.ones(47)}, [NORM, "model.safetensors", "[47]", "[48]"]),
+        ({"model.layers.4.input_layernorm.weight": torch.ones(48)}, ["does not use", "model.layers.4"]),
+    ],
+)
+def test_tensors_are_checked(tensors: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path)
+    change_tensors(tmp_path, **tensors)
+    with pytest.raises(UserError) as raised:
+        check_tensors(read_hf_checkpoint(tmp_path))
+    assert all(word in str(raised.value) for word in words)
+
+
+def test_tensors_without_information_are_ignored(tmp_path: Path) -> None:
+    tiny.make("llama_tied", tmp_path)
+    change_tensors(
+        tmp_path,
+        **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3), "lm_head.weight": torch.ones(tiny.VOCAB, 48)},
+    )
+    check_tensors(read_hf_checkpoint(tmp_path))

@@ -1,0 +1,90 @@
+"""Layouts that a model cannot have are refused with the nearest values that it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.build import transformer_config
+from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+from simpo_megatron.parallel.limits import check_layout
+from tests.support import families as tiny
+
+SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "message"),
+    [
+        (
+            "llama",
+            {"tensor_model_parallel_size": 3},
+            "--tensor-model-parallel-size 3 does not divide num_query_groups 4; use 1, 2 or 4",
+        ),
+        ("llama", {"tensor_model_parallel_size": 8}, "does not divide num_query_groups 4"),
+        ("llama", {"sequence_parallel": True}, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
+        (
+            "llama",
+            {"pipeline_model_parallel_size": 3},
+            "4 of the model's 4 layers do not divide into 3 pipeline stages; use --pipeline-model-parallel-size 1, 2 or 4",
+        ),
+        ("llama", {"pipeline_model_parallel_size": 8}, "do not divide into 8 pipeline stages; use .* 1, 2 or 4"),
+        (
+            "llama",
+            {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 1},
+            "--decoder-first-pipeline-num-layers 1: that leaves 3 of the model's 4 layers for 2 .* multiple of 2",
+        ),
+        (
+            "llama",
+            {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 4},
+            "--decoder-first-pipeline-num-layers 4: that leaves 0 of the model's 4 layers for 2",
+        ),
+        (
+            "llama",
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
+            "do not divide into 2 pipeline stages of 3 virtual stages each",
+        ),
+        ("llama", {"virtual_pipeline_model_parallel_size": 2}, "need --pipeline-model-parallel-size above 1"),
+        (
+            "llama",
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "overlap_p2p_comm": False,
+            },
+            "need overlap_p2p_comm",
+        ),
+        ("llama", {"moe_aux_loss_coeff": 0.5}, "--moe-aux-loss-coeff 0.5 needs a model with experts"),
+        ("llama", {"expert_model_parallel_size": 2}, "--expert-model-parallel-size 2 needs a model with experts"),
+        ("llama", {"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size 2 needs a model with experts"),
+        (
+            "mixtral",
+            {"expert_model_parallel_size": 3},
+            "--expert-model-parallel-size 3 does not divide the 4 experts of a layer; use 1, 2 or 4",
+        ),
+        (
+            "qwen3_moe",
+            {**SP, "expert_tensor_parallel_size": 3},
+            "--expert-tensor-parallel-size 3 does not divide moe_ffn_hidden_size 32; give .* 1 or 2",
+        ),
+        ("mixtral", {"tensor_model_parallel_size": 2}, "a model with experts needs --sequence-parallel"),
+    ],
+    ids=str,
+)
+def test_layouts_that_do_not_fit_are_refused(name: str, layout: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tiny.make(name, tmp_path)
+    with pytest.raises(UserError, match=message):
+        transformer_config(read_hf_checkpoint(tmp_path), bf16=True, **layout)
+
+
+def test_the_nearest_values_are_accepted(tmp_path: Path) -> None:
+    tiny.make("qwen3_moe", tmp_path)
+    hf = read_hf_checkpoint(tmp_path)
+    for layout in (
+        {**SP, "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1},
+        {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1, "context_parallel_size": 2},
+    ):
+        check_layout(hf.family.transformer_kwargs(hf.config), layout)

@@ -1,0 +1,164 @@
+"""The counts of plan/memory.py against models that are built, and against the tensors autograd keeps of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simpo_megatron.models.hf_checkpoint import read_hf_config
+from simpo_megatron.parallel.config import ParallelConfig
+from simpo_megatron.parallel.limits import layout_arguments
+from simpo_megatron.planning.memory import Workload, estimate, in_flight, saved_bytes, stage_layers, stage_parameters
+from tests.support import families as tiny
+
+TP2 = {"tensor_model_parallel_size": 2}
+SP2 = {**TP2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+WHOLE = {"expert_tensor_parallel_size": 1}
+# Tokens enough that what does not grow with them is small: the tolerance is 2 %.
+TOKENS = 256
+NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe_plain")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("plan")
+    for name in NAMES:
+        tiny.make(name, folder / name)
+    return {name: folder / name for name in NAMES}
+
+
+def arguments(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return layout_arguments(ParallelConfig(**settings), read_hf_config(path).num_layers)
+
+
+def count(path: Path, layout: dict[str, Any]) -> tuple[int, int, int]:
+    """On a rank: its pipeline stage, its parameters outside experts, and those of experts."""
+    from megatron.core import parallel_state
+
+    _, _, models = tiny.build(path, **layout)
+    sizes = {True: 0, False: 0}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            sizes[".experts." in name] += parameter.numel()
+    return parallel_state.get_pipeline_model_parallel_rank(), sizes[False], sizes[True]
+
+
+@pytest.mark.parametrize(
+    "name, world, settings",
+    [
+        ("llama", 1, {}),
+        ("llama", 4, {**TP2, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+        ("llama_tied", 1, {}),
+        ("llama_tied", 4, {**TP2, **PP2, "decoder_first_pipeline_num_layers": 1}),
+        ("qwen2", 2, TP2),
+        ("qwen3", 2, {**PP2, "decoder_last_pipeline_num_layers": 1}),
+        ("mixtral", 4, {**SP2, **EP2}),
+        ("mixtral", 4, {**SP2, **EP2, **WHOLE, **PP2}),
+        ("qwen3_moe_plain", 4, {**PP2, **EP2}),
+    ],
+)
+def test_parameters_are_those_of_the_built_model(pool, checkpoints, name, world, settings) -> None:
+    layout = arguments(checkpoints[name], settings)
+    expected = stage_parameters(read_hf_config(checkpoints[name]), layout)
+    for stage, dense, experts in pool.run(world, count, checkpoints[name], layout):
+        assert (expected[stage].dense, expected[stage].experts) == (dense, experts)
+
+
+def kept(path: Path, layout: dict[str, Any], lengths: list[int], bf16: bool = False) -> int:
+    """On a rank: bytes autograd keeps of the decoder layers, parameters left out."""
+    _, _, [gpt] = tiny.build(path, bf16=bf16, **layout)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
+    seen: dict[int, Any] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage
+        return tensor
+
+    gpt.decoder.post_process = False  # no final norm, which no layer owns
+    gpt.decoder.final_layernorm = None
+    ids = torch.randint(0, tiny.VOCAB, (1, sum(lengths)))
+    hidden, rotary = gpt.embedding(ids, None), gpt.rotary_pos_emb(sum(lengths), packed_seq=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = gpt.decoder(hidden, None, rotary_pos_emb=rotary, packed_seq_params=tiny.pack(lengths))
+    # Every layer's output is the next one's input; the last one's goes to the next stage, which is counted there.
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "name, world, settings",
+    [
+        ("llama", 1, {}),
+        ("llama", 2, TP2),
+        ("llama", 2, SP2),
+        ("llama", 1, {"recompute_granularity": "selective"}),
+        ("llama", 2, {**SP2, **FULL}),
+        ("llama", 1, BLOCK),
+        ("qwen3", 2, SP2),
+        ("mixtral", 1, {}),
+        ("mixtral", 2, {**SP2}),
+        ("mixtral", 2, {**SP2, **EP2, **WHOLE}),
+        ("mixtral", 4, {**SP2, **EP2}),
+    ],
+)
+def test_activations_are_the_tensors_autograd_keeps(pool, checkpoints, name, world, settings) -> None:
+    """Over all ranks: which expert gets how many tokens is the router's, the sum is not."""
+    path, layout = checkpoints[name], arguments(checkpoints[name], settings)
+    hf = read_hf_config(path)
+    work = Workload(world_size=world, seq_length=TOKENS, microbatches=1, bf16=False, fused=False)
+    expected = saved_bytes(hf.family.transformer_kwargs(hf.config), layout, hf.num_layers, TOKENS, work)
+    measured = sum(pool.run(world, kept, path, layout, [TOKENS // 2, TOKENS // 2])) / world
+    assert measured == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("virtual, microbatches", [(None, 2), (None, 12), (2, 8), (4, 4)])
+def test_forward_passes_in_flight_are_those_of_the_schedule(virtual: int | None, microbatches: int) -> None:
+    """Megatron's own warm-up, and the forward pass after it."""
+    from types import SimpleNamespace
+
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    stages = 4
+    for rank in range(stages):
+        group = SimpleNamespace(size=lambda: stages, rank=lambda rank=rank: rank)
+        talk: Any = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
+        total, _, warmup, remaining = get_pp_rank_microbatches(
+            microbatches, virtual or 1, stages, p2p_communicator=talk
+        )
+        layout = {"pipeline_model_parallel_size": stages, "virtual_pipeline_model_parallel_size": virtual}
+        assert in_flight(rank, layout, microbatches) == min(total, warmup + (remaining > 0))
+
+
+def test_uneven_stages_hold_all_layers() -> None:
+    layout = layout_arguments(
+        ParallelConfig(pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=23), num_layers=92
+    )
+    assert stage_layers(92, layout) == [23, 23, 23, 23]
+    layout["num_layers_in_last_pipeline_stage"] = 21
+    assert stage_layers(94, {**layout, "num_layers_in_first_pipeline_stage": 25}) == [25, 24, 24, 21]
+
+
+def test_states_of_a_run_by_hand(checkpoints: dict[str, Path]) -> None:
+    """bf16, 8 processes, TP2 x PP1 x CP2: optimizer state is cut over DP x CP; experts over their own replicas."""
+    hf = read_hf_config(checkpoints["mixtral"])
+    layout = arguments(checkpoints["mixtral"], {**SP2, "context_parallel_size": 2, **EP2, **WHOLE})
+    [held] = stage_parameters(hf, layout)
+    work = Workload(world_size=8, seq_length=TOKENS, microbatches=1)
+    memory = estimate(hf, layout, work)
+    assert (memory.weights, memory.gradients) == (2 * held.total, 4 * held.total)
+    assert memory.optimizer == 12 * held.dense // 4 + 12 * held.experts // 4
+    assert memory.reference == 0
+    whole = estimate(hf, layout, Workload(8, TOKENS, 1, distributed_optimizer=False, reference=True))
+    assert (whole.optimizer, whole.reference) == (12 * held.total, 2 * held.total)
+    assert whole.total == memory.total + whole.optimizer - memory.optimizer + whole.reference

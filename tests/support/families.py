@@ -1,0 +1,205 @@
+"""Tiny random Hugging Face models of every family, and what the ranks of a worker pool do with them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+
+VOCAB = 203  # prime: every tensor-parallel size pads it
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
+# name: class prefix in transformers, and what its config sets besides the sizes.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 16}),
+    "llama_linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "mistral": ("Mistral", {"sliding_window": 8, "head_dim": 16}),
+    "mistral_whole": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe_plain": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
+}
+
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain")
+
+
+def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """Saves a random model to `path` and returns it; norms and biases are random too, so a swapped one shows."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    prefix, own = MODELS[name]
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **own, **settings})
+    generator = torch.Generator().manual_seed(1)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.2 * noise)
+    model.to(dtype).save_pretrained(path)
+    for extra in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / extra).write_text(f"the {extra} of {name}\n")
+    return type(model).from_pretrained(path).eval()  # `to` has rounded the rotary frequencies of the other one
+
+
+def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of a checkpoint: transformers fuses the experts of a layer once they are loaded."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
+
+
+def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, list[Any]]:
+    """On a rank: model-parallel groups, then the checkpoint at `path`, built and loaded for `layout`."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from simpo_megatron.models.build import build_model, transformer_config
+    from simpo_megatron.models.load import load_hf_weights
+
+    parallel_state.initialize_model_parallel(
+        layout.get("tensor_model_parallel_size", 1),
+        layout.get("pipeline_model_parallel_size", 1),
+        layout.get("virtual_pipeline_model_parallel_size"),
+        expert_model_parallel_size=layout.get("expert_model_parallel_size", 1),
+        expert_tensor_parallel_size=layout.get("expert_tensor_parallel_size"),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    hf = read_hf_checkpoint(path)
+    config = transformer_config(hf, bf16=bf16, **layout)
+    models = build_model(hf, config)
+    for model in models:
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))  # what loading leaves out shows
+    load_hf_weights(models, hf)
+    return hf, config, models
+
+
+def pack(lengths: list[int]) -> Any:
+    """PackedSeqParams of sequences of these lengths."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def run_schedule(config: Any, models: list[Any], ids: Tensor, lengths: list[int] | None, weights: Tensor | None) -> Any:
+    """Runs Megatron's schedule on two identical microbatches.
+
+    Args:
+        ids: [1, T].
+        lengths: of the packed sequences; None for one plain sequence.
+        weights: [T, V], for a backward pass of `sum(weights * logits)`, once a microbatch; None for forward only.
+
+    Returns:
+        On the last stage the logits [T, V], gathered over the tensor-parallel ranks; None elsewhere.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    seen: list[Tensor] = []
+
+    def loss_func(logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        shards = [torch.empty_like(logits) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+        dist.all_gather(shards, logits.detach().contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        seen.append(torch.cat(shards, dim=-1)[0, :, :VOCAB].float())
+        if weights is None:
+            return logits.sum(), {}
+        width = logits.shape[-1]
+        mine = torch.nn.functional.pad(weights, (0, width * len(shards) - VOCAB))[:, rank * width : (rank + 1) * width]
+        return (logits[0] * mine).sum(), {}
+
+    def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
+        next(batches)
+        positions = torch.arange(ids.shape[1])[None]
+        packed = pack(lengths) if lengths else None
+        return model(ids, positions, None, packed_seq_params=packed), loss_func
+
+    microbatches = max(2, config.pipeline_model_parallel_size)  # interleaved stages need a multiple
+    get_forward_backward_func()(
+        forward_step_func=partial(forward_step),
+        data_iterator=[iter(range(microbatches)) for _ in models],
+        model=models if len(models) > 1 else models[0],
+        num_microbatches=microbatches,
+        seq_length=ids.shape[1],
+        micro_batch_size=1,
+        forward_only=weights is None,
+    )
+    return seen[0] if seen else None
+
+
+def logits(path: Path, ids: Tensor, lengths: list[int] | None, layout: dict[str, Any], bf16: bool = False) -> Any:
+    """On a rank: the logits [T, V] of the checkpoint at `path`; None but on the last stage."""
+    _, config, models = build(path, bf16=bf16, **layout)
+    return run_schedule(config, models, ids, lengths, None)
+
+
+def gradients(
+    path: Path, ids: Tensor, lengths: list[int], weights: Tensor, layout: dict[str, Any]
+) -> dict[str, Tensor]:
+    """On a rank: the gradient of `sum(weights * logits)` of this rank's pipeline stage, whole and by Hugging Face name.
+
+    Parameters that see other tokens or heads on every rank are summed over the ranks by the rule of Megatron's
+    `finalize_model_grads`: by their `sequence_parallel` attribute, and query and key norms by name.
+    """
+
+    from simpo_megatron.models.part_layout import from_megatron
+    from simpo_megatron.models.placement import place_parameters
+
+    hf, config, models = build(path, **layout)
+    run_schedule(config, models, ids, lengths, weights)
+    found = {}
+    for place in (place for model in models for place in place_parameters(model, hf)):
+        gradient, group, ranks = place.parameter.grad, place.group, place.group.size()
+        assert gradient is not None, place.name
+        shards = [torch.empty_like(gradient) for _ in range(ranks)]
+        dist.all_gather(shards, gradient, group=group)
+        if place.weight.tp_dim is not None:
+            assert place.parameter.tensor_model_parallel, place.name
+            parts = [from_megatron(place.weight, shard, ranks) for shard in shards]
+            wholes = [torch.cat(slices, dim=place.weight.tp_dim) for slices in zip(*parts, strict=True)]
+        else:
+            by_name = config.qk_layernorm and ("q_layernorm" in place.name or "k_layernorm" in place.name)
+            summed = by_name or getattr(place.parameter, "sequence_parallel", False)
+            wholes = [sum(shards, torch.zeros_like(gradient)) if summed else gradient]
+        for name, shape, whole in zip(place.hf, place.weight.shapes, wholes, strict=True):
+            found[name] = found.get(name, 0) + whole[: shape[0]]
+    return found

@@ -1,0 +1,119 @@
+"""Chat templates of model families as their checkpoints carry them, each over a small vocabulary, and one conversation by hand.
+
+llama3    byte-level BPE; BOS once, before the first turn; turns are trimmed and end with <|eot_id|>
+qwen2     byte-level BPE; no BOS; a system turn is added where there is none
+mistral   sentencepiece-like Unigram; nothing between [/INST] and the answer; alternating roles only
+zephyr    sentencepiece-like Unigram; the template is laid out over lines
+gemma     sentencepiece-like BPE with bytes for what it does not know; answers belong to "model" and end with <end_of_turn>,
+          which is not the tokenizer's EOS
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.support.toy_tokenizers import CORPUS, with_template
+
+
+@dataclass(frozen=True)
+class Family:
+    """A template, the `toy` vocabulary it goes with, and what QUESTION, ANSWER, REPLY must become."""
+
+    base: str
+    template: str
+    prompt: str
+    chosen: str
+    eos_token_ids: tuple[str, ...] = ()
+
+
+QUESTION, REPLY, FINAL, ANSWER = "What color is the sky?", "Which sky?", "The sky.", "It is blue.\n\nThank you"
+
+FAMILIES = {
+    "llama3": Family(
+        "llama3",
+        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+        "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+        "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat color is the sky?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nWhich sky?<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nThe sky.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "It is blue.\n\nThank you<|eot_id|>",
+    ),
+    "qwen2": Family(
+        "qwen",
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat color is the sky?<|im_end|>\n"
+        "<|im_start|>assistant\nWhich sky?<|im_end|>\n<|im_start|>user\nThe sky.<|im_end|>\n<|im_start|>assistant\n",
+        "It is blue.\n\nThank you<|im_end|>",
+    ),
+    "mistral": Family(
+        "mistral",
+        "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
+        "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}",
+        "<s>[INST] What color is the sky? [/INST]Which sky?</s>[INST] The sky. [/INST]",
+        "It is blue.\n\nThank you</s>",
+    ),
+    "zephyr": Family(
+        "zephyr",
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+        "{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+        "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+        "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+        "<s><|user|>\nWhat color is the sky?</s>\n<|assistant|>\nWhich sky?</s>\n<|user|>\nThe sky.</s>\n<|assistant|>\n",
+        "It is blue.\n\nThank you</s>",
+    ),
+    "gemma": Family(
+        "gemma",
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+        "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}",
+        "<bos><start_of_turn>user\nWhat color is the sky?<end_of_turn>\n<start_of_turn>model\nWhich sky?<end_of_turn>\n"
+        "<start_of_turn>user\nThe sky.<end_of_turn>\n<start_of_turn>model\n",
+        "It is blue.\n\nThank you<end_of_turn>",
+        ("<end_of_turn>",),
+    ),
+}
+LOSSLESS = ("llama3", "qwen2", "gemma")
+"""Families whose vocabulary can write any text."""
+
+
+@cache
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of the family; callers must not change it."""
+    family = FAMILIES[name]
+    return _gemma(family.template) if family.base == "gemma" else with_template(family.base, family.template)
+
+
+def ends_of(name: str) -> list[int]:
+    """The ids of generation_config.json that end a turn besides the tokenizer's EOS."""
+    return [tokenizer_of(name).convert_tokens_to_ids(token) for token in FAMILIES[name].eos_token_ids]
+
+
+def _gemma(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    special += [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", chat_template=template
+    )

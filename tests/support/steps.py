@@ -1,0 +1,212 @@
+"""What the tests of steps and layouts share: cases, the oracle, and what a rank does with a case.
+
+The oracle runs each sequence alone, unpadded, through transformers in fp32 and writes the formula out in plain torch. The
+batch is cut into three rows of very unequal pair counts, so that ranks and microbatches see different numbers of pairs, and
+some see none; the longest chosen response holds the ids at the edges of the vocabulary shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from simpo_megatron.data import PairStore
+from tests.support.families import on_disk
+from tests.support.pairs import make_store
+from tests.support.runs import flags
+from tests.support.tiny import make_tokenizer
+
+SEQ_LENGTH = 96
+# prompt, chosen, rejected: one pair fills a row, two more make the second, the five short ones the third.
+LENGTHS = [(4, 3, 5), (20, 40, 12), (6, 9, 1), (1, 2, 3), (16, 20, 12), (3, 1, 4), (8, 9, 4), (2, 7, 2)]
+NAN = float("nan")
+VOCAB = len(make_tokenizer())
+# The first and the last id of every vocabulary shard, up to 4 shards of 384 or 512 rows.
+EDGES = [i for i in (0, 95, 96, 127, 128, 191, 192, 255, 256, 287, 288, VOCAB - 1) if i < VOCAB]
+PLAIN = {"truncated": [0, 1, 2, 3, 0, 0, 1, 0], "vocab_size": VOCAB, "planted": EDGES}
+COLUMNS = {
+    **PLAIN,
+    "weight": [1, 0.5, 2, 0, 3, 1, 0.25, 1],
+    "margin": [NAN, 0, 2.5, NAN, -1, NAN, 0.3, NAN],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss and the pairs of one global batch; `loss` holds fields of the objective."""
+
+    loss: dict[str, Any]
+    store: dict[str, Any] = field(default_factory=lambda: PLAIN)
+    pairs: tuple[int, ...] = (5, 0, 7, 1, 3, 6, 2, 4)
+
+    @property
+    def pair_store(self) -> PairStore:
+        return make_store(LENGTHS, **self.store)
+
+
+CASES = {
+    "sigmoid": Case({"simpo_beta": 2.5, "simpo_gamma": 1.375}),
+    "hinge": Case({"simpo_beta": 10.0, "simpo_gamma": 1.0, "simpo_loss_type": "hinge", "simpo_sft_weight": 0.7}),
+    "columns": Case({"simpo_beta": 2.0, "simpo_label_smoothing": 0.1}, COLUMNS),
+    "partial": Case({"simpo_beta": 2.5, "simpo_sft_weight": 0.3}, COLUMNS, pairs=(6, 1, 4)),
+    "sft": Case({"objective": "sft"}, COLUMNS),
+}
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """On matrices this small, threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def member_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
+    """log p of each response token, from the sequence alone: [response], fp64."""
+    ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+    logps = model(ids).logits[0, :-1].double().log_softmax(-1)
+    return torch.stack([logps[t - 1, ids[0, t]] for t in range(len(prompt), ids.shape[1])])
+
+
+def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss, with its graph, and every metric."""
+    store, loss = case.pair_store, case.loss
+    sft = loss.get("objective") == "sft"
+    beta = loss.get("simpo_beta", 2.0)
+    total, nll, tokens, found = torch.zeros((), dtype=torch.float64), 0, 0, {}
+
+    def count(name: str, value: Any) -> None:
+        value = value.item() if isinstance(value, torch.Tensor) else value
+        found[name] = found.get(name, 0.0) + value / len(case.pairs)
+
+    for i in case.pairs:
+        prompt, *responses = store.pair(i)
+        logps = [member_logps(model, prompt, response) for response in responses[: 1 if sft else 2]]
+        nll, tokens = nll - logps[0].sum(), tokens + len(logps[0])
+        for bit, name, values in zip((1, 2), ("chosen", "rejected"), logps, strict=False):
+            count(f"logps/{name}", values.mean())
+            count(f"response_length/{name}", len(values))
+            count(f"truncated/{name}", bool(store.truncated[i] & bit))
+        if sft:
+            continue
+        chosen, rejected = beta * logps[0].mean(), beta * logps[1].mean()
+        gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(store.margin[i]) else float(store.margin[i])
+        logit = chosen - rejected - gamma
+        if loss.get("simpo_loss_type") == "hinge":
+            pair_loss = torch.clamp(1 - logit, min=0)
+        else:
+            swapped = loss.get("simpo_label_smoothing", 0.0)
+            pair_loss = (1 - swapped) * F.softplus(-logit) + swapped * F.softplus(logit)
+        total = total + float(store.weight[i]) * pair_loss / len(case.pairs)
+        for name, value in {
+            "chosen": chosen,
+            "rejected": rejected,
+            "margins": chosen - rejected,
+            "accuracies": chosen > rejected,
+            "above_gamma": logit > 0,
+            "ties": chosen == rejected,
+        }.items():
+            count(f"rewards/{name}", value)
+    total = total + (1.0 if sft else loss.get("simpo_sft_weight", 0.0)) * nll / tokens
+    return total, {"loss": total.item(), "nll_loss": (nll / tokens).item(), **found}
+
+
+def oracle(model: Any, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Metrics with the gradient norm, and the gradient of every parameter by its name."""
+    model.zero_grad()
+    loss, metrics = oracle_metrics(model, case)
+    loss.backward()
+    gradients = on_disk(model, {name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
+    return {**metrics, "grad_norm": norm}, gradients
+
+
+def command_line(checkpoint: Path, settings: dict[str, Any]) -> list[str]:
+    return flags(checkpoint, Path("unused.jsonl"), **{"seq_length": SEQ_LENGTH, "clip_grad": 0, **settings})
+
+
+def build_engine(argv: list[str]) -> tuple[Any, Any]:
+    """On a rank: the engine of a run of this command line, as `trainer.loop.Run` builds it, and its HFCheckpoint."""
+    from megatron.core import parallel_state
+
+    from simpo_megatron.config.arguments import parse
+    from simpo_megatron.models.build import build_model
+    from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+    from simpo_megatron.models.load import load_hf_weights
+    from simpo_megatron.trainer.distributed import initialize
+    from simpo_megatron.trainer.engine import Engine
+    from simpo_megatron.trainer.loop import build_transformer_config
+
+    config = parse(argv)
+    hf = read_hf_checkpoint(config.model.hf_checkpoint)
+    transformer = build_transformer_config(config, hf)
+    if not parallel_state.model_parallel_is_initialized():
+        initialize(transformer, 1, "cpu", 0)
+    models = build_model(hf, transformer)
+    load_hf_weights(models, hf)
+    return Engine(config, models, transformer, hf.vocab_size, config.train.train_iters), hf
+
+
+def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
+    """On a rank: `main_grad` of the parameters this rank holds, whole and by Hugging Face name."""
+    from simpo_megatron.models.part_layout import from_megatron
+    from simpo_megatron.models.placement import place_parameters
+    from simpo_megatron.verify.shards import complete_gradients
+
+    complete_gradients(engine)
+    found = {}
+    for place in (place for model in engine.models for place in place_parameters(model, hf)):
+        weight, mine, group = place.weight, place.parameter.main_grad, place.group
+        shards = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(shards, mine, group=group)
+        parts = [from_megatron(weight, shard, group.size()) for shard in shards]
+        for name, shape, *slices in zip(place.hf, weight.shapes, *parts, strict=True):
+            whole = slices[group.rank()] if weight.tp_dim is None else torch.cat(slices, dim=weight.tp_dim)
+            found[name] = whole[: shape[0]].clone()
+    return found
+
+
+def run_cases(checkpoint: Path, layout: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """On a rank: of each case the metrics of evaluation and of a step, and the step's gradients."""
+    found = {}
+    for name in names:
+        case = CASES[name]
+        settings = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in layout, **layout, **case.loss}
+        engine, hf = build_engine(command_line(checkpoint, settings))
+        batch = engine.packer.plan(case.pair_store, np.array(case.pairs))
+        evaluated = engine.evaluate(batch)
+        trained = engine.train_step(batch)
+        found[name] = (evaluated, trained, gather_gradients(engine, hf))
+    return found
+
+
+def check_layout(
+    pool: Any, checkpoint: Path, oracles: dict[str, Any], world: int, layout: dict[str, Any], tolerance: float = 1e-5
+) -> None:
+    """Every number of every rank against the oracle; together the ranks know every parameter."""
+    ranks = pool.run(world, run_cases, checkpoint, layout, list(oracles))
+    for name, (wanted, wanted_gradients) in oracles.items():
+        for evaluated, trained, gradients in (found[name] for found in ranks):
+            del trained["learning_rate"]
+            metrics = {**trained, **{f"eval/{key}": value for key, value in evaluated.items()}}
+            expected = {**wanted, **{f"eval/{key}": value for key, value in wanted.items() if key != "grad_norm"}}
+            assert metrics == pytest.approx(expected, rel=tolerance, abs=2 * tolerance), name
+            for key, gradient in gradients.items():
+                assert relative_error(gradient, wanted_gradients[key]) < tolerance, (name, key)
+        assert set().union(*(found[name][2] for found in ranks)) == wanted_gradients.keys()
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Of the whole tensor; an expert that gets no token has no gradient, which must then be exact."""
+    return ((found - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
