@@ -56,7 +56,7 @@ def main(checkpoint: Path, preferences: str, steps: int) -> None:
         chunk.zero_grad_buffer()
         optimizer.zero_grad()
         sums = get_forward_backward_func()(
-            forward_step_func=PreferenceStep(objective, hf.vocab_size, len(batch.rows)),
+            forward_step_func=PreferenceStep(objective, hf.architecture.vocab_size, len(batch.rows)),
             data_iterator=packer.rows(batch),
             model=chunk,
             num_microbatches=len(batch.rows),

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from simpo_megatron import compat, cpu
+from simpo_megatron.checkpoint.folder import iteration_folder, release_folder
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.presets import describe
@@ -32,6 +33,7 @@ from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.tokenizer import load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
+from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.limits import check_processes, layout_arguments, processes_needed
 from simpo_megatron.planning.memory import Memory, Workload, estimate
 from simpo_megatron.settings import flag, require
@@ -51,7 +53,7 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
     """
     cpu.enable()
     from simpo_megatron.models.export import check_target
-    from simpo_megatron.trainer.loop import build_transformer_config
+    from simpo_megatron.trainer.setup import build_transformer_config
 
     remarks = config.objective.warnings(config.optimizer.lr, hf.num_parameters)
     impl = config.model.transformer_impl
@@ -66,8 +68,9 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
     if config.model.head == "plain":
         remarks.append("--head plain: it holds all logits of a row, which the memory above leaves out")
     build_transformer_config(config, hf)
-    layout = layout_arguments(config.parallel, hf.num_layers)
-    experts = "num_moe_experts" in hf.family.transformer_kwargs(hf.config)
+    parallel = config.parallel
+    layout = layout_arguments(parallel, hf.architecture.num_layers)
+    experts = hf.architecture.num_experts is not None
     needed = processes_needed(experts, layout)
     world = os.environ.get("WORLD_SIZE", str(needed))
     require(
@@ -99,14 +102,14 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
         divisible_by=config.model.make_vocab_size_divisible_by,
     )
     lines = {
-        "model": f"{hf.family.name}, {hf.num_parameters:,} parameters, {'bf16' if config.train.bf16 else 'fp32'}; names "
-        "and shapes of all tensors are right",
-        "layout": _describe_layout(config, data_parallel),
+        "model": f"{hf.architecture.family.name}, {hf.num_parameters:,} parameters, "
+        f"{'bf16' if config.train.bf16 else 'fp32'}; names and shapes of all tensors are right",
+        "layout": f"{describe_layout(parallel, data_parallel)}, recompute {parallel.recompute_granularity or 'none'}",
         "processes": f"{world_size}; a multiple of {needed} is needed",
         "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} rows a step, "
         f"{work.microbatches} a data-parallel rank",
         "starts from": start,
-        "memory of a GPU": describe_memory(estimate(hf, layout, work)),
+        "memory of a GPU": describe_memory(estimate(hf.architecture, layout, work)),
     }
     if config.train.preset is not None:
         lines["settings"] = describe(config.train.preset, flat(config))
@@ -142,15 +145,13 @@ def _checkpoint(config: Config, hf: HFCheckpoint) -> str:
     Raises:
         UserError: a checkpoint is not complete, or not of this model.
     """
-    from simpo_megatron.trainer.checkpointing import checkpoint_dir
-    from simpo_megatron.trainer.loop import checkpoint_to_load, converted_weights
+    from simpo_megatron.trainer.setup import step_to_resume
 
     check_tensors(hf)
-    folder = converted_weights(config)
-    step = None if folder is not None else checkpoint_to_load(config)
-    if step is not None:
-        assert config.checkpoint.load is not None
-        folder = checkpoint_dir(config.checkpoint.load, step)
+    load = config.checkpoint.load
+    step, folder = step_to_resume(config.checkpoint), None if load is None else release_folder(load)
+    if load is not None and step is not None:
+        folder = iteration_folder(load, step)
     if folder is None:
         return str(hf.path)
     try:
@@ -164,20 +165,6 @@ def _checkpoint(config: Config, hf: HFCheckpoint) -> str:
             f"{folder} was saved with {flag(name)} {saved.get(name)}, not {now[name]}; resume it with the same",
         )
     return str(folder)
-
-
-def _describe_layout(config: Config, data_parallel: int) -> str:
-    p = config.parallel
-    sizes = {
-        "tensor": p.tensor_model_parallel_size,
-        "context": p.context_parallel_size,
-        "pipeline": p.pipeline_model_parallel_size,
-        "data": data_parallel,
-    }
-    layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
-    if p.expert_model_parallel_size > 1:
-        layout += f", experts over {p.expert_model_parallel_size}"
-    return f"{layout}, recompute {p.recompute_granularity or 'none'}"
 
 
 def describe_memory(memory: Memory) -> str:

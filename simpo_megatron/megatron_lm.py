@@ -35,6 +35,7 @@ from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import Metric, Objective
+from simpo_megatron.parallel.limits import check_shared_prompts
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 
@@ -107,13 +108,14 @@ def check_args(args: Any) -> None:
     if not args.train_data_path:
         raise UserError("--train-data-path is missing; give preferences: a prepared prefix or a .jsonl file")
     data = data_config(args)
-    if data.share_prompts and (args.transformer_impl != "local" or args.context_parallel_size > 1):
-        raise UserError("--share-prompts needs --transformer-impl local and --context-parallel-size 1; drop it")
-    hf = checkpoint(args)
+    if data.share_prompts:
+        fused = args.transformer_impl != "local"
+        check_shared_prompts(objective(args).responses, args.context_parallel_size, fused)
+    hf = hf_checkpoint(args)
     _check_architecture(args, hf)
 
 
-def checkpoint(args: Any) -> HFCheckpoint:
+def hf_checkpoint(args: Any) -> HFCheckpoint:
     """The Hugging Face checkpoint that --tokenizer-model names: its tokenizer, chat template and true vocabulary are used."""
     if args.tokenizer_model is None:
         raise UserError(
@@ -130,7 +132,7 @@ def _read_once(path: Path) -> HFCheckpoint:
 
 def _check_architecture(args: Any, hf: HFCheckpoint) -> None:
     """Compares Megatron-LM's arguments with config.json, where both say something."""
-    wanted = hf.family.transformer_kwargs(hf.config)
+    wanted = hf.architecture.transformer
     names = {"num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads"}
     names |= {"num_query_groups": "num_query_groups", "kv_channels": "kv_channels", "num_moe_experts": "num_experts"}
     for key, name in names.items():
@@ -208,8 +210,8 @@ _loaded: list[tuple[Pairs, Pairs | None]] = []
 def _stores(args: Any) -> tuple[Pairs, Pairs | None]:
     """Training and validation pairs, read once whatever the number of virtual stages."""
     if not _loaded:
-        train, valid, said = load_data(data_config(args), checkpoint(args))
-        for line in said:
+        train, valid, messages = load_data(data_config(args), hf_checkpoint(args))
+        for line in messages:
             print(line, flush=True)
         _loaded.append((train, valid))
     return _loaded[0]
@@ -239,7 +241,9 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Ca
     batch = next(data_iterator)
     timers("batch-generator").stop()
     chosen = objective(args)
-    step = PreferenceStep(chosen, checkpoint(args).vocab_size, get_num_microbatches(), moe_aux_loss_coeff(args))
+    step = PreferenceStep(
+        chosen, hf_checkpoint(args).architecture.vocab_size, get_num_microbatches(), moe_aux_loss_coeff(args)
+    )
     output, loss_func = step(iter((batch,)), model)
     return output, partial(_report, args, chosen.metrics, loss_func)
 

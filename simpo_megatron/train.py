@@ -33,7 +33,8 @@ def run(config: Config) -> None:
     from simpo_megatron.parallel.together import raise_on_all_ranks
     from simpo_megatron.trainer.checkpointing import check_new_run, check_writable
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
-    from simpo_megatron.trainer.loop import Run, build_transformer_config
+    from simpo_megatron.trainer.loop import Run
+    from simpo_megatron.trainer.setup import build_transformer_config
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
     assert config.model.hf_checkpoint is not None

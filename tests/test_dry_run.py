@@ -52,7 +52,9 @@ def test_shared_prompts_where_transformer_engine_is_not_installed(pool, inputs: 
     code, out, _ = dry(pool, flags(inputs.checkpoint, inputs.data, **settings))
     assert code == 0 and "has to be where the run is" in out
     code, _, err = dry(pool, [*flags(inputs.checkpoint, inputs.data, **settings), "--share-prompts"])
-    assert code == 2 and "--share-prompts has no attention under --transformer-impl transformer_engine" in err
+    assert (
+        code == 2 and "--share-prompts: Transformer Engine's attention cannot let two responses see one prompt" in err
+    )
 
 
 def test_prepared_data(pool, inputs: Inputs) -> None:

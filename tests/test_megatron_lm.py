@@ -162,7 +162,10 @@ def args(model: Path, data: Path, **changes: Any) -> Any:
             {"num_experts": 4, "moe_token_dispatcher_type": "allgather"},
             "--moe-token-dispatcher-type allgather .* use alltoall",
         ),
-        ({"share_prompts": True, "context_parallel_size": 2}, "--share-prompts needs"),
+        (
+            {"share_prompts": True, "context_parallel_size": 2},
+            "--share-prompts: there is no attention for it under --context-parallel-size 2",
+        ),
         ({"simpo_gamma": 1.0, "simpo_gamma_beta_ratio": 0.5}, "give one of them"),
     ],
     ids=str,
@@ -183,7 +186,7 @@ class Extended(torch.nn.Module):
 
 def provide(model: Path, data: Path, layout: dict[str, Any], wrapped: bool) -> tuple[bool, bool, int]:
     """On a rank: whether the provider's model has a head, whether `find_head` sees it, and packed attentions."""
-    from simpo_megatron.head import LogProbHead, find_head
+    from simpo_megatron.head.layer import LogProbHead, find_head
     from simpo_megatron.models.attention import PackedAttention
     from tests.support.families import build
 

@@ -67,7 +67,7 @@ def test_margin_is_the_difference_of_the_rewards() -> None:
     scores = PairScores(logps, lengths, none, none)
     found = Measured(scores, truncated, objective.rewards(scores), objective.target_margins(scores), torch.zeros(()))
     sums, rewards = metric_sums(objective.metrics, found), BETA * logps.double()
-    assert sums["rewards/margins"].item() == pytest.approx((rewards[:, 0] - rewards[:, 1]).sum().item(), rel=1e-12)
+    assert sums["rewards/margins"].item() == pytest.approx((rewards[:, 0] - rewards[:, 1]).sum().item(), rel=1e-6)
     assert sums["rewards/accuracies"] == sums["rewards/above_gamma"] == (logps[:, 0] > logps[:, 1]).sum()
 
 

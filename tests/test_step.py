@@ -109,7 +109,7 @@ def loss_collectives(checkpoint: Path, layout: dict[str, Any]) -> tuple[dict[str
     batch = next(engine.packer.rows(engine.packer.plan(case.pair_store, np.array(case.pairs))))
     columns = engine.models[0].output_layer.weight.shape[0]
     logits = torch.randn(1, batch.tokens.shape[1], columns, requires_grad=True)
-    step = PreferenceStep(engine.config.objective, hf.vocab_size, 1)
+    step = PreferenceStep(engine.config.objective, hf.architecture.vocab_size, 1)
     with Collectives() as forward:
         loss, _ = step.loss_func(batch, False, logits)
     with Collectives() as backward:

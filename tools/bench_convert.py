@@ -63,25 +63,29 @@ def make_checkpoint(folder: Path, model: str) -> int:
     """Writes a checkpoint of random bytes in files of up to 5 GiB; returns its bytes. Tensors are never held whole."""
     import numpy as np
 
-    from simpo_megatron.checkpoint.source import imagine_weights, read_config
+    from simpo_megatron.checkpoint.source import imagine_weights
     from simpo_megatron.checkpoint.to_hf import Tensor, safetensors_header
-    from simpo_megatron.models.hf_checkpoint import INDEX, MAX_FILE_BYTES, file_names
+    from simpo_megatron.models.hf_checkpoint import (
+        INDEX,
+        MAX_FILE_BYTES,
+        file_names,
+        index_text,
+        read_hf_config,
+        split_files,
+    )
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of(model), indent=2))
-    tensors = imagine_weights(read_config(folder)).tensors
-    files: list[list[Tensor]] = [[]]
-    for name, found in tensors.items():
-        tensor = Tensor(name, name, "", found.shape, found.dtype)
-        if files[-1] and sum(other.size for other in files[-1]) + tensor.size > MAX_FILE_BYTES:
-            files.append([])
-        files[-1].append(tensor)
+    tensors = imagine_weights(read_hf_config(folder)).tensors
+    all_tensors = [Tensor(name, name, "", found.shape, found.dtype) for name, found in tensors.items()]
+    files = split_files([tensor.size for tensor in all_tensors], MAX_FILE_BYTES)
     noise = np.random.default_rng(0).bytes(64 * 2**20 + 4099)
     weight_map, total = {}, 0
-    for name, members in zip(file_names(len(files)), files, strict=True):
+    for name, positions in zip(file_names(len(files)), files, strict=True):
+        held = [all_tensors[position] for position in positions]
         with (folder / name).open("wb") as stream:
-            stream.write(safetensors_header(members)[0])
-            for tensor in members:
+            stream.write(safetensors_header(held)[0])
+            for tensor in held:
                 weight_map[tensor.name], left = name, tensor.size
                 while left:  # another part of the noise every time, so that no two slabs are alike
                     start = (total // 7919) % 4096
@@ -91,7 +95,7 @@ def make_checkpoint(folder: Path, model: str) -> int:
             stream.flush()
             os.fsync(stream.fileno())
     if len(files) > 1:
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        (folder / INDEX).write_text(index_text(weight_map, total))
     return total
 
 

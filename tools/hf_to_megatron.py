@@ -49,17 +49,18 @@ def run(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     from simpo_megatron.checkpoint.estimate import report_to_megatron
     from simpo_megatron.checkpoint.formats.rank_files_writer import Layout
-    from simpo_megatron.checkpoint.source import has_weights, imagine_weights, read_config, read_source
+    from simpo_megatron.checkpoint.source import has_weights, imagine_weights, read_source
     from simpo_megatron.checkpoint.to_megatron import convert_to_megatron, plan_conversion
     from simpo_megatron.checkpoint.transfer.publish import Options
     from simpo_megatron.errors import UserError
+    from simpo_megatron.models.hf_checkpoint import read_hf_config
 
     given = {name: getattr(args, name) for name in Layout.__dataclass_fields__ if getattr(args, name) is not None}
     if given and args.format == "torch_dist":
         flag = "--" + next(iter(given)).replace("_", "-")
         raise UserError(f"{flag} is of --format torch; torch_dist loads at every layout, so drop it")
     imagined = args.plan and args.hf_checkpoint.is_dir() and not has_weights(args.hf_checkpoint)
-    hf = imagine_weights(read_config(args.hf_checkpoint)) if imagined else read_source(args.hf_checkpoint)
+    hf = imagine_weights(read_hf_config(args.hf_checkpoint)) if imagined else read_source(args.hf_checkpoint)
     options = Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
     conversion = plan_conversion(hf, Layout(**given) if args.format == "torch" else None, options)
     if args.plan:

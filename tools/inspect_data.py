@@ -22,14 +22,15 @@ from simpo_megatron.data.doctor import CHECKS, Doctor
 from simpo_megatron.data.prepared_set import PreparedPairs, is_prepared
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.report import print_report, write_html
-from simpo_megatron.data.tokenizer import eos_token_ids, fingerprint, load_tokenizer
+from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.files import end_of_turn_ids
 from simpo_megatron.program import exit_code
 
 
 def run(args: argparse.Namespace) -> int:
     """Examines, reports, and returns the exit code."""
     compat.quiet_megatron()
-    tokenizer, eos_ids = load_tokenizer(args.hf_checkpoint), eos_token_ids(args.hf_checkpoint)
+    tokenizer, eos_ids = load_tokenizer(args.hf_checkpoint), end_of_turn_ids(args.hf_checkpoint)
     data = data_config(args)
     doctor = Doctor(tokenizer, data.options, eos_ids, data.seq_length, args.pair)
     if args.valid_data is not None:

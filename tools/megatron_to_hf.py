@@ -41,20 +41,23 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     """Converts; 0 when the checkpoint, or this shard of it, is written."""
     args = build_parser().parse_args(argv)
-    from simpo_megatron.checkpoint.config_from_args import model_from_args
     from simpo_megatron.checkpoint.estimate import report_to_hf
-    from simpo_megatron.checkpoint.source import read_config
+    from simpo_megatron.checkpoint.folder import checkpoint_folder, saved_args
+    from simpo_megatron.checkpoint.megatron_args import checkpoint_of_args
     from simpo_megatron.checkpoint.to_hf import (
         check_padding,
-        checkpoint_folder,
         convert_to_hf,
         plan_export,
         read_checkpoint,
     )
     from simpo_megatron.checkpoint.transfer.publish import Options
+    from simpo_megatron.models.hf_checkpoint import read_hf_config
 
     folder = checkpoint_folder(args.load)
-    hf = read_config(args.hf_reference) if args.hf_reference else model_from_args(folder, args.vocab_size)
+    if args.hf_reference:
+        hf = read_hf_config(args.hf_reference)
+    else:
+        hf = checkpoint_of_args(folder, saved_args(folder), args.vocab_size)
     saved = read_checkpoint(folder, hf)
     options = Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
     if not args.drop_trained_padding:

@@ -100,8 +100,8 @@ def run(argv: Sequence[str] | None) -> int:
         objectives.append(_objective("DPO, reference on the GPUs", hf, args.gpus, replace(request, reference=True)))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(
-        f"{hf.family.name} of {whole_parameters(hf) / 1e9:.2f}e9 parameters, {args.gpus} GPUs of {args.gpu_memory} "
-        f"({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, {request.rows} rows a step"
+        f"{hf.architecture.family.name} of {whole_parameters(hf) / 1e9:.2f}e9 parameters, {args.gpus} GPUs of "
+        f"{args.gpu_memory} ({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, {request.rows} rows a step"
     )
     for objective in objectives:
         show(console, objective)
@@ -114,13 +114,14 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def _objective(name: str, hf: HFCheckpoint, gpus: int, request: Request) -> Objective:
-    return Objective(name, fitting(hf, gpus, request), fewest(hf, request))
+    return Objective(name, fitting(hf.architecture, gpus, request), fewest(hf.architecture, request))
 
 
 def whole_parameters(hf: HFCheckpoint) -> int:
     """Parameters of the model, without padding and copies."""
     return sum(
-        sum(map(math.prod, weight.shapes)) * sum(1 for _ in weight.instances(hf.num_layers)) for weight in hf.weights
+        sum(map(math.prod, weight.shapes)) * sum(1 for _ in weight.instances(hf.architecture.num_layers))
+        for weight in hf.architecture.weights
     )
 
 

@@ -39,10 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     """Compares; 0 for equal, 1 for a difference."""
     args = build_parser().parse_args(argv)
-    from simpo_megatron.checkpoint.config_from_args import model_from_args
+    from simpo_megatron.checkpoint.folder import checkpoint_folder, saved_args
     from simpo_megatron.checkpoint.manifest import read_manifest
+    from simpo_megatron.checkpoint.megatron_args import checkpoint_of_args
     from simpo_megatron.checkpoint.source import read_source
-    from simpo_megatron.checkpoint.to_hf import checkpoint_folder, read_checkpoint
+    from simpo_megatron.checkpoint.to_hf import read_checkpoint
     from simpo_megatron.checkpoint.transfer.publish import Options
     from simpo_megatron.checkpoint.verify import verify
     from simpo_megatron.errors import UserError
@@ -52,7 +53,8 @@ def run(argv: Sequence[str] | None) -> int:
     if args.hf_checkpoint is None and (manifest is None or args.logits):
         raise UserError(f"{folder} has nothing to compare with; give --hf-checkpoint")
     source = read_source(args.hf_checkpoint) if args.hf_checkpoint else None
-    hf = source or model_from_args(folder, (manifest or {}).get("model", {}).get("vocabulary_rows"))
+    rows = (manifest or {}).get("model", {}).get("vocabulary_rows")
+    hf = source or checkpoint_of_args(folder, saved_args(folder), rows)
     options = Options(args.max_memory, args.workers)
     saved = read_checkpoint(folder, hf)
     differences, compared = verify(saved, source, manifest, options)

@@ -68,20 +68,16 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     compat.check_megatron_core()
     import torch.distributed as dist
 
-    from simpo_megatron.models.build import build_model
     from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
-    from simpo_megatron.models.load import load_hf_weights
-    from simpo_megatron.parallel.together import raise_on_all_ranks
     from simpo_megatron.trainer.data import load_data
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
-    from simpo_megatron.trainer.engine import Engine
-    from simpo_megatron.trainer.loop import build_transformer_config
+    from simpo_megatron.trainer.setup import build_engine, build_transformer_config
     from simpo_megatron.verify.compare import compare
 
     device = resolve_device(config.train.device)
     assert config.model.hf_checkpoint is not None
     hf = read_hf_checkpoint(config.model.hf_checkpoint)
-    if config.train.bf16 and any(weight.experts for weight in hf.weights):
+    if config.train.bf16 and hf.architecture.num_experts is not None:
         raise UserError(
             "a model with experts is verified with --fp32: in bf16 near-ties between experts fall either way, and no bound "
             "tells that from a mistake"
@@ -89,18 +85,10 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     transformer = build_transformer_config(config, hf)
     started_here = not dist.is_initialized()
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
-    pairs, _, said = load_data(config.data, hf)
+    pairs, _, messages = load_data(config.data, hf)
     if dist.get_rank() == 0:
-        print("\n".join(said), flush=True)
-    models = build_model(
-        hf,
-        transformer,
-        transformer_impl=config.model.transformer_impl,
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-    )
-    with raise_on_all_ranks():
-        load_hf_weights(models, hf, progress=dist.get_rank() == 0)
-    report = compare(Engine(config, models, transformer, hf.vocab_size, train_iters=1), hf, pairs, config)
+        print("\n".join(messages), flush=True)
+    report = compare(build_engine(config, hf, transformer, train_iters=1), hf, pairs, config)
     passed = [report is None or report.passed]
     if report is not None:
         show(report, config)

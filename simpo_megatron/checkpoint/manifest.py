@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.checkpoint.parameters import StoredModel
-from simpo_megatron.checkpoint.transfer.publish import replace_text
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_write
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, expected_tensors
 
 NAME = "conversion.json"
@@ -30,11 +30,11 @@ NAME = "conversion.json"
 def model_facts(hf: HFCheckpoint) -> dict[str, Any]:
     """What a run must agree with the checkpoint about: sizes, norms, rope, vocabulary."""
     return {
-        "family": hf.family.name,
-        "transformer": {name: _plain(value) for name, value in hf.family.transformer_kwargs(hf.config).items()},
-        "rope": asdict(hf.rope),
-        "vocabulary_rows": hf.vocab_size,
-        "tied": hf.tied,
+        "family": hf.architecture.family.name,
+        "transformer": {name: _plain(value) for name, value in hf.architecture.transformer.items()},
+        "rope": asdict(hf.architecture.rope),
+        "vocabulary_rows": hf.architecture.vocab_size,
+        "tied": hf.architecture.tied,
     }
 
 
@@ -66,7 +66,7 @@ def write_manifest(
         "files": file_facts(saved),
     }
     content["sha256"] = _digest(content)
-    replace_text(folder / NAME, json.dumps(content, indent=1) + "\n")
+    atomic_write(folder / NAME, json.dumps(content, indent=1) + "\n")
 
 
 def made_by() -> dict[str, str]:
@@ -128,20 +128,19 @@ def _gaps_digest(path: Path, extents: Iterable[tuple[int, int]]) -> str:
     return digest.hexdigest()
 
 
-def check_manifest(folder: Path, hf: HFCheckpoint, keys: dict[str, Any]) -> bool:
-    """Whether a folder has a manifest; compares it with the model a run is about to train.
+def check_manifest(folder: Path, hf: HFCheckpoint) -> None:
+    """Compares the manifest of a folder, where it has one, with the model a run is about to train.
 
     Args:
         folder: the checkpoint.
         hf: the model, from --hf-checkpoint.
-        keys: of the weights the checkpoint really holds.
 
     Raises:
         UserError: another architecture, missing or extra tensors.
     """
     content = read_manifest(folder)
     if content is None:
-        return False
+        return
     facts, wanted = content["model"], json.loads(json.dumps(model_facts(hf)))
     for name, value in wanted.items():
         if facts.get(name) != value:
@@ -156,9 +155,6 @@ def check_manifest(folder: Path, hf: HFCheckpoint, keys: dict[str, Any]) -> bool
             raise UserError(
                 f"{folder / NAME} {fault} {', '.join(sorted(names)[:5])} ({len(names)} in all): convert again"
             )
-    if not keys:
-        raise UserError(f"{folder} holds no weights; convert again")
-    return True
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.family import Weight
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.weight_table import Weight
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def model_parameters(hf: HFCheckpoint, dtypes: dict[str, str]) -> Iterator[Megat
     Raises:
         UserError: the parts of one parameter differ in dtype, or one is not a floating-point number.
     """
-    table = hf.weights
+    table = hf.architecture.weights
     first_layer = next(index for index, weight in enumerate(table) if weight.per_layer)
     head = [weight for weight in table[:first_layer] if not weight.per_layer]
     tail = [weight for weight in table[first_layer:] if not weight.per_layer]
     for weight in head:
         yield _item(weight, 0, 0, dtypes)
-    for layer in range(hf.num_layers):
+    for layer in range(hf.architecture.num_layers):
         for weight in table:
             if weight.per_layer:
                 for expert in range(weight.experts or 1):

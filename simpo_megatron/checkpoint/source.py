@@ -13,6 +13,7 @@ from pathlib import Path
 from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE, StoredTensor
 from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import read_json
 from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     SINGLE,
@@ -21,7 +22,6 @@ from simpo_megatron.models.hf_checkpoint import (
     check_tensors,
     expected_tensors,
     read_hf_checkpoint,
-    read_json,
     read_safetensors,
 )
 
@@ -40,11 +40,6 @@ def read_source(path: Path) -> HFCheckpoint:
     for name, tensor in hf.tensors.items():
         _check_extent(name, tensor)
     return hf
-
-
-def read_config(path: Path) -> HFCheckpoint:
-    """A checkpoint whose weights do not matter, or are not there."""
-    return read_hf_checkpoint(path, lambda _: {})
 
 
 def has_weights(path: Path) -> bool:

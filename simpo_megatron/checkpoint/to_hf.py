@@ -12,17 +12,27 @@ from typing import Any
 
 import numpy as np
 
+from simpo_megatron.checkpoint.folder import FORMAT
 from simpo_megatron.checkpoint.formats.rank_files_reader import read_rank_files
 from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.checkpoint.parameters import StoredModel, StoredParameter
-from simpo_megatron.checkpoint.to_megatron import RELEASE, TRACKER
 from simpo_megatron.checkpoint.transfer.cut import read_step, slab_bytes
 from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
 from simpo_megatron.checkpoint.transfer.moves import OutFile, Rect, Step, Unit
-from simpo_megatron.checkpoint.transfer.publish import Options, Target, file_stamps, fingerprint, replace_text, run
+from simpo_megatron.checkpoint.transfer.publish import Options, Target, file_stamps, fingerprint, run
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf_checkpoint import COPIED, INDEX, MAX_FILE_BYTES, HFCheckpoint, copied_files, file_names
+from simpo_megatron.files import atomic_write
+from simpo_megatron.models.hf_checkpoint import (
+    COPIED,
+    INDEX,
+    MAX_FILE_BYTES,
+    HFCheckpoint,
+    copied_files,
+    file_names,
+    index_text,
+    split_files,
+)
 
 
 @dataclass(frozen=True)
@@ -50,31 +60,9 @@ class Export:
     tensors: tuple[Tensor, ...]
 
 
-def checkpoint_folder(load: Path) -> Path:
-    """The folder of one iteration: `load` itself, or what its tracker file names.
-
-    Raises:
-        UserError: there is none, or it is not complete.
-    """
-    if not load.is_dir():
-        raise UserError(
-            f"--load {load} is not a folder; give what some --save wrote to, or the folder of one iteration"
-        )
-    tracker = load / TRACKER
-    folder = load
-    if tracker.exists():
-        name = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if name != RELEASE and not (name.isdecimal() and len(name) < 18):
-            raise UserError(f"{tracker} holds {name[:40]!r}, neither a step nor {RELEASE!r}; write one into it")
-        folder = load / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
-    if not (folder / "metadata.json").is_file() and not any(folder.glob("mp_rank_*")):
-        raise UserError(f"{folder} is not a complete checkpoint: it has neither metadata.json nor mp_rank folders")
-    return folder
-
-
 def read_checkpoint(folder: Path, hf: HFCheckpoint) -> StoredModel:
     """Finds the parameters of a model in a folder of either format."""
-    path = folder / "metadata.json"
+    path = folder / FORMAT
     if not path.is_file():
         return read_rank_files(folder, hf)
     try:
@@ -103,16 +91,11 @@ def plan_export(
         max_file_bytes: no file gets larger, unless one tensor is.
     """
     size = slab_bytes(options.max_memory, options.workers)
-    files: list[list[tuple[StoredParameter, int]]] = [[]]
-    filled = 0
-    for stored in saved.parameters:
-        for part, shape in enumerate(stored.item.weight.shapes):
-            size_here = math.prod(shape) * ITEM_SIZE[dtype or stored.item.dtype]
-            if files[-1] and filled + size_here > max_file_bytes:
-                files.append([])
-                filled = 0
-            files[-1].append((stored, part))
-            filled += size_here
+    parts = [(stored, part) for stored in saved.parameters for part in range(len(stored.item.weight.shapes))]
+    sizes = [
+        math.prod(stored.item.weight.shapes[part]) * ITEM_SIZE[dtype or stored.item.dtype] for stored, part in parts
+    ]
+    files = [[parts[position] for position in file] for file in split_files(sizes, max_file_bytes)]
     units, tensors = [], []
     for name, members in zip(file_names(len(files)), files, strict=True):
         found = [
@@ -196,15 +179,12 @@ def convert_to_hf(export: Export, save: Path, options: Options) -> bool:
     def finish(folder: Path, hashes: dict[str, str]) -> None:
         names = {unit.name for unit in export.units}
         if len(names) > 1:
-            index = {
-                "metadata": {"total_size": sum(tensor.size for tensor in export.tensors)},
-                "weight_map": dict(sorted((tensor.name, tensor.file) for tensor in export.tensors)),
-            }
-            replace_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+            files = {tensor.name: tensor.file for tensor in export.tensors}
+            atomic_write(folder / INDEX, index_text(files, sum(tensor.size for tensor in export.tensors)))
         for source in copied_files(export.hf.path):
             shutil.copyfile(source, folder / source.name)
         if not (folder / "config.json").exists():
-            replace_text(folder / "config.json", json.dumps(export.hf.config, indent=2) + "\n")
+            atomic_write(folder / "config.json", json.dumps(export.hf.config, indent=2) + "\n")
 
     target = Target(save, save, lambda: None, lambda: _replaceable(save))
     return run(export.units, target, options, plan, finish, f"to {save}")

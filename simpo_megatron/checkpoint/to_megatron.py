@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from simpo_megatron.checkpoint import megatron_args as bundle
+from simpo_megatron.checkpoint.folder import RELEASE, TRACKER, write_tracker
 from simpo_megatron.checkpoint.formats.rank_files_reader import read_rank_files
 from simpo_megatron.checkpoint.formats.rank_files_writer import Layout, RankFile, lay_out_ranks, stages
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.checkpoint.formats.torch_dist_writer import DistFile, lay_out_files, write_metadata
 from simpo_megatron.checkpoint.manifest import write_manifest
+from simpo_megatron.checkpoint.megatron_args import common_state, megatron_args, namespace, yaml_text
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter, model_parameters
 from simpo_megatron.checkpoint.transfer.cut import slab_bytes, write_step
 from simpo_megatron.checkpoint.transfer.moves import Step, Unit
-from simpo_megatron.checkpoint.transfer.publish import Options, Target, file_stamps, fingerprint, replace_text, run
+from simpo_megatron.checkpoint.transfer.publish import Options, Target, file_stamps, fingerprint, run
+from simpo_megatron.files import atomic_write
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # Megatron starts such a checkpoint at step 0 and asks for no optimizer state
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def plan_conversion(hf: HFCheckpoint, layout: Layout | None, options: Options) -
         return write_step(item, blocks, hf.tensors, size)
 
     if layout is None:
-        files = lay_out_files(items, hf.num_layers)
+        files = lay_out_files(items, hf.architecture.num_layers)
         units = [
             Unit(file.name, (file.out(),), tuple(step(item, blocks) for item, blocks in file.items)) for file in files
         ]
@@ -94,15 +93,15 @@ def convert_to_megatron(conversion: Conversion, save: Path, options: Options) ->
     plan = fingerprint("to megatron", 1, hf.config, file_stamps(sources), asdict(layout) if layout else None)
 
     def finish(folder: Path, hashes: dict[str, str]) -> None:
-        args = bundle.megatron_args(hf)
+        args = megatron_args(hf.architecture)
         if layout is None:
-            write_metadata(folder, conversion.files, hf.num_layers, bundle.namespace(args))
-        replace_text(folder / "megatron_args.yaml", bundle.yaml_text(hf, args))
+            write_metadata(folder, conversion.files, hf.architecture.num_layers, common_state(namespace(args)))
+        atomic_write(folder / "megatron_args.yaml", yaml_text(hf.architecture, args))
         saved = read_torch_dist(folder, hf) if layout is None else read_rank_files(folder, hf)
         facts = {} if layout is None else {"layout": asdict(layout)}
         write_manifest(folder, hf, hashes, "torch" if layout else "torch_dist", plan, saved, **facts)
 
-    target = Target(save, save / RELEASE, lambda: replace_text(save / TRACKER, RELEASE), lambda: _replaceable(save))
+    target = Target(save, save / RELEASE, lambda: write_tracker(save, RELEASE), lambda: _replaceable(save))
     return run(conversion.units, target, options, plan, finish, f"to {save / RELEASE}")
 
 

@@ -14,7 +14,8 @@ from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.presets import Preset
 from simpo_megatron.objectives import Objective
 from simpo_megatron.parallel.config import ParallelConfig
-from simpo_megatron.parallel.limits import check_rows
+from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
+from simpo_megatron.parallel.stages import VOCAB_DIVISOR
 from simpo_megatron.settings import Group, parse_size, require, setting
 
 
@@ -32,7 +33,7 @@ class ModelConfig(Group):
         None, "weight gradients straight into fp32, by Apex's extension; unless said otherwise, where it is installed"
     )
     make_vocab_size_divisible_by: int = setting(
-        128, "pad the vocabulary to a multiple of this times the tensor-parallel size"
+        VOCAB_DIVISOR, "pad the vocabulary to a multiple of this times the tensor-parallel size"
     )
     head: Literal["fused", "plain"] = setting(
         "fused", "log-probs a slab of logits at a time, or from all logits of the row at once"
@@ -171,21 +172,6 @@ class Config:
             save is None or save != export, f"--export-hf {export} is the --save folder too; export to another folder"
         )
         check_rows(self.data.seq_length, self.parallel)
-        self._check_shared_prompts()
-
-    def _check_shared_prompts(self) -> None:
-        size = self.parallel.context_parallel_size
-        shared = self.data.share_prompts
-        require(
-            not (shared and size > 1),
-            f"--share-prompts has no attention under --context-parallel-size {size}; drop one of them",
-        )
-        require(
-            not (shared and self.model.transformer_impl == "transformer_engine"),
-            "--share-prompts has no attention under --transformer-impl transformer_engine; use local, or drop the flag",
-        )
-        require(
-            not (shared and self.objective.responses == 1),
-            f"--share-prompts has nothing to share with --objective {self.objective.name}, which computes the chosen response "
-            "alone; drop it",
-        )
+        if self.data.share_prompts:
+            fused = self.model.transformer_impl == "transformer_engine"
+            check_shared_prompts(self.objective.responses, self.parallel.context_parallel_size, fused)

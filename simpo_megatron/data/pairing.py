@@ -1,7 +1,6 @@
 """Scored responses to a prompt -> preference pairs."""
 
 import json
-import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from simpo_megatron.data.clean import Row
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_path
 
 Strategy = Literal["best-worst", "best-random", "all"]
 """best-worst: the paper's, one pair a prompt; best-random: the best one and any other; all: every two responses."""
@@ -71,17 +71,13 @@ def build_pairs(
 
 def write_pairs(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Writes JSON Lines beside `path` and moves them there at the end. Raises UserError where it cannot."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror or error}; choose another file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _candidates(

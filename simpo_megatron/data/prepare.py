@@ -26,7 +26,8 @@ from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.prepared_set import Writer
 from simpo_megatron.data.reading import read_rows
-from simpo_megatron.data.tokenizer import eos_token_ids, fingerprint, load_tokenizer
+from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.files import end_of_turn_ids
 
 _AHEAD = 3  # chunks a worker has waiting
 
@@ -46,7 +47,7 @@ def prepare(
     bar on stderr. Raises UserError for a row that cannot be read, naming it, for a source that keeps no pair, and for a prefix
     that cannot be written; an earlier set of that prefix is then still there.
     """
-    eos_ids = eos_token_ids(checkpoint)
+    eos_ids = end_of_turn_ids(checkpoint)
     encoder = PairEncoder(load_tokenizer(checkpoint), options, eos_ids)
     gate = CrossChunkFilter(options)
     with encoding(encoder, options, workers) as encode, Writer(prefix) as writer:

@@ -23,6 +23,7 @@ from simpo_megatron.data.clean import Chunk, DataReport
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.pairs import Pairs
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import sync
 
 VERSION = 1
 SUFFIXES = (".bin", ".idx", ".pairs.npy", ".json")
@@ -126,8 +127,13 @@ class Writer:
             }
             self._at(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             part(self.prefix, ".json").unlink(missing_ok=True)
+            for suffix in SUFFIXES:
+                sync(self._at(suffix))
             for suffix in SUFFIXES:  # .json last
+                if suffix == ".json":
+                    sync(self.prefix.absolute().parent)
                 os.replace(self._at(suffix), part(self.prefix, suffix))
+            sync(self.prefix.absolute().parent)
         except OSError as error:
             raise self._refused(error) from error
 

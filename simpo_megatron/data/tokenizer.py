@@ -29,20 +29,6 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {reason}") from error
 
 
-def eos_token_ids(path: Path) -> tuple[int, ...]:
-    """The ids that end a generation, from generation_config.json, else config.json; none where there is neither."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            found: Any = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path / name} cannot be read ({error}); copy it again from the model") from error
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    return ()
-
-
 def fingerprint(tokenizer: "PreTrainedTokenizerBase", eos_ids: Iterable[int]) -> dict[str, str]:
     """Digests of what turns a row into ids: `tokenizer` (vocabulary, merges, normalizer, special ids) and `template`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

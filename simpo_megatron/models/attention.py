@@ -35,18 +35,30 @@ class PackedAttention(torch.nn.Module):
     """The signature of Megatron's DotProductAttention.
 
     One call of torch's scaled dot-product attention a sequence: the cost grows with the sequences, not with the row. The
-    attention mask is ignored, as Transformer Engine ignores it for causal attention.
+    attention mask is ignored, as Transformer Engine ignores it for causal attention. All layers have the window of `config`:
+    `layer_number`, the mask's type and `cp_comm_type` change nothing. A keyword that Megatron's layers come to pass besides is
+    an error, because ignoring it could change what is computed.
 
     Raises (when built):
-        UserError: attention dropout, which this attention does not have.
+        UserError: attention dropout or cross attention, which this attention does not have.
     """
 
     def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int = 1,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        if config.attention_dropout:
-            raise UserError(f"attention_dropout {config.attention_dropout} needs Transformer Engine; set it to 0")
+        if dropout := config.attention_dropout if attention_dropout is None else attention_dropout:
+            raise UserError(f"attention_dropout {dropout} needs Transformer Engine; set it to 0")
+        if attention_type != "self":
+            raise UserError(f"attention_type {attention_type!r} is not supported; only self attention runs here")
         self.scale = softmax_scale
         self.window = config.window_size[0] + 1 if config.window_size else None
         self.cp_group: Any = None

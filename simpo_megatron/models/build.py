@@ -22,11 +22,13 @@ from torch import Tensor
 from simpo_megatron.batch.shared_prompts import PairRotary
 from simpo_megatron.compat import have_fused_weight_gradient
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import Rope
-from simpo_megatron.models.spec import layer_spec, use_transformer_engine
+from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.limits import check_layout
+from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 
 
 def transformer_config(
@@ -49,7 +51,7 @@ def transformer_config(
     Raises:
         UserError: the layout does not divide the model, Megatron refuses it, or what is asked for is not installed.
     """
-    model = hf.family.transformer_kwargs(hf.config)
+    model = hf.architecture.transformer
     check_layout(model, parallel)
     grouped = use_transformer_engine(transformer_impl)
     if grouped and "window_size" in model and parallel.get("context_parallel_size", 1) > 1:
@@ -100,7 +102,7 @@ def build_model(
     config: TransformerConfig,
     *,
     transformer_impl: str = "auto",
-    make_vocab_size_divisible_by: int = 128,
+    make_vocab_size_divisible_by: int = VOCAB_DIVISOR,
 ) -> list[GPTModel]:
     """Builds what this rank holds of the model, on its device, with uninitialised weights in `config.params_dtype`.
 
@@ -123,36 +125,26 @@ def build_model(
     for vp_stage in range(virtual) if virtual else (None,):
         model = GPTModel(
             config,
-            layer_spec(config, transformer_impl, vp_stage),  # type: ignore[arg-type]
+            hf.architecture.family.layer_spec(config, transformer_impl, vp_stage),
             vocab_size=padded_vocab_size(
-                hf.vocab_size, config.tensor_model_parallel_size, make_vocab_size_divisible_by
+                hf.architecture.vocab_size, config.tensor_model_parallel_size, make_vocab_size_divisible_by
             ),
-            max_sequence_length=hf.config.get("max_position_embeddings", 0),
+            max_sequence_length=hf.architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             parallel_output=True,
-            share_embeddings_and_output_weights=hf.tied,
+            share_embeddings_and_output_weights=hf.architecture.tied,
             position_embedding_type="rope",
-            rotary_base=hf.rope.theta,  # type: ignore[arg-type]
+            rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
         # Megatron knows one of the scalings, with three of its four values fixed: set the frequencies themselves.
         rotary: Any = model.rotary_pos_emb
         rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-        model.rotary_pos_emb.inv_freq = inverse_frequencies(hf.rope, config.kv_channels or 0)
-        _mark_parameters(model, hf)
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
+        _mark_parameters(model, hf.architecture)
         models.append(model)
     return models
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel_size: int, divisible_by: int = 128) -> int:
-    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of `divisible_by * tensor_parallel_size`.
-
-    >>> padded_vocab_size(32000, 2), padded_vocab_size(32001, 2)
-    (32000, 32256)
-    """
-    multiple = divisible_by * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
@@ -174,7 +166,7 @@ def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
     return frequency.to(torch.cuda.current_device())
 
 
-def _mark_parameters(model: GPTModel, hf: HFCheckpoint) -> None:
+def _mark_parameters(model: GPTModel, architecture: Architecture) -> None:
     """Says how parameters are split and shared, where Megatron did not (`tensor_parallel/layers.py`).
 
     Its layers say which are split over the tensor-parallel ranks while they initialise, which is turned off; unsaid, the
@@ -182,10 +174,10 @@ def _mark_parameters(model: GPTModel, hf: HFCheckpoint) -> None:
     where expert_model_parallel_size is 1: with another expert-tensor than tensor size, gradients of different shards would
     then be averaged.
     """
-    for place in place_parameters(model, hf):
+    for place in place_parameters(model, architecture.weights, tied=architecture.tied):
         parameter: Any = place.parameter
         if place.weight.tp_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
-            stride = 2 if place.weight.layout == "gate_up" else 1
-            set_tensor_model_parallel_attributes(parameter, True, place.weight.tp_dim, stride)
+            weight = place.weight
+            set_tensor_model_parallel_attributes(parameter, True, weight.tp_dim, weight.part_layout.stride)
         if place.weight.experts:
             parameter.allreduce = False

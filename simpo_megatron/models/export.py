@@ -7,7 +7,6 @@ the target's name only when every file is there.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.family import OUTPUT
-from simpo_megatron.models.hf_checkpoint import INDEX, MAX_FILE_BYTES, HFCheckpoint, copied_files, file_names
-from simpo_megatron.models.part_layout import from_megatron
+from simpo_megatron.files import atomic_write, sync
+from simpo_megatron.models.hf_checkpoint import (
+    INDEX,
+    MAX_FILE_BYTES,
+    HFCheckpoint,
+    copied_files,
+    file_names,
+    index_text,
+    split_files,
+)
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
+from simpo_megatron.models.weight_table import OUTPUT
 
 # One file: its tensors by name, with their bytes.
 File = dict[str, int]
@@ -56,7 +63,10 @@ def export_hf(
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}.partial")
     _on_first_rank(lambda: _prepare(directory, partial))
-    placed = [place for model in models for place in place_parameters(model, hf) if not _is_tied_copy(place, hf)]
+    tied = hf.architecture.tied
+    placed = [place for model in models for place in place_parameters(model, hf.architecture.weights, tied=tied)]
+    # The last stage's copy of a tied embedding is exported by the first stage.
+    placed = [place for place in placed if not (tied and place.name == OUTPUT)]
     placed = [place for place in placed if _first_replica(place)]
     # Experts and the rest are gathered over different groups, so that a rank may write one of them and not the other.
     halves = [[place for place in placed if bool(place.weight.experts) == experts] for experts in (False, True)]
@@ -92,19 +102,13 @@ def check_target(directory: Path) -> None:
 
 def plan_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File]:
     """Cuts the tensors of these parameters, in their order, into files of at most `max_bytes`."""
-    files: list[File] = [{}]
-    for place in placed:
-        for name, shape in zip(place.hf, place.weight.shapes, strict=True):
-            size = torch.Size(shape).numel() * place.parameter.element_size()
-            if files[-1] and sum(files[-1].values()) + size > max_bytes:
-                files.append({})
-            files[-1][name] = size
-    return [file for file in files if file]
-
-
-def _is_tied_copy(place: PlacedParameter, hf: HFCheckpoint) -> bool:
-    """The last stage's copy of a tied embedding, which the first stage exports."""
-    return hf.tied and place.name == OUTPUT
+    tensors = [
+        (name, torch.Size(shape).numel() * place.parameter.element_size())
+        for place in placed
+        for name, shape in zip(place.hf, place.weight.shapes, strict=True)
+    ]
+    files = split_files([size for _, size in tensors], max_bytes)
+    return [dict(tensors[position] for position in file) for file in files]
 
 
 def _first_replica(place: PlacedParameter) -> bool:
@@ -132,7 +136,7 @@ def _gathered(placed: Iterable[PlacedParameter]) -> Iterator[tuple[str, Tensor]]
             shards = [shard.view(parameter.dtype) for shard in whole or []]
         if rank != 0:
             continue
-        parts = [from_megatron(weight, shard.cpu(), ranks) for shard in shards]
+        parts = [weight.part_layout.split(shard.cpu(), weight.rows, ranks) for shard in shards]
         for name, shape, *slices in zip(place.hf, weight.shapes, *parts, strict=True):
             tensor = slices[0] if weight.tp_dim is None else torch.cat(slices, dim=weight.tp_dim)
             if weight.is_vocabulary:
@@ -176,14 +180,14 @@ def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, F
             f"{partial} lacks {missing[0]}, which another node wrote; export to a file system all nodes share"
         )
     if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(sum(file.values()) for file in files.values())},
-            "weight_map": dict(sorted((tensor, name) for name, file in files.items() for tensor in file)),
-        }
-        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        by_tensor = {tensor: name for name, file in files.items() for tensor in file}
+        atomic_write(partial / INDEX, index_text(by_tensor, sum(sum(file.values()) for file in files.values())))
     for source in copied_files(hf.path):
         shutil.copyfile(source, partial / source.name)
+    for file in partial.iterdir():
+        sync(file)
     os.replace(partial, directory)
+    sync(directory.parent)
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import end_of_turn_ids, read_json
+from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.families.registry import family_of
-from simpo_megatron.models.family import Family, Weight, required
-from simpo_megatron.models.rope import Rope, read_rope
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,6 +42,34 @@ def file_names(count: int) -> list[str]:
     return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
+def split_files(sizes: Sequence[int], max_bytes: int) -> list[list[int]]:
+    """Positions in `sizes`, cut in order into files of at most `max_bytes`; a larger tensor has a file of its own.
+
+    >>> split_files([3, 3, 9, 1], 6)
+    [[0, 1], [2], [3]]
+    """
+    files: list[list[int]] = [[]]
+    filled = 0
+    for position, size in enumerate(sizes):
+        if files[-1] and filled + size > max_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(position)
+        filled += size
+    return [file for file in files if file]
+
+
+def index_text(files: Mapping[str, str], total_bytes: int) -> str:
+    """The content of model.safetensors.index.json.
+
+    Args:
+        files: the file of every tensor, by the tensor's name.
+        total_bytes: of all tensors.
+    """
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
 def copied_files(path: Path) -> list[Path]:
     """The files of a checkpoint directory that go with every copy of it."""
     return sorted({file for pattern in COPIED for file in path.glob(pattern) if file.is_file()})
@@ -61,43 +89,26 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """A checkpoint that has been looked at, made by `read_hf_checkpoint`.
+    """A checkpoint directory that has been looked at, made by `read_hf_checkpoint`.
 
     Attributes:
         path: the directory.
         config: config.json.
-        family: what `model_type` names.
-        vocab_size: rows of the embedding, without Megatron's padding.
-        eos_token_ids: every token that ends a generation, from generation_config.json, else config.json.
-        tied: the output layer is the embedding.
-        tensors: by name, what the safetensors files hold.
+        architecture: what it describes.
+        eos_token_ids: every token that ends a turn, see `end_of_turn_ids`.
+        tensors: by name, what the weight files hold.
     """
 
     path: Path
     config: dict[str, Any]
-    family: Family
-    vocab_size: int
+    architecture: Architecture
     eos_token_ids: tuple[int, ...]
-    tied: bool
     tensors: dict[str, HFTensor]
-
-    @property
-    def num_layers(self) -> int:
-        return required(self.config, "num_hidden_layers")
 
     @property
     def num_parameters(self) -> int:
         """Of the tensors on disk."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
-
-    @property
-    def weights(self) -> tuple[Weight, ...]:
-        """The weight table of this model."""
-        return self.family.weights(self.config)
-
-    @property
-    def rope(self) -> Rope:
-        return read_rope(self.config)
 
 
 def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTensor]] | None = None) -> HFCheckpoint:
@@ -118,7 +129,7 @@ def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTe
 
 
 def read_hf_config(path: Path) -> HFCheckpoint:
-    """A model without its weights: `tensors` is empty.
+    """A checkpoint without its weights: `tensors` is empty.
 
     Args:
         path: a checkpoint directory, or a config.json by whatever name.
@@ -128,32 +139,21 @@ def read_hf_config(path: Path) -> HFCheckpoint:
     """
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
-    family = _family(path, config)
-    generation = file.parent / "generation_config.json"
-    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
-    eos = config.get("eos_token_id") if eos is None else eos
-    return HFCheckpoint(
-        path=path,
-        config=config,
-        family=family,
-        vocab_size=required(config, "vocab_size"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        tensors={},
-    )
+    return HFCheckpoint(path, config, read_architecture(path, config), end_of_turn_ids(file.parent, file), {})
 
 
-def _family(path: Path, config: dict[str, Any]) -> Family:
-    """The family of a config.json it can use."""
+def read_architecture(path: Path, config: dict[str, Any]) -> Architecture:
+    """The architecture of a config.json; `path` names it in errors.
+
+    Raises:
+        UserError: the model is not one that runs.
+    """
     try:
-        family = family_of(config)
-        family.transformer_kwargs(config)
-        family.weights(config)
+        return family_of(config).architecture(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: config.json holds a value of the wrong kind ({error}); copy it again") from error
-    return family
 
 
 def check_tensors(hf: HFCheckpoint) -> None:
@@ -166,7 +166,7 @@ def check_tensors(hf: HFCheckpoint) -> None:
     for name, shape in expected.items():
         if name not in hf.tensors:
             raise UserError(
-                f"{hf.path} has no tensor {name}, which {hf.family.name} needs; is the checkpoint complete?"
+                f"{hf.path} has no tensor {name}, which {hf.architecture.family.name} needs; is the checkpoint complete?"
             )
         found = hf.tensors[name]
         if found.shape != shape:
@@ -174,18 +174,20 @@ def check_tensors(hf: HFCheckpoint) -> None:
                 f"{name} in {found.file} has shape {list(found.shape)}, but config.json implies {list(shape)}; "
                 "take config.json and weights from the same model"
             )
-    if unused := sorted(name for name in hf.tensors.keys() - expected.keys() if not _ignored(name, hf.tied)):
+    if unused := sorted(
+        name for name in hf.tensors.keys() - expected.keys() if not _ignored(name, hf.architecture.tied)
+    ):
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise UserError(
-            f"{hf.path} has tensors that {hf.family.name} does not use: {', '.join(unused[:5])}{more}; "
+            f"{hf.path} has tensors that {hf.architecture.family.name} does not use: {', '.join(unused[:5])}{more}; "
             "loading without them would train another model"
         )
 
 
 def expected_tensors(hf: HFCheckpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor the weight table asks for, with its shape."""
-    for weight in hf.weights:
-        for where in weight.instances(hf.num_layers):
+    for weight in hf.architecture.weights:
+        for where in weight.instances(hf.architecture.num_layers):
             for name, shape in zip(weight.hf, weight.shapes, strict=True):
                 yield name.format(**where), shape
 
@@ -193,19 +195,6 @@ def expected_tensors(hf: HFCheckpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _ignored(name: str, tied: bool) -> bool:
     """Tensors without information: rotary frequencies, which config.json implies, and a copy of the tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is a UserError."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; is {file.parent} a complete Hugging Face checkpoint?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds {type(value).__name__} instead of a JSON object; copy it again")
-    return value
 
 
 def read_safetensors(path: Path) -> dict[str, HFTensor]:

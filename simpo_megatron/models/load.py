@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
-from simpo_megatron.models.part_layout import rank_slice, to_megatron
+from simpo_megatron.models.part_layout import rank_slice
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
 
 
@@ -32,7 +32,8 @@ def load_hf_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, progres
         ValueError: the models were not built from `hf`.
     """
     check_tensors(hf)
-    placed = [place for model in models for place in place_parameters(model, hf)]
+    table = hf.architecture.weights
+    placed = [place for model in models for place in place_parameters(model, table, tied=hf.architecture.tied)]
     tensors = {name: hf.tensors[name].file for place in placed for name in place.hf}
     with ExitStack() as stack, torch.no_grad():
         files = {file: stack.enter_context(_open(file)) for file in sorted(set(tensors.values()))}
@@ -56,7 +57,7 @@ def _fill(place: PlacedParameter, slices: dict[str, Any]) -> None:
         parameter[:rows].copy_(parts[0])
         parameter[rows:].zero_()
     else:
-        parameter.copy_(to_megatron(weight, parts, ranks))
+        parameter.copy_(weight.part_layout.join(parts, ranks))
 
 
 def _open(file: Path) -> Any:

@@ -1,18 +1,150 @@
-"""Hugging Face tensors <-> one rank's Megatron parameter. Plain torch; no process group.
+"""How Hugging Face tensors form one Megatron parameter: an object an entry of the weight table, with all that depends on it.
 
-A tensor-parallel rank holds whole query groups and the same rows of gate and up, so its slices of the Hugging Face
-tensors along `Weight.tp_dim` make its parameter, and the parameter makes the slices: the two functions below are inverse
-to each other at any tensor-parallel size, and gathering is concatenating slices.
+The parts of a parameter are Hugging Face tensors. A tensor-parallel rank holds whole query groups, and the same rows of gate
+and up. So its slices of the parts along `Weight.tp_dim` make its parameter (`join`), and the parameter makes the slices
+(`split`): the two are inverse to each other at any tensor-parallel size, and gathering is concatenating slices.
+
+A new way to form a parameter is a class here. No torch is imported: the families, the converter and its workers read this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from simpo_megatron.models.family import Weight
+
+class Run(NamedTuple):
+    """Rows of a parameter that one part holds in order.
+
+    Attributes:
+        part: index of the part.
+        offset: first row in the parameter.
+        first, last: the rows of the part, `last` not included.
+    """
+
+    part: int
+    offset: int
+    first: int
+    last: int
+
+
+class PartLayout(Protocol):
+    """How parts form a parameter. `rows` are the rows of each whole part."""
+
+    @property
+    def stride(self) -> int:
+        """Blocks of rows that tensor parallelism splits one by one (`set_tensor_model_parallel_attributes`)."""
+        ...
+
+    def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+        """A rank's parameter from its slices of the parts, any dtype and device."""
+        ...
+
+    def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+        """A rank's slices of the parts from its parameter; views where the layout allows."""
+        ...
+
+    def runs(self, rows: Sequence[int]) -> Iterator[Run]:
+        """The whole parameter from its first row to its last."""
+        ...
+
+    def divided(self, rows: Sequence[int]) -> Sequence[int]:
+        """The numbers that the tensor-parallel size must divide where tensor parallelism splits rows."""
+        ...
+
+    def blocks(self, rows: Sequence[int]) -> Sequence[int]:
+        """Rows of the blocks that tensor parallelism splits one by one; `torch_dist` may keep each under a key of its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One part, as it is."""
+
+    @property
+    def stride(self) -> int:
+        return 1
+
+    def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+        return parts[0]
+
+    def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+        return (parameter,)
+
+    def runs(self, rows: Sequence[int]) -> Iterator[Run]:
+        yield Run(0, 0, 0, rows[0])
+
+    def divided(self, rows: Sequence[int]) -> Sequence[int]:
+        return rows
+
+    def blocks(self, rows: Sequence[int]) -> Sequence[int]:
+        return (sum(rows),)
+
+
+@dataclass(frozen=True)
+class QKV:
+    """q, k and v interleaved by query group: `[q_0 .. q_{n-1}, k, v]` for every group."""
+
+    groups: int
+
+    @property
+    def stride(self) -> int:
+        return 1
+
+    def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+        import torch
+
+        return torch.cat([part.unflatten(0, (self.groups // ranks, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+        grouped = parameter.unflatten(0, (self.groups // ranks, -1))
+        sizes = [size * grouped.shape[1] // sum(rows) for size in rows]
+        return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
+
+    def runs(self, rows: Sequence[int]) -> Iterator[Run]:
+        offset = 0
+        for group in range(self.groups):
+            for part, size in enumerate(rows):
+                share = size // self.groups
+                yield Run(part, offset, group * share, (group + 1) * share)
+                offset += share
+
+    def divided(self, rows: Sequence[int]) -> Sequence[int]:
+        return (sum(rows),)
+
+    def blocks(self, rows: Sequence[int]) -> Sequence[int]:
+        return (sum(rows),)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gate, then up, on every tensor-parallel rank."""
+
+    @property
+    def stride(self) -> int:
+        return 2
+
+    def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+        import torch
+
+        return torch.cat(list(parts))
+
+    def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+        return tuple(parameter.chunk(2))
+
+    def runs(self, rows: Sequence[int]) -> Iterator[Run]:
+        yield Run(0, 0, 0, rows[0])
+        yield Run(1, rows[0], 0, rows[1])
+
+    def divided(self, rows: Sequence[int]) -> Sequence[int]:
+        return rows
+
+    def blocks(self, rows: Sequence[int]) -> Sequence[int]:
+        return rows
 
 
 def rank_slice(size: int, padded: int, rank: int, ranks: int) -> slice:
@@ -21,55 +153,29 @@ def rank_slice(size: int, padded: int, rank: int, ranks: int) -> slice:
     return slice(min(rank * share, size), min((rank + 1) * share, size))
 
 
-def to_megatron(weight: Weight, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
-    """Joins a rank's slices of the parts into its parameter.
-
-    Args:
-        weight: the table's row.
-        parts: slices in the order of `weight.hf`, any dtype and device.
-        ranks: tensor-parallel ranks the slices were cut for.
-    """
-    if weight.layout == "copy":
-        return parts[0]
-    if weight.layout == "gate_up":
-        return torch.cat(list(parts))
-    return torch.cat([part.unflatten(0, (weight.groups // ranks, -1)) for part in parts], dim=1).flatten(0, 1)
+def rank_rows(layout: PartLayout, rows: Sequence[int], rank: int, ranks: int) -> list[tuple[int, int]]:
+    """First row and number of rows of the whole parameter that a rank holds, in the order of its own parameter."""
+    found, start = [], 0
+    for size in layout.blocks(rows):
+        share = size // ranks
+        found.append((start + rank * share, share))
+        start += size
+    return found
 
 
-def from_megatron(weight: Weight, parameter: Tensor, ranks: int = 1) -> tuple[Tensor, ...]:
-    """Takes a rank's parameter apart into its slices of the parts; views where the layout allows."""
-    if weight.layout == "copy":
-        return (parameter,)
-    if weight.layout == "gate_up":
-        return parameter.chunk(2)
-    rows = [shape[0] for shape in weight.shapes]
-    grouped = parameter.unflatten(0, (weight.groups // ranks, -1))
-    sizes = [row * grouped.shape[1] // sum(rows) for row in rows]
-    return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
-
-
-def part_rows(weight: Weight, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def part_rows(layout: PartLayout, rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Rows `start` to `stop` of the whole parameter as `(part, first, last)` ranges of rows of its parts, in order."""
-    for part, offset, first, last in _runs(weight):
-        low, high = max(start, offset), min(stop, offset + last - first)
+    for run in layout.runs(rows):
+        low, high = max(start, run.offset), min(stop, run.offset + run.last - run.first)
         if low < high:
-            yield part, first + low - offset, first + high - offset
+            yield run.part, run.first + low - run.offset, run.first + high - run.offset
 
 
-def parameter_rows(weight: Weight, part: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def parameter_rows(
+    layout: PartLayout, rows: Sequence[int], part: int, start: int, stop: int
+) -> Iterator[tuple[int, int]]:
     """Rows `start` to `stop` of a part as ranges of rows of the whole parameter, in order: the inverse of `part_rows`."""
-    for owner, offset, first, last in _runs(weight):
-        low, high = max(start, first), min(stop, last)
-        if owner == part and low < high:
-            yield offset + low - first, offset + high - first
-
-
-def _runs(weight: Weight) -> Iterator[tuple[int, int, int, int]]:
-    """The parameter as runs of rows that one part holds in order: (part, first row in the parameter, rows in the part)."""
-    rows = [shape[0] for shape in weight.shapes]
-    groups, offset = weight.groups if weight.layout == "qkv" else 1, 0
-    for group in range(groups):
-        for part, size in enumerate(rows):
-            share = size // groups
-            yield part, offset, group * share, (group + 1) * share
-            offset += share
+    for run in layout.runs(rows):
+        low, high = max(start, run.first), min(stop, run.last)
+        if run.part == part and low < high:
+            yield run.offset + low - run.first, run.offset + high - run.first

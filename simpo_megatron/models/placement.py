@@ -1,9 +1,9 @@
-"""Which row of the weight table each parameter of a built model belongs to."""
+"""Which entry of the weight table each parameter of a built model belongs to."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from simpo_megatron.models.family import EMBEDDING, OUTPUT, Weight, canonical_name
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, Weight, canonical_name
 
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class PlacedParameter:
-    """A parameter of this rank, its row of the table, and its global layer and expert (None where it has none)."""
+    """A parameter of this rank, its entry of the table, and its global layer and expert (None where it has none)."""
 
     name: str
     parameter: torch.nn.Parameter
@@ -40,22 +39,27 @@ class PlacedParameter:
         return parallel_state.get_tensor_model_parallel_group()
 
 
-def place_parameters(model: torch.nn.Module, hf: HFCheckpoint) -> Iterator[PlacedParameter]:
-    """Pairs every parameter of a model, wrapped or not, with its row.
+def place_parameters(model: torch.nn.Module, table: Sequence[Weight], *, tied: bool) -> Iterator[PlacedParameter]:
+    """Pairs every parameter of a model, wrapped or not, with its entry.
+
+    Args:
+        model: a GPTModel of this rank.
+        table: the weight table; a longer one where the model has more than its architecture says.
+        tied: the output layer is the embedding. With pipeline stages the last one holds a copy.
 
     Raises:
-        ValueError: a parameter without a row, a row of these layers without a parameter, or a shape the row does not
-            give: the model was not built from `hf`.
+        ValueError: a parameter without an entry, an entry of these layers without a parameter, or a shape that the entry
+            does not give: the model was not built from this table.
     """
     gpt = unwrap(model)
-    table = {weight.megatron: weight for weight in hf.weights}
-    if hf.tied:  # with pipeline stages the last one holds a copy
-        table[OUTPUT] = table[EMBEDDING]
+    entries = {weight.megatron: weight for weight in table}
+    if tied:
+        entries[OUTPUT] = entries[EMBEDDING]
     decoder: Any = gpt.decoder
     layers = [layer.layer_number - 1 for layer in decoder.layers]
     missing = {
         (name, layer, expert)
-        for name, weight in table.items()
+        for name, weight in entries.items()
         if weight.per_layer
         for layer in layers
         for expert in (_local_experts(weight) if weight.experts else (None,))
@@ -67,15 +71,15 @@ def place_parameters(model: torch.nn.Module, hf: HFCheckpoint) -> Iterator[Place
             key, layer = f"decoder.layers.{{layer}}.{tail}", layers[int(index)]
         if found := _EXPERT.search(key):
             key = key.replace(found[0], ".local_experts.{expert}.")
-            expert = _local_experts(table[key])[int(found[1])] if key in table else None
+            expert = _local_experts(entries[key])[int(found[1])] if key in entries else None
         missing.discard((key, layer, expert))
-        if key not in table:
-            raise ValueError(f"the weight table of {hf.family.name} has no row for the parameter {name}")
-        place = PlacedParameter(name, parameter, table[key], layer, expert)
+        if key not in entries:
+            raise ValueError(f"the weight table has no entry for the parameter {name}")
+        place = PlacedParameter(name, parameter, entries[key], layer, expert)
         _check_shape(place)
         yield place
     if missing:
-        raise ValueError(f"the model has no parameter for {sorted(missing, key=str)}; was it built from {hf.path}?")
+        raise ValueError(f"the model has no parameter for {sorted(missing, key=str)}; was it built from this table?")
 
 
 def _local_experts(weight: Weight) -> range:
@@ -94,9 +98,7 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
 def _check_shape(place: PlacedParameter) -> None:
     """Compares a parameter with the sizes of its parts over the tensor-parallel ranks."""
     weight = place.weight
-    whole = list(weight.shapes[0])
-    if weight.layout != "copy":
-        whole[0] = sum(shape[0] for shape in weight.shapes)
+    whole = [sum(weight.rows), *weight.shapes[0][1:]]
     if weight.tp_dim is not None:
         whole[weight.tp_dim] //= place.group.size()
     found = list(place.parameter.shape)

@@ -73,3 +73,23 @@ class ParallelConfig(Group):
             self.num_layers_per_virtual_pipeline_stage is None or self.pipeline_model_parallel_size > 1,
             "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2",
         )
+
+
+def describe_layout(parallel: ParallelConfig, data_parallel_size: int) -> str:
+    """A layout in words.
+
+    >>> describe_layout(ParallelConfig(tensor_model_parallel_size=2), 4)
+    'tensor 2 x context 1 x pipeline 1 x data 4'
+    """
+    sizes = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "data": data_parallel_size,
+    }
+    words = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if parallel.expert_model_parallel_size > 1:
+        words += f", experts over {parallel.expert_model_parallel_size}"
+    if parallel.expert_tensor_parallel_size is not None:
+        words += f", each over {parallel.expert_tensor_parallel_size}"
+    return words

@@ -6,49 +6,29 @@ Some of them Megatron would refuse in its own words, some it would train on with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.context import round_up, sequence_multiple
+from simpo_megatron.parallel.stages import divisors, join_or, stage_layers, virtual_stages
 from simpo_megatron.settings import flag
 
 if TYPE_CHECKING:
     from simpo_megatron.parallel.config import ParallelConfig
 
 
-def join_or(values: Iterable[int]) -> str:
-    """A list for people.
-
-    >>> join_or([1, 2, 4])
-    '1, 2 or 4'
-    """
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
 def layout_arguments(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
     """A layout as arguments of TransformerConfig, for a model of this many layers.
 
     Raises:
-        UserError: the chunks of virtual stages, or of recomputation, do not divide the layers.
+        UserError: virtual stages, or the blocks of recomputation, do not divide the layers.
     """
-    stages, chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
-    if chunk is not None and num_layers % (stages * chunk):
-        raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {chunk} x --pipeline-model-parallel-size {stages} does not divide "
-            f"the model's {num_layers} layers; choose a chunk size that does"
-        )
-    virtual = 1 if chunk is None else num_layers // (stages * chunk)
+    stages = parallel.pipeline_model_parallel_size
+    virtual = virtual_stages(num_layers, stages, parallel.num_layers_per_virtual_pipeline_stage)
     layers = num_layers // (stages * virtual)
     if parallel.recompute_method == "uniform" and layers % (parallel.recompute_num_layers or 1):
         raise UserError(
-            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {layers} layers of a model chunk; "
+            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {layers} layers of a virtual stage; "
             "choose a number that does, or --recompute-method block"
         )
     return {
@@ -72,7 +52,7 @@ def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     """Checks a layout against a model.
 
     Args:
-        model: the arguments of TransformerConfig that describe the architecture (`Family.transformer_kwargs`).
+        model: the arguments of TransformerConfig that describe the architecture (`Architecture.transformer`).
         parallel: those that describe the layout; absent is Megatron's default.
 
     Raises:
@@ -143,24 +123,35 @@ def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
         )
     if parallel.get("pipeline_model_parallel_layout") is not None:
         return  # Megatron checks it
-    edges = {edge: parallel.get(f"num_layers_in_{edge}_pipeline_stage") for edge in ("first", "last")}
-    given = {f"--decoder-{edge}-pipeline-num-layers": n for edge, n in edges.items() if n is not None}
-    layers, stages = num_layers - sum(given.values()), pp - len(given)
-    chunks = stages * (virtual or 1)
-    if (chunks and layers >= chunks and layers % chunks == 0) or not (chunks or layers):
-        return
-    of = f"{stages} pipeline stages" + (f" of {virtual} virtual stages each" if virtual else "")
-    if given:
-        named = " and ".join(f"{name} {n}" for name, n in given.items())
-        raise UserError(
-            f"{named}: that leaves {layers} of the model's {num_layers} layers for {of}; give the edges so many that a "
-            f"positive multiple of {max(chunks, 1)} is left"
-        )
-    counts = [n // (virtual or 1) for n in divisors(num_layers) if n % (virtual or 1) == 0]
-    raise UserError(
-        f"{layers} of the model's {num_layers} layers do not divide into {of}; use --pipeline-model-parallel-size "
-        f"{join_or(counts or [1])}, or give the first and the last stage another number of layers"
-    )
+    first, last = (parallel.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last"))
+    stage_layers(num_layers, pp, virtual or 1, first, last)
+
+
+def check_shared_prompts(responses: int, context_parallel_size: int, transformer_engine: bool) -> None:
+    """Checks that the two responses of a pair can share their prompt.
+
+    Args:
+        responses: scored responses of a pair.
+        context_parallel_size: ranks that share every sequence.
+        transformer_engine: its layers are used, not Megatron's own.
+
+    Raises:
+        UserError: they cannot; it names what to drop.
+    """
+    for conflict, why in (
+        (responses == 1, "the objective scores the chosen response alone, so there is nothing to share; drop it"),
+        (
+            context_parallel_size > 1,
+            f"there is no attention for it under --context-parallel-size {context_parallel_size}; drop one of them",
+        ),
+        (
+            transformer_engine,
+            "Transformer Engine's attention cannot let two responses see one prompt; use --transformer-impl local, or drop "
+            "--share-prompts",
+        ),
+    ):
+        if conflict:
+            raise UserError(f"--share-prompts: {why}")
 
 
 def check_rows(seq_length: int, parallel: ParallelConfig) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_layout, check_processes, check_rows, divisors, layout_arguments
 from simpo_megatron.planning.memory import Memory, Workload, estimate
@@ -75,23 +75,23 @@ class Planned:
         return round(self.slowdown * 20), cut, p.pipeline_model_parallel_size, experts, self.memory.total
 
 
-def fitting(hf: HFCheckpoint, gpus: int, request: Request) -> list[Planned]:
+def fitting(architecture: Architecture, gpus: int, request: Request) -> list[Planned]:
     """The layouts of a model on this many GPUs whose memory suffices, best first."""
-    found = [plan(hf, parallel, gpus, request) for parallel in legal(hf, gpus, request.seq_length)]
+    found = [plan(architecture, parallel, gpus, request) for parallel in legal(architecture, gpus, request.seq_length)]
     return sorted((one for one in found if one.memory.total <= request.gpu_bytes), key=lambda one: one.order)
 
 
-def fewest(hf: HFCheckpoint, request: Request) -> tuple[int, Planned] | None:
+def fewest(architecture: Architecture, request: Request) -> tuple[int, Planned] | None:
     """The smallest number of GPUs on which a layout fits (1, 2, 4, or whole nodes) and the best layout there."""
     for gpus in (1, 2, 4, *range(GPUS_PER_NODE, MOST_GPUS + 1, GPUS_PER_NODE)):
-        if found := fitting(hf, gpus, request):
+        if found := fitting(architecture, gpus, request):
             return gpus, found[0]
     return None
 
 
-def plan(hf: HFCheckpoint, parallel: ParallelConfig, gpus: int, request: Request) -> Planned:
+def plan(architecture: Architecture, parallel: ParallelConfig, gpus: int, request: Request) -> Planned:
     """What a layout costs on this many GPUs."""
-    layout = layout_arguments(parallel, hf.num_layers)
+    layout = layout_arguments(parallel, architecture.num_layers)
     stages, virtual = parallel.pipeline_model_parallel_size, layout["virtual_pipeline_model_parallel_size"] or 1
     data = gpus // (parallel.tensor_model_parallel_size * parallel.context_parallel_size * stages)
     microbatches = max(1, math.ceil(request.rows / data))
@@ -112,20 +112,20 @@ def plan(hf: HFCheckpoint, parallel: ParallelConfig, gpus: int, request: Request
         microbatches,
         bubble=waiting / (microbatches + waiting),
         slowdown=(microbatches + waiting) * recompute / (request.rows / data),
-        memory=estimate(hf, layout, work),
+        memory=estimate(architecture, layout, work),
     )
 
 
-def legal(hf: HFCheckpoint, gpus: int, seq_length: int) -> Iterator[ParallelConfig]:
+def legal(architecture: Architecture, gpus: int, seq_length: int) -> Iterator[ParallelConfig]:
     """The layouts of a model on this many GPUs that the limits allow."""
-    model = hf.family.transformer_kwargs(hf.config)
-    for base in _dense(hf.num_layers, gpus):
-        for parallel in _with_experts(base, model.get("num_moe_experts")):
+    model = architecture.transformer
+    for base in _dense(architecture.num_layers, gpus):
+        for parallel in _with_experts(base, architecture.num_experts):
             try:
-                layout = layout_arguments(parallel, hf.num_layers)
+                layout = layout_arguments(parallel, architecture.num_layers)
                 check_layout(model, layout)
                 check_rows(seq_length, parallel)
-                check_processes(gpus, "num_moe_experts" in model, layout)
+                check_processes(gpus, architecture.num_experts is not None, layout)
             except UserError:
                 continue
             yield parallel

@@ -1,7 +1,7 @@
 """Bytes a rank of each pipeline stage needs: weights, gradients, optimizer state, activations, head.
 
-    layout = layout_arguments(parallel, hf.num_layers)
-    print(estimate(hf, layout, Workload(world_size=64, seq_length=4096, microbatches=8)).total)
+    layout = layout_arguments(parallel, architecture.num_layers)
+    print(estimate(architecture, layout, Workload(world_size=64, seq_length=4096, microbatches=8)).total)
 
 Parameters are counted from the weight table of the family and are exact. Activations are what autograd keeps for the backward
 pass, tensor by tensor, for the layers of Transformer Engine (`fused`) and for those of plain torch; for the latter the count is
@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from simpo_megatron.models.family import EMBEDDING, Weight
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.parallel.context import round_up
+from simpo_megatron.models.architecture import Architecture
+from simpo_megatron.models.weight_table import EMBEDDING, Weight
+from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size, stage_layers
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Workload:
     distributed_optimizer: bool = True
     reference: bool = False
     fused: bool = True
-    divisible_by: int = 128
+    divisible_by: int = VOCAB_DIVISOR
 
     @property
     def element(self) -> int:
@@ -83,23 +83,24 @@ class Memory:
         return sum(vars(self).values())
 
 
-def stage_layers(num_layers: int, layout: Mapping[str, Any]) -> list[int]:
+def layers_of_stages(num_layers: int, layout: Mapping[str, Any]) -> list[int]:
     """Layers of every pipeline stage, virtual stages of a rank together; `layout` has passed `check_layout`."""
-    stages = layout["pipeline_model_parallel_size"]
-    first, last = (layout[f"num_layers_in_{edge}_pipeline_stage"] for edge in ("first", "last"))
-    middle = stages - (first is not None) - (last is not None)
-    share = (num_layers - (first or 0) - (last or 0)) // middle if middle else 0
-    return [*([first] if first is not None else []), *[share] * middle, *([last] if last is not None else [])]
+    virtual = layout["virtual_pipeline_model_parallel_size"] or 1
+    first, last = (layout[f"num_layers_in_{end}_pipeline_stage"] for end in ("first", "last"))
+    stages = stage_layers(num_layers, layout["pipeline_model_parallel_size"], virtual, first, last)
+    return [sum(map(len, stage)) for stage in stages]
 
 
-def stage_parameters(hf: HFCheckpoint, layout: Mapping[str, Any], divisible_by: int = 128) -> list[Parameters]:
+def stage_parameters(
+    architecture: Architecture, layout: Mapping[str, Any], divisible_by: int = VOCAB_DIVISOR
+) -> list[Parameters]:
     """Parameters a rank of each pipeline stage holds: its layers, the embedding first, final norm and output last."""
-    counts = stage_layers(hf.num_layers, layout)
+    counts = layers_of_stages(architecture.num_layers, layout)
     found = []
     for stage, layers in enumerate(counts):
         first, last = stage == 0, stage == len(counts) - 1
         dense = experts = 0
-        for weight in hf.weights:
+        for weight in architecture.weights:
             size = _rank_share(weight, layout, divisible_by)
             if weight.experts:
                 experts += layers * size * (weight.experts // layout["expert_model_parallel_size"])
@@ -107,7 +108,7 @@ def stage_parameters(hf: HFCheckpoint, layout: Mapping[str, Any], divisible_by: 
                 dense += layers * size
             elif weight.megatron == EMBEDDING:
                 # Tied, the last stage has a copy, unless it is the first one too.
-                dense += size if first or (last and hf.tied) else 0
+                dense += size if first or (last and architecture.tied) else 0
             else:
                 dense += size if last else 0
         found.append(Parameters(dense, experts))
@@ -115,12 +116,12 @@ def stage_parameters(hf: HFCheckpoint, layout: Mapping[str, Any], divisible_by: 
 
 
 def _rank_share(weight: Weight, layout: Mapping[str, Any], divisible_by: int) -> int:
-    """Elements of one parameter of this row on one rank."""
+    """Elements of one parameter of this entry on one rank."""
     tensor = layout["tensor_model_parallel_size"]
     ranks = (layout["expert_tensor_parallel_size"] or tensor) if weight.experts else tensor
     shapes = [list(shape) for shape in weight.shapes]
     if weight.is_vocabulary:
-        shapes[0][0] = round_up(shapes[0][0], divisible_by * tensor)
+        shapes[0][0] = padded_vocab_size(shapes[0][0], tensor, divisible_by)
     return sum(map(math.prod, shapes)) // (1 if weight.tp_dim is None else ranks)
 
 
@@ -128,7 +129,7 @@ def layer_bytes(model: Mapping[str, Any], layout: Mapping[str, Any], *, element:
     """Bytes autograd keeps of one layer for one token of the context-parallel rank.
 
     Args:
-        model: `Family.transformer_kwargs`.
+        model: `Architecture.transformer`.
         layout: `limits.layout_arguments`; with `recompute_granularity` "selective" the attention is recomputed.
         element: bytes of an activation.
         fused: Transformer Engine's norms, attention and SwiGLU; else torch's, which keep more.
@@ -191,25 +192,27 @@ def in_flight(stage: int, layout: Mapping[str, Any], microbatches: int) -> int:
     return min(virtual * microbatches, behind + 1 if virtual == 1 else 2 * behind + (virtual - 1) * stages + 1)
 
 
-def estimate(hf: HFCheckpoint, layout: Mapping[str, Any], work: Workload) -> Memory:
+def estimate(architecture: Architecture, layout: Mapping[str, Any], work: Workload) -> Memory:
     """Bytes of a rank of the pipeline stage that needs most.
 
     Args:
-        hf: the model; its tensors are not looked at.
+        architecture: the model.
         layout: `limits.layout_arguments` that has passed `limits.check_layout`.
         work: the rest.
     """
-    parameters = stage_parameters(hf, layout, work.divisible_by)
-    return max((_stage_memory(hf, layout, work, stage, parameters[stage]) for stage in range(len(parameters))),
-               key=lambda memory: memory.total)  # fmt: skip
+    parameters = stage_parameters(architecture, layout, work.divisible_by)
+    stages = (_stage_memory(architecture, layout, work, stage, held) for stage, held in enumerate(parameters))
+    return max(stages, key=lambda memory: memory.total)
 
 
-def _stage_memory(hf: HFCheckpoint, layout: Mapping[str, Any], work: Workload, stage: int, held: Parameters) -> Memory:
-    model, element = hf.family.transformer_kwargs(hf.config), work.element
+def _stage_memory(
+    architecture: Architecture, layout: Mapping[str, Any], work: Workload, stage: int, held: Parameters
+) -> Memory:
+    model, element = architecture.transformer, work.element
     tensor, stages = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
     tokens = work.seq_length // layout["context_parallel_size"]
     chunks = layout["virtual_pipeline_model_parallel_size"] or 1
-    layers = stage_layers(hf.num_layers, layout)[stage] // chunks
+    layers = layers_of_stages(architecture.num_layers, layout)[stage] // chunks
     hidden = tokens * model["hidden_size"] * element
     last = stage == stages - 1
 
@@ -219,7 +222,8 @@ def _stage_memory(hf: HFCheckpoint, layout: Mapping[str, Any], work: Workload, s
     activations = in_flight(stage, layout, work.microbatches) * saved + _working_set(model, layout, tokens, work)
     # The gradient of the largest weight, before it is added to the fp32 one: of the embedding, or of the output layer,
     # where it is a placeholder, for the head adds to the fp32 gradient itself.
-    vocabulary = round_up(hf.vocab_size, work.divisible_by * tensor) // tensor * model["hidden_size"] * element
+    rows = padded_vocab_size(architecture.vocab_size, tensor, work.divisible_by) // tensor
+    vocabulary = rows * model["hidden_size"] * element
     if stage == 0:
         activations += vocabulary
     head = 0.0

@@ -26,8 +26,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from simpo_megatron.checkpoint.formats.torch_dist_reader import weight_keys
+from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_step, write_tracker
+from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 from simpo_megatron.checkpoint.manifest import check_manifest
+from simpo_megatron.checkpoint.megatron_args import megatron_args, namespace
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
@@ -35,9 +37,7 @@ from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer import torch_adam
 from simpo_megatron.trainer.engine import Engine
 
-RELEASE = "release"  # what Megatron-LM and tools/hf_to_megatron.py write into the tracker for weights without a run
 FAILURES = (Exception, CheckpointException)  # torch derives CheckpointException from BaseException
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -49,45 +49,6 @@ class Progress:
     num_pairs: int = 0
     tokens_crc32: int = 0
     seed: int = 0
-
-
-def checkpoint_dir(root: Path, step: int) -> Path:
-    """Megatron-LM's name for the checkpoint of a step."""
-    return root / f"iter_{step:07d}"
-
-
-def latest_step(root: Path) -> int | None:
-    """The step the tracker file names, None without one.
-
-    Raises:
-        UserError: the tracker does not hold a number, or its checkpoint is not complete.
-    """
-    tracker = root / TRACKER
-    if not tracker.is_file() or release_dir(root) is not None:
-        return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdecimal() or len(text) > 18:
-        raise UserError(f"{tracker} holds {text[:40]!r}, not a step; write the number of an iter_ folder into it")
-    directory = checkpoint_dir(root, int(text))
-    if not (directory / "metadata.json").is_file():
-        raise UserError(
-            f"{directory} is not a complete checkpoint (no metadata.json); write another step into {tracker}"
-        )
-    return int(text)
-
-
-def release_dir(root: Path) -> Path | None:
-    """The folder of weights without a run, where the tracker names one: a converted checkpoint.
-
-    Raises:
-        UserError: it is not complete, or not in the torch_dist format.
-    """
-    tracker = root / TRACKER
-    if not tracker.is_file() or tracker.read_text(encoding="utf-8", errors="replace").strip() != RELEASE:
-        return None
-    if not (root / RELEASE / "metadata.json").is_file():
-        raise UserError(f"{root / RELEASE} is no complete torch_dist checkpoint (no metadata.json); convert it again")
-    return root / RELEASE
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -117,18 +78,8 @@ def check_new_run(save: Path | None, load: Path | None) -> None:
         raise UserError(f"--save {save} holds another run; resume it with --load {save}, or choose a new folder")
 
 
-def _metadata() -> dict[str, Any]:
-    # The optimizer state must load at another data-parallel size, and the default sharding type does not.
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-
-
 def _sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
-    metadata = {**_metadata(), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    metadata = {**CONTENT_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {}
     for index, model in enumerate(engine.models):
         state["model" if len(engine.models) == 1 else f"model{index}"] = model.sharded_state_dict(metadata=metadata)
@@ -159,38 +110,16 @@ def _rng_state() -> ShardedObject:
 
 
 def _args(engine: Engine, progress: Progress) -> Namespace:
-    transformer, model = engine.transformer, engine.models[0]
-    names = [
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "normalization",
-        "add_bias_linear",
-        "add_qkv_bias",
-        "qk_layernorm",
-    ]
+    """The run's settings and the architecture, under the names that Megatron-LM's loader reads."""
+    config, transformer = engine.config, engine.transformer
+    architecture = megatron_args(engine.hf.architecture, config.model.make_vocab_size_divisible_by)
     if transformer.num_moe_experts is not None:
-        names += ["moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax", "moe_grouped_gemm"]
-    return Namespace(
-        **flat(engine.config),
-        **{name: getattr(transformer, name) for name in names},
-        num_experts=transformer.num_moe_experts,
-        group_query_attention=transformer.num_query_groups != transformer.num_attention_heads,
-        norm_epsilon=transformer.layernorm_epsilon,
-        swiglu=True,
-        max_position_embeddings=model.max_sequence_length,
-        position_embedding_type="rope",
-        add_position_embedding=False,
-        rotary_base=model.rotary_base,
-        rotary_percent=model.rotary_percent,
-        untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
-        padded_vocab_size=model.vocab_size,
+        architecture["moe_grouped_gemm"] = transformer.moe_grouped_gemm
+    return namespace(
+        {**flat(config), **architecture},
+        padded_vocab_size=engine.models[0].vocab_size,
         consumed_train_samples=progress.consumed_pairs,
         iteration=progress.step,
-        ckpt_format="torch_dist",
     )
 
 
@@ -200,7 +129,7 @@ def save(engine: Engine, root: Path, progress: Progress) -> None:
     Raises:
         UserError: the file system refused (full disk, no permission); the latest complete checkpoint stays the latest.
     """
-    directory = checkpoint_dir(root, progress.step)
+    directory = iteration_folder(root, progress.step)
     engine.sync_parameters()
     state = {
         **_sharded_state(engine, is_loading=False),
@@ -219,21 +148,15 @@ def save(engine: Engine, root: Path, progress: Progress) -> None:
             except OSError as error:
                 raise UserError(f"{directory} cannot be created: {error.strerror}") from error
     try:
-        dist_checkpointing.save(state, str(directory), content_metadata=_metadata())
+        dist_checkpointing.save(state, str(directory), content_metadata=CONTENT_METADATA)
     except FAILURES as error:
         raise _save_error(error, directory, root) from error
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             try:
-                _replace_text(root / TRACKER, str(progress.step))
+                write_tracker(root, progress.step)
             except OSError as error:
                 raise UserError(f"{root / TRACKER} cannot be written: {error.strerror}") from error
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _save_error(error: BaseException, directory: Path, root: Path) -> UserError:
@@ -241,7 +164,7 @@ def _save_error(error: BaseException, directory: Path, root: Path) -> UserError:
     if dist.get_rank() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     latest = latest_step(root)
-    kept = "no checkpoint was complete yet" if latest is None else f"{checkpoint_dir(root, latest)} is still complete"
+    kept = "no checkpoint was complete yet" if latest is None else f"{iteration_folder(root, latest)} is still complete"
     return UserError(f"saving {directory} failed: {_reason(error)}; {kept}. Free space there, or choose another --save")
 
 
@@ -257,7 +180,7 @@ def load(engine: Engine, root: Path, step: int) -> Progress:
     Raises:
         UserError: the checkpoint does not hold exactly the tensors of this model, or cannot be read.
     """
-    directory = checkpoint_dir(root, step)
+    directory = iteration_folder(root, step)
     with torch_adam.loadable(engine.optimizer):
         state = _load_state(engine, directory)
         for index, model in enumerate(engine.models):
@@ -275,14 +198,13 @@ def load_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, directory:
     Args:
         models: of this rank, one a virtual pipeline stage.
         hf: what they were built from; a converted checkpoint must say that it was made from the same.
-        directory: from `release_dir`.
+        directory: from `release_folder`.
 
     Raises:
         UserError: the checkpoint does not hold exactly the weights of this model, or cannot be read.
     """
-    keys = weight_keys(directory)
-    check_manifest(directory, hf, keys)
-    metadata = {**_metadata(), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    check_manifest(directory, hf)
+    metadata = {**CONTENT_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     names = ["model"] if len(models) == 1 else [f"model{index}" for index in range(len(models))]
     state: Any = {
         name: model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
@@ -294,7 +216,10 @@ def load_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, directory:
 
 
 def _is_spare(key: str) -> bool:
-    """What a converted checkpoint holds for the other spec: empty objects, and the second name of a norm."""
+    """Keys that only the other layer spec asks for; they are ignored on load.
+
+    They are Transformer Engine's empty `_extra_state` and the second name of the norm before experts.
+    """
     return "_extra_state" in key or key.endswith("layers.pre_mlp_layernorm.weight")
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_write
 
 
 class Logger:
@@ -177,4 +178,4 @@ def _drop_rows_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):  # the last line of a killed process
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    atomic_write(path, "".join(kept))

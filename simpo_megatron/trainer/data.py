@@ -31,13 +31,13 @@ def load_data(data: DataConfig, hf: HFCheckpoint) -> tuple[Pairs, Pairs | None, 
         for flag, values in (("--train-data", data.train_data), ("--valid-data", data.valid_data))
     ]
     assert found[0] is not None, "checked by DataConfig"
-    return found[0], found[1], loader.said
+    return found[0], found[1], loader.messages
 
 
 class _Loader:
     def __init__(self, data: DataConfig, hf: HFCheckpoint) -> None:
         self.data, self.hf = data, hf
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.tokenizer: Any = None
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
@@ -55,12 +55,12 @@ class _Loader:
             if prepared[0]:
                 pairs = open_prepared(source, self.data, self.hf, self.tokenizer)
                 if first:
-                    self.said.append(pairs.report.summary(source))
+                    self.messages.append(pairs.report.summary(source))
             elif first:
                 pairs, report = load_preferences(
                     source, self.tokenizer, self.data.options, eos_token_ids=self.hf.eos_token_ids, progress=True
                 )
-                self.said.append(report.summary(source))
+                self.messages.append(report.summary(source))
             if first:
                 assert pairs is not None
                 check_ids(pairs, self.hf, source)
@@ -94,8 +94,8 @@ def open_prepared(prefix: str, data: DataConfig, hf: HFCheckpoint, tokenizer: An
 
 def check_ids(pairs: Pairs, hf: HFCheckpoint, source: str) -> None:
     """Raises UserError where a source holds a token id that the model does not have."""
-    if pairs.largest_token >= hf.vocab_size:
+    if pairs.largest_token >= hf.architecture.vocab_size:
         raise UserError(
             f"the tokenizer of {hf.path} gives token id {pairs.largest_token} for {source}, but the model's "
-            f"vocab_size is {hf.vocab_size}; use the tokenizer the model was made with"
+            f"vocab_size is {hf.architecture.vocab_size}; use the tokenizer the model was made with"
         )

@@ -21,6 +21,7 @@ from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.step import PreferenceStep
 
 
@@ -29,9 +30,9 @@ class Engine:
 
     Args:
         config: the run.
+        hf: what the models were built from.
         models: one GPTModel a virtual pipeline stage of this rank, weights loaded; the last one's output layer becomes a head.
         transformer: their TransformerConfig; its schedule hooks are set here.
-        vocab_size: without padding.
         train_iters: steps of the whole run, for the learning-rate schedule.
 
     Attributes:
@@ -39,9 +40,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, models: list[GPTModel], transformer: TransformerConfig, vocab_size: int, train_iters: int
+        self,
+        config: Config,
+        hf: HFCheckpoint,
+        models: list[GPTModel],
+        transformer: TransformerConfig,
+        train_iters: int,
     ) -> None:
-        self.config, self.models, self.transformer, self.vocab_size = config, models, transformer, vocab_size
+        self.config, self.hf, self.models, self.transformer = config, hf, models, transformer
         if config.model.head == "fused":
             for model in models:
                 if model.post_process:
@@ -146,7 +152,9 @@ class Engine:
     def _run(self, batch: GlobalBatch, forward_only: bool, on_sums: Any = None) -> dict[str, float]:
         objective, coefficient = self.config.objective, self.config.train.moe_aux_loss_coeff
         sums: list[dict[str, Tensor]] = self.run_schedule(
-            forward_step_func=PreferenceStep(objective, self.vocab_size, len(batch.rows), coefficient, on_sums),
+            forward_step_func=PreferenceStep(
+                objective, self.hf.architecture.vocab_size, len(batch.rows), coefficient, on_sums
+            ),
             data_iterator=[self.packer.rows(batch) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batch.rows),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import torch
@@ -15,43 +14,21 @@ from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron import compat
 from simpo_megatron.batch.plan import GlobalBatch
+from simpo_megatron.checkpoint.folder import iteration_folder, release_folder
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.load import load_hf_weights
 from simpo_megatron.models.spec import use_transformer_engine
-from simpo_megatron.parallel.limits import layout_arguments
+from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
 from simpo_megatron.trainer.console import Logger
 from simpo_megatron.trainer.data import load_data
-from simpo_megatron.trainer.engine import Engine
-
-
-def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerConfig:
-    """Megatron's config of the model in the layout of the run; needs no process group.
-
-    Raises:
-        UserError: the layout does not divide the model.
-    """
-    if config.data.share_prompts and use_transformer_engine(config.model.transformer_impl):
-        raise UserError(
-            "--share-prompts: Transformer Engine's attention cannot let two responses share a prompt; use --transformer-impl "
-            "local, or drop the flag"
-        )
-    return transformer_config(
-        hf,
-        bf16=config.train.bf16,
-        transformer_impl=config.model.transformer_impl,
-        gradient_accumulation_fusion=config.model.gradient_accumulation_fusion,
-        moe_aux_loss_coeff=config.train.moe_aux_loss_coeff,
-        **layout_arguments(config.parallel, hf.num_layers),
-    )
+from simpo_megatron.trainer.setup import build_engine, step_to_resume
 
 
 def total_pairs(config: Config, num_pairs: int) -> int:
@@ -63,45 +40,22 @@ def total_pairs(config: Config, num_pairs: int) -> int:
     return max(1, round(train.train_epochs * num_pairs))
 
 
-def converted_weights(config: Config) -> Path | None:
-    """Weights to start from that are no run's, such as tools/hf_to_megatron.py writes."""
-    load = config.checkpoint.load
-    return None if load is None else checkpointing.release_dir(load)
-
-
-def checkpoint_to_load(config: Config) -> int | None:
-    """The step that --load resumes from, None where the run starts from the Hugging Face checkpoint.
-
-    Raises:
-        UserError: --load names a folder without a complete checkpoint.
-    """
-    settings = config.checkpoint
-    if settings.load is None:
-        return None
-    step = checkpointing.latest_step(settings.load)
-    if step is None and settings.load != settings.save and converted_weights(config) is None:
-        raise UserError(
-            f"--load {settings.load} has no {checkpointing.TRACKER}; give a folder some --save wrote to, or drop --load"
-        )
-    return step
-
-
 class Run:
     """One training run, from its configuration to its last checkpoint. Megatron's groups must exist."""
 
     def __init__(self, config: Config, hf: HFCheckpoint, transformer: TransformerConfig) -> None:
         self.config, self.hf = config, hf
-        self.train_pairs, self.valid_pairs, said = load_data(config.data, hf)
+        self.train_pairs, self.valid_pairs, messages = load_data(config.data, hf)
         self.limit = total_pairs(config, len(self.train_pairs))
         self.total = math.ceil(self.limit / config.train.global_batch_size)
-        self.engine = self._build_engine(transformer)
+        self.engine = build_engine(config, hf, transformer, self.total)
         fingerprint = self.train_pairs.fingerprint
         self.state = Progress(num_pairs=len(self.train_pairs), tokens_crc32=fingerprint, seed=config.train.seed)
         resumed = self._resume()
         with raise_on_all_ranks():
             self.logger = Logger(config, self.total, self.state.step)
         for line in (
-            *said,
+            *messages,
             *self._opening(),
             resumed,
             *(f"warning: {text}" for text in self._warnings()),
@@ -110,27 +64,12 @@ class Run:
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
 
-    def _build_engine(self, transformer: TransformerConfig) -> Engine:
-        config = self.config
-        models = build_model(
-            self.hf,
-            transformer,
-            transformer_impl=config.model.transformer_impl,
-            make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-        )
-        with raise_on_all_ranks():
-            if (converted := converted_weights(config)) is not None:
-                checkpointing.load_weights(models, self.hf, converted)
-            elif checkpoint_to_load(config) is None:
-                load_hf_weights(models, self.hf, progress=dist.get_rank() == 0)
-        return Engine(config, models, transformer, self.hf.vocab_size, self.total)
-
     def _resume(self) -> str:
-        step = checkpoint_to_load(self.config)
-        if step is None:
-            return f"starting from {converted_weights(self.config) or self.hf.path}"
         root = self.config.checkpoint.load
-        assert root is not None
+        step = step_to_resume(self.config.checkpoint)
+        if root is None or step is None:
+            converted = None if root is None else release_folder(root)
+            return f"starting from {converted or self.hf.path}"
         saved = checkpointing.load(self.engine, root, step)
         for name in ("num_pairs", "tokens_crc32", "seed"):
             before, now = getattr(saved, name), getattr(self.state, name)
@@ -141,7 +80,7 @@ class Run:
                 )
         self.state = saved
         done = "" if self._unfinished() else "; that is the whole run, nothing is left to train"
-        return f"resumed from {checkpointing.checkpoint_dir(root, step)}, after {saved.consumed_pairs} pairs{done}"
+        return f"resumed from {iteration_folder(root, step)}, after {saved.consumed_pairs} pairs{done}"
 
     def _unfinished(self) -> bool:
         return self.state.step < self.total and self.state.consumed_pairs < self.limit
@@ -158,21 +97,11 @@ class Run:
         return found
 
     def _opening(self) -> list[str]:
-        parallel = self.config.parallel
-        sizes = {
-            "tensor": parallel.tensor_model_parallel_size,
-            "context": parallel.context_parallel_size,
-            "pipeline": parallel.pipeline_model_parallel_size,
-            "data": parallel_state.get_data_parallel_world_size(),
-        }
-        layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        if parallel.expert_model_parallel_size > 1:
-            layout += f", experts over {parallel.expert_model_parallel_size}"
-        if parallel.expert_tensor_parallel_size is not None:
-            layout += f", each over {parallel.expert_tensor_parallel_size}"
+        layout = describe_layout(self.config.parallel, parallel_state.get_data_parallel_world_size())
+        device = torch.device(torch.cuda.current_device()).type
         precision = "bf16" if self.config.train.bf16 else "fp32"
         lines = [
-            f"{self.hf.family.name} model, {precision}, {layout} on {torch.device(torch.cuda.current_device()).type}",
+            f"{self.hf.architecture.family.name} model, {precision}, {layout} on {device}",
             self._kernels(),
             self.config.objective.describe(),
         ]

@@ -37,7 +37,8 @@ def compare_forward(hf: HFCheckpoint, saved: StoredModel, tolerance: float = TOL
         tolerance: the largest difference allowed, divided by the largest value.
     """
     errors = [
-        (name, error) for name, error in track(_errors(hf, saved), "forward", total=hf.num_layers + 2, transient=True)
+        (name, error)
+        for name, error in track(_errors(hf, saved), "forward", total=hf.architecture.num_layers + 2, transient=True)
     ]
     wrong = [(name, error) for name, error in errors if not error <= tolerance]
     table = Table("computed by", "relative difference", "")
@@ -47,7 +48,7 @@ def compare_forward(hf: HFCheckpoint, saved: StoredModel, tolerance: float = TOL
     print(
         f"{len(wrong)} of {len(errors)} differ, the first is {wrong[0][0]}"
         if wrong
-        else f"{hf.num_layers} layers, embedding and logits compute the same"
+        else f"{hf.architecture.num_layers} layers, embedding and logits compute the same"
     )
     return 1 if wrong else 0
 
@@ -61,11 +62,11 @@ def _errors(hf: HFCheckpoint, saved: StoredModel) -> Iterator[tuple[str, float]]
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        ids = torch.randint(hf.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(hf.architecture.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
         reference, ours = Reference(hf, torch.float32, "cpu"), _OneLayer(hf, saved)
         hidden = reference.embed(ids)
         yield "embedding", _difference(ours.embed(ids), hidden)
-        for layer in range(hf.num_layers):
+        for layer in range(hf.architecture.num_layers):
             above = reference.layer(layer, hidden)
             yield f"layer {layer}", _difference(ours.layer(layer, hidden), above)
             hidden = above
@@ -100,7 +101,7 @@ class _OneLayer:
         config = {**hf.config, "num_hidden_layers": 1}
         if config.get("layer_types"):
             config["layer_types"] = config["layer_types"][:1]
-        self.hf = replace(hf, config=config)
+        self.hf = replace(hf, config=config, architecture=hf.architecture.family.architecture(config))
         self.stored = {
             (stored.item.weight.megatron, stored.item.layer, stored.item.expert): stored for stored in saved.parameters
         }
@@ -111,7 +112,8 @@ class _OneLayer:
         """Reads the parameters of a layer, or those outside the layers."""
         from simpo_megatron.models.placement import place_parameters
 
-        for place in place_parameters(self.model, self.hf):
+        table, tied = self.hf.architecture.weights, self.hf.architecture.tied
+        for place in place_parameters(self.model, table, tied=tied):
             if (place.layer is None) == (layer is None):
                 stored = self.stored[place.weight.megatron, layer or 0, place.expert or 0]
                 _read_into(stored, place.parameter)
@@ -131,9 +133,9 @@ class _OneLayer:
     def logits(self, hidden: Tensor) -> Tensor:
         """[1, n, H] -> [1, n, V]"""
         normed = self.model.decoder.final_layernorm(hidden.transpose(0, 1).contiguous())
-        weight = self.model.shared_embedding_or_output_weight() if self.hf.tied else None
+        weight = self.model.shared_embedding_or_output_weight() if self.hf.architecture.tied else None
         logits, _ = self.model.output_layer(normed, weight=weight)
-        return logits.transpose(0, 1)[..., : self.hf.vocab_size]
+        return logits.transpose(0, 1)[..., : self.hf.architecture.vocab_size]
 
 
 def _read_into(stored: StoredParameter, parameter: torch.nn.Parameter) -> None:

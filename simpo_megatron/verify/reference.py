@@ -70,7 +70,7 @@ class Reference:
             embedding = self._tensor(EMBEDDING)
             self.hidden = [[F.embedding(ids.to(self.device), embedding)[None].cpu() for ids, _ in self.sequences]]
             del embedding
-            for layer in range(self.hf.num_layers):
+            for layer in range(self.hf.architecture.num_layers):
                 model = self._layer(layer)
                 self.hidden.append([self._run(model, hidden).cpu() for hidden in self.hidden[-1]])
             norm, head = self._norm(), self._tensor(self._head_name)
@@ -94,11 +94,11 @@ class Reference:
             total.add()
         of_head = total.sums.pop(HEAD)
         yield from total.sums.items()
-        if not self.hf.tied:
+        if not self.hf.architecture.tied:
             yield HEAD, of_head
-        for layer in reversed(range(self.hf.num_layers)):
+        for layer in reversed(range(self.hf.architecture.num_layers)):
             yield from self._layer_gradients(layer, above)
-        embedding = of_head if self.hf.tied else torch.zeros_like(of_head)
+        embedding = of_head if self.hf.architecture.tied else torch.zeros_like(of_head)
         for (ids, _), gradient in zip(self.sequences, above, strict=True):
             embedding.index_add_(0, ids.to(self.device), gradient[0].float())
         yield EMBEDDING, embedding
@@ -117,7 +117,7 @@ class Reference:
 
     @property
     def _head_name(self) -> str:
-        return EMBEDDING if self.hf.tied else HEAD
+        return EMBEDDING if self.hf.architecture.tied else HEAD
 
     def _one_layer_config(self) -> Any:
         config = type(self.config).from_dict(self.config.to_dict())

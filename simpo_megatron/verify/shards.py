@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.part_layout import from_megatron, rank_slice
+from simpo_megatron.models.part_layout import rank_slice
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
 from simpo_megatron.trainer.engine import Engine
 
@@ -33,8 +33,11 @@ class ShardErrors:
     """On every rank: how far its shards of the gradients are from the reference."""
 
     def __init__(self, engine: Engine, hf: HFCheckpoint) -> None:
+        table = hf.architecture.weights
         self.places: dict[str, list[tuple[PlacedParameter, int]]] = {}
-        for place in (place for model in engine.models for place in place_parameters(model, hf)):
+        for place in (
+            place for model in engine.models for place in place_parameters(model, table, tied=hf.architecture.tied)
+        ):
             for part, name in enumerate(place.hf):
                 self.places.setdefault(name, []).append((place, part))
         self.of_rank: dict[str, Tensor] = {}  # summed squares of the error and of the reference, and their number
@@ -44,7 +47,7 @@ class ShardErrors:
         for place, part in self.places.get(name, []):
             parameter: Any = place.parameter
             weight, rank, ranks = place.weight, place.group.rank(), place.group.size()
-            mine = from_megatron(weight, parameter.main_grad, ranks)[part].double()
+            mine = weight.part_layout.split(parameter.main_grad, weight.rows, ranks)[part].double()
             exact = gradient.double()
             if weight.tp_dim is not None:
                 whole = mine.shape[weight.tp_dim] * ranks

@@ -12,8 +12,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from simpo_megatron.data import DataOptions, load_preferences
 from simpo_megatron.data.prepare import prepare
 from simpo_megatron.data.prepared_set import SUFFIXES, PreparedPairs, is_prepared, part
-from simpo_megatron.data.tokenizer import eos_token_ids, fingerprint, load_tokenizer
+from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import end_of_turn_ids
 from tests.support.toy_tokenizers import toy
 
 OPTIONS = DataOptions(max_length=60, max_prompt_length=30)
@@ -70,7 +71,7 @@ def error_of(call) -> str:
 
 
 def test_the_same_pairs_as_in_memory(made, source, model):
-    store, report = load_preferences(source, load_tokenizer(model), OPTIONS, eos_token_ids=eos_token_ids(model))
+    store, report = load_preferences(source, load_tokenizer(model), OPTIONS, eos_token_ids=end_of_turn_ids(model))
     pairs = PreparedPairs(made)
     assert 0 < len(pairs) == len(store) < report.rows, "ties are dropped"
     assert pairs.report == report
@@ -192,7 +193,7 @@ def test_an_unfinished_set(copied):
 
 
 def test_another_tokenizer_or_template_or_option(made, model):
-    tokenizer, eos = toy("llama3"), eos_token_ids(model)
+    tokenizer, eos = toy("llama3"), end_of_turn_ids(model)
     pairs = PreparedPairs(made)
     pairs.check(fingerprint(tokenizer, eos), {"max_length": 60}, model)
     other = fingerprint(toy("qwen"), eos)

@@ -101,7 +101,7 @@ def test_the_stated_verification_is_one_that_runs(name: str) -> None:
         ["--config", str(EXAMPLES / name / "config.yaml"), "--hf-checkpoint", "m", "--data", "d", *stated[1].split()]
     )
     hf = read_hf_config(EXAMPLES / name / "model.json")
-    assert config.train.fp32 == any(weight.experts for weight in hf.weights)
+    assert config.train.fp32 == any(weight.experts for weight in hf.architecture.weights)
 
 
 def test_a_layout_that_does_not_fit_is_one_line(tmp_path: Path) -> None:

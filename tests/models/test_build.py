@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.build import padded_vocab_size, transformer_config
+from simpo_megatron.models.build import transformer_config
+from simpo_megatron.parallel.stages import padded_vocab_size
 from tests.support import families as tiny
 
 

@@ -87,4 +87,4 @@ def test_the_nearest_values_are_accepted(tmp_path: Path) -> None:
         {**SP, "expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1},
         {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1, "context_parallel_size": 2},
     ):
-        check_layout(hf.family.transformer_kwargs(hf.config), layout)
+        check_layout(hf.architecture.transformer, layout)

@@ -26,11 +26,11 @@ def llama_70b() -> HFCheckpoint:
 @pytest.mark.parametrize("name, gpus", [("llama3_70b", 24), ("mixtral_8x7b", 16), ("qwen3_moe", 8)])
 def test_listed_layouts_pass_the_limits_and_fit(name: str, gpus: int) -> None:
     hf = read_hf_config(EXAMPLES / name / "model.json")
-    model = hf.family.transformer_kwargs(hf.config)
-    found = fitting(hf, gpus, REQUEST)
+    model = hf.architecture.transformer
+    found = fitting(hf.architecture, gpus, REQUEST)
     assert found
     for one in found:
-        layout = layout_arguments(one.parallel, hf.num_layers)
+        layout = layout_arguments(one.parallel, hf.architecture.num_layers)
         check_layout(model, layout)
         check_processes(gpus, "num_moe_experts" in model, layout)
         assert one.memory.total <= REQUEST.gpu_bytes
@@ -39,7 +39,7 @@ def test_listed_layouts_pass_the_limits_and_fit(name: str, gpus: int) -> None:
 
 def test_layouts_that_the_limits_refuse_are_left_out(llama_70b: HFCheckpoint) -> None:
     """8 key heads allow TP 8 at most; 80 layers in 3 stages need edges; rows of 4098 tokens cannot be cut by CP."""
-    found = list(legal(llama_70b, 48, 4098))
+    found = list(legal(llama_70b.architecture, 48, 4098))
     assert {p.context_parallel_size for p in found} == {1}
     assert all(p.expert_model_parallel_size == 1 for p in found)
     uneven = [p for p in found if p.pipeline_model_parallel_size == 3]
@@ -49,12 +49,12 @@ def test_layouts_that_the_limits_refuse_are_left_out(llama_70b: HFCheckpoint) ->
 def test_the_bubble_by_hand(llama_70b: HFCheckpoint) -> None:
     """4 stages, 8 rows a rank: 3 rows long the pipeline fills and empties; cut in 2, half of that."""
     sizes = {"tensor_model_parallel_size": 8, "sequence_parallel": True, "pipeline_model_parallel_size": 4}
-    plain = plan(llama_70b, ParallelConfig(**sizes), 256, REQUEST)
+    plain = plan(llama_70b.architecture, ParallelConfig(**sizes), 256, REQUEST)
     assert (plain.data_parallel_size, plain.microbatches) == (8, 8)
     assert math.isclose(plain.bubble, 3 / 11) and math.isclose(plain.slowdown, 11 / 8)
     virtual = ParallelConfig(**sizes, num_layers_per_virtual_pipeline_stage=10)
-    assert math.isclose(plan(llama_70b, virtual, 256, REQUEST).bubble, 1.5 / 9.5)
-    full = plan(llama_70b, ParallelConfig(**sizes, **FULL), 256, REQUEST)
+    assert math.isclose(plan(llama_70b.architecture, virtual, 256, REQUEST).bubble, 1.5 / 9.5)
+    full = plan(llama_70b.architecture, ParallelConfig(**sizes, **FULL), 256, REQUEST)
     assert math.isclose(full.slowdown, 11 / 8 * 4 / 3) and full.memory.activations < plain.memory.activations
 
 
@@ -62,15 +62,15 @@ def test_70b_needs_its_bytes(llama_70b: HFCheckpoint) -> None:
     """18 bytes a parameter for SimPO, 20 with a reference, spread over the GPUs, are the floor; whole nodes the steps."""
     parameters = 70_553_706_496  # of Llama-3-70B
     for request, state in ((REQUEST, 18), (DPO, 20)):
-        found = fewest(llama_70b, request)
+        found = fewest(llama_70b.architecture, request)
         assert found is not None
         gpus, one = found
         floor = state * parameters / request.gpu_bytes
         assert floor <= gpus < floor + 8
         assert one.memory.total * gpus >= state * parameters
-        assert not fitting(llama_70b, gpus - 8, request)
+        assert not fitting(llama_70b.architecture, gpus - 8, request)
     saving = (
-        plan(llama_70b, one.parallel, gpus, DPO).memory.total
-        - plan(llama_70b, one.parallel, gpus, REQUEST).memory.total
+        plan(llama_70b.architecture, one.parallel, gpus, DPO).memory.total
+        - plan(llama_70b.architecture, one.parallel, gpus, REQUEST).memory.total
     )
     assert saving >= 2 * parameters / gpus

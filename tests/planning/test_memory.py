@@ -11,7 +11,14 @@ import torch
 from simpo_megatron.models.hf_checkpoint import read_hf_config
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import layout_arguments
-from simpo_megatron.planning.memory import Workload, estimate, in_flight, saved_bytes, stage_layers, stage_parameters
+from simpo_megatron.planning.memory import (
+    Workload,
+    estimate,
+    in_flight,
+    layers_of_stages,
+    saved_bytes,
+    stage_parameters,
+)
 from tests.support import families as tiny
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -33,7 +40,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def arguments(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    return layout_arguments(ParallelConfig(**settings), read_hf_config(path).num_layers)
+    return layout_arguments(ParallelConfig(**settings), read_hf_config(path).architecture.num_layers)
 
 
 def count(path: Path, layout: dict[str, Any]) -> tuple[int, int, int]:
@@ -64,7 +71,7 @@ def count(path: Path, layout: dict[str, Any]) -> tuple[int, int, int]:
 )
 def test_parameters_are_those_of_the_built_model(pool, checkpoints, name, world, settings) -> None:
     layout = arguments(checkpoints[name], settings)
-    expected = stage_parameters(read_hf_config(checkpoints[name]), layout)
+    expected = stage_parameters(read_hf_config(checkpoints[name]).architecture, layout)
     for stage, dense, experts in pool.run(world, count, checkpoints[name], layout):
         assert (expected[stage].dense, expected[stage].experts) == (dense, experts)
 
@@ -117,7 +124,7 @@ def test_activations_are_the_tensors_autograd_keeps(pool, checkpoints, name, wor
     path, layout = checkpoints[name], arguments(checkpoints[name], settings)
     hf = read_hf_config(path)
     work = Workload(world_size=world, seq_length=TOKENS, microbatches=1, bf16=False, fused=False)
-    expected = saved_bytes(hf.family.transformer_kwargs(hf.config), layout, hf.num_layers, TOKENS, work)
+    expected = saved_bytes(hf.architecture.transformer, layout, hf.architecture.num_layers, TOKENS, work)
     measured = sum(pool.run(world, kept, path, layout, [TOKENS // 2, TOKENS // 2])) / world
     assert measured == pytest.approx(expected, rel=0.02)
 
@@ -144,21 +151,21 @@ def test_uneven_stages_hold_all_layers() -> None:
     layout = layout_arguments(
         ParallelConfig(pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=23), num_layers=92
     )
-    assert stage_layers(92, layout) == [23, 23, 23, 23]
+    assert layers_of_stages(92, layout) == [23, 23, 23, 23]
     layout["num_layers_in_last_pipeline_stage"] = 21
-    assert stage_layers(94, {**layout, "num_layers_in_first_pipeline_stage": 25}) == [25, 24, 24, 21]
+    assert layers_of_stages(94, {**layout, "num_layers_in_first_pipeline_stage": 25}) == [25, 24, 24, 21]
 
 
 def test_states_of_a_run_by_hand(checkpoints: dict[str, Path]) -> None:
     """bf16, 8 processes, TP2 x PP1 x CP2: optimizer state is cut over DP x CP; experts over their own replicas."""
     hf = read_hf_config(checkpoints["mixtral"])
     layout = arguments(checkpoints["mixtral"], {**SP2, "context_parallel_size": 2, **EP2, **WHOLE})
-    [held] = stage_parameters(hf, layout)
+    [held] = stage_parameters(hf.architecture, layout)
     work = Workload(world_size=8, seq_length=TOKENS, microbatches=1)
-    memory = estimate(hf, layout, work)
+    memory = estimate(hf.architecture, layout, work)
     assert (memory.weights, memory.gradients) == (2 * held.total, 4 * held.total)
     assert memory.optimizer == 12 * held.dense // 4 + 12 * held.experts // 4
     assert memory.reference == 0
-    whole = estimate(hf, layout, Workload(8, TOKENS, 1, distributed_optimizer=False, reference=True))
+    whole = estimate(hf.architecture, layout, Workload(8, TOKENS, 1, distributed_optimizer=False, reference=True))
     assert (whole.optimizer, whole.reference) == (12 * held.total, 2 * held.total)
     assert whole.total == memory.total + whole.optimizer - memory.optimizer + whole.reference

@@ -65,9 +65,9 @@ def load_dist(models: list[Any], folder: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from simpo_megatron.trainer.checkpointing import _metadata
+    from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 
-    metadata = {**_metadata(), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    metadata = {**CONTENT_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     names = ["model"] if len(models) == 1 else [f"model{index}" for index in range(len(models))]
     state = {name: model.sharded_state_dict(metadata=metadata) for name, model in zip(names, models, strict=True)}
     loaded: Any = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
@@ -102,10 +102,10 @@ def save_dist(path: Path, folder: Path, layout: dict[str, Any], per_layer: bool)
     """On a rank: Megatron's own torch_dist checkpoint of a Hugging Face model; `per_layer`: one key a layer."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    from simpo_megatron.trainer.checkpointing import _metadata
+    from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 
     _, _, models = tiny.build(path, **layout)
-    content = {**_metadata(), "singleton_local_shards": per_layer}
+    content = {**CONTENT_METADATA, "singleton_local_shards": per_layer}
     metadata = {**content, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     names = ["model"] if len(models) == 1 else [f"model{index}" for index in range(len(models))]
     state = {name: model.sharded_state_dict(metadata=metadata) for name, model in zip(names, models, strict=True)}

@@ -181,20 +181,23 @@ def gradients(
     `finalize_model_grads`: by their `sequence_parallel` attribute, and query and key norms by name.
     """
 
-    from simpo_megatron.models.part_layout import from_megatron
     from simpo_megatron.models.placement import place_parameters
 
     hf, config, models = build(path, **layout)
     run_schedule(config, models, ids, lengths, weights)
     found = {}
-    for place in (place for model in models for place in place_parameters(model, hf)):
+    for place in (
+        place
+        for model in models
+        for place in place_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
+    ):
         gradient, group, ranks = place.parameter.grad, place.group, place.group.size()
         assert gradient is not None, place.name
         shards = [torch.empty_like(gradient) for _ in range(ranks)]
         dist.all_gather(shards, gradient, group=group)
         if place.weight.tp_dim is not None:
             assert place.parameter.tensor_model_parallel, place.name
-            parts = [from_megatron(place.weight, shard, ranks) for shard in shards]
+            parts = [place.weight.part_layout.split(shard, place.weight.rows, ranks) for shard in shards]
             wholes = [torch.cat(slices, dim=place.weight.tp_dim) for slices in zip(*parts, strict=True)]
         else:
             by_name = config.qk_layernorm and ("q_layernorm" in place.name or "k_layernorm" in place.name)

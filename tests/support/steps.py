@@ -137,40 +137,38 @@ def command_line(checkpoint: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def build_engine(argv: list[str]) -> tuple[Any, Any]:
-    """On a rank: the engine of a run of this command line, as `trainer.loop.Run` builds it, and its HFCheckpoint."""
+    """On a rank: the engine of a run of this command line, and its HFCheckpoint."""
     from megatron.core import parallel_state
 
     from simpo_megatron.config.arguments import parse
-    from simpo_megatron.models.build import build_model
     from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
-    from simpo_megatron.models.load import load_hf_weights
+    from simpo_megatron.trainer import setup
     from simpo_megatron.trainer.distributed import initialize
-    from simpo_megatron.trainer.engine import Engine
-    from simpo_megatron.trainer.loop import build_transformer_config
 
     config = parse(argv)
     hf = read_hf_checkpoint(config.model.hf_checkpoint)
-    transformer = build_transformer_config(config, hf)
+    transformer = setup.build_transformer_config(config, hf)
     if not parallel_state.model_parallel_is_initialized():
         initialize(transformer, 1, "cpu", 0)
-    models = build_model(hf, transformer)
-    load_hf_weights(models, hf)
-    return Engine(config, models, transformer, hf.vocab_size, config.train.train_iters), hf
+    return setup.build_engine(config, hf, transformer, config.train.train_iters), hf
 
 
 def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
     """On a rank: `main_grad` of the parameters this rank holds, whole and by Hugging Face name."""
-    from simpo_megatron.models.part_layout import from_megatron
     from simpo_megatron.models.placement import place_parameters
     from simpo_megatron.verify.shards import complete_gradients
 
     complete_gradients(engine)
     found = {}
-    for place in (place for model in engine.models for place in place_parameters(model, hf)):
+    for place in (
+        place
+        for model in engine.models
+        for place in place_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
+    ):
         weight, mine, group = place.weight, place.parameter.main_grad, place.group
         shards = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(shards, mine, group=group)
-        parts = [from_megatron(weight, shard, group.size()) for shard in shards]
+        parts = [weight.part_layout.split(shard, weight.rows, group.size()) for shard in shards]
         for name, shape, *slices in zip(place.hf, weight.shapes, *parts, strict=True):
             whole = slices[group.rank()] if weight.tp_dim is None else torch.cat(slices, dim=weight.tp_dim)
             found[name] = whole[: shape[0]].clone()

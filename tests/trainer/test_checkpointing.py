@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_step
 from simpo_megatron.errors import UserError
-from simpo_megatron.trainer.checkpointing import TRACKER, check_writable, checkpoint_dir, latest_step
+from simpo_megatron.trainer.checkpointing import check_writable
 from tests.support.runs import flags, read_rows, run_and_read, train
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
@@ -119,7 +120,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(pool, inputs, tmp_path: Path) ->
     assert None not in messages
     assert "No space left" in messages[0] and "iter_0000003 is still complete" in messages[0]
     assert latest_step(tmp_path / "run") == 3
-    assert not checkpoint_dir(tmp_path / "run", 6).exists()
+    assert not iteration_folder(tmp_path / "run", 6).exists()
     assert pool.run(2, train, [*argv, "--load", str(tmp_path / "run")]) == [None, None]
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
@@ -147,7 +148,7 @@ def test_load_needs_a_checkpoint_unless_it_is_the_save_folder(pool, inputs, tmp_
 
 
 @pytest.mark.parametrize(
-    "text, complete, words", [("abc", True, "not a step"), ("7", False, "not a complete checkpoint")]
+    "text, complete, words", [("abc", True, "neither a step nor"), ("7", False, "not a complete checkpoint")]
 )
 def test_a_wrong_tracker(tmp_path: Path, text: str, complete: bool, words: str) -> None:
     (tmp_path / TRACKER).write_text(text)

@@ -125,7 +125,7 @@ def test_a_damaged_set(pool, inputs, tmp_path: Path) -> None:
 def test_shared_prompts_where_they_cannot_be(pool, inputs) -> None:
     checkpoint, raw, _ = inputs
     message = refused(pool, flags(checkpoint, raw, share_prompts=True, context_parallel_size=2))
-    assert "--share-prompts has no attention under --context-parallel-size 2" in message
+    assert "--share-prompts: there is no attention for it under --context-parallel-size 2" in message
     message = refused(pool, flags(checkpoint, raw, share_prompts=True, objective="sft"))
     assert "--share-prompts has nothing to share with --objective sft" in message
 

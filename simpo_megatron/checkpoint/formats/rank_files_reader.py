@@ -15,8 +15,9 @@ from simpo_megatron.checkpoint.formats.torch_dist_reader import args_of
 from simpo_megatron.checkpoint.formats.torch_save_file import TorchFile, read_torch_file
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter, StoredModel, model_parameters, stored
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.family import EMBEDDING, OUTPUT, canonical_name
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.part_layout import rank_rows
+from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, canonical_name
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -43,8 +44,8 @@ def read_rank_files(folder: Path, hf: HFCheckpoint) -> StoredModel:
         for name, key, tensor in _tensors(files[rank], rank, first_layers, hf, expert_ranks):
             if name not in items:
                 raise UserError(
-                    f"{files[rank].path} holds {key}, which {hf.family.name} with this config.json does not have; give the "
-                    "--hf-reference it was trained from"
+                    f"{files[rank].path} holds {key}, which {hf.architecture.family.name} with this config.json does not "
+                    "have; give the --hf-reference it was trained from"
                 )
             dtypes[name].add(tensor.dtype)
             blocks[name] += _blocks(items[name], files[rank], key, tensor, rank[0], tensor_ranks)
@@ -59,7 +60,7 @@ def read_rank_files(folder: Path, hf: HFCheckpoint) -> StoredModel:
 
 def _rank_files(folder: Path, hf: HFCheckpoint) -> dict[Rank, TorchFile]:
     files = {}
-    experts = any(weight.experts for weight in hf.weights)
+    experts = any(weight.experts for weight in hf.architecture.weights)
     for path in sorted(folder.glob(f"mp_rank_*/{FILE}")):
         match = _RANK.match(path.parent.name)
         if not match:
@@ -73,6 +74,12 @@ def _rank_files(folder: Path, hf: HFCheckpoint) -> dict[Rank, TorchFile]:
     if not files:
         raise UserError(f"{folder} has no mp_rank_00 folder with a {FILE}; give the folder of one iteration")
     return files
+
+
+def any_rank_file(folder: Path) -> TorchFile | None:
+    """One of the files of a folder in this format; None where it has none."""
+    path = next(iter(sorted(folder.glob(f"mp_rank_*/{FILE}"))), None)
+    return None if path is None else read_torch_file(path)
 
 
 def _is_expert_rank(folder: Path) -> bool:
@@ -131,10 +138,10 @@ def _tensors(
                 layer = int(match[1]) + first_layers[rank[1], virtual]
                 name = f"decoder.layers.{layer}.{name[match.end() :]}"
             if match := _EXPERT.search(name):
-                experts = next(weight.experts for weight in hf.weights if weight.experts)
+                experts = next(weight.experts for weight in hf.architecture.weights if weight.experts)
                 expert = int(match[1]) + rank[2] * experts // expert_ranks
                 name = f"{name[: match.start()]}experts.local_experts.{expert}.{name[match.end() :]}"
-            yield EMBEDDING if name == OUTPUT and hf.tied else name, key, tensor
+            yield EMBEDDING if name == OUTPUT and hf.architecture.tied else name, key, tensor
 
 
 def _blocks(
@@ -154,8 +161,9 @@ def _blocks(
     if dim == 1:
         yield Block(str(file.path), start, 0, shape[0], rank * columns, columns)
         return
-    halves = 2 if item.weight.layout == "gate_up" and dim == 0 else 1
-    rows = shape[0] // halves
-    for half in range(halves):
-        row = half * item.rows // halves + (rank * rows if dim == 0 else 0)
-        yield Block(str(file.path), start + half * rows * columns * ITEM_SIZE[tensor.dtype], row, rows, 0, columns)
+    held = [(0, item.rows)] if dim is None else rank_rows(item.weight.part_layout, item.weight.rows, rank, ranks)
+    if item.weight.is_vocabulary:
+        held = [(rank * shape[0], shape[0])]  # padding included
+    for row, rows in held:
+        yield Block(str(file.path), start, row, rows, 0, columns)
+        start += rows * columns * ITEM_SIZE[tensor.dtype]

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
-from simpo_megatron.checkpoint import megatron_args as bundle
 from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.formats.torch_save_file import lay_out
+from simpo_megatron.checkpoint.megatron_args import common_state, megatron_args, namespace
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter
 from simpo_megatron.checkpoint.transfer.moves import OutFile
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.family import EMBEDDING, OUTPUT
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.part_layout import rank_rows
+from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT
+from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size, stage_layers, virtual_stages
 
 FILE = "model_optim_rng.pt"
 
@@ -39,12 +41,11 @@ class Layout:
     decoder_last_pipeline_num_layers: int | None = None
     transformer_impl: str = "transformer_engine"
     moe_grouped_gemm: bool = False
-    make_vocab_size_divisible_by: int = bundle.DIVISOR
+    make_vocab_size_divisible_by: int = VOCAB_DIVISOR
 
     def padded_rows(self, rows: int) -> int:
         """Rows of the embedding with Megatron's padding."""
-        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
-        return -(-rows // multiple) * multiple
+        return padded_vocab_size(rows, self.tensor_model_parallel_size, self.make_vocab_size_divisible_by)
 
 
 @dataclass(frozen=True)
@@ -72,40 +73,17 @@ def rank_folder(layout: Layout, tensor: int, stage: int, expert: int) -> str:
     return name + (f"_{expert:03d}" if layout.expert_model_parallel_size > 1 else "")
 
 
-def layer_chunks(num_layers: int, layout: Layout) -> list[list[range]]:
-    """The global layers of every model chunk: one list a pipeline stage, one range a virtual stage.
-
-    Raises:
-        UserError: the layers do not divide.
-    """
-    stages, size = layout.pipeline_model_parallel_size, layout.num_layers_per_virtual_pipeline_stage
+def _stage_layers(num_layers: int, layout: Layout) -> list[list[range]]:
+    """The global layers of every pipeline stage, one range a virtual stage. Raises UserError where they do not divide."""
     first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
-    uneven = [count for count in (first, last) if count is not None]
-    if uneven and (size or stages < 2):
+    uneven, size = first is not None or last is not None, layout.num_layers_per_virtual_pipeline_stage
+    stages = layout.pipeline_model_parallel_size
+    if (uneven and (size or stages < 2)) or (size and stages < 2):
         raise UserError(
-            "uneven first and last stages need --pipeline-model-parallel-size above 1 and no virtual stages"
+            "an uneven first or last stage needs --pipeline-model-parallel-size above 1 and no virtual stages, and virtual "
+            "stages need --pipeline-model-parallel-size above 1"
         )
-    middle, left = stages - len(uneven), num_layers - sum(uneven)
-    if uneven and (left < 0 or (left % middle if middle else left)):
-        raise UserError(
-            f"{left} layers are left for {middle} pipeline stages; change the first or the last stage's number"
-        )
-    if uneven:
-        counts = [*([first] if first is not None else []), *[left // middle if middle else 0] * middle]
-        counts += [last] if last is not None else []
-        starts = [sum(counts[:stage]) for stage in range(stages)]
-        return [[range(start, start + count)] for start, count in zip(starts, counts, strict=True)]
-    chunk = size or num_layers // stages
-    if not chunk or num_layers % (stages * chunk) or (size and stages < 2):
-        raise UserError(
-            f"{num_layers} layers do not divide into chunks of {chunk} on {stages} pipeline stages; change "
-            "--pipeline-model-parallel-size or --num-layers-per-virtual-pipeline-stage"
-        )
-    virtual = num_layers // (stages * chunk)
-    return [
-        [range((v * stages + stage) * chunk, (v * stages + stage + 1) * chunk) for v in range(virtual)]
-        for stage in range(stages)
-    ]
+    return stage_layers(num_layers, stages, virtual_stages(num_layers, stages, size), first, last)
 
 
 def lay_out_ranks(hf: HFCheckpoint, items: Sequence[MegatronParameter], layout: Layout) -> list[RankFile]:
@@ -118,7 +96,7 @@ def lay_out_ranks(hf: HFCheckpoint, items: Sequence[MegatronParameter], layout: 
     by_layer: dict[int | None, list[MegatronParameter]] = {}
     for item in items:
         by_layer.setdefault(item.layer if item.weight.per_layer else None, []).append(item)
-    chunks = layer_chunks(hf.num_layers, layout)
+    chunks = _stage_layers(hf.architecture.num_layers, layout)
     return [
         _rank_file(hf, by_layer, chunks, layout, tensor, stage, expert)
         for stage in range(layout.pipeline_model_parallel_size)
@@ -144,9 +122,7 @@ def _check(hf: HFCheckpoint, items: Sequence[MegatronParameter], layout: Layout)
         dim = item.weight.tp_dim
         if dim is None or item.weight.is_vocabulary:
             continue
-        rows = [item.shape[1]] if dim == 1 else [shape[0] for shape in item.weight.shapes]
-        if item.weight.layout == "qkv":
-            rows = [item.rows]
+        rows = [item.shape[1]] if dim == 1 else item.weight.part_layout.divided(item.weight.rows)
         if any(count % tensor for count in rows):
             raise UserError(f"--tensor-model-parallel-size {tensor} does not divide {item.name} {list(item.shape)}")
 
@@ -164,10 +140,9 @@ def _slot(item: MegatronParameter, layout: Layout, rank: int) -> _Slot:
     if dim == 1:
         share = item.columns // ranks
         return _Slot(item, (item.rows, share), ((0, item.rows, rank * share, share),))
-    halves = 2 if item.weight.layout == "gate_up" else 1
-    share = item.rows // halves // ranks
-    regions = tuple((half * item.rows // halves + rank * share, share, 0, item.columns) for half in range(halves))
-    return _Slot(item, (share * halves, *item.shape[1:]), regions)
+    held = rank_rows(item.weight.part_layout, item.weight.rows, rank, ranks)
+    regions = tuple((row, rows, 0, item.columns) for row, rows in held)
+    return _Slot(item, (sum(rows for _, rows in held), *item.shape[1:]), regions)
 
 
 def _rank_file(
@@ -190,9 +165,8 @@ def _rank_file(
     names = ["model"] if len(models) == 1 else [f"model{index}" for index in range(len(models))]
 
     def content() -> dict[str, Any]:
-        state = bundle.namespace(
-            bundle.megatron_args(hf, layout.make_vocab_size_divisible_by), **_rank_args(hf, layout)
-        )
+        args = megatron_args(hf.architecture, layout.make_vocab_size_divisible_by)
+        state = common_state(namespace(args, **_rank_args(hf, layout)))
         for name, entries in zip(names, models, strict=True):
             state[name] = {key: _empty(slot, layout) for key, slot in entries}
         return state
@@ -287,6 +261,6 @@ def _rank_args(hf: HFCheckpoint, layout: Layout) -> dict[str, Any]:
         "decoder_last_pipeline_num_layers": layout.decoder_last_pipeline_num_layers,
         "transformer_impl": layout.transformer_impl,
         "moe_grouped_gemm": layout.moe_grouped_gemm,
-        "padded_vocab_size": layout.padded_rows(hf.vocab_size),
+        "padded_vocab_size": layout.padded_rows(hf.architecture.vocab_size),
         "ckpt_format": "torch",
     }

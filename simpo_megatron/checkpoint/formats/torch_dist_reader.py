@@ -63,18 +63,13 @@ def read_torch_dist(folder: Path, hf: HFCheckpoint) -> StoredModel:
     used: set[str] = set()
     index = _ByLead(chunks)
     items = model_parameters(hf, defaultdict(lambda: "F32"))
-    parameters = [_find(item, hf.num_layers, index, sizes, used) for item in items]
+    parameters = [_find(item, hf.architecture.num_layers, index, sizes, used) for item in items]
     if unknown := sorted(key for key in chunks if key not in used):
         raise UserError(
-            f"{folder} holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {hf.family.name} with this config.json "
-            "does not have; give the model it was trained from"
+            f"{folder} holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {hf.architecture.family.name} with this "
+            "config.json does not have; give the model it was trained from"
         )
     return StoredModel(folder, tuple(parameters), args_of(read_common(folder)))
-
-
-def weight_keys(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The keys of the weights in a checkpoint with their global shapes."""
-    return _read_index(folder)[1]
 
 
 def _read_index(folder: Path) -> tuple[dict[str, list[_Place]], dict[str, tuple[int, ...]]]:
@@ -155,10 +150,10 @@ def _halves(
     item: MegatronParameter, key: str, index: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
     yield key, index, 0, item.rows
-    if item.weight.layout == "gate_up":  # Megatron keeps them apart where layers are not stacked
-        half = item.rows // 2
-        yield f"{key}_w", index, 0, half
-        yield f"{key}_v", index, half, half
+    blocks, row = item.weight.part_layout.blocks(item.weight.rows), 0
+    for suffix, rows in zip(("_w", "_v"), blocks, strict=False) if len(blocks) > 1 else ():
+        yield f"{key}{suffix}", index, row, rows  # Megatron keeps gate and up apart where layers are not stacked
+        row += rows
 
 
 def _find(

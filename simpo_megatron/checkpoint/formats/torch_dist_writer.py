@@ -26,7 +26,7 @@ from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.formats.torch_save_file import Layout, lay_out
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter
 from simpo_megatron.checkpoint.transfer.moves import OutFile
-from simpo_megatron.models.family import Weight
+from simpo_megatron.models.weight_table import Weight
 
 CHUNK_BYTES = 64 * 2**20
 FILE_BYTES = 2 * 2**30
@@ -37,9 +37,12 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-CONTENT = {
-    "singleton_local_shards": False,
+# Megatron's `content_metadata`, in what this package saves and converts. The optimizer state must load at another
+# data-parallel size, and Megatron's default sharding type does not.
+CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
 
@@ -115,14 +118,13 @@ def lay_out_files(items: Sequence[MegatronParameter], num_layers: int) -> list[D
 
 def chunk_rows(item: MegatronParameter) -> Iterator[tuple[int, int]]:
     """First row and rows of the chunks; gate and up have chunks of their own."""
-    halves = [shape[0] for shape in item.weight.shapes] if item.weight.layout == "gate_up" else [item.rows]
     first = 0
-    for half in halves:
-        count = 1 << max(0, math.ceil(math.log2(max(1, half * item.row_bytes / CHUNK_BYTES))))
-        rows = -(-half // count)
-        for row in range(0, half, rows):
-            yield first + row, min(rows, half - row)
-        first += half
+    for block in item.weight.part_layout.blocks(item.weight.rows):
+        count = 1 << max(0, math.ceil(math.log2(max(1, block * item.row_bytes / CHUNK_BYTES))))
+        rows = -(-block // count)
+        for row in range(0, block, rows):
+            yield first + row, min(rows, block - row)
+        first += block
 
 
 @cache
@@ -197,7 +199,7 @@ def write_metadata(folder: Path, files: Sequence[DistFile], num_layers: int, com
     for key in extra_states(items, num_layers):
         state[key] = BytesStorageMetadata()
         storage[MetadataIndex(key)] = _StorageInfo(OBJECTS, 0, length)
-    torch.save(common | {"content_metadata": CONTENT}, folder / "common.pt")
+    torch.save(common | {"content_metadata": CONTENT_METADATA}, folder / "common.pt")
     with (folder / ".metadata").open("wb") as stream:
         pickle.dump(Metadata(state, None, storage), stream)
     (folder / "metadata.json").write_text(json.dumps(FORMAT))

@@ -31,7 +31,7 @@ def write_step(item: MegatronParameter, blocks: Sequence[Block], sources: Mappin
     for edge, end in pairwise(edges):
         for start, stop in _cut(edge, end, item.row_bytes, size):
             reads, hashed = [], []
-            for part, first, last in part_rows(item.weight, start, stop):
+            for part, first, last in part_rows(item.weight.part_layout, item.weight.rows, start, stop):
                 name, at = item.hf[part], sum(rect.rows * rect.row_bytes for rect in reads)
                 source = sources[name]
                 reads.append(
@@ -70,7 +70,7 @@ def read_step(
     name, slabs = item.hf[part], []
     for start, stop in _cut(0, item.weight.shapes[part][0], item.row_bytes, size):
         reads, checks, at = [], [], 0
-        for first, last in parameter_rows(item.weight, part, start, stop):
+        for first, last in parameter_rows(item.weight.part_layout, item.weight.rows, part, start, stop):
             reads += _overlap(item, tiles, first, last, at)
             checks += _overlap(item, replicas, first, last, at) if target is None else []
             at += (last - first) * item.row_bytes

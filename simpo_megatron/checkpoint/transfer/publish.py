@@ -27,6 +27,7 @@ from simpo_megatron.checkpoint.transfer.moves import Unit
 from simpo_megatron.checkpoint.transfer.processes import run_units
 from simpo_megatron.checkpoint.transfer.progress import transfer_bar
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_write, sync
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _prepare(target: Target, options: Options, identity: str) -> bool:
     if plan.exists():
         _same_plan(plan, identity)
     else:
-        replace_text(plan, json.dumps({"plan": identity}))
+        atomic_write(plan, json.dumps({"plan": identity}))
     return False
 
 
@@ -207,11 +208,11 @@ def _publish(units: Sequence[Unit], target: Target, finish: Callable[[Path, dict
             torn.unlink()
         finish(target.data, hashes)
         for file in (*target.data.rglob("*"), target.data):
-            _sync(file)
+            sync(file)
         if target.final.exists() and any(target.final.iterdir()):
             os.rename(target.final, target.old)
         os.replace(target.data, target.final)
-        _sync(target.final.parent)
+        sync(target.final.parent)
         _clean_up(target)
     return True
 
@@ -220,14 +221,6 @@ def _clean_up(target: Target) -> None:
     target.publish()
     shutil.rmtree(target.old, ignore_errors=True)
     shutil.rmtree(target.work, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -241,11 +234,3 @@ def _locked(path: Path) -> Any:
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield path.exists()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)

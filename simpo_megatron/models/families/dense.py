@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.family import EMBEDDING, OUTPUT, Weight, refuse, required
+from simpo_megatron.models.architecture import refuse, required
+from simpo_megatron.models.part_layout import QKV, Copy, GateUp
 from simpo_megatron.models.rope import read_rope
+from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, Weight
 
 BLOCK, LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
@@ -30,7 +32,7 @@ def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: an activation, rope scaling or attention that is not supported, or a value config.json lacks.
     """
-    refuse(config, "hidden_act", "silu", mend="only SwiGLU models (silu) run")
+    refuse(config, "hidden_act", "silu", fix="only SwiGLU models (silu) run")
     if other := set(config.get("layer_types") or ()) - {"full_attention"}:
         raise UserError(
             f"config.json lists {', '.join(sorted(other))} in layer_types; only full attention in every layer runs"
@@ -60,7 +62,7 @@ def dense_weights(
         config: config.json.
         qkv_bias: the query, key and value projections have biases.
         qk_norm: queries and keys are normalised head by head.
-        feed_forward: the rows that stand where a dense model has its SwiGLU.
+        feed_forward: the entries that stand where a dense model has its SwiGLU.
     """
     hidden, vocab = required(config, "hidden_size"), required(config, "vocab_size")
     head = head_dim(config)
@@ -68,48 +70,45 @@ def dense_weights(
     qkv = tuple(f"{LAYER}self_attn.{part}_proj." for part in "qkv")
 
     def norm(megatron: str, hf: str, size: int) -> Weight:
-        return Weight(megatron, (hf,), ((size,),), "copy", None)
+        return Weight(megatron, (hf,), ((size,),), Copy(), None)
 
     table = [
-        Weight(EMBEDDING, ("model.embed_tokens.weight",), ((vocab, hidden),), "copy", 0),
+        Weight(EMBEDDING, ("model.embed_tokens.weight",), ((vocab, hidden),), Copy(), 0),
         norm(f"{BLOCK}self_attention.linear_qkv.layer_norm_weight", f"{LAYER}input_layernorm.weight", hidden),
         Weight(
             f"{BLOCK}self_attention.linear_qkv.weight",
             tuple(f"{part}weight" for part in qkv),
             ((q, hidden), (kv, hidden), (kv, hidden)),
-            "qkv",
+            QKV(query_groups(config)),
             0,
-            query_groups(config),
         ),
     ]
     if qkv_bias:
         biases = tuple(f"{part}bias" for part in qkv)
         table.append(
-            Weight(
-                f"{BLOCK}self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv", 0, query_groups(config)
-            )
+            Weight(f"{BLOCK}self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), QKV(query_groups(config)), 0)
         )
     if qk_norm:
         table.append(norm(f"{BLOCK}self_attention.q_layernorm.weight", f"{LAYER}self_attn.q_norm.weight", head))
         table.append(norm(f"{BLOCK}self_attention.k_layernorm.weight", f"{LAYER}self_attn.k_norm.weight", head))
     table += [
         Weight(
-            f"{BLOCK}self_attention.linear_proj.weight", (f"{LAYER}self_attn.o_proj.weight",), ((hidden, q),), "copy", 1
+            f"{BLOCK}self_attention.linear_proj.weight", (f"{LAYER}self_attn.o_proj.weight",), ((hidden, q),), Copy(), 1
         ),
         norm(f"{BLOCK}mlp.linear_fc1.layer_norm_weight", f"{LAYER}post_attention_layernorm.weight", hidden),
         *(swiglu(config) if feed_forward is None else feed_forward),
         norm("decoder.final_layernorm.weight", "model.norm.weight", hidden),
     ]
     if not config.get("tie_word_embeddings", False):
-        table.append(Weight(OUTPUT, ("lm_head.weight",), ((vocab, hidden),), "copy", 0))
+        table.append(Weight(OUTPUT, ("lm_head.weight",), ((vocab, hidden),), Copy(), 0))
     return tuple(table)
 
 
 def swiglu(config: dict[str, Any]) -> tuple[Weight, ...]:
-    """The rows of a dense feed-forward."""
+    """The entries of a dense feed-forward."""
     hidden, ffn = required(config, "hidden_size"), required(config, "intermediate_size")
     gate, up, down = (f"{LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
     return (
-        Weight(f"{BLOCK}mlp.linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), "gate_up", 0),
-        Weight(f"{BLOCK}mlp.linear_fc2.weight", (down,), ((hidden, ffn),), "copy", 1),
+        Weight(f"{BLOCK}mlp.linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUp(), 0),
+        Weight(f"{BLOCK}mlp.linear_fc2.weight", (down,), ((hidden, ffn),), Copy(), 1),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from simpo_megatron.models.architecture import Family
 from simpo_megatron.models.families.dense import dense_kwargs, dense_weights
-from simpo_megatron.models.family import Family
+from simpo_megatron.models.megatron_args import default_config, sliding_window
 
 
 def window_size(sliding_window: int | None) -> dict[str, Any]:
@@ -18,4 +20,10 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     return {**dense_kwargs(config), **window_size(config.get("sliding_window", 4096))}
 
 
-MISTRAL = Family("Mistral", ("mistral",), _transformer_kwargs, dense_weights)
+def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not args.get("window_size") or any(args.get(name) for name in ("num_experts", "qk_layernorm", "add_qkv_bias")):
+        return None  # without a window it is a Llama
+    return default_config(args, "mistral", "Mistral") | sliding_window(args)
+
+
+MISTRAL = Family("Mistral", ("mistral",), _transformer_kwargs, dense_weights, _config)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from simpo_megatron.models.architecture import Family, refuse, required
 from simpo_megatron.models.families.dense import dense_weights
 from simpo_megatron.models.families.mistral import window_size
 from simpo_megatron.models.families.moe import moe_feed_forward, moe_kwargs
-from simpo_megatron.models.family import Family, Weight, refuse, required
+from simpo_megatron.models.megatron_args import default_config, expert_config, sliding_window
+from simpo_megatron.models.weight_table import Weight
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(config, "router_jitter_noise", 0.0, 0, None, mend="set it to 0: the two members of a pair need one router")
+    refuse(config, "router_jitter_noise", 0.0, 0, None, fix="set it to 0: the two responses of a pair need one router")
     kwargs = moe_kwargs(config, ffn=required(config, "intermediate_size"), norm_topk_prob=True)
     return {**kwargs, **window_size(config.get("sliding_window"))}
 
@@ -23,4 +26,11 @@ def _weights(config: dict[str, Any]) -> tuple[Weight, ...]:
     return dense_weights(config, feed_forward=experts)
 
 
-MIXTRAL = Family("Mixtral", ("mixtral",), _transformer_kwargs, _weights)
+def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not args.get("num_experts") or args.get("qk_layernorm"):
+        return None
+    experts = expert_config(args, number="num_local_experts", width="intermediate_size")
+    return default_config(args, "mixtral", "Mixtral") | sliding_window(args) | experts
+
+
+MIXTRAL = Family("Mixtral", ("mixtral",), _transformer_kwargs, _weights, _config)

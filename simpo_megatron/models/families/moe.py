@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.architecture import required
 from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs
-from simpo_megatron.models.family import Weight, required
+from simpo_megatron.models.part_layout import Copy, GateUp
+from simpo_megatron.models.weight_table import Weight
 
 
 def num_experts(config: dict[str, Any]) -> int:
@@ -45,7 +47,7 @@ def moe_kwargs(config: dict[str, Any], *, ffn: int, norm_topk_prob: bool) -> dic
 def moe_feed_forward(
     config: dict[str, Any], *, ffn: int, block: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> tuple[Weight, ...]:
-    """The rows of the router and of the experts.
+    """The entries of the router and of the experts.
 
     Args:
         config: config.json.
@@ -57,7 +59,7 @@ def moe_feed_forward(
     gate, up, down = (f"{LAYER}{block}.experts.{{expert}}.{part}.weight" for part in parts)
     expert = f"{BLOCK}mlp.experts.local_experts.{{expert}}."
     return (
-        Weight(f"{BLOCK}mlp.router.weight", (f"{LAYER}{block}.gate.weight",), ((experts, hidden),), "copy", None),
-        Weight(f"{expert}linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), "gate_up", 0, experts=experts),
-        Weight(f"{expert}linear_fc2.weight", (down,), ((hidden, ffn),), "copy", 1, experts=experts),
+        Weight(f"{BLOCK}mlp.router.weight", (f"{LAYER}{block}.gate.weight",), ((experts, hidden),), Copy(), None),
+        Weight(f"{expert}linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUp(), 0, experts=experts),
+        Weight(f"{expert}linear_fc2.weight", (down,), ((hidden, ffn),), Copy(), 1, experts=experts),
     )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from simpo_megatron.models.architecture import Family, refuse
 from simpo_megatron.models.families.dense import dense_kwargs, dense_weights
-from simpo_megatron.models.family import Family, refuse
+from simpo_megatron.models.megatron_args import default_config
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(config, "use_sliding_window", False, None, mend="set it to false, which is exact up to the window's length")
+    refuse(config, "use_sliding_window", False, None, fix="set it to false, which is exact up to the window's length")
     return {**dense_kwargs(config), "add_qkv_bias": True}
 
 
-QWEN2 = Family("Qwen2 and Qwen2.5", ("qwen2",), _transformer_kwargs, partial(dense_weights, qkv_bias=True))
+def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not args.get("add_qkv_bias") or any(args.get(name) for name in ("num_experts", "qk_layernorm", "window_size")):
+        return None
+    return default_config(args, "qwen2", "Qwen2")
+
+
+QWEN2 = Family("Qwen2 and Qwen2.5", ("qwen2",), _transformer_kwargs, partial(dense_weights, qkv_bias=True), _config)

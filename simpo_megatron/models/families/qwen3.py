@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from simpo_megatron.models.architecture import Family, refuse
 from simpo_megatron.models.families.dense import dense_kwargs, dense_weights
-from simpo_megatron.models.family import Family, refuse
+from simpo_megatron.models.megatron_args import default_config
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(config, "use_sliding_window", False, None, mend="set it to false, which is exact up to the window's length")
-    refuse(config, "attention_bias", False, None, mend="only Qwen3 models without biases run")
+    refuse(config, "use_sliding_window", False, None, fix="set it to false, which is exact up to the window's length")
+    refuse(config, "attention_bias", False, None, fix="only Qwen3 models without biases run")
     # Qwen3's heads are 128 wide by default, whatever the hidden size is.
     return {**dense_kwargs({"head_dim": 128, **config}), "qk_layernorm": True}
 
@@ -20,4 +22,10 @@ def _weights(config: dict[str, Any]) -> Any:
     return partial(dense_weights, qk_norm=True)({"head_dim": 128, **config})
 
 
-QWEN3 = Family("Qwen3", ("qwen3",), _transformer_kwargs, _weights)
+def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not args.get("qk_layernorm") or args.get("num_experts") or args.get("window_size"):
+        return None
+    return default_config(args, "qwen3", "Qwen3")
+
+
+QWEN3 = Family("Qwen3", ("qwen3",), _transformer_kwargs, _weights, _config)

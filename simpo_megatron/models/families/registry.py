@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.architecture import Family
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
 from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
-from simpo_megatron.models.family import Family
 
 FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
+
+
+def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
+    """The config.json of a model that Megatron-LM's arguments describe; None where no family here does.
+
+    Raises:
+        UserError: an argument is missing.
+    """
+    for family in FAMILIES:
+        config = family.config_from_megatron_args(args)
+        if config is not None:
+            return {**config, "vocab_size": vocab_size}
+    return None
 
 
 def family_of(config: dict[str, Any]) -> Family:

@@ -1,0 +1,121 @@
+"""An architecture under Megatron-LM's argument names, and back: what most families share. No torch, no Megatron.
+
+Megatron-LM's arguments cannot say everything (`checkpoint/megatron_args.py` lists what a model asks for besides). What they
+lack stands under names of ours, so that the way back loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from simpo_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from simpo_megatron.models.architecture import Architecture
+
+# Megatron-Core fixes these of its llama3 scaling (`rotary_pos_embedding.py`); a flag exists for the factor alone.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _number(value: float) -> int | float:
+    """Whole where it can be: Megatron-LM's flags take whole numbers."""
+    return int(value) if value == int(value) else value
+
+
+def default_megatron_args(architecture: Architecture) -> dict[str, Any]:
+    """The architecture under Megatron-LM's names: primitives alone, as its loader wants `args`."""
+    kwargs, rope = dict(architecture.transformer), architecture.rope
+    args: dict[str, Any] = {
+        "num_layers": kwargs.pop("num_layers"),
+        "hidden_size": kwargs.pop("hidden_size"),
+        "ffn_hidden_size": kwargs.pop("ffn_hidden_size"),
+        "num_attention_heads": kwargs.pop("num_attention_heads"),
+        "group_query_attention": kwargs["num_query_groups"] != architecture.transformer["num_attention_heads"],
+        "num_query_groups": kwargs.pop("num_query_groups"),
+        "kv_channels": kwargs.pop("kv_channels"),
+        "normalization": "RMSNorm",
+        "norm_epsilon": kwargs.pop("layernorm_epsilon"),
+        "add_bias_linear": False,
+        "add_qkv_bias": kwargs.pop("add_qkv_bias", False),
+        "qk_layernorm": kwargs.pop("qk_layernorm", False),
+        "swiglu": True,
+        "position_embedding_type": "rope",
+        "add_position_embedding": False,
+        "rotary_base": _number(rope.theta),
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "use_rope_scaling": rope.kind == "llama3",
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "untie_embeddings_and_output_weights": not architecture.tied,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    if rope.kind == "llama3":
+        args["rope_scaling_factor"] = rope.factor
+        args |= {f"rope_scaling_{name}": getattr(rope, name) for name in LLAMA3_ROPE}
+    if rope.kind == "linear":
+        args["rotary_seq_len_interpolation_factor"] = _number(rope.factor)
+    if "num_moe_experts" in kwargs:
+        args |= {"num_experts": kwargs.pop("num_moe_experts"), "moe_layer_freq": 1, "moe_grouped_gemm": False}
+        args |= {"moe_token_dispatcher_type": "alltoall", "moe_router_score_function": "softmax"}
+    return args | kwargs
+
+
+def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dict[str, Any]:
+    """What the config.json of every family has, but for the vocabulary size.
+
+    Args:
+        args: Megatron-LM's arguments by name.
+        model_type: of config.json.
+        prefix: of the class in transformers, such as "Llama".
+
+    Raises:
+        UserError: an argument is missing, or has a value that no family here has.
+    """
+    for name, expected in (("normalization", "RMSNorm"), ("swiglu", True), ("add_bias_linear", False)):
+        if args.get(name, expected) != expected:
+            raise UserError(f"it has {name} {args[name]!r}; only models with {expected!r} convert")
+    config: dict[str, Any] = {
+        "architectures": [f"{prefix}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_size": need(args, "hidden_size"),
+        "intermediate_size": need(args, "ffn_hidden_size"),
+        "num_hidden_layers": need(args, "num_layers"),
+        "num_attention_heads": need(args, "num_attention_heads"),
+        "num_key_value_heads": args.get("num_query_groups") or need(args, "num_attention_heads"),
+        "head_dim": need(args, "kv_channels"),
+        "hidden_act": "silu",
+        "rms_norm_eps": need(args, "norm_epsilon"),
+        "rope_theta": float(need(args, "rotary_base")),
+        "max_position_embeddings": need(args, "max_position_embeddings"),
+        "tie_word_embeddings": not need(args, "untie_embeddings_and_output_weights"),
+    }
+    if args.get("use_rope_scaling"):
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": args.get("rope_scaling_factor") or 8.0}
+        config["rope_scaling"] |= {name: args.get(f"rope_scaling_{name}", fixed) for name, fixed in LLAMA3_ROPE.items()}
+    if factor := args.get("rotary_seq_len_interpolation_factor"):
+        config["rope_scaling"] = {"rope_type": "linear", "factor": float(factor)}
+    return config
+
+
+def need(args: Mapping[str, Any], name: str) -> Any:
+    """An argument that must be there. Raises UserError where it is not."""
+    if args.get(name) is None:
+        raise UserError(f"it lacks {name}; give --hf-reference")
+    return args[name]
+
+
+def sliding_window(args: Mapping[str, Any]) -> dict[str, int]:
+    """The entry of config.json; Hugging Face counts the token itself, Megatron what is left of it."""
+    return {"sliding_window": args["window_size"][0] + 1} if args.get("window_size") else {}
+
+
+def expert_config(args: Mapping[str, Any], *, number: str, width: str) -> dict[str, Any]:
+    """What a model with experts has besides; `number` and `width` are its names in config.json."""
+    return {
+        number: args["num_experts"],
+        "num_experts_per_tok": need(args, "moe_router_topk"),
+        "norm_topk_prob": not args.get("moe_router_pre_softmax", False),
+        width: need(args, "moe_ffn_hidden_size"),
+    }
