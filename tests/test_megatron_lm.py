@@ -164,7 +164,7 @@ def args(model: Path, data: Path, **changes: Any) -> Any:
         ),
         (
             {"share_prompts": True, "context_parallel_size": 2},
-            "--share-prompts: there is no attention for it under --context-parallel-size 2",
+            "no attention for it under --context-parallel-size 2",
         ),
         ({"simpo_gamma": 1.0, "simpo_gamma_beta_ratio": 0.5}, "give one of them"),
     ],

@@ -101,7 +101,7 @@ def test_the_stated_verification_is_one_that_runs(name: str) -> None:
         ["--config", str(EXAMPLES / name / "config.yaml"), "--hf-checkpoint", "m", "--data", "d", *stated[1].split()]
     )
     hf = read_hf_config(EXAMPLES / name / "model.json")
-    assert config.train.fp32 == any(weight.experts for weight in hf.architecture.weights)
+    assert config.train.fp32 == (hf.architecture.num_experts is not None)
 
 
 def test_a_layout_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_the_stated_memory_is_the_planned_one(name: str) -> None:
     )
     hf = read_hf_config(EXAMPLES.parent / command[1])
     request = Request(72 * 2**30, seq_length, rows=64, slab_bytes=256 * 2**20)
-    assert parallel in list(legal(hf, gpus, seq_length))
-    planned = plan(hf, parallel, gpus, request)
+    assert parallel in list(legal(hf.architecture, gpus, seq_length))
+    planned = plan(hf.architecture, parallel, gpus, request)
     assert f"{planned.memory.total / 2**30:.1f}" == stated[1]
     assert planned.memory.total < request.gpu_bytes
 

@@ -127,7 +127,7 @@ def test_shared_prompts_where_they_cannot_be(pool, inputs) -> None:
     message = refused(pool, flags(checkpoint, raw, share_prompts=True, context_parallel_size=2))
     assert "--share-prompts: there is no attention for it under --context-parallel-size 2" in message
     message = refused(pool, flags(checkpoint, raw, share_prompts=True, objective="sft"))
-    assert "--share-prompts has nothing to share with --objective sft" in message
+    assert "--share-prompts: the objective scores the chosen response alone" in message
 
 
 def pretend_transformer_engine(argv: list[str]) -> str | None:
