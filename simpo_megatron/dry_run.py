@@ -82,8 +82,7 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
         check_target(config.model.export_hf)
     start = _checkpoint(config, hf)
     tokenizer = load_tokenizer(hf.path)
-    assert config.data.train_data is not None
-    tokens = _pair_tokens(config.data.train_data, "--train-data", config, hf, tokenizer)
+    tokens = _pair_tokens(config.data.training_sources, "--train-data", config, hf, tokenizer)
     if config.data.valid_data is not None:
         _pair_tokens(config.data.valid_data, "--valid-data", config, hf, tokenizer)
 

@@ -36,6 +36,7 @@ from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import Metric, Objective
 from simpo_megatron.parallel.limits import check_shared_prompts
+from simpo_megatron.settings import parse_size, required
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 
@@ -47,11 +48,8 @@ _HEAD = ["head", "head_slab_bytes"]
 def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """An `extra_args_provider`: the flags of the objectives, the data and the head, as our trainer spells them."""
     add_objectives(parser, with_defaults=True)
-    for title, group, names in (
-        ("preferences", DataConfig, _DATA),
-        ("head", ModelConfig, _HEAD),
-    ):
-        add_settings(parser.add_argument_group(title), group, names, with_defaults=True)
+    add_settings(parser.add_argument_group("preferences"), DataConfig, _DATA)  # None tells what was not given
+    add_settings(parser.add_argument_group("head"), ModelConfig, _HEAD, with_defaults=True)
     return parser
 
 
@@ -70,7 +68,8 @@ def data_config(args: Any) -> DataConfig:
     """The data that Megatron-LM's arguments ask for; --train-data-path takes what our --train-data does."""
     paths = {"train_data": args.train_data_path, "valid_data": args.valid_data_path}
     sources = {name: tuple(given) if given else None for name, given in paths.items()}
-    return DataConfig(**sources, seq_length=args.seq_length, **{name: getattr(args, name) for name in _DATA})
+    given = {name: value for name in _DATA if (value := getattr(args, name)) is not None}
+    return DataConfig(**sources, seq_length=args.seq_length, **given, given=frozenset(given))
 
 
 def check_args(args: Any) -> None:
@@ -105,8 +104,7 @@ def check_args(args: Any) -> None:
     if args.tokenizer_type != "HuggingFaceTokenizer":
         raise UserError(f"--tokenizer-type {args.tokenizer_type} has no chat template; use HuggingFaceTokenizer")
     objective(args)  # it checks itself
-    if not args.train_data_path:
-        raise UserError("--train-data-path is missing; give preferences: a prepared prefix or a .jsonl file")
+    required(args.train_data_path, "--train-data-path is missing; give preferences: a prepared prefix or a .jsonl file")
     data = data_config(args)
     if data.share_prompts:
         fused = args.transformer_impl != "local"
@@ -164,16 +162,11 @@ def with_logprob_head(model_provider: Callable[..., Any]) -> Callable[..., Any]:
         if settings.head == "fused":
             for module in model.modules():
                 if getattr(module, "output_layer", None) is not None:
-                    LogProbHead.install(module, head_slab_bytes(settings))
+                    LogProbHead.install(module, parse_size("--head-slab-bytes", settings.head_slab_bytes))
                     break
         return model
 
     return provider
-
-
-def head_slab_bytes(args: Any) -> int:
-    """--head-slab-bytes as a number."""
-    return ModelConfig(hf_checkpoint=Path(), head_slab_bytes=args.head_slab_bytes).slab_bytes
 
 
 def _pack_attention(model: torch.nn.Module) -> None:
@@ -223,7 +216,7 @@ def _rows(args: Any, pairs: Pairs, position: int) -> Iterator[PreferenceBatch]:
         seq_length=args.seq_length,
         responses=objective(args).responses,
         hidden_size=args.hidden_size,
-        share_prompts=args.share_prompts,
+        share_prompts=bool(args.share_prompts),
         sequence_parallel=args.sequence_parallel,
     )
     while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from simpo_megatron.errors import UserError
 
@@ -33,6 +33,16 @@ def require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+T = TypeVar("T")
+
+
+def required(value: T | None, sentence: str) -> T:
+    """A setting that a program cannot do without. Raises UserError with the sentence where it is None or empty."""
+    if value is None or value == ():
+        raise UserError(sentence)
+    return value
+
+
 def parse_size(name: str, text: str) -> int:
     """Bytes of a size such as 80GiB; `name` is the flag, for the error.
 
@@ -50,7 +60,7 @@ def parse_size(name: str, text: str) -> int:
 
 
 class Group:
-    """Checks that numbers are finite and choices known; a group with more to check extends `__post_init__`."""
+    """Base of the settings groups: rejects non-finite floats and unknown choices. Groups add checks in `__post_init__`."""
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():

@@ -37,8 +37,7 @@ def run(config: Config) -> None:
     from simpo_megatron.trainer.setup import build_transformer_config
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
-    assert config.model.hf_checkpoint is not None
-    hf = read_hf_checkpoint(config.model.hf_checkpoint)
+    hf = read_hf_checkpoint(config.model.checkpoint_folder)
     for flag, folder in (
         ("--save", config.checkpoint.save),
         ("--export-hf", config.model.export_hf),

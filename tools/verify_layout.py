@@ -75,8 +75,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     from simpo_megatron.verify.compare import compare
 
     device = resolve_device(config.train.device)
-    assert config.model.hf_checkpoint is not None
-    hf = read_hf_checkpoint(config.model.hf_checkpoint)
+    hf = read_hf_checkpoint(config.model.checkpoint_folder)
     if config.train.bf16 and hf.architecture.num_experts is not None:
         raise UserError(
             "a model with experts is verified with --fp32: in bf16 near-ties between experts fall either way, and no bound "

@@ -25,8 +25,9 @@ GROUPS: dict[str, type] = {
     if field.name != "objective"
 }
 DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
-# A setting takes back what a lower layer said of the other: they are two ways to say one thing, or the other's default follows.
-TAKES_BACK = {
+# Setting the key in a higher layer (flags over file over preset) drops the lower layers' value of the other setting: the two
+# are two ways to set one thing, or the default of the other follows from the key.
+DROPS = {
     "simpo_gamma": "simpo_gamma_beta_ratio",
     "simpo_gamma_beta_ratio": "simpo_gamma",
     "train_iters": "train_epochs",
@@ -34,6 +35,11 @@ TAKES_BACK = {
     "max_length": "max_prompt_length",
 }
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+
+
+def settable(group: type) -> list[dataclasses.Field]:
+    """The fields of a group that are settings, in the order of `--help`."""
+    return [field for field in dataclasses.fields(group) if field.init]
 
 
 def _value_type(annotation: Any) -> type:
@@ -48,7 +54,7 @@ def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
     return [
         (group, field, typing.get_type_hints(cls)[field.name])
         for group, cls in (*OBJECTIVES.items(), *GROUPS.items())
-        for field in dataclasses.fields(cls)
+        for field in settable(cls)
     ]
 
 
@@ -79,7 +85,7 @@ def add_objectives(parser: argparse.ArgumentParser, with_defaults: bool = False)
     text = f"what is trained for (default {DEFAULT_OBJECTIVE})"
     section.add_argument("--objective", choices=tuple(OBJECTIVES), help=text, **default)
     for cls in OBJECTIVES.values():
-        if dataclasses.fields(cls):
+        if settable(cls):
             add_settings(parser.add_argument_group(str(cls.__doc__)), cls, with_defaults=with_defaults)
 
 
@@ -96,7 +102,9 @@ def build_objective(settings: dict[str, Any]) -> Objective:
 
 def _build(group: type, settings: dict[str, Any]) -> Any:
     """A group from those of the settings that are its fields."""
-    return group(**{field.name: settings[field.name] for field in dataclasses.fields(group) if field.name in settings})
+    own = {field.name: settings[field.name] for field in settable(group) if field.name in settings}
+    given = frozenset(name for name, value in own.items() if value is not None)
+    return DataConfig(**own, given=given) if group is DataConfig else group(**own)
 
 
 def add_settings(section: Any, group: type, names: Sequence[str] | None = None, with_defaults: bool = False) -> None:
@@ -109,7 +117,7 @@ def add_settings(section: Any, group: type, names: Sequence[str] | None = None, 
         with_defaults: a flag that is not given is its default; else it is absent.
     """
     annotations = typing.get_type_hints(group)
-    for field in dataclasses.fields(group):
+    for field in settable(group):
         if names is None or field.name in names:
             _add(section, field, annotations[field.name], {"default": field.default} if with_defaults else {})
 
@@ -146,8 +154,7 @@ def data_parser(program: str, description: str | None) -> argparse.ArgumentParse
 def data_config(args: argparse.Namespace) -> DataConfig:
     """What the flags of `data_parser` say, over its --config, with training's defaults."""
     settings = _with_file(vars(args))
-    given = {name: settings[name] for name in (*OPTIONS, "seq_length") if name in settings}
-    return DataConfig(train_data=("unused",), **given)
+    return _build(DataConfig, {name: settings[name] for name in (*OPTIONS, "seq_length") if name in settings})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -193,7 +200,7 @@ def layered(*layers: dict[str, Any]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for layer in layers:
-        for name, other in TAKES_BACK.items():
+        for name, other in DROPS.items():
             if layer.get(name) is not None:
                 settings.pop(other, None)
         settings |= layer
@@ -237,7 +244,7 @@ def parse(
 def flat(config: Config) -> dict[str, Any]:
     """Every setting by its name, paths and lists as strings: for logs and for the `args` of a checkpoint."""
     groups = (config.objective, *(getattr(config, group) for group in GROUPS))
-    values = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    values = {field.name: getattr(group, field.name) for group in groups for field in settable(type(group))}
     return {"objective": config.objective.name, **{name: _primitive(value) for name, value in values.items()}}
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any
 
-from simpo_megatron.data.options import AssistantHeader, DataOptions, DuplicatePolicy, PromptTruncation, TiePolicy
-from simpo_megatron.settings import Group, require, setting
+from simpo_megatron.data.options import DataOptions, PairOptions
+from simpo_megatron.settings import require, required, setting
 
-OPTIONS = tuple(item.name for item in fields(DataOptions))
+OPTIONS = tuple(option.name for option in fields(DataOptions))
 """The settings that a prepared set was made with."""
 
 
 @dataclass(frozen=True)
-class DataConfig(Group):
+class DataConfig(PairOptions):
     """data"""
 
     train_data: tuple[str, ...] | None = setting(
@@ -27,64 +27,49 @@ class DataConfig(Group):
     max_prompt_length: int | None = setting(
         None, "tokens a prompt is cut to when its sequence is too long; default half of --max-length"
     )
-    prompt_truncation: PromptTruncation = setting("keep_end", "the part of a cut prompt that stays")
-    assistant_header: AssistantHeader = setting(
-        "prompt",
-        "where the assistant's header counts; response is the SimPO repository's way: it is scored",
-    )
-    tie_policy: TiePolicy = setting("drop", "pairs with equal scores: drop them, or keep them with target margin 0")
-    duplicates: DuplicatePolicy = setting("keep", "pairs that repeat an earlier row: keep or drop them")
-    min_score_gap: float | None = setting(None, "drop pairs whose chosen score exceeds the rejected one by less")
-    max_length_ratio: float | None = setting(
-        None, "drop pairs whose longer response has more than this many times the tokens of the shorter one"
-    )
     share_prompts: bool = setting(
         False,
         "compute the prompt of a pair once, for both responses; not under Transformer Engine or context parallelism",
     )
+    given: InitVar[frozenset[str] | None] = None
+    """Names of the settings that a flag, a file or a preset set; None: those that differ from their default."""
+    given_options: dict[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """The options that were given: a prepared set must agree with them, and its own hold for the others."""
+    options: DataOptions = field(init=False, repr=False, compare=False, default_factory=DataOptions)
+    """What tokenizing needs to know, with the lengths that follow from the others."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, given: frozenset[str] | None) -> None:  # type: ignore[override]
         super().__post_init__()
-        require(bool(self.train_data), "--train-data is missing; give a .jsonl, .jsonl.gz or .parquet file")
         for name in ("train_data", "valid_data"):  # the command line gives lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self.positive("seq_length", "max_length", "max_prompt_length")
-        given = {name: value for name in OPTIONS if (value := getattr(self, name)) != getattr(type(self), name)}
-        object.__setattr__(self, "_given", given)
-        if self.max_length is None:
-            object.__setattr__(self, "max_length", self.seq_length // 2)
-        assert self.max_length is not None
+        values = {name: getattr(self, name) for name in OPTIONS}
+        if given is None:
+            given = frozenset(f.name for f in fields(self) if f.name in values and values[f.name] != f.default)
+        object.__setattr__(self, "given_options", {name: values[name] for name in OPTIONS if name in given})
+        length = self.seq_length // 2 if self.max_length is None else self.max_length
         require(
-            self.max_length >= 2,
-            f"--max-length {self.max_length} leaves no room for a prompt and a response; use at least 2, and --seq-length "
-            "at least twice that",
+            length >= 2,
+            f"--max-length {length} leaves no room for a prompt and a response; use at least 2, and --seq-length at least "
+            "twice that",
         )
         require(
-            2 * self.max_length <= self.seq_length,
-            f"--max-length {self.max_length} lets a pair outgrow its row; use at most half of --seq-length "
-            f"{self.seq_length}, or a longer row",
+            2 * length <= self.seq_length,
+            f"--max-length {length} lets a pair outgrow its row; use at most half of --seq-length {self.seq_length}, or a "
+            "longer row",
         )
-        if self.max_prompt_length is None:
-            object.__setattr__(self, "max_prompt_length", self.max_length // 2)
-        _ = self.options  # checks them against each other
+        prompt = length // 2 if self.max_prompt_length is None else self.max_prompt_length
+        object.__setattr__(self, "max_length", length)
+        object.__setattr__(self, "max_prompt_length", prompt)
+        values |= {"max_length": length, "max_prompt_length": prompt}
+        object.__setattr__(self, "options", DataOptions(**values))
 
     @property
-    def options(self) -> DataOptions:
-        """What tokenizing needs to know."""
-        assert self.max_length is not None and self.max_prompt_length is not None, "set in __post_init__"
-        return DataOptions(
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            prompt_truncation=self.prompt_truncation,
-            assistant_header=self.assistant_header,
-            tie_policy=self.tie_policy,
-            duplicates=self.duplicates,
-            min_score_gap=self.min_score_gap,
-            max_length_ratio=self.max_length_ratio,
-        )
+    def training_sources(self) -> tuple[str, ...]:
+        """--train-data, which training needs.
 
-    @property
-    def given_options(self) -> dict[str, Any]:
-        """The fields of `DataOptions` that are not at their default: what a prepared set must agree with."""
-        return getattr(self, "_given")  # noqa: B009
+        Raises:
+            UserError: it is not set.
+        """
+        return required(self.train_data, "--train-data is missing; give a .jsonl, .jsonl.gz or .parquet file")

@@ -16,7 +16,7 @@ from simpo_megatron.objectives import Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR
-from simpo_megatron.settings import Group, parse_size, require, setting
+from simpo_megatron.settings import Group, parse_size, require, required, setting
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class ModelConfig(Group):
         "layers: Transformer Engine's, Megatron's own (local), or TE where it is installed (auto)",
     )
     gradient_accumulation_fusion: bool | None = setting(
-        None, "weight gradients straight into fp32, by Apex's extension; unless said otherwise, where it is installed"
+        None,
+        "accumulate weight gradients directly in fp32 with Apex's kernel (default: where Apex's extension is installed)",
     )
     make_vocab_size_divisible_by: int = setting(
         VOCAB_DIVISOR, "pad the vocabulary to a multiple of this times the tensor-parallel size"
@@ -43,11 +44,16 @@ class ModelConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.positive("make_vocab_size_divisible_by")
-        require(
-            self.hf_checkpoint is not None,
-            "--hf-checkpoint is missing; give the folder of a Hugging Face checkpoint",
-        )
         _ = self.slab_bytes  # checks it
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """--hf-checkpoint, which training needs.
+
+        Raises:
+            UserError: it is not set.
+        """
+        return required(self.hf_checkpoint, "--hf-checkpoint is missing; give the folder of a Hugging Face checkpoint")
 
     @property
     def slab_bytes(self) -> int:
@@ -167,6 +173,7 @@ class Config:
     log: LogConfig
 
     def __post_init__(self) -> None:
+        _ = self.model.checkpoint_folder, self.data.training_sources  # a run needs both
         save, export = self.checkpoint.save, self.model.export_hf
         require(
             save is None or save != export, f"--export-hf {export} is the --save folder too; export to another folder"

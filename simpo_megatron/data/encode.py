@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-from simpo_megatron.data.options import DataOptions, PromptTruncation
+from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.schema import Message, Preference
 from simpo_megatron.errors import UserError
 
@@ -173,7 +173,7 @@ def truncate(pair: EncodedPair, options: DataOptions, bos: int | None) -> Encode
     )
 
 
-def _cut_prompt(prompt: list[int], length: int, keep: PromptTruncation, bos: int | None) -> list[int]:
+def _cut_prompt(prompt: list[int], length: int, keep: str, bos: int | None) -> list[int]:
     if keep == "keep_start":
         return prompt[:length]
     head = prompt[:1] if prompt[0] == bos else []

@@ -26,12 +26,9 @@ def load_data(data: DataConfig, hf: HFCheckpoint) -> tuple[Pairs, Pairs | None, 
         UserError: a source cannot be read, or was prepared for another model; the same on every rank.
     """
     loader = _Loader(data, hf)
-    found = [
-        None if values is None else loader.load(parse_blend(values, flag))
-        for flag, values in (("--train-data", data.train_data), ("--valid-data", data.valid_data))
-    ]
-    assert found[0] is not None, "checked by DataConfig"
-    return found[0], found[1], loader.messages
+    train = loader.load(parse_blend(data.training_sources, "--train-data"))
+    valid = None if data.valid_data is None else loader.load(parse_blend(data.valid_data, "--valid-data"))
+    return train, valid, loader.messages
 
 
 class _Loader:

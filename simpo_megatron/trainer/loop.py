@@ -34,10 +34,9 @@ from simpo_megatron.trainer.setup import build_engine, step_to_resume
 def total_pairs(config: Config, num_pairs: int) -> int:
     """Pairs the whole run sees, repeats counted, from --train-iters or from --train-epochs."""
     train = config.train
-    if train.train_iters is not None:
-        return train.train_iters * train.global_batch_size
-    assert train.train_epochs is not None
-    return max(1, round(train.train_epochs * num_pairs))
+    if train.train_epochs is not None:
+        return max(1, round(train.train_epochs * num_pairs))
+    return (train.train_iters or 0) * train.global_batch_size  # `TrainConfig` requires one of the two
 
 
 class Run:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from simpo_megatron.config.arguments import GROUPS, build_parser, flat, parse
+from simpo_megatron.config.arguments import GROUPS, build_parser, flat, parse, settable
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES
@@ -202,7 +201,7 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         ),
         (
             ["--max-length", "8", "--max-prompt-length", "8"],
-            "--max-prompt-length (8) must be less than --max-length (8)",
+            "--max-prompt-length 8 must be less than --max-length 8",
         ),
         # loss
         (["--simpo-beta", "0"], "--simpo-beta 0.0 must be greater than 0"),
@@ -315,19 +314,19 @@ def test_help_is_grouped_and_complete(capsys: pytest.CaptureFixture[str], monkey
     assert raised.value.code == 0
     sections = capsys.readouterr().out.strip().split("\n\n")[2:]  # usage and description come first
     shown = {title: lines for section in sections for title, *lines in [section.split("\n")]}
-    groups = [cls for cls in (*OBJECTIVES.values(), *GROUPS.values()) if dataclasses.fields(cls)]
+    groups = [cls for cls in (*OBJECTIVES.values(), *GROUPS.values()) if settable(cls)]
     assert list(shown) == ["options:", "objective:", *(f"{cls.__doc__}:" for cls in groups)]
     for cls in groups:
         lines = shown[f"{cls.__doc__}:"]
         flags = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
-        assert flags == ["--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)]
-        for field in dataclasses.fields(cls):
+        assert flags == ["--" + field.name.replace("_", "-") for field in settable(cls)]
+        for field in settable(cls):
             assert any(field.metadata["help"] in line for line in lines), field.name
 
 
 def test_flat_holds_every_setting_as_a_primitive() -> None:
     values = flat(parse([*ENOUGH, "--save", "out"]))
     groups = (OBJECTIVES["simpo"], *GROUPS.values())
-    assert set(values) == {"objective", *(field.name for cls in groups for field in dataclasses.fields(cls))}
+    assert set(values) == {"objective", *(field.name for cls in groups for field in settable(cls))}
     assert values["save"] == "out" and values["train_iters"] == 10
     assert all(isinstance(value, str | int | float | bool | None) for value in values.values())

@@ -71,7 +71,7 @@ def test_mistakes_are_one_line(model: Path, source: Path, tmp_path: Path, capsys
         ({"config": tmp_path / "none.yaml"}, "none.yaml cannot be read"),
         ({"hf_checkpoint": tmp_path / "none"}, "is not a folder"),
         ({"max_length": 4000}, "--max-length 4000 lets a pair outgrow its row"),
-        ({"max_length_ratio": 0.5}, "--max-length-ratio is 0.5"),
+        ({"max_length_ratio": 0.5}, "--max-length-ratio 0.5"),
         ({"tie_policy": "x"}, "--tie-policy"),
         ({"output_prefix": source / "a"}, "cannot be written"),
     ):

@@ -13,7 +13,7 @@ from simpo_megatron.data.prepare import prepare
 from tests.support.runs import flags, run_and_read, train
 from tests.support.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
 
-OPTIONS = DataConfig(train_data=("unused",), seq_length=512).options
+OPTIONS = DataConfig(seq_length=512).options
 
 
 @pytest.fixture(scope="module")
