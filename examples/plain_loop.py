@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from simpo_megatron.batch.plan import RowPacker
+from simpo_megatron.batch.packer import RowPacker
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
@@ -52,14 +52,14 @@ def main(checkpoint: Path, preferences: str, steps: int) -> None:
     objective = SimPO(simpo_beta=2.5, simpo_gamma_beta_ratio=0.55)
     packer = RowPacker(SEQ_LENGTH, objective.responses, config.hidden_size)
     for step in range(steps):
-        batch = packer.plan(pairs, pairs.order(step * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, seed=1))
+        batch = packer.pack(pairs, pairs.order(step * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, seed=1))
         chunk.zero_grad_buffer()
         optimizer.zero_grad()
         sums = get_forward_backward_func()(
-            forward_step_func=PreferenceStep(objective, hf.architecture.vocab_size, len(batch.rows)),
-            data_iterator=packer.rows(batch),
+            forward_step_func=PreferenceStep(objective, hf.architecture.vocab_size, len(batch.microbatches)),
+            data_iterator=packer.microbatches(batch),
             model=chunk,
-            num_microbatches=len(batch.rows),
+            num_microbatches=len(batch.microbatches),
             seq_length=SEQ_LENGTH,
             micro_batch_size=1,
             forward_only=False,

@@ -129,10 +129,10 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpo
             pairs = open_prepared(source, config.data, hf, tokenizer)
         else:
             encoder = PairEncoder(tokenizer, config.data.options, hf.eos_token_ids)
-            chunk = encode_rows(islice(read_rows(source), ROWS), encoder, config.data.options)
-            if not len(chunk.store):
-                raise nothing_left(source, chunk.report)
-            pairs = chunk.store
+            encoded = encode_rows(islice(read_rows(source), ROWS), encoder, config.data.options)
+            if not len(encoded.pairs):
+                raise nothing_left(source, encoded.report)
+            pairs = encoded.pairs
         check_ids(pairs, hf, source)
         found.append(pairs.pair_tokens[:ROWS])
     return float(np.concatenate(found).mean())

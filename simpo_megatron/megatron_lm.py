@@ -24,7 +24,7 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 from torch import Tensor
 
-from simpo_megatron.batch.plan import RowPacker
+from simpo_megatron.batch.packer import RowPacker
 from simpo_megatron.batch.row import PreferenceBatch
 from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective
 from simpo_megatron.config.data import OPTIONS, DataConfig
@@ -221,7 +221,9 @@ def _rows(args: Any, pairs: Pairs, position: int) -> Iterator[PreferenceBatch]:
     )
     while True:
         size = get_current_global_batch_size()
-        yield from packer.rows(packer.plan(pairs, pairs.order(position, size, args.seed), get_num_microbatches()))
+        yield from packer.microbatches(
+            packer.pack(pairs, pairs.order(position, size, args.seed), get_num_microbatches())
+        )
         position += size
 
 

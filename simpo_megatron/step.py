@@ -92,7 +92,7 @@ class PreferenceStep:
         row would count like a row of pairs. So each backward pass sets a weight of its own at its start, and restores the
         common one at its end.
         """
-        weight = self._loss_scale() / batch.counts.rows if batch.pairs else 0.0
+        weight = self._loss_scale() / batch.counts.packed_rows if batch.pairs else 0.0
 
         def begin(_: Tensor) -> None:
             common: Any = MoEAuxLossAutoScaler.main_loss_backward_scale

@@ -31,8 +31,8 @@ def step_gradients(
     case = CASES["sigmoid"]
     argv = command_line(checkpoint, {**case.loss, "seq_length": 512, "no_use_distributed_optimizer": True, **settings})
     engine, hf = build_engine(argv)
-    batch = engine.packer.plan(case.pair_store, np.array(pairs))
-    assert batch.counts.rows == 1
+    batch = engine.packer.pack(case.pairs_in_memory, np.array(pairs))
+    assert batch.counts.packed_rows == 1
     metrics = engine.train_step(batch)
     return metrics["loss"], gather_gradients(engine, hf)
 
@@ -40,7 +40,7 @@ def step_gradients(
 def balancing_gradients(checkpoint: Path, pairs: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """E * sum_e f_e P_e of every layer over the tokens of all sequences: f by the chosen experts, P by the softmax."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    store = CASES["sigmoid"].pair_store
+    store = CASES["sigmoid"].pairs_in_memory
     by_layer: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     for i in pairs:
         prompt, *responses = store.pair(i)

@@ -39,7 +39,7 @@ def two_steps(checkpoint: Path, layout: dict[str, Any]) -> list[dict[str, float]
     """On a rank: metrics of two optimizer steps, and of the evaluation after them."""
     case = CASES["columns"]
     engine, _ = build_engine(command_line(checkpoint, {**TRAINING, **layout, **case.loss}))
-    batch = engine.packer.plan(case.pair_store, np.array(case.pairs))
+    batch = engine.packer.pack(case.pairs_in_memory, np.array(case.pairs))
     found = [engine.train_step(batch), engine.train_step(batch)]
     engine.sync_parameters()
     return [*found, engine.evaluate(batch)]
@@ -85,7 +85,7 @@ def fail_step(checkpoint: Path, layout: dict[str, Any], weight: float) -> tuple[
     before = [parameter.detach().clone() for model in engine.models for parameter in model.parameters()]
     store = make_store(LENGTHS, vocab_size=270, weight=[1, 1, 1, weight, 1, 1, 1, 1])
     with pytest.raises(UserError) as raised:
-        engine.train_step(engine.packer.plan(store, np.arange(len(LENGTHS))))
+        engine.train_step(engine.packer.pack(store, np.arange(len(LENGTHS))))
     after = [parameter for model in engine.models for parameter in model.parameters()]
     return str(raised.value), all(map(torch.equal, before, after))
 
@@ -106,7 +106,7 @@ def loss_collectives(checkpoint: Path, layout: dict[str, Any]) -> tuple[dict[str
     """On a rank: the collectives of `loss_func` without the fused head, and of its backward pass."""
     case = CASES["sigmoid"]
     engine, hf = build_engine(command_line(checkpoint, {**layout, **case.loss, "head": "plain"}))
-    batch = next(engine.packer.rows(engine.packer.plan(case.pair_store, np.array(case.pairs))))
+    batch = next(engine.packer.microbatches(engine.packer.pack(case.pairs_in_memory, np.array(case.pairs))))
     columns = engine.models[0].output_layer.weight.shape[0]
     logits = torch.randn(1, batch.tokens.shape[1], columns, requires_grad=True)
     step = PreferenceStep(engine.config.objective, hf.architecture.vocab_size, 1)

@@ -156,7 +156,7 @@ def open_large(prefix: Path) -> dict[str, float]:
 def loader(store: Any, shared: bool) -> dict[str, float]:
     """Seconds a step of `BATCH` pairs takes to plan and to lay out as tensors."""
     from simpo_megatron.batch.row import BatchCounts, RowFormat, pack_row
-    from simpo_megatron.data import pair_costs, plan_batch
+    from simpo_megatron.data import pack_batch, pair_costs
 
     steps, tokens, started = len(store) // BATCH, 0, time.perf_counter()
     for step in range(steps):
@@ -166,7 +166,7 @@ def loader(store: Any, shared: bool) -> dict[str, float]:
             [store.chosen_length[pairs], store.rejected_length[pairs]],
         )
         lengths = prompt * (1 if shared else 2) + sum(responses)
-        for row in plan_batch(lengths, SEQ_LENGTH, 1, costs=pair_costs(prompt, responses, 4096, shared))[0]:
+        for row in pack_batch(lengths, SEQ_LENGTH, 1, costs=pair_costs(prompt, responses, 4096, shared))[0]:
             batch = pack_row(store, pairs[row].tolist(), BatchCounts(BATCH, 1, 1), RowFormat(share_prompts=shared))
             tokens += batch.tokens.shape[1]
     return {"seconds_a_step": (time.perf_counter() - started) / steps, "tokens_an_epoch": tokens}

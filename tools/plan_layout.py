@@ -86,7 +86,7 @@ def read_request(args: argparse.Namespace) -> Request:
     return Request(
         gpu_bytes=int(memory * (1 - FREE)),
         seq_length=args.seq_length,
-        rows=math.ceil(args.global_batch_size * pair / args.seq_length),
+        packed_rows=math.ceil(args.global_batch_size * pair / args.seq_length),
         slab_bytes=parse_size("--head-slab-bytes", args.head_slab_bytes),
     )
 
@@ -101,7 +101,7 @@ def run(argv: Sequence[str] | None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(
         f"{hf.architecture.family.name} of {whole_parameters(hf) / 1e9:.2f}e9 parameters, {args.gpus} GPUs of "
-        f"{args.gpu_memory} ({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, {request.rows} rows a step"
+        f"{args.gpu_memory} ({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, {request.packed_rows} rows a step"
     )
     for objective in objectives:
         show(console, objective)

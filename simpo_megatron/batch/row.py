@@ -36,12 +36,12 @@ class BatchCounts:
     Attributes:
         pairs: pairs.
         chosen_tokens: scored tokens of the chosen responses.
-        rows: rows that hold pairs.
+        packed_rows: those that hold pairs.
     """
 
     pairs: int
     chosen_tokens: int
-    rows: int
+    packed_rows: int
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from typing import Any
 from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.weight_table import Weight
+from simpo_megatron.models.weight_table import WeightEntry
 
 
 @dataclass(frozen=True)
 class MegatronParameter:
     """One parameter: a row of the weight table, for one layer and one expert."""
 
-    weight: Weight
+    weight: WeightEntry
     layer: int
     expert: int
     dtype: str
@@ -103,7 +103,7 @@ def model_parameters(hf: HFCheckpoint, dtypes: dict[str, str]) -> Iterator[Megat
         yield _item(weight, 0, 0, dtypes)
 
 
-def _item(weight: Weight, layer: int, expert: int, dtypes: dict[str, str]) -> MegatronParameter:
+def _item(weight: WeightEntry, layer: int, expert: int, dtypes: dict[str, str]) -> MegatronParameter:
     names = [part.format(layer=layer, expert=expert) for part in weight.hf]
     found = {dtypes[name] for name in names}
     if len(found) > 1:

@@ -3,8 +3,8 @@
 from simpo_megatron.data.clean import DataReport, load_preferences
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.order import pairs_of_batch
-from simpo_megatron.data.packing import pack_rows, pair_costs, plan_batch
-from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT, BlendedPairs, Pairs, PairStore
+from simpo_megatron.data.packing import pack_batch, pack_rows, pair_costs
+from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT, BlendedPairs, InMemoryPairs, Pairs
 
 __all__ = [
     "CHOSEN_CUT",
@@ -12,11 +12,11 @@ __all__ = [
     "BlendedPairs",
     "DataOptions",
     "DataReport",
-    "PairStore",
+    "InMemoryPairs",
     "Pairs",
     "load_preferences",
+    "pack_batch",
     "pack_rows",
     "pair_costs",
     "pairs_of_batch",
-    "plan_batch",
 ]

@@ -1,7 +1,7 @@
-"""Rows -> tokenized pairs, a chunk at a time, and the count of what became of every row.
+"""Rows -> tokenized pairs, a block of rows at a time, and the count of what became of every row.
 
-A chunk is worked on by a pure function (`encode_rows`), so worker processes may; what needs more than one chunk to decide
-(duplicates, schemas that change) is `CrossChunkFilter`'s, which sees the chunks in order.
+A block is worked on by a pure function (`encode_rows`), so worker processes may; what needs more than one block to decide
+(duplicates, schemas that change) is `CrossBlockFilter`'s, which sees the blocks in order.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 
 from simpo_megatron.data.encode import EncodedPair, PairEncoder, truncate
 from simpo_megatron.data.options import DataOptions
-from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT, PairStore, concatenate
+from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT, InMemoryPairs, concatenate
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.schema import Preference, parse_preference
 from simpo_megatron.errors import UserError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, and its columns."""
 
-CHUNK = 100  # rows held as Python objects at a time
+BLOCK_ROWS = 100  # rows held as Python objects at a time
 _DROPPED = {
     "empty": "with an empty response",
     "identical": "with identical responses",
@@ -83,20 +83,20 @@ class DataReport:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class EncodedRows:
     """The pairs kept of some rows, in their order: P of them."""
 
-    store: PairStore
+    pairs: InMemoryPairs
     row: np.ndarray  # int64 [P], the row of the source, from 1
     scores: np.ndarray  # float32 [P, 2], NaN where there is none
     prompt_cut: np.ndarray  # bool [P]
     merges: np.ndarray  # uint8 [P], responses tokenized apart
     digest: np.ndarray  # uint64 [P] of the ids; none unless duplicates are dropped
-    report: DataReport  # of all of the rows; kept pairs are counted by `CrossChunkFilter`
+    report: DataReport  # of all of the rows; kept pairs are counted by `CrossBlockFilter`
     first: tuple[str, bool] | None  # where the first row stands, and whether it is a conversation
 
 
-def encode_rows(rows: Iterable[Row], encoder: PairEncoder, options: DataOptions) -> Chunk:
+def encode_rows(rows: Iterable[Row], encoder: PairEncoder, options: DataOptions) -> EncodedRows:
     """Parses, tokenizes and truncates rows. Raises UserError naming the row that is in none of the schemas."""
     report, preferences = DataReport(), []
     first: tuple[str, bool] | None = None
@@ -118,11 +118,11 @@ def encode_rows(rows: Iterable[Row], encoder: PairEncoder, options: DataOptions)
             report.dropped[reason] += 1
         else:
             kept.append((preference, cut))
-    store = _store(kept)
-    digests = [_digest(store, i) for i in range(len(store))] if options.duplicates == "drop" else []
+    pairs = _pairs(kept)
+    digests = [_digest(pairs, i) for i in range(len(pairs))] if options.duplicates == "drop" else []
     scores = [[np.nan if score is None else score for score in preference.scores] for preference, _ in kept]
-    return Chunk(
-        store=store,
+    return EncodedRows(
+        pairs=pairs,
         row=np.array([row_number(preference.where) for preference, _ in kept], np.int64),
         scores=np.array(scores, np.float32).reshape(-1, 2),
         prompt_cut=np.array([pair.prompt_cut for _, pair in kept], bool),
@@ -133,49 +133,49 @@ def encode_rows(rows: Iterable[Row], encoder: PairEncoder, options: DataOptions)
     )
 
 
-class CrossChunkFilter:
-    """Lets through what is kept of chunk after chunk, and counts it in `report`."""
+class CrossBlockFilter:
+    """Drops duplicates across blocks and sums their reports. Blocks must arrive in order."""
 
     def __init__(self, options: DataOptions) -> None:
         self.report = DataReport()
         self._seen: set[int] | None = set() if options.duplicates == "drop" else None
         self._first: tuple[str, bool] | None = None
 
-    def __call__(self, chunk: Chunk) -> Chunk:
-        """The chunk without pairs that stood in an earlier row. Raises UserError for a schema that changes."""
-        if chunk.first is not None:
-            self._first = self._first or chunk.first
-            check_schema(self._first, chunk.first)
+    def __call__(self, encoded: EncodedRows) -> EncodedRows:
+        """The block without pairs that stood in an earlier row. Raises UserError for a schema that changes."""
+        if encoded.first is not None:
+            self._first = self._first or encoded.first
+            check_schema(self._first, encoded.first)
         if self._seen is not None:
-            chunk = self._without_duplicates(chunk, self._seen)
-        self.report.add(chunk.report)
+            encoded = self._without_duplicates(encoded, self._seen)
+        self.report.add(encoded.report)
         for name, values in {
-            "pairs": np.ones(len(chunk.row)),
-            "ties_kept": chunk.scores[:, 0] == chunk.scores[:, 1],
-            "truncated_prompts": chunk.prompt_cut,
-            "truncated_chosen": chunk.store.truncated & CHOSEN_CUT != 0,
-            "truncated_rejected": chunk.store.truncated & REJECTED_CUT != 0,
-            "boundary_merges": chunk.merges,
+            "pairs": np.ones(len(encoded.row)),
+            "ties_kept": encoded.scores[:, 0] == encoded.scores[:, 1],
+            "truncated_prompts": encoded.prompt_cut,
+            "truncated_chosen": encoded.pairs.truncated & CHOSEN_CUT != 0,
+            "truncated_rejected": encoded.pairs.truncated & REJECTED_CUT != 0,
+            "boundary_merges": encoded.merges,
         }.items():
             setattr(self.report, name, getattr(self.report, name) + int(values.sum()))
-        return chunk
+        return encoded
 
     @staticmethod
-    def _without_duplicates(chunk: Chunk, seen: set[int]) -> Chunk:
-        keep = np.ones(len(chunk.row), bool)
-        for i, digest in enumerate(chunk.digest.tolist()):
+    def _without_duplicates(encoded: EncodedRows, seen: set[int]) -> EncodedRows:
+        keep = np.ones(len(encoded.row), bool)
+        for i, digest in enumerate(encoded.digest.tolist()):
             keep[i] = digest not in seen
             seen.add(digest)
-        chunk.report.dropped["duplicate"] += int((~keep).sum())
-        return Chunk(
-            store=chunk.store.take(keep),
-            row=chunk.row[keep],
-            scores=chunk.scores[keep],
-            prompt_cut=chunk.prompt_cut[keep],
-            merges=chunk.merges[keep],
-            digest=chunk.digest[keep],
-            report=chunk.report,
-            first=chunk.first,
+        encoded.report.dropped["duplicate"] += int((~keep).sum())
+        return EncodedRows(
+            pairs=encoded.pairs.take(keep),
+            row=encoded.row[keep],
+            scores=encoded.scores[keep],
+            prompt_cut=encoded.prompt_cut[keep],
+            merges=encoded.merges[keep],
+            digest=encoded.digest[keep],
+            report=encoded.report,
+            first=encoded.first,
         )
 
 
@@ -186,16 +186,16 @@ def load_preferences(
     *,
     eos_token_ids: Iterable[int] = (),
     progress: bool = False,
-) -> tuple[PairStore, DataReport]:
+) -> tuple[InMemoryPairs, DataReport]:
     """Read and tokenize the preference pairs of a source (see `reading.py`), in its order.
 
     `eos_token_ids` are ids that end a response besides tokenizer.eos_token_id. `progress` shows a bar on stderr.
     Raises UserError for a file or row that cannot be read, and when no pair is left.
     """
-    encoder, gate = PairEncoder(tokenizer, options, eos_token_ids), CrossChunkFilter(options)
+    encoder, gate = PairEncoder(tokenizer, options, eos_token_ids), CrossBlockFilter(options)
     rows = read_rows(path)
     shown = with_progress(rows, f"Tokenizing {path}") if progress else rows
-    parts = [gate(encode_rows(chunk, encoder, options)).store for chunk in chunks(shown)]
+    parts = [gate(encode_rows(block, encoder, options)).pairs for block in row_blocks(shown)]
     if not gate.report.pairs:
         raise nothing_left(path, gate.report)
     return concatenate(parts), gate.report
@@ -206,11 +206,11 @@ def nothing_left(path: str | Path, report: DataReport) -> UserError:
     return UserError(f"{path}: no pair is left of {report.rows} rows: dropped {report.drops()}; mend the data.")
 
 
-def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows in lists of CHUNK, the last one shorter."""
+def row_blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in lists of BLOCK_ROWS, the last one shorter."""
     iterator = iter(rows)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk
+    while block := list(islice(iterator, BLOCK_ROWS)):
+        yield block
 
 
 def row_number(where: str) -> int:
@@ -258,11 +258,11 @@ def _untrainable(pair: EncodedPair, cut: EncodedPair, options: DataOptions) -> s
     return "identical_after_truncation" if cut.chosen == cut.rejected else None
 
 
-def _store(kept: list[tuple[Preference, EncodedPair]]) -> PairStore:
+def _pairs(kept: list[tuple[Preference, EncodedPair]]) -> InMemoryPairs:
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for _, p in kept], np.int32).reshape(-1, 3)
     ids = chain.from_iterable(part for _, p in kept for part in (p.prompt, p.chosen, p.rejected))
     margins = [0.0 if preference.tie else preference.margin for preference, _ in kept]
-    return PairStore(
+    return InMemoryPairs(
         tokens=np.fromiter(ids, np.int32, count=int(lengths.sum())),
         offsets=np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))]),
         prompt_length=lengths[:, 0].copy(),
@@ -274,10 +274,10 @@ def _store(kept: list[tuple[Preference, EncodedPair]]) -> PairStore:
     )
 
 
-def _digest(store: PairStore, i: int) -> int:
+def _digest(pairs: InMemoryPairs, i: int) -> int:
     """64 bits of the ids of a pair: of 10 million pairs two that differ meet with a chance of 3 in a million."""
-    found = hashlib.blake2b(store.tokens[store.offsets[i] : store.offsets[i + 1]].tobytes(), digest_size=8)
-    found.update(np.array([store.prompt_length[i], store.chosen_length[i]]).tobytes())
+    found = hashlib.blake2b(pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]].tobytes(), digest_size=8)
+    found.update(np.array([pairs.prompt_length[i], pairs.chosen_length[i]]).tobytes())
     return int.from_bytes(found.digest(), "little")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo_megatron.data.clean import Row, chunks
+from simpo_megatron.data.clean import Row, row_blocks
 from simpo_megatron.data.encode import EncodedPair, PairEncoder, TemplateError, truncate
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.packing import pack_rows
@@ -121,14 +121,14 @@ class Doctor:
             pairs = PreparedPairs(source)
             self._leaks |= {_digest(pairs.pair(i)[0].tolist()) for i in range(len(pairs))}
             return
-        for chunk in chunks(read_rows(source)):
-            encoded = self.encoder.encode([parse_preference(row, where) for where, row in chunk])
+        for block in row_blocks(read_rows(source)):
+            encoded = self.encoder.encode([parse_preference(row, where) for where, row in block])
             self._leaks |= {_digest(pair.prompt) for pair in encoded}
 
     def examine_rows(self, rows: Iterator[Row]) -> None:
         """Reads rows as training would. Raises UserError for one that training would refuse for more than its template."""
-        for chunk in chunks(rows):
-            preferences = [parse_preference(row, where) for where, row in chunk]
+        for block in row_blocks(rows):
+            preferences = [parse_preference(row, where) for where, row in block]
             try:
                 pairs: list[EncodedPair | None] = [*self.encoder.encode(preferences)]
             except TemplateError:

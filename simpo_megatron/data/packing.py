@@ -57,7 +57,7 @@ def pack_rows(lengths: np.ndarray, seq_length: int) -> list[list[int]]:
     return (len(rows) > fewest and _spread(lengths, lengths, seq_length, fewest)) or rows
 
 
-def plan_batch(
+def pack_batch(
     lengths: np.ndarray,
     seq_length: int,
     data_parallel_size: int,

@@ -69,7 +69,7 @@ class Pairs(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class PairStore(Pairs):
+class InMemoryPairs(Pairs):
     """Pairs in memory. The tokens of pair i are tokens[offsets[i] : offsets[i + 1]]: prompt, chosen, rejected."""
 
     tokens: np.ndarray
@@ -101,30 +101,30 @@ class PairStore(Pairs):
     def longest_sequence(self) -> int:
         return int((self.prompt_length + np.maximum(self.chosen_length, self.rejected_length)).max())
 
-    def take(self, keep: np.ndarray) -> "PairStore":
+    def take(self, keep: np.ndarray) -> "InMemoryPairs":
         """The pairs where `keep`, bool [P], holds."""
         lengths = np.diff(self.offsets)
         arrays = {name: array[keep] for name, array in self.arrays().items() if name not in ("tokens", "offsets")}
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[keep])])
-        return PairStore(tokens=self.tokens[np.repeat(keep, lengths)], offsets=offsets, **arrays)
+        return InMemoryPairs(tokens=self.tokens[np.repeat(keep, lengths)], offsets=offsets, **arrays)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fields by name, for sending to other ranks."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PairStore":
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "InMemoryPairs":
         """The store whose `arrays()` these are."""
         return cls(**arrays)
 
 
-def concatenate(parts: Sequence[PairStore]) -> PairStore:
+def concatenate(parts: Sequence[InMemoryPairs]) -> InMemoryPairs:
     """The pairs of all parts, in order."""
     arrays = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
     starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
     shifted = [part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
     arrays["offsets"] = np.concatenate([np.zeros(1, np.int64), *shifted])
-    return PairStore.from_arrays(arrays)
+    return InMemoryPairs.from_arrays(arrays)
 
 
 class BlendedPairs(Pairs):

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.data.clean import (
-    Chunk,
-    CrossChunkFilter,
+    CrossBlockFilter,
     DataReport,
+    EncodedRows,
     Row,
-    chunks,
     encode_rows,
     nothing_left,
+    row_blocks,
     with_progress,
 )
 from simpo_megatron.data.encode import PairEncoder
@@ -29,7 +29,7 @@ from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.files import end_of_turn_ids
 
-_AHEAD = 3  # chunks a worker has waiting
+_AHEAD = 3  # blocks of rows a worker has waiting
 
 
 def prepare(
@@ -49,11 +49,11 @@ def prepare(
     """
     eos_ids = end_of_turn_ids(checkpoint)
     encoder = PairEncoder(load_tokenizer(checkpoint), options, eos_ids)
-    gate = CrossChunkFilter(options)
+    gate = CrossBlockFilter(options)
     with encoding(encoder, options, workers) as encode, Writer(prefix) as writer:
         rows = read_rows(source)
-        for chunk in encode(chunks(with_progress(rows, f"Preparing {source}") if progress else rows)):
-            writer.add(gate(chunk))
+        for encoded in encode(row_blocks(with_progress(rows, f"Preparing {source}") if progress else rows)):
+            writer.add(gate(encoded))
         if not gate.report.pairs:
             raise nothing_left(source, gate.report)
         writer.finish(str(source), options, fingerprint(encoder.tokenizer, eos_ids), gate.report)
@@ -63,7 +63,7 @@ def prepare(
 @contextmanager
 def encoding(
     encoder: PairEncoder, options: DataOptions, workers: int
-) -> Iterator[Callable[[Iterable[list[Row]]], Iterator[Chunk]]]:
+) -> Iterator[Callable[[Iterable[list[Row]]], Iterator[EncodedRows]]]:
     """Gives a function that encodes lists of rows in order, here (`workers` 1) or on processes of its own."""
     if workers == 1:
         yield lambda lists: (encode_rows(rows, encoder, options) for rows in lists)
@@ -91,12 +91,12 @@ class _Worker:
     options: Any = None
 
 
-def _encode(rows: list[Row]) -> Chunk:
+def _encode(rows: list[Row]) -> EncodedRows:
     return encode_rows(rows, _Worker.encoder, _Worker.options)
 
 
-def _in_order(executor: ProcessPoolExecutor, lists: Iterable[list[Row]], ahead: int) -> Iterator[Chunk]:
-    waiting: deque[Future[Chunk]] = deque()
+def _in_order(executor: ProcessPoolExecutor, lists: Iterable[list[Row]], ahead: int) -> Iterator[EncodedRows]:
+    waiting: deque[Future[EncodedRows]] = deque()
     for rows in lists:
         waiting.append(executor.submit(_encode, rows))
         if len(waiting) > ahead:

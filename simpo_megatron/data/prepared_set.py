@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo_megatron.data.clean import Chunk, DataReport
+from simpo_megatron.data.clean import DataReport, EncodedRows
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.pairs import Pairs
 from simpo_megatron.errors import UserError
@@ -77,28 +77,28 @@ class Writer:
             raise self._refused(error) from error
         return self
 
-    def add(self, chunk: Chunk) -> None:
-        """Appends the pairs of a chunk."""
-        store = chunk.store
-        lengths = np.stack([store.prompt_length, store.chosen_length, store.rejected_length], axis=1)
-        records = np.zeros(len(store), RECORD)
+    def add(self, encoded: EncodedRows) -> None:
+        """Appends the pairs of a encoded."""
+        pairs = encoded.pairs
+        lengths = np.stack([pairs.prompt_length, pairs.chosen_length, pairs.rejected_length], axis=1)
+        records = np.zeros(len(pairs), RECORD)
         for name in ("weight", "margin", "truncated"):
-            records[name] = getattr(store, name)
-        records["row"], records["prompt_cut"] = chunk.row, chunk.prompt_cut
-        records["score_chosen"], records["score_rejected"] = chunk.scores.T
+            records[name] = getattr(pairs, name)
+        records["row"], records["prompt_cut"] = encoded.row, encoded.prompt_cut
+        records["score_chosen"], records["score_rejected"] = encoded.scores.T
         try:
             self._records.write(records.tobytes())
-            for start, stop, three in zip(store.offsets[:-1], store.offsets[1:], lengths.tolist(), strict=True):
-                self._builder.add_document(store.tokens[start:stop], three)  # type: ignore[arg-type]
+            for start, stop, three in zip(pairs.offsets[:-1], pairs.offsets[1:], lengths.tolist(), strict=True):
+                self._builder.add_document(pairs.tokens[start:stop], three)  # type: ignore[arg-type]
         except OSError as error:
             raise self._refused(error) from error
-        self._crc = zlib.crc32(store.tokens.data, self._crc)
-        self._tokens += len(store.tokens)
-        self._pairs += len(store)
-        if len(store):
-            self._largest = max(self._largest, store.largest_token)
-            self._longest = max(self._longest, store.longest_sequence)
-            self._longest_pair = max(self._longest_pair, int(store.pair_tokens.max()))
+        self._crc = zlib.crc32(pairs.tokens.data, self._crc)
+        self._tokens += len(pairs.tokens)
+        self._pairs += len(pairs)
+        if len(pairs):
+            self._largest = max(self._largest, pairs.largest_token)
+            self._longest = max(self._longest, pairs.longest_sequence)
+            self._longest_pair = max(self._longest_pair, int(pairs.pair_tokens.max()))
 
     def finish(self, source: str, options: DataOptions, fingerprint: dict[str, str], report: DataReport) -> None:
         """Moves the files to their place; what was there is replaced, and readers keep the files they have open."""

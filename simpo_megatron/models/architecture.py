@@ -15,7 +15,7 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.megatron_args import default_megatron_args
 from simpo_megatron.models.rope import Rope, read_rope
-from simpo_megatron.models.weight_table import Weight
+from simpo_megatron.models.weight_table import WeightEntry
 
 
 def default_layer_spec(*args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     transformer_kwargs: Callable[[dict[str, Any]], dict[str, Any]]
-    weights: Callable[[dict[str, Any]], tuple[Weight, ...]]
+    weights: Callable[[dict[str, Any]], tuple[WeightEntry, ...]]
     config_from_megatron_args: Callable[[Mapping[str, Any]], dict[str, Any] | None]
     megatron_args: Callable[[Architecture], dict[str, Any]] = default_megatron_args
     layer_spec: Callable[..., Any] = default_layer_spec
@@ -84,7 +84,7 @@ class Architecture:
 
     family: Family
     transformer: dict[str, Any]
-    weights: tuple[Weight, ...]
+    weights: tuple[WeightEntry, ...]
     num_layers: int
     vocab_size: int
     max_position_embeddings: int

@@ -1,7 +1,7 @@
 """How Hugging Face tensors form one Megatron parameter: an object an entry of the weight table, with all that depends on it.
 
 The parts of a parameter are Hugging Face tensors. A tensor-parallel rank holds whole query groups, and the same rows of gate
-and up. So its slices of the parts along `Weight.tp_dim` make its parameter (`join`), and the parameter makes the slices
+and up. So its slices of the parts along `WeightEntry.tp_dim` make its parameter (`join`), and the parameter makes the slices
 (`split`): the two are inverse to each other at any tensor-parallel size, and gathering is concatenating slices.
 
 A new way to form a parameter is a class here. No torch is imported: the families, the converter and its workers read this.

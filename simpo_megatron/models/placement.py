@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, Weight, canonical_name
+from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, WeightEntry, canonical_name
 
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
@@ -22,7 +22,7 @@ class PlacedParameter:
 
     name: str
     parameter: torch.nn.Parameter
-    weight: Weight
+    weight: WeightEntry
     layer: int | None
     expert: int | None
 
@@ -39,7 +39,7 @@ class PlacedParameter:
         return parallel_state.get_tensor_model_parallel_group()
 
 
-def place_parameters(model: torch.nn.Module, table: Sequence[Weight], *, tied: bool) -> Iterator[PlacedParameter]:
+def place_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tied: bool) -> Iterator[PlacedParameter]:
     """Pairs every parameter of a model, wrapped or not, with its entry.
 
     Args:
@@ -82,7 +82,7 @@ def place_parameters(model: torch.nn.Module, table: Sequence[Weight], *, tied: b
         raise ValueError(f"the model has no parameter for {sorted(missing, key=str)}; was it built from this table?")
 
 
-def _local_experts(weight: Weight) -> range:
+def _local_experts(weight: WeightEntry) -> range:
     """The global indices of the experts this rank holds: expert parallelism cuts them into equal runs."""
     share = weight.experts // parallel_state.get_expert_model_parallel_world_size()
     return range(share * parallel_state.get_expert_model_parallel_rank(), weight.experts)[:share]

@@ -14,7 +14,7 @@ from simpo_megatron.models.part_layout import PartLayout
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightEntry:
     """One Megatron parameter and the Hugging Face tensors it is made of.
 
     Attributes:

@@ -35,14 +35,14 @@ class Request:
     Attributes:
         gpu_bytes: memory of a GPU that a run may fill.
         seq_length: tokens of a row.
-        rows: rows of a step, over all ranks.
+        packed_rows: of a step, over all ranks.
         slab_bytes: of the head.
         reference: a frozen reference model stays on the GPUs.
     """
 
     gpu_bytes: int
     seq_length: int
-    rows: int
+    packed_rows: int
     slab_bytes: int
     reference: bool = False
 
@@ -94,7 +94,7 @@ def plan(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
     layout = layout_arguments(parallel, architecture.num_layers)
     stages, virtual = parallel.pipeline_model_parallel_size, layout["virtual_pipeline_model_parallel_size"] or 1
     data = gpus // (parallel.tensor_model_parallel_size * parallel.context_parallel_size * stages)
-    microbatches = max(1, math.ceil(request.rows / data))
+    microbatches = max(1, math.ceil(request.packed_rows / data))
     if virtual > 1:  # the interleaved schedule takes a multiple of the stages: the rest are empty rows
         microbatches = math.ceil(microbatches / stages) * stages
     waiting = (stages - 1) / virtual
@@ -111,7 +111,7 @@ def plan(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
         data,
         microbatches,
         bubble=waiting / (microbatches + waiting),
-        slowdown=(microbatches + waiting) * recompute / (request.rows / data),
+        slowdown=(microbatches + waiting) * recompute / (request.packed_rows / data),
         memory=estimate(architecture, layout, work),
     )
 

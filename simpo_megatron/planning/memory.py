@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo_megatron.models.architecture import Architecture
-from simpo_megatron.models.weight_table import EMBEDDING, Weight
+from simpo_megatron.models.weight_table import EMBEDDING, WeightEntry
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size, stage_layers
 
 
@@ -115,7 +115,7 @@ def stage_parameters(
     return found
 
 
-def _rank_share(weight: Weight, layout: Mapping[str, Any], divisible_by: int) -> int:
+def _rank_share(weight: WeightEntry, layout: Mapping[str, Any], divisible_by: int) -> int:
     """Elements of one parameter of this entry on one rank."""
     tensor = layout["tensor_model_parallel_size"]
     ranks = (layout["expert_tensor_parallel_size"] or tensor) if weight.experts else tensor

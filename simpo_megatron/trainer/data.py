@@ -7,20 +7,20 @@ from typing import Any
 import torch.distributed as dist
 
 from simpo_megatron.config.data import DataConfig
-from simpo_megatron.data import Pairs, PairStore, load_preferences
+from simpo_megatron.data import InMemoryPairs, Pairs, load_preferences
 from simpo_megatron.data.blend import Blend, parse_blend
 from simpo_megatron.data.prepared_set import PreparedPairs, is_prepared
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
-from simpo_megatron.trainer.distributed import broadcast_store
+from simpo_megatron.trainer.distributed import broadcast_pairs
 
 
 def load_data(data: DataConfig, hf: HFCheckpoint) -> tuple[Pairs, Pairs | None, list[str]]:
     """The training and the validation pairs, and what to say about them (on rank 0).
 
-    Collectives: one broadcast of which sources are prepared; what `together` and `broadcast_store` need, for each source.
+    Collectives: one broadcast of which sources are prepared; what `together` and `broadcast_pairs` need, for each source.
 
     Raises:
         UserError: a source cannot be read, or was prepared for another model; the same on every rank.
@@ -63,7 +63,7 @@ class _Loader:
                 check_ids(pairs, self.hf, source)
         if isinstance(pairs, PreparedPairs):
             return pairs
-        return broadcast_store(pairs if isinstance(pairs, PairStore) else None)
+        return broadcast_pairs(pairs if isinstance(pairs, InMemoryPairs) else None)
 
 
 def open_prepared(prefix: str, data: DataConfig, hf: HFCheckpoint, tokenizer: Any) -> PreparedPairs:

@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron import cpu
-from simpo_megatron.data import PairStore
+from simpo_megatron.data import InMemoryPairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.limits import check_processes
 
@@ -66,7 +66,7 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def broadcast_store(store: PairStore | None) -> PairStore:
+def broadcast_pairs(store: InMemoryPairs | None) -> InMemoryPairs:
     """Rank 0's tokenized pairs on every rank.
 
     Collectives: one broadcast of the shapes, one of each array.
@@ -81,4 +81,4 @@ def broadcast_store(store: PairStore | None) -> PairStore:
         tensor = host.to(torch.cuda.current_device())
         dist.broadcast(tensor, src=0)
         received[name] = tensor.cpu().numpy()
-    return PairStore.from_arrays(received)
+    return InMemoryPairs.from_arrays(received)

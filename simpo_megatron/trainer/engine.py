@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from simpo_megatron.batch.plan import GlobalBatch, RowPacker
+from simpo_megatron.batch.packer import GlobalBatch, RowPacker
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
@@ -36,7 +36,7 @@ class Engine:
         train_iters: steps of the whole run, for the learning-rate schedule.
 
     Attributes:
-        packer: makes the global batches that the methods take (`packer.plan`).
+        packer: makes the global batches that the methods take (`packer.pack`).
     """
 
     def __init__(
@@ -153,11 +153,11 @@ class Engine:
         objective, coefficient = self.config.objective, self.config.train.moe_aux_loss_coeff
         sums: list[dict[str, Tensor]] = self.run_schedule(
             forward_step_func=PreferenceStep(
-                objective, self.hf.architecture.vocab_size, len(batch.rows), coefficient, on_sums
+                objective, self.hf.architecture.vocab_size, len(batch.microbatches), coefficient, on_sums
             ),
-            data_iterator=[self.packer.rows(batch) for _ in self.chunks],
+            data_iterator=[self.packer.microbatches(batch) for _ in self.chunks],
             model=self.chunks,
-            num_microbatches=len(batch.rows),
+            num_microbatches=len(batch.microbatches),
             seq_length=self.packer.seq_length,
             micro_batch_size=1,
             forward_only=forward_only,
@@ -168,7 +168,7 @@ class Engine:
         """Fills the gradient buffers with the gradient of the batch alone and returns its metrics.
 
         Args:
-            batch: from `packer.plan`.
+            batch: from `packer.pack`.
             on_sums: see `PreferenceStep`.
         """
         for chunk in self.chunks:

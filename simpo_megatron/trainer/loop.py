@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron import compat
-from simpo_megatron.batch.plan import GlobalBatch
+from simpo_megatron.batch.packer import GlobalBatch
 from simpo_megatron.checkpoint.folder import iteration_folder, release_folder
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.presets import describe
@@ -127,7 +127,7 @@ class Run:
         position = self.state.consumed_pairs
         size = min(self.config.train.global_batch_size, self.limit - position)
         indices = self.train_pairs.order(position, size, self.config.train.seed)
-        return self.engine.packer.plan(self.train_pairs, indices)
+        return self.engine.packer.pack(self.train_pairs, indices)
 
     def execute(self) -> None:
         """Trains to the end: evaluates, logs, saves and exports as configured."""
@@ -169,7 +169,7 @@ class Run:
         if self.valid_pairs is None:
             return
         indices = self.valid_pairs.order(0, len(self.valid_pairs), seed=0, shuffle=False)
-        batch = self.engine.packer.plan(self.valid_pairs, indices)
+        batch = self.engine.packer.pack(self.valid_pairs, indices)
         self.last_eval = {f"eval/{name}": value for name, value in self.engine.evaluate(batch).items()}
         self.first_eval = self.first_eval or self.last_eval
         self.logger.row(self.state.step, self.last_eval)

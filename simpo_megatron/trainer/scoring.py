@@ -49,7 +49,7 @@ def score_pairs(engine: Engine, pairs: Pairs) -> np.ndarray:
     indices = pairs.order(0, total, seed=0, shuffle=False)
     found = SeenSums()
     for start in range(0, total, size):
-        engine.evaluate(engine.packer.plan(pairs, indices[start : start + size]), found)
+        engine.evaluate(engine.packer.pack(pairs, indices[start : start + size]), found)
     sums_PM = torch.zeros(total, engine.packer.responses, device=torch.cuda.current_device())
     # Tensor- and context-parallel ranks see the same pairs: one of them tells, so that the sum over ranks is exact.
     if parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0:

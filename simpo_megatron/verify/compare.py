@@ -82,7 +82,7 @@ def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> R
     """
     indices = pairs.order(0, min(config.train.global_batch_size, len(pairs)), config.train.seed)
     packer, seen = replace(engine.packer, seq_length=_row_capacity(engine, pairs, indices)), SeenSums()
-    batch = packer.plan(pairs, indices)
+    batch = packer.pack(pairs, indices)
     metrics = engine.compute_gradients(batch, seen)
     engine.optimizer.prepare_grads()
     norm = float(engine.optimizer.get_grad_norm())
@@ -95,7 +95,9 @@ def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> R
         errors.add(name, gradient)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, errors.of_rank)
-    return None if expected is None else expected.report(found, metrics["loss"], norm, everyone, len(batch.rows))
+    return (
+        None if expected is None else expected.report(found, metrics["loss"], norm, everyone, len(batch.microbatches))
+    )
 
 
 def _row_capacity(engine: Engine, pairs: Pairs, indices: np.ndarray) -> int:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from simpo_megatron.batch.row import BatchCounts, PreferenceBatch, RowFormat, pack_row
-from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, PairStore
+from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, InMemoryPairs
 from tests.support.pairs import make_store
 
 # Unequal prompts and responses; prompts and responses of a single token among them.
 LENGTHS = [(5, 3, 2), (1, 1, 4), (7, 2, 1), (2, 6, 3)]
-COUNTS = BatchCounts(pairs=9, chosen_tokens=31, rows=1)
+COUNTS = BatchCounts(pairs=9, chosen_tokens=31, packed_rows=1)
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Naive:
             self.positions.append(position)
 
 
-def naive_row(store: PairStore, pairs: list[int], responses: int, total: int) -> Naive:
+def naive_row(store: InMemoryPairs, pairs: list[int], responses: int, total: int) -> Naive:
     row = Naive()
     for i in pairs:
         prompt, chosen, rejected = store.pair(i)

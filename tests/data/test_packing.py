@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simpo_megatron.data import pack_rows, pair_costs, pairs_of_batch, plan_batch
+from simpo_megatron.data import pack_batch, pack_rows, pair_costs, pairs_of_batch
 
 lengths_and_row = st.integers(1, 50).flatmap(
     lambda row: st.tuples(st.lists(st.integers(1, row), max_size=60).map(np.array), st.just(row))
@@ -40,7 +40,7 @@ def test_pair_longer_than_a_row():
 @given(lengths_and_row, st.integers(1, 9), st.integers(1, 4))
 def test_plan(case, ranks, multiple):
     lengths, row = case
-    plan = plan_batch(lengths, row, ranks, multiple)
+    plan = pack_batch(lengths, row, ranks, multiple)
     assert len(plan) == ranks
     counts = {len(packs) for packs in plan}
     assert len(counts) == 1
@@ -52,13 +52,13 @@ def test_plan(case, ranks, multiple):
     assert min(counts) - multiple < max(1, -(-len(pack_rows(lengths, row)) // ranks))  # not more than needed
     for rank in plan:  # empty packs come last
         assert [bool(pack) for pack in rank] == sorted((bool(pack) for pack in rank), reverse=True)
-    assert plan == plan_batch(lengths.copy(), row, ranks, multiple)
+    assert plan == pack_batch(lengths.copy(), row, ranks, multiple)
 
 
 @given(lengths_and_row, st.integers(1, 9))
 def test_ranks_are_balanced(case, ranks):
     lengths, row = case
-    sums = [sum(int(lengths[pair]) for pack in rank for pair in pack) for rank in plan_batch(lengths, row, ranks)]
+    sums = [sum(int(lengths[pair]) for pack in rank for pair in pack) for rank in pack_batch(lengths, row, ranks)]
     assert max(sums) - min(sums) <= row
 
 
@@ -82,7 +82,7 @@ def test_rows_are_nearly_full(seed):
 def test_ranks_and_microbatches_cost_alike(ranks):
     prompt, chosen, rejected = realistic(256, ranks)
     costs = pair_costs(prompt, [chosen, rejected], hidden_size=1024)
-    plan = plan_batch(2 * prompt + chosen + rejected, 4096, ranks, costs=costs)
+    plan = pack_batch(2 * prompt + chosen + rejected, 4096, ranks, costs=costs)
     of_row = np.array([[costs[row].sum() for row in rank] for rank in plan])
     assert of_row.sum(axis=1).max() < 1.03 * of_row.sum(axis=1).mean()
     assert of_row.max() < 1.1 * of_row.mean(), "no microbatch keeps a pipeline waiting"
@@ -90,7 +90,7 @@ def test_ranks_and_microbatches_cost_alike(ranks):
 
 def test_pairs_that_cannot_be_spread_stay_packed():
     lengths = np.array([6, 5, 5, 4])  # by cost: 6 | 5, then 5 beside 5, and 4 fits only beside 6
-    assert plan_batch(lengths, 10, 1) == [[[0, 3], [1, 2]]]
+    assert pack_batch(lengths, 10, 1) == [[[0, 3], [1, 2]]]
 
 
 def test_an_even_spread_beats_best_fit():
@@ -112,14 +112,14 @@ def test_every_pair_of_an_epoch_once_whatever_the_ranks(case, ranks, batch, seed
     seen = []
     for position in range(0, len(lengths), batch):
         pairs = pairs_of_batch(position, min(batch, len(lengths) - position), len(lengths), seed)
-        plan = plan_batch(lengths[pairs], row, ranks)
+        plan = pack_batch(lengths[pairs], row, ranks)
         seen += [int(pairs[i]) for rank in plan for pack in rank for i in pack]
     assert sorted(seen) == list(range(len(lengths)))
 
 
 def test_rows_are_dealt_back_and_forth():
-    assert plan_batch(np.array([10, 9, 8, 7]), 10, 2) == [[[0], [3]], [[1], [2]]]
+    assert pack_batch(np.array([10, 9, 8, 7]), 10, 2) == [[[0], [3]], [[1], [2]]]
 
 
 def test_no_pairs_is_one_empty_pack_a_rank():
-    assert plan_batch(np.array([], dtype=np.int64), 10, 2, 2) == [[[], []], [[], []]]
+    assert pack_batch(np.array([], dtype=np.int64), 10, 2, 2) == [[[], []], [[], []]]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, DataOptions, PairStore, load_preferences
+from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, DataOptions, InMemoryPairs, load_preferences
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.schema import parse_preference
 from simpo_megatron.errors import UserError
@@ -54,7 +54,7 @@ def test_arrays_and_back(write):
         "margin": "float32",
         "truncated": "uint8",
     }
-    copy = PairStore.from_arrays({name: array.copy() for name, array in arrays.items()})
+    copy = InMemoryPairs.from_arrays({name: array.copy() for name, array in arrays.items()})
     for name, array in copy.arrays().items():
         np.testing.assert_array_equal(array, arrays[name])
     assert store.weight.tolist() == [0.25, 1.0]

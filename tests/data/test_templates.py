@@ -23,7 +23,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
 def encoded(name, prompt, chosen, rejected):
     row = {"chosen": [*prompt, *chat("", chosen)[1:]], "rejected": [*prompt, *chat("", rejected)[1:]]}
     encoder = PairEncoder(tokenizer_of(name), OPTIONS, ends_of(name))
-    return encode_rows([("f:1", row)], encoder, OPTIONS).store
+    return encode_rows([("f:1", row)], encoder, OPTIONS).pairs
 
 
 def text_of(name, ids):

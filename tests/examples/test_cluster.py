@@ -124,7 +124,7 @@ def test_the_stated_memory_is_the_planned_one(name: str) -> None:
         **{key: value for key, value in settings.items() if key in vars(ParallelConfig()) and key not in overlaps}
     )
     hf = read_hf_config(EXAMPLES.parent / command[1])
-    request = Request(72 * 2**30, seq_length, rows=64, slab_bytes=256 * 2**20)
+    request = Request(72 * 2**30, seq_length, packed_rows=64, slab_bytes=256 * 2**20)
     assert parallel in list(legal(hf.architecture, gpus, seq_length))
     planned = plan(hf.architecture, parallel, gpus, request)
     assert f"{planned.memory.total / 2**30:.1f}" == stated[1]

@@ -93,16 +93,16 @@ def run_cpo(checkpoint: Path, layout: dict[str, Any]) -> tuple[dict[str, float],
     finally:
         del OBJECTIVES[CPO.name]
     case = CASES["columns"]
-    metrics = engine.compute_gradients(engine.packer.plan(case.pair_store, np.array(case.pairs)))
+    metrics = engine.compute_gradients(engine.packer.pack(case.pairs_in_memory, np.array(case.pairs)))
     gradients = {name: gradient.clone() for name, gradient in gather_gradients(engine, hf).items()}
-    return metrics, gradients, score_pairs(engine, case.pair_store)
+    return metrics, gradients, score_pairs(engine, case.pairs_in_memory)
 
 
 @pytest.fixture(scope="module")
 def oracle(checkpoint: Path) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
     """Loss, gradients and summed log-probs by transformers and the formula written out."""
     model, case = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), CASES["columns"]
-    pairs = case.pair_store
+    pairs = case.pairs_in_memory
     with one_thread():
         every = [
             [member_logps(model, p, response) for response in both] for p, *both in map(pairs.pair, range(len(pairs)))

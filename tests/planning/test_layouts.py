@@ -14,7 +14,7 @@ from simpo_megatron.parallel.limits import check_layout, check_processes, layout
 from simpo_megatron.planning.layouts import FULL, Request, fewest, fitting, legal, plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-REQUEST = Request(72 * 2**30, seq_length=4096, rows=64, slab_bytes=2**28)
+REQUEST = Request(72 * 2**30, seq_length=4096, packed_rows=64, slab_bytes=2**28)
 DPO = replace(REQUEST, reference=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from simpo_megatron.data import PairStore
+from simpo_megatron.data import InMemoryPairs
 
 
 def make_store(
@@ -18,7 +18,7 @@ def make_store(
     margin: Sequence[float] | None = None,
     truncated: Sequence[int] | None = None,
     planted: Sequence[int] = (),
-) -> PairStore:
+) -> InMemoryPairs:
     """Pairs of (prompt, chosen, rejected) tokens. The first token of every chosen response has id 0, as padding has; the
     longest chosen response begins with the planted ids.
     """
@@ -30,7 +30,7 @@ def make_store(
     start = offsets[longest] + sizes[longest, 0]
     tokens[start : start + len(planted)] = planted
     count = len(sizes)
-    return PairStore(
+    return InMemoryPairs(
         tokens=tokens,
         offsets=offsets,
         prompt_length=sizes[:, 0].copy(),

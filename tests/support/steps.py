@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from simpo_megatron.data import PairStore
+from simpo_megatron.data import InMemoryPairs
 from tests.support.families import on_disk
 from tests.support.pairs import make_store
 from tests.support.runs import flags
@@ -50,7 +50,7 @@ class Case:
     pairs: tuple[int, ...] = (5, 0, 7, 1, 3, 6, 2, 4)
 
     @property
-    def pair_store(self) -> PairStore:
+    def pairs_in_memory(self) -> InMemoryPairs:
         return make_store(LENGTHS, **self.store)
 
 
@@ -81,7 +81,7 @@ def member_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
 
 def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss, with its graph, and every metric."""
-    store, loss = case.pair_store, case.loss
+    store, loss = case.pairs_in_memory, case.loss
     sft = loss.get("objective") == "sft"
     beta = loss.get("simpo_beta", 2.0)
     total, nll, tokens, found = torch.zeros((), dtype=torch.float64), 0, 0, {}
@@ -182,7 +182,7 @@ def run_cases(checkpoint: Path, layout: dict[str, Any], names: list[str]) -> dic
         case = CASES[name]
         settings = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in layout, **layout, **case.loss}
         engine, hf = build_engine(command_line(checkpoint, settings))
-        batch = engine.packer.plan(case.pair_store, np.array(case.pairs))
+        batch = engine.packer.pack(case.pairs_in_memory, np.array(case.pairs))
         evaluated = engine.evaluate(batch)
         trained = engine.train_step(batch)
         found[name] = (evaluated, trained, gather_gradients(engine, hf))

@@ -49,7 +49,7 @@ def recorded(argv: list[str]) -> list[list[int]]:
     original = Engine.train_step
 
     def train_step(self: Any, batch: Any) -> dict[str, float]:
-        seen.append([pair for row in batch.rows for pair in row])
+        seen.append([pair for row in batch.microbatches for pair in row])
         return original(self, batch)
 
     Engine.train_step = train_step  # type: ignore[method-assign]

@@ -26,7 +26,7 @@ from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.formats.torch_save_file import Layout, lay_out
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter
 from simpo_megatron.checkpoint.transfer.moves import OutFile
-from simpo_megatron.models.weight_table import Weight
+from simpo_megatron.models.weight_table import WeightEntry
 
 CHUNK_BYTES = 64 * 2**20
 FILE_BYTES = 2 * 2**30
@@ -51,7 +51,7 @@ NORM_BEFORE_MLP, NORM_BEFORE_EXPERTS = "mlp.linear_fc1.layer_norm_weight", "pre_
 _LAYERS, _LOCAL_EXPERTS, _EXPERTS = "decoder.layers.", "mlp.experts.local_experts.{expert}.", "mlp.experts.experts."
 
 
-def key_of(weight: Weight) -> str:
+def key_of(weight: WeightEntry) -> str:
     """The key of all layers and experts of a parameter."""
     return weight.megatron.replace("{layer}.", "").replace(_LOCAL_EXPERTS, _EXPERTS)
 

@@ -8,7 +8,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import refuse, required
 from simpo_megatron.models.part_layout import QKV, Copy, GateUp
 from simpo_megatron.models.rope import read_rope
-from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, Weight
+from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, WeightEntry
 
 BLOCK, LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
@@ -54,8 +54,8 @@ def dense_weights(
     *,
     qkv_bias: bool = False,
     qk_norm: bool = False,
-    feed_forward: tuple[Weight, ...] | None = None,
-) -> tuple[Weight, ...]:
+    feed_forward: tuple[WeightEntry, ...] | None = None,
+) -> tuple[WeightEntry, ...]:
     """The weight table of a dense model; the output layer is absent where it is tied to the embedding.
 
     Args:
@@ -69,13 +69,13 @@ def dense_weights(
     q, kv = required(config, "num_attention_heads") * head, query_groups(config) * head
     qkv = tuple(f"{LAYER}self_attn.{part}_proj." for part in "qkv")
 
-    def norm(megatron: str, hf: str, size: int) -> Weight:
-        return Weight(megatron, (hf,), ((size,),), Copy(), None)
+    def norm(megatron: str, hf: str, size: int) -> WeightEntry:
+        return WeightEntry(megatron, (hf,), ((size,),), Copy(), None)
 
     table = [
-        Weight(EMBEDDING, ("model.embed_tokens.weight",), ((vocab, hidden),), Copy(), 0),
+        WeightEntry(EMBEDDING, ("model.embed_tokens.weight",), ((vocab, hidden),), Copy(), 0),
         norm(f"{BLOCK}self_attention.linear_qkv.layer_norm_weight", f"{LAYER}input_layernorm.weight", hidden),
-        Weight(
+        WeightEntry(
             f"{BLOCK}self_attention.linear_qkv.weight",
             tuple(f"{part}weight" for part in qkv),
             ((q, hidden), (kv, hidden), (kv, hidden)),
@@ -86,13 +86,15 @@ def dense_weights(
     if qkv_bias:
         biases = tuple(f"{part}bias" for part in qkv)
         table.append(
-            Weight(f"{BLOCK}self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), QKV(query_groups(config)), 0)
+            WeightEntry(
+                f"{BLOCK}self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), QKV(query_groups(config)), 0
+            )
         )
     if qk_norm:
         table.append(norm(f"{BLOCK}self_attention.q_layernorm.weight", f"{LAYER}self_attn.q_norm.weight", head))
         table.append(norm(f"{BLOCK}self_attention.k_layernorm.weight", f"{LAYER}self_attn.k_norm.weight", head))
     table += [
-        Weight(
+        WeightEntry(
             f"{BLOCK}self_attention.linear_proj.weight", (f"{LAYER}self_attn.o_proj.weight",), ((hidden, q),), Copy(), 1
         ),
         norm(f"{BLOCK}mlp.linear_fc1.layer_norm_weight", f"{LAYER}post_attention_layernorm.weight", hidden),
@@ -100,15 +102,15 @@ def dense_weights(
         norm("decoder.final_layernorm.weight", "model.norm.weight", hidden),
     ]
     if not config.get("tie_word_embeddings", False):
-        table.append(Weight(OUTPUT, ("lm_head.weight",), ((vocab, hidden),), Copy(), 0))
+        table.append(WeightEntry(OUTPUT, ("lm_head.weight",), ((vocab, hidden),), Copy(), 0))
     return tuple(table)
 
 
-def swiglu(config: dict[str, Any]) -> tuple[Weight, ...]:
+def swiglu(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
     """The entries of a dense feed-forward."""
     hidden, ffn = required(config, "hidden_size"), required(config, "intermediate_size")
     gate, up, down = (f"{LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
     return (
-        Weight(f"{BLOCK}mlp.linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUp(), 0),
-        Weight(f"{BLOCK}mlp.linear_fc2.weight", (down,), ((hidden, ffn),), Copy(), 1),
+        WeightEntry(f"{BLOCK}mlp.linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUp(), 0),
+        WeightEntry(f"{BLOCK}mlp.linear_fc2.weight", (down,), ((hidden, ffn),), Copy(), 1),
     )

@@ -10,7 +10,7 @@ from simpo_megatron.models.families.dense import dense_weights
 from simpo_megatron.models.families.mistral import window_size
 from simpo_megatron.models.families.moe import moe_feed_forward, moe_kwargs
 from simpo_megatron.models.megatron_args import default_config, expert_config, sliding_window
-from simpo_megatron.models.weight_table import Weight
+from simpo_megatron.models.weight_table import WeightEntry
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, **window_size(config.get("sliding_window"))}
 
 
-def _weights(config: dict[str, Any]) -> tuple[Weight, ...]:
+def _weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
     experts = moe_feed_forward(
         config, ffn=required(config, "intermediate_size"), block="block_sparse_moe", parts=("w1", "w3", "w2")
     )

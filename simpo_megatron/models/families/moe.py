@@ -12,7 +12,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import required
 from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs
 from simpo_megatron.models.part_layout import Copy, GateUp
-from simpo_megatron.models.weight_table import Weight
+from simpo_megatron.models.weight_table import WeightEntry
 
 
 def num_experts(config: dict[str, Any]) -> int:
@@ -46,7 +46,7 @@ def moe_kwargs(config: dict[str, Any], *, ffn: int, norm_topk_prob: bool) -> dic
 
 def moe_feed_forward(
     config: dict[str, Any], *, ffn: int, block: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-) -> tuple[Weight, ...]:
+) -> tuple[WeightEntry, ...]:
     """The entries of the router and of the experts.
 
     Args:
@@ -59,7 +59,9 @@ def moe_feed_forward(
     gate, up, down = (f"{LAYER}{block}.experts.{{expert}}.{part}.weight" for part in parts)
     expert = f"{BLOCK}mlp.experts.local_experts.{{expert}}."
     return (
-        Weight(f"{BLOCK}mlp.router.weight", (f"{LAYER}{block}.gate.weight",), ((experts, hidden),), Copy(), None),
-        Weight(f"{expert}linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUp(), 0, experts=experts),
-        Weight(f"{expert}linear_fc2.weight", (down,), ((hidden, ffn),), Copy(), 1, experts=experts),
+        WeightEntry(f"{BLOCK}mlp.router.weight", (f"{LAYER}{block}.gate.weight",), ((experts, hidden),), Copy(), None),
+        WeightEntry(
+            f"{expert}linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUp(), 0, experts=experts
+        ),
+        WeightEntry(f"{expert}linear_fc2.weight", (down,), ((hidden, ffn),), Copy(), 1, experts=experts),
     )

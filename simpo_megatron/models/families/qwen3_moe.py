@@ -9,7 +9,7 @@ from simpo_megatron.models.architecture import Family, refuse, required
 from simpo_megatron.models.families.dense import dense_weights
 from simpo_megatron.models.families.moe import moe_feed_forward, moe_kwargs
 from simpo_megatron.models.megatron_args import default_config, expert_config
-from simpo_megatron.models.weight_table import Weight
+from simpo_megatron.models.weight_table import WeightEntry
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "qk_layernorm": True}
 
 
-def _weights(config: dict[str, Any]) -> tuple[Weight, ...]:
+def _weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
     experts = moe_feed_forward(config, ffn=required(config, "moe_intermediate_size"), block="mlp")
     return dense_weights(config, qk_norm=True, feed_forward=experts)
 

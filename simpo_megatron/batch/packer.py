@@ -1,8 +1,8 @@
 """From the pairs of a global batch to this rank's microbatches: the one way, for our trainer and for Megatron-LM's.
 
 packer = RowPacker(seq_length=4096, responses=2, hidden_size=4096)
-batch = packer.plan(pairs, indices)          # this rank's rows, and what the global batch holds
-for row in packer.rows(batch): ...           # `PreferenceBatch`es on this rank's device
+batch = packer.pack(pairs, indices)          # this rank's rows, and what the global batch holds
+for microbatch in packer.microbatches(batch): ...    # `PreferenceBatch`es on this rank's device
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 
 from simpo_megatron.batch.row import BatchCounts, PreferenceBatch, RowFormat, pack_row
-from simpo_megatron.data import Pairs, pair_costs, plan_batch
+from simpo_megatron.data import Pairs, pack_batch, pair_costs
 from simpo_megatron.parallel.context import round_up, sequence_multiple
 
 
@@ -25,13 +25,13 @@ class GlobalBatch:
 
     Attributes:
         pairs: the data set.
-        rows: indices of the pairs in each row, one row a microbatch; an empty list is an empty row.
+        microbatches: indices of the pairs in the packed row of each microbatch; an empty list is an empty row.
         counts: what the whole batch holds.
         tokens: of the whole batch, padding excluded.
     """
 
     pairs: Pairs
-    rows: list[list[int]]
+    microbatches: list[list[int]]
     counts: BatchCounts
     tokens: int
 
@@ -58,7 +58,7 @@ class RowPacker:
     sequence_parallel: bool = False
     microbatch_multiple: int = 1
 
-    def plan(self, pairs: Pairs, indices: np.ndarray, num_microbatches: int | None = None) -> GlobalBatch:
+    def pack(self, pairs: Pairs, indices: np.ndarray, num_microbatches: int | None = None) -> GlobalBatch:
         """Packs the pairs of a global batch into rows and picks this data-parallel rank's.
 
         Args:
@@ -73,7 +73,7 @@ class RowPacker:
             response + prompt * (not self.share_prompts or first == 0) for first, response in enumerate(responses)
         ]
         multiple = sequence_multiple(parallel_state.get_context_parallel_world_size())
-        rows_of_ranks = plan_batch(
+        rows_of_ranks = pack_batch(
             np.sum([round_up(length, multiple) for length in lengths], axis=0),
             self.seq_length,
             parallel_state.get_data_parallel_world_size(),
@@ -84,16 +84,16 @@ class RowPacker:
         rows = [[int(indices[i]) for i in row] for row in mine]
         return GlobalBatch(
             pairs=pairs,
-            rows=rows + [[] for _ in range((num_microbatches or 0) - len(rows))],
+            microbatches=rows + [[] for _ in range((num_microbatches or 0) - len(rows))],
             counts=BatchCounts(
                 pairs=len(indices),
                 chosen_tokens=int(pairs.chosen_length[indices].sum()),
-                rows=sum(bool(row) for rows in rows_of_ranks for row in rows),
+                packed_rows=sum(bool(row) for rows in rows_of_ranks for row in rows),
             ),
             tokens=int(np.sum(lengths)),
         )
 
-    def rows(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
+    def microbatches(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
         """This rank's rows of a batch, or its slices of them, on its device."""
         row_format = RowFormat(
             responses=self.responses,
@@ -104,5 +104,5 @@ class RowPacker:
             context_parallel_rank=parallel_state.get_context_parallel_rank(),
         )
         device = torch.device(torch.cuda.current_device())
-        for indices in batch.rows:
+        for indices in batch.microbatches:
             yield pack_row(batch.pairs, indices, batch.counts, row_format, device)
