@@ -155,7 +155,7 @@ class CheckpointConfig(Group):
     """Checkpoints."""
 
     save: Path | None = setting(
-        None, "folder for checkpoints, metrics.jsonl and TensorBoard files; without it none of them is written"
+        None, "folder for checkpoints, metrics.jsonl and TensorBoard files; without it no checkpoint is written"
     )
     load: Path | None = setting(
         None,

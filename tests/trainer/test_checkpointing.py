@@ -130,7 +130,7 @@ def test_resuming_on_other_data_is_refused(pool, inputs, tmp_path: Path) -> None
     run_and_read(pool, 1, argv, tmp_path / "run")
     other = write_rows(tmp_path / "other.jsonl", make_rows(31))
     [message] = pool.run(1, train, [*flags(inputs[0], other, train_iters=4), "--load", str(tmp_path / "run")])
-    assert "num_pairs of the training data was 30" in message and "31 now" in message
+    assert "the number of training pairs was 30" in message and "31 now" in message
 
 
 def test_resuming_another_model_is_refused(pool, inputs, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_other_pairs_of_the_same_number_are_noticed(pool, inputs, tmp_path: Path
     run_and_read(pool, 1, flags(*inputs, train_iters=1), tmp_path / "run")
     other = write_rows(tmp_path / "other.jsonl", make_rows(20, seed=1))
     [message] = pool.run(1, train, [*flags(inputs[0], other), "--load", str(tmp_path / "run")])
-    assert "tokens_crc32 of the training data" in message
+    assert "the checksum of the training data was" in message
 
 
 def test_the_optimizers_checkpoints_do_not_mix(pool, inputs, tmp_path: Path) -> None:
