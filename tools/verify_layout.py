@@ -109,8 +109,8 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     hf = read_hf_checkpoint(config.model.checkpoint_folder)
     if config.train.bf16 and hf.architecture.num_experts is not None:
         raise UserError(
-            "a model with experts is verified in fp32, because in bf16 rounding decides near-ties between experts and no "
-            "tolerance tells that from a mistake; add --fp32"
+            "a model with experts is verified in fp32, because in bf16 rounding decides near-ties between experts and "
+            "no tolerance tells that from a mistake; add --fp32"
         )
     transformer = build_transformer_config(config, hf)
     started_here = not dist.is_initialized()
@@ -160,8 +160,7 @@ def show(report: Any, config: Config) -> None:
     if report.passed:
         console.print(
             f"this layout computes what Hugging Face computes, in {precision}: pairs {len(report.pairs)}, microbatches "
-            "of "
-            f"a data-parallel rank {report.microbatches}"
+            f"of a data-parallel rank {report.microbatches}"
         )
     else:
         console.print(
