@@ -184,8 +184,8 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--context-parallel-size", "2", "--seq-length", "5"], "use 8"),
         (
             [*SP2, "--no-variable-seq-lengths", "--context-parallel-size", "3", "--seq-length", "90"],
-            "multiple of 12 (4 x --context-parallel-size 3 and --tensor-model-parallel-size 2, which cuts rows of fixed "
-            "length); use 84 or 96",
+            "multiple of 12 (4 x --context-parallel-size 3 and --tensor-model-parallel-size 2, which cuts rows of "
+            "fixed length); use 84 or 96",
         ),
         (["--context-parallel-size", "0"], "--context-parallel-size 0 must be greater than 0"),
         (["--expert-model-parallel-size", "0"], "--expert-model-parallel-size 0 must be greater than 0"),
