@@ -2,15 +2,9 @@
 
 Compared are: summed log-probs, response lengths, rewards, loss, gradient norm, and the gradient of every tensor.
 
-Largest relative error that passes. bf16: the larger of the two columns, but never more than 0.3 (`CAP`).
-
-    compared                                fp32    bf16, at least    bf16, times the error of transformers in bf16
-    summed log-probs, rewards, loss         1e-5    5e-3              2.0
-    gradient of a tensor                    1e-4    2e-2              2.0
-    all gradients as a vector, their norm   1e-5    1e-2              1.5
-
-The reference is always in fp32. If the layout runs in bf16, transformers also runs once in bf16: the error of that run
-shows what rounding alone costs. Lengths must be equal, and every tensor of the checkpoint must be compared.
+The largest errors that pass are the table `TOLERANCE`. The reference is always in fp32. If the layout runs in bf16,
+transformers also runs once in bf16: the error of that run shows what rounding alone costs. Lengths must be equal, and
+every tensor of the checkpoint must be compared.
 
 Each data-parallel rank gets at least two microbatches for each pipeline stage, if there are enough pairs.
 """
@@ -20,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +33,26 @@ from simpo_megatron.trainer.scoring import SeenSums
 from simpo_megatron.verify.reference import Reference
 from simpo_megatron.verify.shards import ShardErrors, complete_gradients
 
-# The table above: fp32; bf16 at least; bf16 times the error of transformers in bf16.
-TOLERANCE = {"sums": (1e-5, 5e-3, 2.0), "gradient": (1e-4, 2e-2, 2.0), "all gradients": (1e-5, 1e-2, 1.5)}
+
+class Tolerance(NamedTuple):
+    """The largest relative error that passes.
+
+    Attributes:
+        fp32: if the layout runs in fp32.
+        bf16: in bf16, if `times` gives less.
+        times: in bf16, this many times the error of transformers in bf16; never more than `CAP`.
+    """
+
+    fp32: float
+    bf16: float
+    times: float
+
+
+TOLERANCE = {
+    "sums": Tolerance(fp32=1e-5, bf16=5e-3, times=2.0),  # summed log-probs, rewards, loss
+    "gradient": Tolerance(fp32=1e-4, bf16=2e-2, times=2.0),  # of one tensor
+    "all gradients": Tolerance(fp32=1e-5, bf16=1e-2, times=1.5),  # as one vector; also for their norm
+}
 CAP = 0.3  # the largest error that passes in bf16, however far off transformers in bf16 is
 
 
@@ -247,8 +259,8 @@ class _Expected:
         return *self._errors(self.indices, self.rounded_sums, self.sums), off_loss
 
     def _allowed(self, kind: str, rounded: float) -> float:
-        fp32, bf16, times = TOLERANCE[kind]
-        return fp32 if self.rounded is None else min(max(bf16, times * rounded), CAP)
+        limit = TOLERANCE[kind]
+        return limit.fp32 if self.rounded is None else min(max(limit.bf16, limit.times * rounded), CAP)
 
     def _judge_gradients(
         self, everyone: list[dict[str, Tensor]], norm: float

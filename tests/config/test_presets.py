@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.config.arguments import flat, parse
-from simpo_megatron.config.presets import describe
+from simpo_megatron.config.presets import PRESETS, describe
 from simpo_megatron.errors import UserError
 from tests.support.distributed import WorkerPool
 from tests.support.runs import Inputs, flags, run_main
 
+ROOT = Path(__file__).parents[2]
 NEEDED = ["--hf-checkpoint", "model", "--train-data", "pairs.jsonl"]
 
 
@@ -72,3 +73,14 @@ def test_a_run_says_what_the_preset_set(pool: WorkerPool, inputs: Inputs) -> Non
     [line] = [line for line in out.splitlines() if line.startswith("preset ")]
     assert "simpo_beta 2.5, simpo_gamma_beta_ratio 0.55" in line and "lr 3e-07 (preset 1e-06)" in line
     assert "SimPO: beta 2.5, gamma 1.375" in out
+
+
+def test_the_table_of_the_users_guide_is_that_of_the_presets() -> None:
+    text = (ROOT / "simpo_megatron" / "trainer" / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    start = next(i for i, row in enumerate(rows) if row[0] == "setting")
+    names = rows[start][1:]
+    assert names == list(PRESETS)
+    settings = list(PRESETS[names[0]])
+    shown = {row[0]: row[1:] for row in rows[start + 2 : start + 2 + len(settings)]}
+    assert shown == {setting: [str(PRESETS[name][setting]) for name in names] for setting in settings}

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+from simpo_megatron.verify.compare import TOLERANCE
 from simpo_megatron.verify.reference import Reference
 from tests.support import families
 from tests.support.distributed import WorkerPool
@@ -107,6 +108,14 @@ def run_without_a_tensor(argv: list[str]) -> int:
         return verify_layout.main(argv)
     finally:
         Whole.gradients = gradients  # type: ignore[method-assign]
+
+
+def test_the_users_guide_has_these_tolerances() -> None:
+    guide = Path(__file__).parents[2] / "simpo_megatron" / "verify" / "README.md"
+    lines = guide.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| compared |"))
+    rows = [line.strip("|").split("|")[1:] for line in lines[start + 2 : start + 2 + len(TOLERANCE)]]
+    assert [tuple(map(float, row)) for row in rows] == list(TOLERANCE.values())
 
 
 def test_experts_are_verified_in_fp32(
