@@ -106,7 +106,7 @@ def add_objectives(parser: argparse.ArgumentParser, with_defaults: bool = False)
     """
     section = parser.add_argument_group("objective")
     default: dict[str, Any] = {"default": DEFAULT_OBJECTIVE} if with_defaults else {}
-    text = f"what the model is trained for (default {DEFAULT_OBJECTIVE})"
+    text = f"what the model is trained for (default: {DEFAULT_OBJECTIVE})"
     section.add_argument("--objective", choices=tuple(OBJECTIVES), help=text, **default)
     for cls in OBJECTIVES.values():
         if settable(cls):
@@ -149,9 +149,9 @@ def add_settings(section: Any, group: type, names: Sequence[str] | None = None, 
 def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[str, Any]) -> None:
     text = field.metadata["help"]
     if isinstance(field.default, bool):
-        text += f" (default {'on' if field.default else 'off'})"
+        text += f" (default: {'on' if field.default else 'off'})"
     elif field.default is not None:
-        text += f" (default {field.default})"
+        text += f" (default: {field.default})"
     name, kind, allowed = flag(field.name), _value_type(annotation), choices(annotation)
     if kind is bool:
         section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
