@@ -26,12 +26,15 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.schema import parse_preference
 from simpo_megatron.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from toy_tokenizer import train_tokenizer
 
 Row = dict[str, Any]
 
@@ -162,20 +165,7 @@ def texts(rows: Iterable[Row]) -> Iterable[str]:
 
 def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the rows, with a chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        min_frequency=2,
-        special_tokens=SPECIAL_TOKENS,  # get the first ids, in this order
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts(rows), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return train_tokenizer(texts(rows), VOCABULARY, SPECIAL_TOKENS, CHAT_TEMPLATE, min_frequency=2)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:

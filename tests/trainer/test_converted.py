@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.checkpoints import same_bits, tensors, to_hf, to_megatron
+from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, read_rows, run_and_read, train
 from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
@@ -20,7 +20,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return model, write_rows(folder / "pairs.jsonl", make_rows(20)), to_megatron(model, folder / "megatron")
 
 
-def test_the_same_run_as_from_the_source(inputs: tuple[Path, Path, Path], pool: Any, tmp_path: Path) -> None:
+def test_the_same_run_as_from_the_source(inputs: tuple[Path, Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     model, data, converted = inputs
     argv = flags(model, data, train_iters=2, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     direct = run_and_read(pool, 4, argv, tmp_path / "direct")
@@ -35,19 +35,19 @@ def test_the_same_run_as_from_the_source(inputs: tuple[Path, Path, Path], pool: 
     assert [row["step"] for row in read_rows(tmp_path / "loaded")] == [1, 2, 3]
 
 
-def test_another_model_is_refused(inputs: tuple[Path, Path, Path], pool: Any, tmp_path: Path) -> None:
+def test_another_model_is_refused(inputs: tuple[Path, Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
     model, data, converted = inputs
     other = make_checkpoint(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    [said] = pool.run(1, train, [*flags(other, data), "--load", str(converted)])
-    assert "layernorm_epsilon" in said and "--hf-checkpoint" in said
+    [message] = pool.run(1, train, [*flags(other, data), "--load", str(converted)])
+    assert "layernorm_epsilon" in message and "--hf-checkpoint" in message
     assert model != other
 
 
 @pytest.mark.parametrize("optimizer", ["use_distributed_optimizer", "no_use_distributed_optimizer"])
 def test_a_run_with_optimizer_state_converts_to_its_export(
-    optimizer: str, inputs: tuple[Path, Path, Path], pool: Any, tmp_path: Path
+    optimizer: str, inputs: tuple[Path, Path, Path], pool: WorkerPool, tmp_path: Path
 ) -> None:
     model, data, _ = inputs
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, optimizer: True}
