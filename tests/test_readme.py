@@ -13,7 +13,7 @@ READMES = [ROOT / "README.md", *sorted(path for name in FOLDERS for path in (ROO
 
 
 def named_tests(text: str) -> list[tuple[str, str | None]]:
-    """(file, test or None) of every `file`, `file::test` and `::test` in a text; `::test` belongs to the file before."""
+    """(file, test or None) of every `file`, `file::test` and `::test` in a text; `::test` is of the file before it."""
     found: list[tuple[str, str | None]] = []
     file = ""
     for name, test in re.findall(r"`((?:[\w/]+\.py)?)(?:::(test_\w+)[^`]*)?`", text):
