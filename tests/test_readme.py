@@ -58,3 +58,12 @@ def test_every_link_leads_somewhere(readme: Path) -> None:
         if not target.exists() or (anchor and anchor not in slugs(target.read_text(encoding="utf-8"))):
             broken.append(link)
     assert not broken
+
+
+@pytest.mark.parametrize("folder", ["examples", "simpo_megatron", "tools"])
+def test_every_file_is_named_in_the_readme_of_its_folder(folder: str) -> None:
+    """The modules, programs and folders that stand directly in the folder."""
+    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    found = {path.name for path in (ROOT / folder).iterdir() if path.is_dir() or path.suffix in (".py", ".sh")}
+    found -= {"__init__.py", "__pycache__"}
+    assert not {name for name in found if not re.search(rf"(?<![\w.]){re.escape(name)}", text)}
