@@ -16,16 +16,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from simpo_megatron.batch.packer import RowPacker
+from simpo_megatron import LogProbHead, PreferenceStep, RowPacker, SimPO, reduce_metrics
 from simpo_megatron.config.data import DataConfig
-from simpo_megatron.head.layer import LogProbHead
-from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.models.load import load_hf_weights
-from simpo_megatron.objectives import SimPO
 from simpo_megatron.program import exit_code
-from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
 
@@ -52,9 +48,9 @@ def main(checkpoint: Path, preferences: str, steps: int) -> None:
     (model,) = build_model(hf, config)
     load_hf_weights([model], hf)
     LogProbHead.install(model, slab_bytes=256 * 2**20)
-    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-4, use_distributed_optimizer=True), [chunk])
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-4, use_distributed_optimizer=True), [wrapped])
     config.grad_scale_func = optimizer.scale_loss
 
     # Your loop. One global batch of pairs, this rank's packed rows of it, one call of the schedule, one optimizer step.
@@ -63,12 +59,12 @@ def main(checkpoint: Path, preferences: str, steps: int) -> None:
     packer = RowPacker(SEQ_LENGTH, objective.responses, config.hidden_size)
     for step in range(steps):
         batch = packer.pack(pairs, pairs.order(step * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, seed=1))
-        chunk.zero_grad_buffer()
+        wrapped.zero_grad_buffer()
         optimizer.zero_grad()
         sums = get_forward_backward_func()(
             forward_step_func=PreferenceStep(objective, hf.architecture.vocab_size, len(batch.microbatches)),
             data_iterator=packer.microbatches(batch),
-            model=chunk,
+            model=wrapped,
             num_microbatches=len(batch.microbatches),
             seq_length=SEQ_LENGTH,
             micro_batch_size=1,
