@@ -49,11 +49,7 @@ class Outcome:
 
 
 class Files:
-    """Open files; beyond `OPEN_FILES` the one that was not read for the longest time is closed.
-
-    Attributes:
-        folder: where files to write are; None for a transfer that writes nothing.
-    """
+    """Open files, those to write in `folder`; beyond `OPEN_FILES` the one not read for the longest time is closed."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -157,9 +153,8 @@ class _Runner:
                         self.hashes, since = {}, 0
             finally:
                 # Waits without raising: if there is an error, it is being raised already.
-                for _, _, futures in self.pending:
-                    for future in futures:
-                        future.exception()
+                for future in (future for _, _, futures in self.pending for future in futures):
+                    future.exception()
 
     def _submit(self, move: TensorMove, piece: Piece, writer: ThreadPoolExecutor, hasher: ThreadPoolExecutor) -> None:
         self._drain(BUFFERS - 1)
@@ -215,14 +210,13 @@ def read_unit(unit: Unit, progress: ProgressCallback = lambda _: None) -> Outcom
     Raises:
         UserError: a source cannot be read.
     """
-    files, outcome = Files(None), Outcome()
+    files, hashes = Files(None), {}
     runner = _Runner(unit, files, progress)
     try:
-        runner.run(0, lambda _, hashes: outcome.hashes.update(hashes))
+        runner.run(0, lambda _, found: hashes.update(found))
     finally:
         files.close()
-    outcome.differences = runner.differences
-    return outcome
+    return Outcome(hashes, runner.differences)
 
 
 def journal_path(folder: Path, unit: str) -> Path:
