@@ -1,6 +1,6 @@
 """An architecture under Megatron-LM's argument names, and back: what most families share. No torch, no Megatron.
 
-Megatron-LM's arguments cannot say everything (`checkpoint/megatron_args.py` lists what a model asks for besides). What they
+Megatron-LM's arguments cannot say everything (`checkpoint/saved_args.py` lists what a model asks for besides). What they
 lack stands under names of ours, so that the way back loses nothing.
 """
 

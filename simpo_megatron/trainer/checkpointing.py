@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_step, write_tracker
 from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 from simpo_megatron.checkpoint.manifest import check_manifest
-from simpo_megatron.checkpoint.megatron_args import megatron_args, namespace
+from simpo_megatron.checkpoint.saved_args import megatron_args, namespace
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint

@@ -22,7 +22,7 @@ from torch import Tensor
 from simpo_megatron import cpu
 from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.parameters import StoredModel, StoredParameter
-from simpo_megatron.checkpoint.transfer.cut import stored_rects
+from simpo_megatron.checkpoint.transfer.cut import whole_parameter
 from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
@@ -109,7 +109,8 @@ class _OneLayer:
             config["layer_types"] = config["layer_types"][:1]
         self.hf = replace(hf, config=config, architecture=hf.architecture.family.architecture(config))
         self.stored = {
-            (stored.item.weight.megatron, stored.item.layer, stored.item.expert): stored for stored in saved.parameters
+            (stored.parameter.entry.megatron, stored.parameter.layer, stored.parameter.expert): stored
+            for stored in saved.parameters
         }
         [model] = build_model(self.hf, transformer_config(self.hf, bf16=False), transformer_impl="local")
         self.model: Any = model.eval()
@@ -147,10 +148,10 @@ class _OneLayer:
 def _read_into(stored: StoredParameter, parameter: torch.nn.Parameter) -> None:
     import numpy as np
 
-    item, files = stored.item, Files(None)
+    item, files = stored.parameter, Files(None)
     buffer = np.zeros(item.size, np.uint8)
     try:
-        for rect in stored_rects(stored):
+        for rect in whole_parameter(stored):
             read_rect(files, rect, buffer)
     finally:
         files.close()

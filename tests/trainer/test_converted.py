@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
+from simpo_megatron.models.hf_checkpoint import read_hf_config
 from tests.support.checkpoints import same_bits, tensors, to_hf, to_megatron
 from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, read_rows, run_and_read, train
@@ -57,3 +60,45 @@ def test_a_run_with_optimizer_state_converts_to_its_export(
     back = to_hf(tmp_path / "run", tmp_path / "back", hf_reference=model)
     assert same_bits(tensors(back), tensors(tmp_path / "export"))
     assert not same_bits(tensors(back), tensors(model))
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 6.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("Llama", {"rope_theta": 50000.0, "rope_scaling": LLAMA3}),
+        ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("Mistral", {"sliding_window": 24}),
+    ],
+    ids=["llama3 rope", "linear rope", "window"],
+)
+def test_a_run_converts_without_a_reference(
+    architecture: str, settings: dict[str, Any], inputs: tuple[Path, Path, Path], pool: Any, tmp_path: Path
+) -> None:
+    """Rope scaling and window are in the arguments that the trainer saves, and in the config.json made from them."""
+    model = make_checkpoint(tmp_path / "model", architecture, **settings)
+    argv = flags(model, inputs[1], train_iters=1)
+    assert pool.run(1, train, [*argv, "--save", str(tmp_path / "run")]) == [None]
+    source = read_hf_config(model)
+    back = to_hf(tmp_path / "run", tmp_path / "back", vocab_size=source.architecture.vocab_size)
+    found = read_hf_config(back)
+    assert found.architecture.rope == source.architecture.rope
+    assert found.architecture.transformer == source.architecture.transformer
+    assert found.config.get("sliding_window") == settings.get("sliding_window")
+    assert ("rope_scaling" in found.config) == ("rope_scaling" in settings)
+    with_reference = to_hf(tmp_path / "run", tmp_path / "with reference", hf_reference=model)
+    assert same_bits(tensors(back), tensors(with_reference))
+    ids = torch.randint(source.architecture.vocab_size, (1, 96), generator=torch.Generator().manual_seed(3))
+    logits = [
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits.detach()
+        for folder in (back, with_reference)
+    ]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
