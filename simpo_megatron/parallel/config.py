@@ -1,4 +1,4 @@
-"""The parallel layout that the user asks for, checked as far as it can be without the model."""
+"""The parallel layout that the user asks for, with the checks that do not need the model (`limits.py` has the others)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class ParallelConfig(Group):
         full = self.recompute_granularity == "full"
         require(
             all((given is not None) == full for given in (self.recompute_method, self.recompute_num_layers)),
-            "--recompute-granularity full goes with --recompute-method and --recompute-num-layers, and they with it",
+            "--recompute-granularity full goes with --recompute-method and --recompute-num-layers; give all three, or leave "
+            "out the last two",
         )
         uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
         require(

@@ -77,5 +77,5 @@ def test_offsets_are_read_again_when_they_change() -> None:
 
 def test_tokens_outside_every_segment_are_an_error() -> None:
     q, k, v = (torch.randn(12, heads, 8) for heads in (4, 2, 2))
-    with pytest.raises(ValueError, match="cu_seqlens end at 9, but the pack has 12 tokens"):
+    with pytest.raises(ValueError, match="cu_seqlens end at 9, but the row has 12 tokens"):
         attention()(q, k, v, packed_seq_params=pack([4, 5]))
