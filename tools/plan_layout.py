@@ -1,6 +1,7 @@
 """Which layouts of a model fit into the memory of these GPUs, and what they cost; no GPU and no weights are needed.
 
-    python tools/plan_layout.py --model PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo] [--json FILE]
+    python tools/plan_layout.py --model PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo] [--json
+    FILE]
 
 PATH is a Hugging Face checkpoint or a config.json. The table shows the best layouts first, each with
 
@@ -9,8 +10,8 @@ PATH is a Hugging Face checkpoint or a config.json. The table shows the best lay
 * the bubble, which is the share of a step in which a pipeline stage waits;
 * the time of a step divided by that of an ideal one. `simpo_megatron/planning/layouts.py` says what that leaves out.
 
-A tenth of the memory is kept free for the CUDA context, communication buffers and fragmentation. `--compare dpo` also shows
-what DPO needs for its reference model.
+A tenth of the memory is kept free for the CUDA context, communication buffers and fragmentation. `--compare dpo` also
+shows what DPO needs for its reference model.
 
 Exit code: 0 where a layout fits, 1 where none does, 2 for wrong arguments.
 """

@@ -2,8 +2,9 @@
 
     architecture = family_of(config).architecture(config)     # config: the content of a config.json
 
-An `Architecture` is read from a config.json alone. The folder with the weights is `hf_checkpoint.HFCheckpoint`. A family
-is one file in `families/` and one line in `families/registry.py`; `README.md` in this folder says how to add one.
+An `Architecture` is read from a config.json alone. The folder with the weights is `hf_checkpoint.HFCheckpoint`. A
+family is one file in `families/` and one line in `families/registry.py`; `README.md` in this folder says how to add
+one.
 """
 
 from __future__ import annotations

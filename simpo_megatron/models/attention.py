@@ -4,10 +4,11 @@ It replaces Megatron's `DotProductAttention`, which refuses packed sequences and
 parallelism every rank gathers all keys and values of the row and attends with the queries of its own slices
 (`parallel/context.py`).
 
-Collectives of one layer under context parallelism: one all-gather in the forward pass, one reduce-scatter in the backward
-pass.
+Collectives of one layer under context parallelism: one all-gather in the forward pass, one reduce-scatter in the
+backward pass.
 
-Shapes: T tokens of this rank; n tokens of one sequence; S positions and B sequences where nothing is packed; H query heads
+Shapes: T tokens of this rank; n tokens of one sequence; S positions and B sequences where nothing is packed; H query
+    heads
 and G key heads of this rank; D width of a head.
 """
 
@@ -38,9 +39,9 @@ class PackedAttention(torch.nn.Module):
     """Attention with the signature of Megatron's DotProductAttention.
 
     Torch's scaled dot-product attention is called once for every sequence, so the cost grows with the lengths of the
-    sequences, not with the length of the row. The attention mask is ignored, as Transformer Engine ignores it for causal
-    attention. All layers have the window of `config`: `layer_number`, `attn_mask_type` and `cp_comm_type` change nothing.
-    Any other keyword is an error, because ignoring it could change what is computed.
+    sequences, not with the length of the row. The attention mask is ignored, as Transformer Engine ignores it for
+    causal attention. All layers have the window of `config`: `layer_number`, `attn_mask_type` and `cp_comm_type`
+    change nothing. Any other keyword is an error, because ignoring it could change what is computed.
 
     Raises:
         UserError: when built, for attention dropout or cross attention, which this attention does not have.
@@ -125,7 +126,8 @@ class PackedAttention(torch.nn.Module):
     ) -> list[Tensor]:
         """Attention in rows with shared prompts.
 
-        For every pair, prompt and chosen response are one sequence. Then the rejected response attends to the same prompt.
+        For every pair, prompt and chosen response are one sequence. Then the rejected response attends to the same
+        prompt.
 
         Args:
             q: [1, H, T, D].

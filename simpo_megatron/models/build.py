@@ -108,7 +108,8 @@ def build_model(
 ) -> list[GPTModel]:
     """Builds this rank's part of the model on its device, with uninitialised weights in `config.params_dtype`.
 
-    Collectives: one all-reduce over the embedding group where a tied embedding and output layer are on different stages.
+    Collectives: one all-reduce over the embedding group where a tied embedding and output layer are on different
+        stages.
 
     Args:
         hf: the checkpoint.
@@ -153,12 +154,13 @@ def build_model(
 def mark_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tied: bool) -> None:
     """Sets the attributes that tell Megatron how a parameter is split and shared, where Megatron has not set them.
 
-    Megatron's layers mark the parameters that are split over the tensor-parallel ranks while they initialise them, which
-    is turned off here (`tensor_parallel/layers.py`). Without the marks the gradient norm would count only the first rank's
-    share of a split parameter.
+    Megatron's layers mark the parameters that are split over the tensor-parallel ranks while they initialise them,
+    which is turned off here (`tensor_parallel/layers.py`). Without the marks the gradient norm would count only the
+    first rank's share of a split parameter.
 
-    Megatron also takes experts for dense weights where expert_model_parallel_size is 1. Where the expert-tensor-parallel
-    size differs from the tensor-parallel size, it would then average gradients of different shards.
+    Megatron also takes experts for dense weights where expert_model_parallel_size is 1. Where the
+    expert-tensor-parallel size differs from the tensor-parallel size, it would then average gradients of different
+    shards.
 
     Args:
         model: a GPTModel of this rank.

@@ -1,8 +1,8 @@
 """The parameters of all ranks -> a Hugging Face checkpoint: the inverse of load.py.
 
-One rank of every tensor-parallel group writes its own files, and so does one rank of every expert-tensor-parallel group.
-So no rank ever holds more than one file (5 GiB) of whole tensors. The files are written into a directory next to the
-target, which is renamed to the target only when every file is complete.
+One rank of every tensor-parallel group writes its own files, and so does one rank of every expert-tensor-parallel
+group. So no rank ever holds more than one file (5 GiB) of whole tensors. The files are written into a directory next
+to the target, which is renamed to the target only when every file is complete.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def export_hf(
     """Writes the models as a checkpoint for transformers, in the dtype of the parameters. Every rank calls it.
 
     Collectives: over all ranks four gathers of small objects. In one of the data-parallel replicas, over each
-    tensor-parallel group (for experts, each expert-tensor-parallel group), one gather for every parameter that is split.
+    tensor-parallel group (for experts, each expert-tensor-parallel group), one gather for every parameter that is
+    split.
 
     Args:
         models: of this rank, wrapped by DDP or Float16Module or not.
@@ -158,8 +159,8 @@ def _gathered(placed: Iterable[PlacedParameter]) -> Iterator[tuple[str, Tensor]]
 def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], paths: Sequence[Path]) -> str | None:
     """Writes the tensors into their files while they are gathered.
 
-    All tensors are taken from the iterator, even after an error and on ranks that get none: every rank of the group must
-    take part in each gather.
+    All tensors are taken from the iterator, even after an error and on ranks that get none: every rank of the group
+    must take part in each gather.
 
     Returns:
         The first error as a sentence, or None.

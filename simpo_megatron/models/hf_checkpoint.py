@@ -27,7 +27,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_FILE_BYTES = 5 * 2**30  # of the files this package writes
 
-# Files of a checkpoint besides its weights. They are copied unchanged: saving a tokenizer again loses templates and flags.
+# Files of a checkpoint besides its weights. They are copied unchanged: saving a tokenizer again loses templates and
+# flags.
 COPIED = (
     "config.json",
     "generation_config.json",

@@ -1,12 +1,12 @@
 """How Hugging Face tensors form one Megatron parameter: the part layout of an entry of the weight table.
 
-The parts of a parameter are Hugging Face tensors. A tensor-parallel rank holds whole query groups, and the same rows of
-gate and of up. So the rank's slices of the parts along `WeightEntry.tp_dim` form its parameter (`join`), and its
-parameter gives back the slices (`split`). The two are inverse to each other at every tensor-parallel size, and whole parts
-are the concatenated slices of all ranks.
+The parts of a parameter are Hugging Face tensors. A tensor-parallel rank holds whole query groups, and the same rows
+of gate and of up. So the rank's slices of the parts along `WeightEntry.tp_dim` form its parameter (`join`), and its
+parameter gives back the slices (`split`). The two are inverse to each other at every tensor-parallel size, and whole
+parts are the concatenated slices of all ranks.
 
-A new way to form a parameter is a new class here. The families, the converter and its worker processes import this module,
-so torch is imported by `join` alone.
+A new way to form a parameter is a new class here. The families, the converter and its worker processes import this
+module, so torch is imported by `join` alone.
 """
 
 from __future__ import annotations

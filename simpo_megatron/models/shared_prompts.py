@@ -37,8 +37,9 @@ class SharedPromptParams(PackedSeqParams):
 class PairRotary(RotaryEmbedding):
     """Megatron's rotary embedding, for rows whose positions do not run from 0 to the end of every sequence.
 
-    Where a frequency tensor has exactly `cu_seqlens[-1]` rows, Megatron takes its row i for the token i of the packed row
-    (`rope_utils.py`, `_apply_rotary_pos_emb_thd`). So arbitrary positions need one row of frequencies for every token.
+    Where a frequency tensor has exactly `cu_seqlens[-1]` rows, Megatron takes its row i for the token i of the packed
+    row (`rope_utils.py`, `_apply_rotary_pos_emb_thd`). So arbitrary positions need one row of frequencies for every
+    token.
     """
 
     def get_rotary_seq_len(self, inference_context: Any, transformer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """The weight table: which Hugging Face tensors form which Megatron parameter. Data only, without torch and Megatron.
 
-Loading, export, the checkpoint converter, the verifier and the planner read the same table. `Architecture.weights` is the
-table of a model as its config.json describes it. A caller may pass a longer one: an adapter adds entries.
+Loading, export, the checkpoint converter, the verifier and the planner read the same table. `Architecture.weights` is
+the table of a model as its config.json describes it. A caller may pass a longer one: an adapter adds entries.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which tokens of a packed row a context-parallel rank holds: the zig-zag slices of Transformer Engine.
 
 Every sequence is cut into 2 * CP slices of equal length. Rank r holds the slices r and 2 * CP - 1 - r, so that causal
-attention costs the same on all ranks. With CP = 2 and a sequence of 8 tokens, rank 0 holds the tokens 0 1 6 7 and rank 1
-the tokens 2 3 4 5.
+attention costs the same on all ranks. With CP = 2 and a sequence of 8 tokens, rank 0 holds the tokens 0 1 6 7 and rank
+1 the tokens 2 3 4 5.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def positions(offsets: Sequence[int], size: int, rank: int) -> np.ndarray:
     """Where the tokens of a rank stand in the row.
 
     Args:
-        offsets: where the sequences start, and the end of the last. With more than one rank 2 * size divides each length.
+        offsets: where the sequences start, and the end of the last. With more than one rank 2 * size divides each
+            length.
         size: context-parallel ranks.
         rank: this one.
 

@@ -4,15 +4,16 @@ Only layouts that `parallel/limits.py` accepts are listed. These are tried:
 
 * tensor parallelism within a node, always with sequence parallelism;
 * context parallelism within a node;
-* even pipeline stages, with 1, 2 or 4 virtual stages a rank; a smaller first and last stage where the layers do not divide;
+* even pipeline stages, with 1, 2 or 4 virtual stages a rank; a smaller first and last stage where the layers do not
+  divide;
 * whole experts, or experts divided like the other tensors;
-* all activations kept, or all recomputed. Recomputing the attention alone is not tried: it saves next to nothing where a
-  fused attention keeps only its output.
+* all activations kept, or all recomputed. Recomputing the attention alone is not tried: it saves next to nothing where
+  a fused attention keeps only its output.
 
-The best layout has the smallest `slowdown`, which is the time of a step divided by the time of an ideal one. In an ideal step
-no pipeline stage waits, all data-parallel ranks have the same number of packed rows, and no activation is recomputed.
-Communication is not estimated. Instead, of layouts within 5 % of each other, the one that divides tensors and sequences over
-fewer ranks comes first.
+The best layout has the smallest `slowdown`, which is the time of a step divided by the time of an ideal one. In an
+ideal step no pipeline stage waits, all data-parallel ranks have the same number of packed rows, and no activation is
+recomputed. Communication is not estimated. Instead, of layouts within 5 % of each other, the one that divides tensors
+and sequences over fewer ranks comes first.
 """
 
 from __future__ import annotations

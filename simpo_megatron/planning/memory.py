@@ -3,10 +3,10 @@
     layout = layout_arguments(parallel, architecture.num_layers)
     print(estimate(architecture, layout, Workload(world_size=64, seq_length=4096, microbatches=8)).total)
 
-Parameters are counted from the weight table and are exact. Activations are the tensors that autograd keeps for the backward
-pass, counted one by one for Transformer Engine's layers (`fused`) and for those on plain torch. For the latter the count is
-compared with what autograd really keeps (`tests/planning/test_memory.py`). Experts are counted as if the router spread the
-tokens evenly. Communication buffers, the CUDA context and fragmentation are not counted.
+Parameters are counted from the weight table and are exact. Activations are the tensors that autograd keeps for the
+backward pass, counted one by one for Transformer Engine's layers (`fused`) and for those on plain torch. For the
+latter the count is compared with what autograd really keeps (`tests/planning/test_memory.py`). Experts are counted as
+if the router spread the tokens evenly. Communication buffers, the CUDA context and fragmentation are not counted.
 """
 
 from __future__ import annotations
@@ -282,8 +282,8 @@ def _stage_memory(
     if stages > 1:
         saved += _shared(layout, hidden)  # the output, which goes to the next stage
     activations = in_flight(stage, layout, work.microbatches) * saved + _working_set(architecture, layout, tokens, work)
-    # The gradient of the largest weight takes memory of its own until it is added to the fp32 gradient. For the output layer
-    # it is a placeholder of the same size, because the head adds to the fp32 gradient itself.
+    # The gradient of the largest weight takes memory of its own until it is added to the fp32 gradient. For the output
+    # layer it is a placeholder of the same size, because the head adds to the fp32 gradient itself.
     rows = padded_vocab_size(architecture.vocab_size, tensor, work.divisible_by) // tensor
     vocabulary = rows * hidden_size * element
     if stage == 0:

@@ -132,7 +132,8 @@ def run_schedule(config: Any, models: list[Any], ids: Tensor, lengths: list[int]
         models: of this rank.
         ids: [1, T].
         lengths: of the packed sequences; None for one sequence that is not packed.
-        weights: [T, V], for a backward pass of `sum(weights * logits)` in every microbatch; None for forward passes only.
+        weights: [T, V], for a backward pass of `sum(weights * logits)` in every microbatch; None for forward passes
+            only.
 
     Returns:
         The logits [T, V] on the last stage, gathered over the tensor-parallel ranks; None on the other stages.

@@ -1,8 +1,8 @@
 """What the mixture-of-experts families share: a router and experts in place of the dense feed-forward.
 
-transformers takes the softmax over all experts and keeps the k largest probabilities. Where it then divides them by their
-sum (`norm_topk_prob`), the result is the softmax over the k largest logits alone. Megatron computes that directly with
-`moe_router_pre_softmax=False`.
+transformers takes the softmax over all experts and keeps the k largest probabilities. Where it then divides them by
+their sum (`norm_topk_prob`), the result is the softmax over the k largest logits alone. Megatron computes that
+directly with `moe_router_pre_softmax=False`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The families of this package, and how one is found. A new family is one line in `FAMILIES`.
 
-A config.json names its family. Megatron-LM's arguments do not: the families are asked in the order of `FAMILIES`, and the
-first that recognises the arguments is taken.
+A config.json names its family. Megatron-LM's arguments do not: the families are asked in the order of `FAMILIES`, and
+the first that recognises the arguments is taken.
 """
 
 from __future__ import annotations
