@@ -1,7 +1,7 @@
 """Which layouts of a model fit into the memory of these GPUs, and what they cost; no GPU and no weights are needed.
 
-    python tools/plan_layout.py --model PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo] [--json
-    FILE]
+    python tools/plan_layout.py --model PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo]
+        [--json FILE]
 
 PATH is a Hugging Face checkpoint or a config.json. The table shows the best layouts first, each with
 
@@ -108,8 +108,8 @@ def run(argv: Sequence[str] | None) -> int:
         methods.append(_method("DPO, reference on the GPUs", hf, args.gpus, replace(request, reference=True)))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(
-        f"{hf.architecture.family.name} of {hf.architecture.num_parameters / 1e9:.2f}e9 parameters, {args.gpus} GPUs of "
-        f"{args.gpu_memory} ({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, "
+        f"{hf.architecture.family.name} of {hf.architecture.num_parameters / 1e9:.2f}e9 parameters, "
+        f"{args.gpus} GPUs of {args.gpu_memory} ({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, "
         f"{request.packed_rows} rows a step"
     )
     for method in methods:

@@ -8,8 +8,7 @@ Collectives of one layer under context parallelism: one all-gather in the forwar
 backward pass.
 
 Shapes: T tokens of this rank; n tokens of one sequence; S positions and B sequences where nothing is packed; H query
-    heads
-and G key heads of this rank; D width of a head.
+heads and G key heads of this rank; D width of a head.
 """
 
 from __future__ import annotations
@@ -53,14 +52,13 @@ class PackedAttention(torch.nn.Module):
         layer_number: int = 1,
         attn_mask_type: Any = None,
         attention_type: str = "self",
-        attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        if dropout := config.attention_dropout if attention_dropout is None else attention_dropout:
-            raise UserError(f"attention_dropout {dropout} needs Transformer Engine; set it to 0")
+        if config.attention_dropout:
+            raise UserError(f"attention_dropout {config.attention_dropout} needs Transformer Engine; set it to 0")
         if attention_type != "self":
             raise UserError(f"attention_type {attention_type!r} is not supported; only self attention runs here")
         self.scale = softmax_scale

@@ -109,7 +109,7 @@ def build_model(
     """Builds this rank's part of the model on its device, with uninitialised weights in `config.params_dtype`.
 
     Collectives: one all-reduce over the embedding group where a tied embedding and output layer are on different
-        stages.
+    stages.
 
     Args:
         hf: the checkpoint.

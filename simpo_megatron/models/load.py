@@ -1,4 +1,4 @@
-"""Hugging Face weights -> the parameters of this rank. Every rank reads its own slices of the tensors, and no others."""
+"""Hugging Face weights -> the parameters of this rank. Every rank reads only its own slices of the tensors."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class PlacedParameter:
 
     @property
     def group(self) -> Any:
-        """The tensor-parallel ranks that it is split over; for the weight of an expert the expert-tensor-parallel ones."""
+        """The ranks that it is split over: the tensor-parallel, for an expert the expert-tensor-parallel ones."""
         if self.entry.experts:
             return parallel_state.get_expert_tensor_parallel_group()
         return parallel_state.get_tensor_model_parallel_group()

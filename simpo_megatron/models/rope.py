@@ -1,4 +1,4 @@
-"""Rotary embeddings: what a config.json asks for, and the frequencies. torch is imported by `inverse_frequencies` alone."""
+"""Rotary embeddings: what a config.json asks for, and its frequencies. Reading a config.json needs no torch."""
 
 from __future__ import annotations
 

@@ -119,8 +119,8 @@ def _check_experts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
         )
     if tensor > 1 and not parallel.get("sequence_parallel"):
         raise UserError(
-            f"--tensor-model-parallel-size {tensor} of a model with experts needs --sequence-parallel: without it Megatron "
-            "does not train experts; add it"
+            f"--tensor-model-parallel-size {tensor} of a model with experts needs --sequence-parallel: without it "
+            "Megatron does not train experts; add it"
         )
 
 

@@ -47,8 +47,8 @@ def virtual_stages(num_layers: int, stages: int, layers_per_virtual_stage: int |
         else:
             fix = f"use --num-layers-per-virtual-pipeline-stage {join_or(divisors(num_layers // stages))}"
         raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {layers_per_virtual_stage} x --pipeline-model-parallel-size {stages} "
-            f"does not divide the model's {num_layers} layers; {fix}"
+            f"--num-layers-per-virtual-pipeline-stage {layers_per_virtual_stage} x --pipeline-model-parallel-size "
+            f"{stages} does not divide the model's {num_layers} layers; {fix}"
         )
     return num_layers // (stages * layers_per_virtual_stage)
 
@@ -105,8 +105,8 @@ def _does_not_fit(num_layers: int, stages: int, virtual: int, first: int | None,
         sizes = [size // virtual for size in divisors(num_layers) if size % virtual == 0]
         return UserError(
             f"the model's {num_layers} layers do not divide into {stages} pipeline stages{in_virtual}; use "
-            f"--pipeline-model-parallel-size {join_or(sizes or [1])}, or give the first and the last stage another number "
-            "of layers"
+            f"--pipeline-model-parallel-size {join_or(sizes or [1])}, or give the first and the last stage another "
+            "number of layers"
         )
     ends = sum(given.values())
     named = " and ".join(f"{name} {count}" for name, count in given.items()) + (

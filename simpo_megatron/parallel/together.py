@@ -1,4 +1,4 @@
-"""An error of one rank becomes an error of all ranks, so that no rank waits in a collective for one that has stopped."""
+"""An error of one rank becomes an error of all ranks, so that none waits in a collective for a rank that stopped."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_layouts_that_the_limits_refuse_are_left_out(llama_70b: HFCheckpoint) ->
 
 
 def test_the_bubble_by_hand(llama_70b: HFCheckpoint) -> None:
-    """4 stages, 8 rows a rank: filling and emptying the pipeline takes the time of 3 rows; with 2 virtual stages, half."""
+    """4 stages, 8 rows a rank: filling and emptying takes as long as 3 rows; half of it with 2 virtual stages."""
     sizes = {"tensor_model_parallel_size": 8, "sequence_parallel": True, "pipeline_model_parallel_size": 4}
     plain = cost(llama_70b.architecture, ParallelConfig(**sizes), 256, REQUEST)
     assert (plain.data_parallel_size, plain.microbatches) == (8, 8)
@@ -59,7 +59,7 @@ def test_the_bubble_by_hand(llama_70b: HFCheckpoint) -> None:
 
 
 def test_70b_needs_its_bytes(llama_70b: HFCheckpoint) -> None:
-    """The lower bound is 18 bytes a parameter for SimPO and 20 with a reference, over all GPUs; the steps are whole nodes."""
+    """At least 18 bytes a parameter for SimPO, and 20 with a reference, over all GPUs, which are whole nodes."""
     parameters = 70_553_706_496  # of Llama-3-70B
     for request, state in ((REQUEST, 18), (DPO, 20)):
         found = fewest(llama_70b.architecture, request)

@@ -1,4 +1,4 @@
-"""The counts of planning/memory.py against models that are built, and against the tensors that autograd keeps of them."""
+"""The counts of planning/memory.py against models that are built, and against the tensors that autograd keeps."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_uneven_stages_hold_all_layers() -> None:
 
 
 def test_states_of_a_run_by_hand(checkpoints: dict[str, Path]) -> None:
-    """bf16, 8 processes, TP2 x PP1 x CP2: optimizer state is divided over DP x CP, that of experts over their replicas."""
+    """bf16, 8 processes, TP2 x PP1 x CP2: optimizer state is divided over DP x CP, that of experts over its copies."""
     hf = read_hf_config(checkpoints["mixtral"])
     layout = arguments(checkpoints["mixtral"], {**SP2, "context_parallel_size": 2, **EP2, **WHOLE})
     [held] = stage_parameters(hf.architecture, layout)

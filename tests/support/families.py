@@ -74,7 +74,7 @@ def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: 
 
 
 def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a loaded model by their names in a checkpoint: transformers fuses the experts of a layer when it loads."""
+    """A model's tensors by their names in a checkpoint: transformers fuses the experts of a layer when loading."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, tensors)
