@@ -12,7 +12,7 @@ These names are replaced, and no others:
 =============================================  ======================================================================
 name                                           what it returns or does then
 =============================================  ======================================================================
-`device="cuda"`, `"cuda:N"` everywhere in torchmeans the CPU (`_CudaMeansCpu`, a TorchFunctionMode)
+`device="cuda"`, `"cuda:N"` in any function     means the CPU (`_CudaMeansCpu`, a TorchFunctionMode)
 `tensor.cuda()`, `tensor.to("cuda")`           the tensor on the CPU (the same mode)
 `tensor.type()`                                `torch.cuda.FloatTensor` and so on, because the optimizers compare
                                                strings (`optimizer/distrib_optimizer.py`, `optimizer/optimizer.py`)
