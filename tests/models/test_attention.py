@@ -1,4 +1,4 @@
-"""Packed attention equals attention under a mask, written out."""
+"""Packed attention equals plain attention under an explicit mask."""
 
 from __future__ import annotations
 

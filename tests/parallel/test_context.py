@@ -1,4 +1,4 @@
-"""The zig-zag slices written out, and attention over them against attention on one rank."""
+"""The zig-zag slices of small rows, and attention over them against attention on one rank."""
 
 from __future__ import annotations
 

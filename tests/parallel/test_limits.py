@@ -1,4 +1,4 @@
-"""Layouts that a model cannot have are refused with the nearest values that it can."""
+"""Layouts that a model cannot have are refused with the nearest values that it can have."""
 
 from __future__ import annotations
 
