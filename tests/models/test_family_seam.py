@@ -27,7 +27,7 @@ from simpo_megatron.models.megatron_args import default_config, default_megatron
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import layout_arguments
-from simpo_megatron.planning.memory import stage_parameters
+from simpo_megatron.planning.parameters import stage_parameters
 from tests.support import families as tiny
 
 LLAMA_NORM, TOY_NORM = "input_layernorm", "norm_before_attention"

@@ -1,4 +1,4 @@
-"""The counts of planning/memory.py against models that are built, and against the tensors that autograd keeps."""
+"""The counts of planning/ against models that are built, and against the tensors that autograd keeps."""
 
 from __future__ import annotations
 
@@ -14,15 +14,8 @@ from simpo_megatron.models.part_layout import Copy
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import layout_arguments
-from simpo_megatron.planning.memory import (
-    Parameters,
-    Workload,
-    estimate,
-    in_flight,
-    layers_of_stages,
-    saved_bytes,
-    stage_parameters,
-)
+from simpo_megatron.planning.memory import Workload, estimate, in_flight, saved_bytes
+from simpo_megatron.planning.parameters import Parameters, layers_of_stages, stage_parameters
 from tests.support import families as tiny
 
 TP2 = {"tensor_model_parallel_size": 2}
