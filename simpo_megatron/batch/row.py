@@ -22,9 +22,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from simpo_megatron.batch.shared_prompts import SharedPromptParams
 from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, Pairs
 from simpo_megatron.head.task import ScoredPositions
+from simpo_megatron.models.shared_prompts import SharedPromptParams
 from simpo_megatron.objectives import PairScores
 from simpo_megatron.parallel.context import positions, round_up, sequence_multiple
 

@@ -104,10 +104,7 @@ class _OneLayer:
 
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        config = {**hf.config, "num_hidden_layers": 1}
-        if config.get("layer_types"):
-            config["layer_types"] = config["layer_types"][:1]
-        self.hf = replace(hf, config=config, architecture=hf.architecture.family.architecture(config))
+        self.hf = replace(hf, architecture=hf.architecture.with_layers(1))
         self.stored = {
             (stored.parameter.entry.megatron, stored.parameter.layer, stored.parameter.expert): stored
             for stored in saved.parameters
@@ -122,7 +119,7 @@ class _OneLayer:
         table, tied = self.hf.architecture.weights, self.hf.architecture.tied
         for place in place_parameters(self.model, table, tied=tied):
             if (place.layer is None) == (layer is None):
-                stored = self.stored[place.weight.megatron, layer or 0, place.expert or 0]
+                stored = self.stored[place.entry.megatron, layer or 0, place.expert or 0]
                 _read_into(stored, place.parameter)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class ShardErrors:
         """Compares this rank's shards of a tensor with its whole reference gradient."""
         for place, part in self.places.get(name, []):
             parameter: Any = place.parameter
-            weight, rank, ranks = place.weight, place.group.rank(), place.group.size()
+            weight, rank, ranks = place.entry, place.group.rank(), place.group.size()
             mine = weight.part_layout.split(parameter.main_grad, weight.rows, ranks)[part].double()
             exact = gradient.double()
             if weight.tp_dim is not None:

@@ -165,7 +165,7 @@ def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
         for model in engine.models
         for place in place_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
     ):
-        weight, mine, group = place.weight, place.parameter.main_grad, place.group
+        weight, mine, group = place.entry, place.parameter.main_grad, place.group
         shards = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(shards, mine, group=group)
         parts = [weight.part_layout.split(shard, weight.rows, group.size()) for shard in shards]

@@ -1,4 +1,4 @@
-"""The command line of tools/plan_layout.py; what it computes: `tests/plan`."""
+"""The command line of tools/plan_layout.py. What it computes is tested in `tests/planning`."""
 
 from __future__ import annotations
 
