@@ -40,12 +40,12 @@ def plain_all_reduce(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, grou
 def planted(mistake: str) -> Iterator[None]:
     """Makes this process compute with the mistake."""
     from simpo_megatron import step
-    from simpo_megatron.batch import plan
+    from simpo_megatron.batch import packer
     from simpo_megatron.head import layer
 
     names: list[tuple[Any, str, Any]] = {
         "labels shifted after slicing": [
-            (plan, "pack_row", lambda *a, _f=plan.pack_row, **k: shift_after_slicing(_f(*a, **k)))
+            (packer, "pack_row", lambda *a, _f=packer.pack_row, **k: shift_after_slicing(_f(*a, **k)))
         ],
         "plain all-reduce": [(step, "vocab_parallel_logprobs", plain_all_reduce)],
         "hidden gradient not reduced": [(layer, "_reduce", lambda grad_TH, _head: grad_TH)],
