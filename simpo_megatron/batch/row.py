@@ -62,6 +62,7 @@ class PreferenceBatch:
         truncated: [S] bool, the response lost its end.
         weight: [P] fp32, factor of the pair's loss.
         margin: [P] fp32, the pair's own target reward margin; NaN where the objective's applies.
+        reference_sums: [P, M] fp32, summed log-probs under a reference model; None if the data has none.
         pairs: [P] indices of the pairs in the data set.
         responses: scored responses of a pair, M.
         counts: of the global batch.
@@ -76,6 +77,7 @@ class PreferenceBatch:
     truncated: Tensor
     weight: Tensor
     margin: Tensor
+    reference_sums: Tensor | None
     pairs: tuple[int, ...]
     responses: int
     counts: BatchCounts
@@ -87,7 +89,8 @@ class PreferenceBatch:
 
     def scores(self, sums_PM: Tensor) -> PairScores:
         """What an objective sees of these pairs, given the summed log-probs of their responses."""
-        return PairScores(sums_PM, self.lengths.view(-1, self.responses), self.margin, self.weight)
+        lengths_PM = self.lengths.view(-1, self.responses)
+        return PairScores(sums_PM, lengths_PM, self.margin, self.weight, self.reference_sums)
 
 
 @dataclass(frozen=True)
@@ -144,10 +147,17 @@ def pack_row(
         truncated=_tensor(truncated, device, torch.bool),
         weight=_tensor(pairs.weight[index], device, torch.float32),
         margin=_tensor(pairs.margin[index], device, torch.float32),
+        reference_sums=_reference_sums(pairs, index, row_format.responses, device),
         pairs=tuple(index.tolist()),
         responses=row_format.responses,
         counts=counts,
     )
+
+
+def _reference_sums(pairs: Pairs, index: np.ndarray, responses: int, device: torch.device | str) -> Tensor | None:
+    """The reference sums of some pairs, [P, M] fp32, if the data has them."""
+    sums_PM = pairs.reference_sums
+    return None if sums_PM is None else _tensor(sums_PM[index, :responses], device, torch.float32)
 
 
 def _packed_seq_params(row: _WholeRow, row_format: RowFormat, device: torch.device | str) -> PackedSeqParams:

@@ -3,6 +3,9 @@
 Whatever holds them, a pair is three arrays of ids (prompt, chosen, rejected) and a place in columns of numbers. P pairs.
 """
 
+from __future__ import annotations
+
+import copy
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -61,6 +64,19 @@ class Pairs(ABC):
     def order(self, position: int, batch: int, seed: int, shuffle: bool = True) -> np.ndarray:
         """Indices int64 [batch] at positions [position, position + batch) of the endless order of this set."""
         return pairs_of_batch(position, batch, len(self), seed, shuffle)
+
+    reference_sums: np.ndarray | None = None  # float32 [P, M], see `with_reference_sums`
+
+    def with_reference_sums(self, sums_PM: np.ndarray) -> Pairs:
+        """A view of these pairs that carries log-probs of a reference model, for objectives that compare with one.
+
+        Args:
+            sums_PM: summed log-probs of the responses, float32 [P, M], chosen first; `trainer.scoring.score_pairs`
+                computes them.
+        """
+        pairs = copy.copy(self)
+        object.__setattr__(pairs, "reference_sums", sums_PM)  # the class may be frozen
+        return pairs
 
     @property
     def pair_tokens(self) -> np.ndarray:

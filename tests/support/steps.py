@@ -72,7 +72,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def member_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
+def response_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
     """log p of each response token, from the sequence alone: [response], fp64."""
     ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
     logps = model(ids).logits[0, :-1].double().log_softmax(-1)
@@ -92,7 +92,7 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
 
     for i in case.pairs:
         prompt, *responses = store.pair(i)
-        logps = [member_logps(model, prompt, response) for response in responses[: 1 if sft else 2]]
+        logps = [response_logps(model, prompt, response) for response in responses[: 1 if sft else 2]]
         nll, tokens = nll - logps[0].sum(), tokens + len(logps[0])
         for bit, name, values in zip((1, 2), ("chosen", "rejected"), logps, strict=False):
             count(f"logps/{name}", values.mean())
