@@ -117,7 +117,7 @@ class InMemoryPairs(Pairs):
     def longest_sequence(self) -> int:
         return int((self.prompt_length + np.maximum(self.chosen_length, self.rejected_length)).max())
 
-    def take(self, keep: np.ndarray) -> "InMemoryPairs":
+    def take(self, keep: np.ndarray) -> InMemoryPairs:
         """The pairs where `keep`, bool [P], holds."""
         lengths = np.diff(self.offsets)
         arrays = {name: array[keep] for name, array in self.arrays().items() if name not in ("tokens", "offsets")}
@@ -129,7 +129,7 @@ class InMemoryPairs(Pairs):
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "InMemoryPairs":
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> InMemoryPairs:
         """The store whose `arrays()` these are."""
         return cls(**arrays)
 

@@ -127,8 +127,8 @@ class Objective(Group):
         name: the value of `--objective`.
         responses: how many responses of a pair are laid out in the row and scored, M.
         metrics: what a step reports, in this order.
-        drops: pairs of settings of which one replaces the other. A flag that is a key here drops the value that the YAML
-            file or the preset gives to the other setting.
+        drops: pairs of settings of which one replaces the other. A flag that is a key here drops the value that the
+            YAML file or the preset gives to the other setting.
     """
 
     name: ClassVar[str]
@@ -144,8 +144,8 @@ class Objective(Group):
     def pair_losses(self, scores: PairScores) -> Tensor | None:
         """The loss of each pair, [P], neither weighted nor summed; None if the NLL term is the whole loss.
 
-        The loss of a pair must depend on that pair alone. The head relies on it: it differentiates the loss of some pairs
-        while the sums of the pairs behind them are still 0.
+        The loss of a pair must depend on that pair alone. The head relies on it: it differentiates the loss of some
+        pairs while the sums of the pairs behind them are still 0.
         """
         raise NotImplementedError
 

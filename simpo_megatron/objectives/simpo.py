@@ -1,13 +1,13 @@
 """SimPO: the formula, its flags and its rewards. Pure torch. Read this file first.
 
-SimPO (arXiv 2405.14734, equation 6) scores a response y by its average log-probability. The chosen response w must beat the
-rejected response l by a target margin gamma:
+SimPO (arXiv 2405.14734, equation 6) scores a response y by its average log-probability. The chosen response w must beat
+the rejected response l by a target margin gamma:
 
     r(x, y) = beta / |y| * sum_t log pi(y_t | x, y_<t)
     loss    = -log sigmoid(r_w - r_l - gamma)
 
-gamma is absolute, in units of reward. The paper tunes the ratio gamma / beta; TRL's `simpo_gamma` is the absolute gamma.
-Either flag sets the margin, and `SimPO.gamma` reads both.
+gamma is absolute, in units of reward. The paper tunes the ratio gamma / beta; TRL's `simpo_gamma` is the absolute
+gamma. Either flag sets the margin, and `SimPO.gamma` reads both.
 
 Shapes: P pairs, M scored responses of a pair.
 """

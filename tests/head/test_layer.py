@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from simpo_megatron.head import kernels, layer, slabs
+from simpo_megatron.head import kernels, layer, projection, slabs
 from simpo_megatron.head.slabs import cut_slabs
 from tests.support.distributed import Collectives
 from tests.support.head_problems import (
@@ -140,12 +140,12 @@ def test_bf16_is_as_exact_as_rounding_allows(pool, native: bool, confident: bool
     assert not any(too_far(*found) for found in errors), errors
 
 
-class Bf16Gradients(slabs.Gradients):
+class Bf16Gradients(projection.Gradients):
     """Accumulates over the slabs in the dtype of the weight."""
 
     @classmethod
-    def of(cls, hidden_RH: Any, weight_VH: Any, main_grad: Any, factor: float) -> slabs.Gradients:
-        made = slabs.Gradients.of(hidden_RH, weight_VH, main_grad, factor)
+    def of(cls, hidden_RH: Any, weight_VH: Any, main_grad: Any, factor: float) -> projection.Gradients:
+        made = projection.Gradients.of(hidden_RH, weight_VH, main_grad, factor)
         assert made.weight_VH is not None
         return cls(made.hidden_RH, made.weight_VH.bfloat16(), made.factor)
 
@@ -291,10 +291,10 @@ def memory_of_a_tile() -> None:
     for tile in (9000, 3000):
         head, weight = build_head(problem, 1, False, 1, 2**20)
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(weight.shape), False
-        before, slabs._TILE_BYTES = slabs._TILE_BYTES, tile * 256 * 4
+        before, projection._TILE_BYTES = projection._TILE_BYTES, tile * 256 * 4
         with bf16_arithmetic(True):
             peaks.append(peak_allocated(lambda: score(problem, head, weight, sigmoid, loss_gradient=SCALE)))  # noqa: B023
-        slabs._TILE_BYTES = before
+        projection._TILE_BYTES = before
     assert peaks[0] - peaks[1] > 0.9 * 6000 * 256 * 2
 
 

@@ -53,9 +53,9 @@ def test_values_and_gradients_on_every_shard(pool, world: int, dtype: torch.dtyp
     assert (got[:, VOCAB:] == 0).all(), "padding columns must have no gradient"
 
 
-def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     logps, gradient = oracle(torch.float64)
-    monkeypatch.setattr(logprobs, "_SLAB_BYTES", 7 * 4 * PADDED)
+    monkeypatch.setattr(logprobs, "_BLOCK_BYTES", 7 * 4 * PADDED)
     logits, targets, weights = problem(torch.float64)
     logits.requires_grad_()
     got = vocab_parallel_logprobs(logits, targets, VOCAB)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from simpo_megatron.head import slabs
+from simpo_megatron.head import projection
 from simpo_megatron.head.layer import LogProbHead, split_output
 from simpo_megatron.head.task import HeadTask, ScoredPositions
 
@@ -142,11 +142,11 @@ class Problem:
 @contextlib.contextmanager
 def bf16_arithmetic(native: bool) -> Iterator[None]:
     """Within it the head computes as on a processor with bf16 arithmetic, or as on one without, whichever this is."""
-    before, slabs.have_native_bf16 = slabs.have_native_bf16, lambda: native
+    before, projection.have_native_bf16 = projection.have_native_bf16, lambda: native
     try:
         yield
     finally:
-        slabs.have_native_bf16 = before
+        projection.have_native_bf16 = before
 
 
 def random_packs() -> list[Problem]:
