@@ -13,7 +13,6 @@ times the checkpoint's bytes of disk and removes all of it. Rows go to `tools/re
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -35,6 +34,7 @@ if str(ROOT) not in sys.path:
 from simpo_megatron.checkpoint.cli import human, positive  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
 from simpo_megatron.settings import parse_size  # noqa: E402
+from tools.machine import append_rows  # noqa: E402
 
 CSV = ROOT / "tools" / "results" / "convert.csv"
 ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
@@ -236,13 +236,8 @@ def run(argv: Sequence[str] | None) -> int:
     facts = {"date": date.today().isoformat(), "machine": f"{platform.machine()} {os.cpu_count()} cores",
              "torch": made_by()["torch"], "python": platform.python_version(), "model": args.model,
              "max_memory_mib": args.max_memory // 2**20, "workers": args.workers}  # fmt: skip
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("a", newline="") as stream:
-        rows = [facts | row | {"of_cp": round(floor / row["seconds"], 3)} for row in rows]
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        if stream.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
+    rows = [row | {"of_cp": round(floor / row["seconds"], 3)} for row in rows]
+    append_rows(args.csv, rows, facts)
     return 0
 
 
