@@ -14,7 +14,6 @@ processes, sampled every 20 ms. It needs three times the checkpoint's bytes of d
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -36,6 +35,7 @@ if str(ROOT) not in sys.path:
 from simpo_megatron.checkpoint.cli import human, positive  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
 from simpo_megatron.settings import parse_size  # noqa: E402
+from tools.machine import append_rows  # noqa: E402
 
 CSV = ROOT / "tools" / "results" / "convert.csv"
 ROPE = {
@@ -274,13 +274,8 @@ def run(argv: Sequence[str] | None) -> int:
         "max_memory_mib": args.max_memory // 2**20,
         "workers": args.workers,
     }
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("a", newline="") as stream:
-        rows = [facts | row | {"of_cp": round(floor / row["seconds"], 3)} for row in rows]
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        if stream.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
+    rows = [row | {"of_cp": round(floor / row["seconds"], 3)} for row in rows]
+    append_rows(args.csv, rows, facts)
     return 0
 
 

@@ -33,8 +33,6 @@ DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
 # Setting the key in a higher layer (flags over file over preset) drops the lower layers' value of the other setting.
 # The two are two ways to set one thing, or the default of the other follows from the key.
 DROPS = {
-    "simpo_gamma": "simpo_gamma_beta_ratio",
-    "simpo_gamma_beta_ratio": "simpo_gamma",
     "train_iters": "train_epochs",
     "train_epochs": "train_iters",
     "max_length": "max_prompt_length",
@@ -242,8 +240,9 @@ def layered(*layers: dict[str, Any]) -> dict[str, Any]:
     {'lr': 1e-06, 'train_iters': 5}
     """
     settings: dict[str, Any] = {}
+    drops = DROPS | {name: other for cls in OBJECTIVES.values() for name, other in cls.drops.items()}
     for layer in layers:
-        for name, other in DROPS.items():
+        for name, other in drops.items():
             if layer.get(name) is not None:
                 settings.pop(other, None)
         settings |= layer
