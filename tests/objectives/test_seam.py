@@ -8,6 +8,9 @@ Two objectives are registered here and go through command line, YAML file, both 
 
 from __future__ import annotations
 
+import re
+import sys
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from simpo_megatron import objectives
 from simpo_megatron.config.arguments import build_parser, flat, parse
 from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
@@ -31,6 +35,7 @@ from tests.support.distributed import WorkerPool
 from tests.support.families import on_disk
 from tests.support.steps import (
     CASES,
+    NAN,
     build_engine,
     command_line,
     gather_gradients,
@@ -154,6 +159,19 @@ def test_its_keys_work_in_the_file_and_flags_win(registered: None, checkpoint: P
     assert parse([*argv, "--dpo-beta", "0.5"]).objective == DPO(dpo_beta=0.5), "one of two flags for one value"
     with pytest.raises(UserError, match="--cpo-beta inf must be a finite number"):
         parse([*argv, "--objective", "cpo", "--cpo-beta", "inf"])
+
+
+def test_the_example_of_the_readme_is_this_objective() -> None:
+    readme = Path(objectives.__file__).with_name("README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    module = types.ModuleType("cpo")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(code, vars(module))
+    example = sys.modules.pop(module.__name__).CPO(cpo_beta=0.05, cpo_lambda=0.4)
+    sums_PM, nothing = torch.tensor([[-3.0, -9.0], [-8.0, -2.0]]), torch.full((2,), NAN)
+    scores = PairScores(sums_PM, torch.ones(2, 2), nothing, nothing)
+    assert torch.equal(example.pair_losses(scores), CPO(0.05, 0.4).pair_losses(scores))
+    assert (example.name, example.nll_weight, example.describe()) == ("cpo", 0.4, "CPO: beta 0.05, lambda 0.4")
 
 
 def test_an_unknown_objective_is_named(checkpoint: Path, tmp_path: Path) -> None:
