@@ -109,7 +109,7 @@ def oracle(checkpoint: Path) -> tuple[float, dict[str, torch.Tensor], torch.Tens
         ]
         sums = torch.stack([torch.stack([logps.sum() for logps in both]) for both in every])
         chosen, rejected = sums.unbind(1)
-        weight = torch.from_numpy(pairs.weight).double()
+        weight = torch.from_numpy(pairs.columns["weight"]).double()
         losses = weight * F.softplus(-0.05 * (chosen - rejected))
         loss = losses.mean() - 0.4 * chosen.sum() / sum(len(both[0]) for both in every)
         loss.backward()

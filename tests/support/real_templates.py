@@ -8,6 +8,8 @@ gemma     sentencepiece-like BPE with bytes for what it does not know; answers b
           which is not the tokenizer's EOS
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cache
 
@@ -86,8 +88,7 @@ FAMILIES = {
         ("<end_of_turn>",),
     ),
 }
-LOSSLESS = ("llama3", "qwen2", "gemma")
-"""Families whose vocabulary can write any text."""
+LOSSLESS = ("llama3", "qwen2", "gemma")  # families whose vocabulary can write any text
 
 
 @cache
