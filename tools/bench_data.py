@@ -3,9 +3,9 @@
     python tools/bench_data.py --data pairs.jsonl [--hf-checkpoint DIR] [--repeat 2] [--pairs 10000000]
 
 Every preparation runs in a process of its own, which imports everything before the clock starts. TRL's time is that of
-constructing its trainer on all rows, less that on two rows. The ten million pairs have realistic lengths and a sparse .bin, so
-they take little disk. Without `--hf-checkpoint` the model of `bench_step.py` is made. The table goes to the terminal, the rows
-go to `tools/results/data.csv`.
+constructing its trainer on all rows, less that on two rows. The ten million pairs have realistic lengths and a sparse
+.bin, so they take little disk. Without `--hf-checkpoint` the model of `bench_step.py` is made. The table goes to the
+terminal, the rows go to `tools/results/data.csv`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python tools/build_pairs.py --input FILE --output FILE [--strategy best-worst|best-random|all] [--min-score-gap X]
 
-A row of the input has `prompt` (a text or messages) and `responses`, a list of {"content": ..., "score": ...}; a higher score
-is better. best-worst makes one pair a prompt, as the paper does; best-random pairs the best response with any other; all pairs
-every two responses. Pairs with equal scores, or with a gap below --min-score-gap, are left out, and their prompts are counted.
+A row of the input has `prompt` (a text or messages) and `responses`, a list of {"content": ..., "score": ...}; a higher
+score is better. best-worst makes one pair a prompt, as the paper does; best-random pairs the best response with any
+other; all pairs every two responses. Pairs with equal scores, or with a gap below --min-score-gap, are left out, and
+their prompts are counted.
 """
 
 from __future__ import annotations

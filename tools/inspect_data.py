@@ -1,12 +1,13 @@
 """The data doctor: finds the faults of a preference set before training does.
 
-    python tools/inspect_data.py --data PREFIX_OR_FILE --hf-checkpoint DIR [--seq-length N] [--valid-data FILE] [--report FILE]
+    python tools/inspect_data.py --data SOURCE --hf-checkpoint DIR [--seq-length N] [--valid-data SOURCE]
+        [--report FILE]
 
-It reads the set as training does and counts: double, missing and lost BOS and EOS, template mismatches, tokens across the
-boundary, truncation, empty, identical, tied, duplicated and contradictory pairs, odd characters, validation prompts in the
-training data, length bias, padding. It shows one pair token by token (`--pair N`), with what is scored. `--report` writes the
-same as an HTML page. Exit code 0; 1 where a fault blocks training (the table says what fixes it); 2 where the data cannot be
-read.
+It reads the set as training does and counts: double, missing and lost BOS and EOS, template mismatches, tokens across
+the boundary, truncation, empty, identical, tied, duplicated and contradictory pairs, odd characters, validation prompts
+in the training data, length bias, padding. It shows one pair token by token (`--pair N`), with what is scored.
+`--report` writes the same as an HTML page. Exit code 0; 1 where a fault blocks training (the table says what fixes it);
+2 where the data cannot be read.
 """
 
 from __future__ import annotations

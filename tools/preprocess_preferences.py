@@ -1,12 +1,12 @@
-"""Preferences -> a prepared set, tokenized once, that training maps from disk. It is the same for any number of workers.
+"""Preferences -> a prepared set: tokenized once, the same for any number of workers, mapped from disk by training.
 
     python tools/preprocess_preferences.py --input SOURCE --hf-checkpoint DIR --output-prefix PREFIX [--workers N]
 
 SOURCE is a .jsonl (or .json, the same lines), .jsonl.gz or .parquet file, a folder that `datasets` saved (FOLDER or
-FOLDER:SPLIT) or a dataset of the hub (OWNER/NAME or OWNER/NAME:SPLIT). Only the tokenizer of the checkpoint and the ids that
-end a turn are read. PREFIX.bin and .idx are Megatron's IndexedDataset; the sequences of a document are prompt, chosen and
-rejected response. PREFIX.pairs.npy and .json hold the rest. Train with `--train-data PREFIX`. A mistake ends with one line and
-exit code 2.
+FOLDER:SPLIT) or a dataset of the hub (OWNER/NAME or OWNER/NAME:SPLIT). Only the tokenizer of the checkpoint and the ids
+that end a turn are read. PREFIX.bin and .idx are Megatron's IndexedDataset; the sequences of a document are prompt,
+chosen and rejected response. PREFIX.pairs.npy and .json hold the rest. Train with `--train-data PREFIX`. A mistake ends
+with one line and exit code 2.
 """
 
 from __future__ import annotations

@@ -13,13 +13,19 @@ OPTIONS = tuple(option.name for option in fields(DataOptions))  # settings that 
 
 @dataclass(frozen=True)
 class DataConfig(PairOptions):
-    """data"""
+    """Data.
 
-    # `max_length` and `max_prompt_length` are never None once the object is made: their defaults follow from --seq-length.
+    `max_length` and `max_prompt_length` are not None once the object is made: their defaults follow from `seq_length`.
+
+    Attributes:
+        given: names of the settings that a flag, a file or a preset set; None: all that differ from their default.
+    """
+
     train_data: tuple[str, ...] | None = setting(
         None,
-        "preferences to train on: prefixes of prepared sets (tools/preprocess_preferences.py), .jsonl (or .json, the same "
-        "lines), .jsonl.gz, .parquet, a folder or hub id of `datasets`; several are a blend, with weights: 0.7 A 0.3 B",
+        "preferences to train on: prefixes of prepared sets (tools/preprocess_preferences.py), .jsonl (or .json, the "
+        "same lines), .jsonl.gz, .parquet, a folder or hub id of `datasets`; several are a blend, with weights: "
+        "0.7 A 0.3 B",
     )
     valid_data: tuple[str, ...] | None = setting(None, "preferences to evaluate on, the same kinds")
     seq_length: int = setting(4096, "tokens of a packed row; it takes whole pairs")
@@ -31,7 +37,6 @@ class DataConfig(PairOptions):
         False,
         "compute the prompt of a pair once, for both responses; not under Transformer Engine or context parallelism",
     )
-    # Names of the settings that a flag, a file or a preset set. None: all that differ from their default.
     given: frozenset[str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,13 +48,13 @@ class DataConfig(PairOptions):
         length = self.seq_length // 2 if self.max_length is None else self.max_length
         require(
             length >= 2,
-            f"--max-length {length} leaves no room for a prompt and a response; use at least 2, and --seq-length at least "
-            "twice that",
+            f"--max-length {length} leaves no room for a prompt and a response; use at least 2, and --seq-length at "
+            "least twice that",
         )
         require(
             2 * length <= self.seq_length,
-            f"--max-length {length} lets a pair outgrow its row; use at most half of --seq-length {self.seq_length}, or a "
-            "longer row",
+            f"--max-length {length} lets a pair outgrow its row; use at most half of --seq-length {self.seq_length}, "
+            "or a longer row",
         )
         follows = {"max_length": length, "max_prompt_length": self.max_prompt_length or length // 2}
         # The command line gives lists of sources.

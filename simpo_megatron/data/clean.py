@@ -1,7 +1,7 @@
 """Rows -> tokenized pairs, a block of rows at a time, and counts of what became of every row.
 
-`encode_rows` works on one block. It is a pure function, so several processes may call it. `CrossBlockFilter` sees all blocks
-in order and decides what needs more than one block: duplicates, and schemas that change.
+`encode_rows` works on one block. It is a pure function, so several processes may call it. `CrossBlockFilter` sees all
+blocks in order and decides what needs more than one block: duplicates, and schemas that change.
 """
 
 from __future__ import annotations
@@ -237,8 +237,8 @@ def check_schema(first: tuple[str, bool], other: tuple[str, bool]) -> None:
     if first[1] != other[1]:
         kinds = {True: "a conversation (lists of messages)", False: "plain strings"}
         raise UserError(
-            f"{other[0]}: the row is {kinds[other[1]]}, but {first[0]} is {kinds[first[1]]}; give rows of one schema, or "
-            "two files as a blend"
+            f"{other[0]}: the row is {kinds[other[1]]}, but {first[0]} is {kinds[first[1]]}; give rows of one "
+            "schema, or two files as a blend"
         )
 
 
@@ -254,8 +254,8 @@ def _unusable(preference: Preference, options: DataOptions) -> str | None:
     chosen, rejected = preference.scores
     if chosen is None or rejected is None:
         raise UserError(
-            f"{preference.where}: no `score_chosen` and `score_rejected`, which --min-score-gap compares; add them or drop "
-            "the flag"
+            f"{preference.where}: no `score_chosen` and `score_rejected`, which --min-score-gap compares; add them or "
+            "drop the flag"
         )
     return "low_gap" if not preference.tie and chosen - rejected < options.min_score_gap else None
 
@@ -293,7 +293,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def _digests(pairs: InMemoryPairs) -> np.ndarray:
-    """uint64 [P] of the ids. In 10 million pairs, the chance that any two different pairs have one digest is 3 in a million."""
+    """uint64 [P]. Among 10 million pairs, two different ones have the same digest with a chance of 3 in a million."""
     found = np.empty(len(pairs), np.uint64)
     for i in range(len(pairs)):
         digest = hashlib.blake2b(pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]].tobytes(), digest_size=8)

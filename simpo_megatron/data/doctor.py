@@ -1,7 +1,7 @@
-"""Counts every fault of a preference set (`checks.py`), with examples and what fixes it; `tools/inspect_data.py` runs it.
+"""Counts the faults of a preference set (`checks.py`), with examples and fixes; `tools/inspect_data.py` runs it.
 
-A source is read as training reads it. A prepared set is read back from its ids. Some faults block training at the first pair,
-others (a response that is cut, a duplicate) only when many pairs have them.
+A source is read as training reads it. A prepared set is read back from its ids. Some faults block training at the first
+pair, others (a response that is cut, a duplicate) only when many pairs have them.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ class EncodedPair:
         prompt: with BOS where there is one.
         chosen: with EOS; empty where the response has no other token.
         rejected: as `chosen`.
-        boundary_merges: responses (0 to 2) that were tokenized alone, because one token spanned their boundary with the prompt.
+        boundary_merges: responses (0 to 2) that were tokenized alone, because one token spanned their boundary with the
+            prompt.
         prompt_cut: the prompt was cut.
         chosen_cut: the chosen response was cut and lost its EOS.
         rejected_cut: the rejected response was cut and lost its EOS.
@@ -86,8 +87,8 @@ class PairEncoder:
         texts = [self._texts(preference) for preference in preferences]
         flat = [text for prompt, chosen, rejected in texts for text in (prompt, prompt + chosen, prompt + rejected)]
         ids = self._ids(flat)
-        # ids[3n] is the prompt of pair n, ids[3n + 1] and ids[3n + 2] are the prompt with a response. Where these do not begin
-        # with the prompt's ids, one token spans the boundary.
+        # ids[3n] is the prompt of pair n, ids[3n + 1] and ids[3n + 2] are the prompt with a response. Where these do
+        # not begin with the prompt's ids, one token spans the boundary.
         merged = [i for i, full in enumerate(ids) if full[: len(ids[i - i % 3])] != ids[i - i % 3]]
         alone = dict(zip(merged, self._alone([texts[i // 3][i % 3] for i in merged]), strict=True))
 

@@ -54,6 +54,6 @@ class DataOptions(PairOptions):
         self.positive("max_length", "max_prompt_length")
         require(
             self.max_prompt_length < self.max_length,
-            f"--max-prompt-length {self.max_prompt_length} must be less than --max-length {self.max_length}: a prompt that "
-            "long leaves no token for the response; lower the first or raise the second",
+            f"--max-prompt-length {self.max_prompt_length} must be less than --max-length {self.max_length}: a prompt "
+            "that long leaves no token for the response; lower the first or raise the second",
         )

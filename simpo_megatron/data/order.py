@@ -1,4 +1,4 @@
-"""The order of the data is a pure function of seed and position, so a resumed run needs its position and nothing else."""
+"""The order of the data: a pure function of seed and position, so a resumed run needs nothing but its position."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 def pairs_of_batch(position: int, batch: int, num_pairs: int, seed: int, shuffle: bool = True) -> np.ndarray:
     """The pairs at positions [position, position + batch) of the endless data order.
 
-    Epoch e is at positions [e * num_pairs, (e + 1) * num_pairs): a permutation of all pairs, drawn from (seed, e). A batch
-    may lie in two epochs.
+    Epoch e is at positions [e * num_pairs, (e + 1) * num_pairs): a permutation of all pairs, drawn from (seed, e). A
+    batch may lie in two epochs.
 
     Args:
         position: of the first pair.
@@ -37,9 +37,9 @@ def blended_order(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pairs at positions [position, position + batch) of the endless order of a blend.
 
-    Epoch e has sum(counts) positions, and source s is at counts[s] of them, drawn from (seed, e). There it gives the pairs
-    [e * counts[s], (e + 1) * counts[s]) of its own endless order, which is that of `pairs_of_batch` with another seed. So no
-    pair of a source comes again before all sizes[s] pairs have come.
+    Epoch e has sum(counts) positions, and source s is at counts[s] of them, drawn from (seed, e). There it gives the
+    pairs [e * counts[s], (e + 1) * counts[s]) of its own endless order, which is that of `pairs_of_batch` with another
+    seed. So no pair of a source comes again before all sizes[s] pairs have come.
 
     Args:
         position: of the first pair.
@@ -70,7 +70,7 @@ def blended_order(
 
 
 def _look_up(positions: np.ndarray, num_pairs: int, seed: tuple[int, ...], shuffle: bool) -> np.ndarray:
-    """Looks up positions in an endless order: epoch after epoch, each a permutation of range(num_pairs) drawn from the seed.
+    """Looks up positions in an endless order: epoch after epoch, each a seeded permutation of range(num_pairs).
 
     Args:
         positions: int64, of any shape.

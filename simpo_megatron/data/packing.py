@@ -1,13 +1,13 @@
 """Which pairs of a global batch are in which packed row of which rank: a pure function of their lengths.
 
-A packed row takes whole pairs. There are as few rows as best fit decreasing needs, and the same number on every data-parallel
-rank. The pairs are then spread over the rows so that all rows cost about the same, because ranks wait for each other at every
-step and pipeline stages at every row. The cost of a sequence of L tokens is estimated as
+A packed row takes whole pairs. There are as few rows as best fit decreasing needs, and the same number on every
+data-parallel rank. The pairs are then spread over the rows so that all rows cost about the same, because ranks wait for
+each other at every step and pipeline stages at every row. The cost of a sequence of L tokens is estimated as
 
     L + L^2 / (12 * hidden_size)
 
-which stands for the matrix products and the causal attention of a transformer layer: 24 h^2 and 2 L h floating-point operations
-a token, where h is the hidden size.
+which stands for the matrix products and the causal attention of a transformer layer: 24 h^2 and 2 L h floating-point
+operations a token, where h is the hidden size.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def pack_batch(
 ) -> list[list[list[int]]]:
     """Packs a global batch into the microbatches of all ranks; a microbatch is one packed row.
 
-    Every rank gets the same number of microbatches. Where there are too few pairs, its last ones are empty lists. Rows go to
-    the ranks in order of falling cost, forth and back over the ranks, so the k-th microbatches of all ranks cost about the
-    same, and so do the sums of the ranks.
+    Every rank gets the same number of microbatches. Where there are too few pairs, its last ones are empty lists. Rows
+    go to the ranks in order of falling cost, forth and back over the ranks, so the k-th microbatches of all ranks cost
+    about the same, and so do the sums of the ranks.
 
     Args:
         lengths: int [n], tokens of each pair.

@@ -14,7 +14,7 @@ from simpo_megatron.data.reading import Row
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path
 
-# best-worst: as in the paper, one pair a prompt; best-random: the best response and any other; all: every two responses.
+# best-worst: one pair a prompt, as in the paper; best-random: the best response and any other; all: every two of them.
 Strategy = Literal["best-worst", "best-random", "all"]
 
 
@@ -37,8 +37,8 @@ class PairingReport:
     def summary(self, path: str | Path) -> str:
         """The counts in one line; `path` is the file that was written."""
         return (
-            f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self.no_gap} prompts without the score gap, "
-            f"{self.too_few} with fewer than two responses"
+            f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self.no_gap} prompts without the score "
+            f"gap, {self.too_few} with fewer than two responses"
         )
 
 

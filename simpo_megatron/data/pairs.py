@@ -1,7 +1,7 @@
 """Tokenized pairs by index: in memory, mapped from disk (`prepared_set.py`), or several sources as one blend.
 
-A pair is three arrays of token ids (prompt, chosen and rejected response) and one number in each of the `COLUMNS`. P is the
-number of pairs.
+A pair is three arrays of token ids (prompt, chosen and rejected response) and one number in each of the `COLUMNS`. P is
+the number of pairs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Column:
     meaning: str
 
 
-# The only list of them: to add a column, append it here and fill it in `clean._pairs`. The order is that of the records of a
-# prepared set, so a column is never moved or removed.
+# The only list of them: to add a column, append it here and fill it in `clean._pairs`. The order is that of the records
+# of a prepared set, so a column is never moved or removed.
 COLUMNS = (
     Column("row", "<i8", 0, "row of the source, from 1; 0 where the source does not number its rows"),
     Column("weight", "<f4", 1.0, "factor of the pair's loss"),
@@ -142,7 +142,8 @@ class InMemoryPairs(Pairs):
             given: numbers of columns; the others hold their default.
         """
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths.sum(axis=1, dtype=np.int64))])
-        return cls(tokens, offsets, *np.ascontiguousarray(lengths.T), all_columns(len(lengths), given))
+        prompt, chosen, rejected = np.ascontiguousarray(lengths.T)
+        return cls(tokens, offsets, prompt, chosen, rejected, all_columns(len(lengths), given))
 
     def pair(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Pairs`."""
@@ -198,8 +199,8 @@ def concatenate(parts: Sequence[InMemoryPairs]) -> InMemoryPairs:
 class BlendedPairs(Pairs):
     """The pairs of several sources, one source after the other. An epoch has as many pairs as all sources together.
 
-    Without weights an epoch has every pair once. With weights each source gives its share of every epoch. The share is taken
-    from an endless order of the source's own, so no pair comes again before all pairs of that source have come.
+    Without weights an epoch has every pair once. With weights each source gives its share of every epoch. The share is
+    taken from an endless order of the source's own, so no pair comes again before all pairs of that source have come.
 
     Attributes:
         parts: the sources.

@@ -1,7 +1,7 @@
 """Source -> prepared set, on one or several processes. The files are the same for any number of them.
 
-Blocks of rows go to the processes in order and their results come back in order. The number of blocks under way is limited, so
-memory does not grow with the source.
+Blocks of rows go to the processes in order and their results come back in order. The number of blocks under way is
+limited, so memory does not grow with the source.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def prepare(
 
 @contextmanager
 def encoding(encoder: PairEncoder, workers: int) -> Iterator[Callable[[Iterable[list[Row]]], Iterator[EncodedRows]]]:
-    """Gives a function that encodes blocks of rows in order, in this process (`workers` 1) or in processes of its own."""
+    """Gives a function that encodes blocks of rows in order, in this process (`workers` 1) or in others."""
     if workers == 1:
         yield lambda blocks: (encode_rows(rows, encoder) for rows in blocks)
         return

@@ -1,6 +1,6 @@
 """The files of a prepared set: Megatron's IndexedDataset and a sidecar, which training maps into memory.
 
-    PREFIX.bin, PREFIX.idx    one document a pair, with three sequences of int32 ids: prompt, chosen and rejected response
+    PREFIX.bin, PREFIX.idx    one document of int32 ids a pair; its sequences are prompt, chosen and rejected response
     PREFIX.pairs.npy          one record a pair: the numbers of `pairs.COLUMNS`
     PREFIX.json               counts, options, fingerprints of tokenizer and template, checksums of the other files
 

@@ -94,8 +94,8 @@ class PreparedPairs(Pairs):
             before = self.about["fingerprint"].get(name)
             if value != before:
                 raise UserError(
-                    f"{self.prefix}: prepared with another {name} (fingerprint {before}) than that of {checkpoint} ({value}); "
-                    + fix
+                    f"{self.prefix}: prepared with another {name} (fingerprint {before}) than that of {checkpoint} "
+                    f"({value}); {fix}"
                 )
         for name, value in given.items():
             before = self.about["options"].get(name)

@@ -20,7 +20,7 @@ from simpo_megatron.files import sync
 
 
 class Writer:
-    """Writes a set beside its final place. `finish` moves it there; a `with` block that ends without leaves nothing behind."""
+    """Writes a set beside its final place; `finish` moves it there. Without `finish` the `with` block removes it."""
 
     def __init__(self, prefix: Path) -> None:
         """A writer of one set.
@@ -33,7 +33,7 @@ class Writer:
         """
         if not part(prefix, ".json").is_file() and any(part(prefix, end).exists() for end in SUFFIXES):
             raise UserError(
-                f"--output-prefix {prefix}: {prefix}.bin or .idx exists and is not a prepared set; choose another prefix"
+                f"--output-prefix {prefix}: {prefix}.bin or .idx exists and is not a prepared set; choose another"
             )
         self.prefix = prefix
         self._temporary = prefix.with_name(f".{prefix.name}.{os.getpid()}")

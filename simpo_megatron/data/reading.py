@@ -1,7 +1,7 @@
 """Rows of preferences, each with the place it came from.
 
-Sources are JSON Lines (plain or gzip), Parquet files, datasets that `datasets` saved to disk (FOLDER or FOLDER:SPLIT), and
-datasets of the Hugging Face hub (OWNER/NAME or OWNER/NAME:SPLIT). The split is `train` where none is named.
+Sources are JSON Lines (plain or gzip), Parquet files, datasets that `datasets` saved to disk (FOLDER or FOLDER:SPLIT),
+and datasets of the Hugging Face hub (OWNER/NAME or OWNER/NAME:SPLIT). The split is `train` where none is named.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def read_rows(source: str | Path) -> Iterator[Row]:
         source: a file, a folder or a name, as above.
 
     Yields:
-        Where the row stands, and its columns. The place is "FILE:LINE", or "SOURCE row N" where there are no lines, from 1.
+        Where the row stands, and its columns. The place is "FILE:LINE", or "SOURCE row N" where there are no lines,
+        from 1.
 
     Raises:
         UserError: the source is missing, empty, unreadable or of another format, or a line is not one JSON object.
@@ -122,7 +123,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The raw lines, split at newline bytes alone, because U+2028 and other line separators are legal in a JSON string."""
+    """The raw lines, split at newline bytes alone: U+2028 and other line separators are legal in a JSON string."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             number = 0

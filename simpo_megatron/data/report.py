@@ -25,7 +25,8 @@ body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0
 table{border-collapse:collapse}td,th{padding:.25em .8em;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
 .blocks{color:#a40000;font-weight:600}.warns{color:#7a5200}
 .tokens{font-family:ui-monospace,monospace;white-space:pre-wrap;background:#fafafa;padding:.6em;border:1px solid #ddd}
-.prompt{color:#777}.scored{background:#d5efd9}.eos{background:#ffd97a;font-weight:600}.tokens span{border-right:1px solid #fff}
+.prompt{color:#777}.scored{background:#d5efd9}.eos{background:#ffd97a;font-weight:600}
+.tokens span{border-right:1px solid #fff}svg{display:block;margin-top:1em}
 .chosen{fill:#2b7a3f;fill-opacity:.6}.rejected{fill:#b5442e;fill-opacity:.6}
 """
 
@@ -111,8 +112,8 @@ def _packing_lines(doctor: Doctor) -> list[str]:
     return [
         f"{figures['pairs']} pairs, {figures['tokens']} tokens in {figures['rows']} packed rows of {doctor.seq_length} "
         f"(at least {figures['fewest_rows']} are needed): {figures['tokens_per_row']:.0f} tokens a row",
-        f"padding {figures['padding_packed']:.1%} packed; {figures['padding_unpacked']:.1%} if four pairs at a time were "
-        "padded to their longest sequence",
+        f"padding {figures['padding_packed']:.1%} packed; {figures['padding_unpacked']:.1%} if four pairs at a time "
+        "were padded to their longest sequence",
         f"--share-prompts would save {figures['saved_by_shared_prompts']:.1%} of the tokens",
     ]
 
@@ -220,6 +221,6 @@ def _histogram(doctor: Doctor, bins: int = 40, width: int = 800, height: int = 2
     )
     return (
         f'<svg viewBox="0 0 {width} {height + 20}" width="{width}" role=img aria-label="response lengths">{bars}'
-        f'<text x=0 y="{height + 15}">0</text><text x="{width}" y="{height + 15}" text-anchor=end>{edges[-1]:.0f} tokens '
-        "(longer responses are in the last bar)</text></svg><p>Response lengths: chosen green, rejected red."
+        f'<text x=0 y="{height + 15}">0</text><text x="{width}" y="{height + 15}" text-anchor=end>{edges[-1]:.0f} '
+        "tokens (longer responses are in the last bar)</text></svg><p>Response lengths: chosen green, rejected red."
     )

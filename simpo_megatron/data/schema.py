@@ -116,7 +116,7 @@ def _from_text(row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
 
 
 def _common_prefix(chosen: str, rejected: str) -> int:
-    """Length of the implicit prompt: the common prefix without a space at its end, which tokenizers join to the next word.
+    """Length of the implicit prompt: the common prefix without a space at its end, which belongs to the next word.
 
     The last character of the shorter text always belongs to the response, as in TRL's `extract_prompt`.
     """

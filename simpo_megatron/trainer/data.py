@@ -1,4 +1,4 @@
-"""The pairs of a run on every rank: each maps prepared sets; rank 0 tokenizes raw files and sends them to the others."""
+"""The pairs of a run on every rank: all map prepared sets; rank 0 tokenizes raw files and sends their pairs."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ def open_prepared(prefix: str, data: DataConfig, hf: HFCheckpoint, tokenizer: An
         tokenizer: of the model; None: neither the model nor the checksums are compared (ranks other than 0).
 
     Raises:
-        UserError: the set cannot be read, was prepared for another model or with other options than those given, or holds a
-            sequence that is too long for a packed row.
+        UserError: the set cannot be read, was prepared for another model or with other options than those given, or
+            holds a sequence that is too long for a packed row.
     """
     pairs = PreparedPairs(prefix, verify=tokenizer is not None)
     if tokenizer is not None:
         pairs.check(fingerprint(tokenizer, hf.eos_token_ids), data.given_options, hf.path)
     if 2 * pairs.longest_sequence > data.seq_length:
         raise UserError(
-            f"{prefix} holds a sequence of {pairs.longest_sequence} tokens, but a packed row of --seq-length {data.seq_length} "
-            f"takes sequences of at most {data.seq_length // 2}; raise --seq-length to at least "
+            f"{prefix} holds a sequence of {pairs.longest_sequence} tokens, but a packed row of --seq-length "
+            f"{data.seq_length} takes sequences of at most {data.seq_length // 2}; raise --seq-length to at least "
             f"{2 * pairs.longest_sequence}, or prepare the set with --max-length {data.seq_length // 2}"
         )
     return pairs

@@ -185,8 +185,8 @@ def test_mixed_schemas(write: Write) -> None:
             load_preferences(path, toy("llama3"), DataOptions())
         first = (len(rows) - 2) // 100 * 100 + 1  # of the block before, or of the same one
         assert str(caught.value) == (
-            f"{path}:{len(rows)}: the row is a conversation (lists of messages), but {path}:{first} is plain strings; give "
-            "rows of one schema, or two files as a blend"
+            f"{path}:{len(rows)}: the row is a conversation (lists of messages), but {path}:{first} is plain strings; "
+            "give rows of one schema, or two files as a blend"
         )
 
 

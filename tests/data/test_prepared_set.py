@@ -1,4 +1,4 @@
-"""A prepared set holds the pairs of its source, byte for byte the same whoever made it, and says what is wrong with it."""
+"""A prepared set holds the pairs of its source, the same bytes for any number of workers, and names its damage."""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
         if sft:
             continue
         chosen, rejected = beta * logps[0].mean(), beta * logps[1].mean()
-        gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(store.columns["margin"][i]) else float(store.columns["margin"][i])
+        margin = float(store.columns["margin"][i])
+        gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(margin) else margin
         logit = chosen - rejected - gamma
         if loss.get("simpo_loss_type") == "hinge":
             pair_loss = torch.clamp(1 - logit, min=0)

@@ -1,4 +1,4 @@
-"""Runs on prepared sets and blends: the same training as on the raw file, the same pairs at any DP size, clear refusals."""
+"""Runs on prepared sets and blends: trained as the raw file, the same pairs at any DP size, clear refusals."""
 
 from __future__ import annotations
 
