@@ -13,14 +13,9 @@ OPTIONS = tuple(option.name for option in fields(DataOptions))  # settings that 
 
 @dataclass(frozen=True)
 class DataConfig(PairOptions):
-    """Data.
+    """Data."""
 
-    `max_length` and `max_prompt_length` are not None once the object is made: their defaults follow from `seq_length`.
-
-    Attributes:
-        given: names of the settings that a flag, a file or a preset set; None: all that differ from their default.
-    """
-
+    # `max_length` and `max_prompt_length` are not None once the object is made: their defaults follow from `seq_length`.
     train_data: tuple[str, ...] | None = setting(
         None,
         "preferences to train on: prefixes of prepared sets (tools/preprocess_preferences.py), .jsonl (or .json, the "
@@ -37,6 +32,7 @@ class DataConfig(PairOptions):
         False,
         "compute the prompt of a pair once, for both responses; not under Transformer Engine or context parallelism",
     )
+    # Names of the settings that a flag, a file or a preset set. None: all that differ from their default.
     given: frozenset[str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
