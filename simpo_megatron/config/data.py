@@ -15,7 +15,7 @@ OPTIONS = tuple(option.name for option in fields(DataOptions))  # settings that 
 class DataConfig(PairOptions):
     """Data."""
 
-    # `max_length` and `max_prompt_length` are not None once the object is made: their defaults follow from `seq_length`.
+    # `max_length` and `max_prompt_length` are not None once the object is made: the defaults follow from `seq_length`.
     train_data: tuple[str, ...] | None = setting(
         None,
         "preferences to train on: prefixes of prepared sets (tools/preprocess_preferences.py), .jsonl (or .json, the "

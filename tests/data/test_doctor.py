@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from simpo_megatron import data
 from simpo_megatron.data import DataOptions
 from simpo_megatron.data.checks import CHECKS
 from simpo_megatron.data.doctor import Doctor
@@ -220,6 +221,14 @@ def test_the_pair_that_was_asked_for_is_shown_first(tmp_path: Path) -> None:
     doctor = Doctor(toy("llama3"), OPTIONS, (), 200, show=3)
     doctor.examine_rows(read_rows(path))
     assert [view.where.partition(",")[0] for view in doctor.views] == [f"{path}:3", f"{path}:2"]
+
+
+def test_the_readme_lists_every_check_with_its_limit() -> None:
+    text = Path(data.__file__).with_name("README.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("| fault | blocks above |\n|---|---|\n")
+    limits = [line.split("|")[2].strip() for line in table.partition("\n\n")[0].splitlines()]
+    words = {None: "-", 0: "0"}
+    assert limits == [words.get(check.limit) or f"{check.limit:.0%}".replace("%", " %") for check in CHECKS.values()]
 
 
 def test_packing_figures_by_hand() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from trl.data_utils import maybe_extract_prompt
 
+from simpo_megatron import data
 from simpo_megatron.data.schema import Preference, parse_preference
 from simpo_megatron.errors import UserError
 
@@ -107,6 +111,12 @@ def test_null_keys_of_messages_are_left_out_and_others_kept() -> None:
 
 def test_null_prompt_is_an_implicit_one() -> None:
     assert parse({"prompt": None, "chosen": "The a", "rejected": "The b"}).prompt == "The"
+
+
+def test_the_rows_of_the_readme() -> None:
+    text = Path(data.__file__).with_name("README.md").read_text(encoding="utf-8")
+    rows = [json.loads(row) for row in re.findall(r'^\| [\w ]+ \| `({"(?:prompt|chosen)".*})` \|', text, re.MULTILINE)]
+    assert [parse(row).prompt for row in rows] == ["The sky is", "The sky is", *[[user("Why?")]] * 3]
 
 
 # Columns
