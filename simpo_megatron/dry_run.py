@@ -29,7 +29,7 @@ from simpo_megatron.config.run import Config
 from simpo_megatron.data.blend import parse_blend
 from simpo_megatron.data.clean import encode_rows, nothing_left
 from simpo_megatron.data.encode import PairEncoder
-from simpo_megatron.data.prepared_set import is_prepared
+from simpo_megatron.data.prepared_format import is_prepared
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.tokenizer import load_tokenizer
 from simpo_megatron.errors import UserError
@@ -188,7 +188,7 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpo
             pairs = open_prepared(source, config.data, hf, tokenizer)
         else:
             encoder = PairEncoder(tokenizer, config.data.options, hf.eos_token_ids)
-            encoded = encode_rows(islice(read_rows(source), ROWS), encoder, config.data.options)
+            encoded = encode_rows(islice(read_rows(source), ROWS), encoder)
             if not len(encoded.pairs):
                 raise nothing_left(source, encoded.report)
             pairs = encoded.pairs

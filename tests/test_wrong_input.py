@@ -48,7 +48,7 @@ def empty_data(inputs: Inputs) -> Wrong:
 def truncated_line(inputs: Inputs) -> Wrong:
     path = inputs.with_rows(make_rows(3))
     path.write_text(path.read_text()[:-30])
-    return Wrong({"train_data": path}, [f"{path}:3: not valid JSON", "mend or remove the line"])
+    return Wrong({"train_data": path}, [f"{path}:3: not valid JSON", "fix or remove the line"])
 
 
 def truncated_line_seen_by_rank_0_alone(inputs: Inputs) -> Wrong:
@@ -65,7 +65,7 @@ def row_without_chosen(inputs: Inputs) -> Wrong:
 def all_responses_empty(inputs: Inputs) -> Wrong:
     rows = [{**row, "chosen": [{"role": "assistant", "content": " "}]} for row in make_rows(3)]
     path = inputs.with_rows(rows)
-    return Wrong({"train_data": path}, [f"{path}: no pair is left of 3 rows: dropped 3 with an empty response", "mend"])
+    return Wrong({"train_data": path}, [f"{path}: no pair is left of 3 rows: dropped 3 with an empty response", "fix"])
 
 
 def no_chat_template(inputs: Inputs) -> Wrong:

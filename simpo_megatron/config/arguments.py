@@ -42,7 +42,7 @@ METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 
 def settable(group: type) -> list[dataclasses.Field]:
     """The fields of a group that are settings, in the order of `--help`."""
-    return [field for field in dataclasses.fields(group) if field.init]
+    return [field for field in dataclasses.fields(group) if "help" in field.metadata]
 
 
 def heading(group: type) -> str:

@@ -82,12 +82,15 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def broadcast_pairs(store: InMemoryPairs | None) -> InMemoryPairs:
+def broadcast_pairs(pairs: InMemoryPairs | None) -> InMemoryPairs:
     """Rank 0's tokenized pairs on every rank.
 
-    Collectives: one broadcast of the shapes, one of each array.
+    Collectives: one broadcast of names, types and shapes, and one of each array.
+
+    Args:
+        pairs: those to send, on rank 0; None on the other ranks.
     """
-    arrays: dict[str, np.ndarray] = store.arrays() if store is not None else {}
+    arrays: dict[str, np.ndarray] = {} if pairs is None else pairs.arrays()
     header: list[Any] = [{name: (array.dtype.str, array.shape) for name, array in arrays.items()}]
     dist.broadcast_object_list(header, src=0)
     received = {}

@@ -325,8 +325,8 @@ def reference_scores(pairs: Pairs, indices: list[int], sums_PM: Tensor) -> PairS
     return PairScores(
         sums_PM=sums_PM,
         lengths_PM=torch.tensor(lengths, dtype=torch.float64),
-        margin_P=torch.from_numpy(pairs.margin[indices]).double(),
-        weight_P=torch.from_numpy(pairs.weight[indices]).double(),
+        margin_P=torch.from_numpy(pairs.columns["margin"][indices]).double(),
+        weight_P=torch.from_numpy(pairs.columns["weight"][indices]).double(),
         reference_sums_PM=None if known is None else torch.from_numpy(known[indices, :responses]).double(),
     )
 

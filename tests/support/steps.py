@@ -106,18 +106,19 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
         for bit, name, values in zip((1, 2), ("chosen", "rejected"), logps, strict=False):
             count(f"logps/{name}", values.mean())
             count(f"response_length/{name}", len(values))
-            count(f"truncated/{name}", bool(store.truncated[i] & bit))
+            count(f"truncated/{name}", bool(store.columns["truncated"][i] & bit))
         if sft:
             continue
         chosen, rejected = beta * logps[0].mean(), beta * logps[1].mean()
-        gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(store.margin[i]) else float(store.margin[i])
+        margin = float(store.columns["margin"][i])
+        gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(margin) else margin
         logit = chosen - rejected - gamma
         if loss.get("simpo_loss_type") == "hinge":
             pair_loss = torch.clamp(1 - logit, min=0)
         else:
             swapped = loss.get("simpo_label_smoothing", 0.0)
             pair_loss = (1 - swapped) * F.softplus(-logit) + swapped * F.softplus(logit)
-        total = total + float(store.weight[i]) * pair_loss / len(case.pairs)
+        total = total + float(store.columns["weight"][i]) * pair_loss / len(case.pairs)
         for name, value in {
             "chosen": chosen,
             "rejected": rejected,
