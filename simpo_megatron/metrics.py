@@ -1,4 +1,8 @@
-"""What a step reports: sums over pairs, reduced once a step. The metrics themselves are data: `objectives/base.py`."""
+"""The metrics of a step: sums over the pairs of each microbatch, reduced once a step.
+
+Which metrics there are, an objective says (`objectives/base.py`). Every metric is a sum over the global batch, divided
+by one of the `DIVISORS` or by nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,16 @@ from torch import Tensor
 
 from simpo_megatron.objectives import Measured, Metric
 
-DIVISORS = ("pairs", "chosen_tokens")
+DIVISORS = ("pairs", "chosen_tokens")  # of the global batch
 
 
 def metric_sums(metrics: Sequence[Metric], measured: Measured) -> dict[str, Tensor]:
-    """The sums of one microbatch, by name: those of the metrics, and both divisors; fp64 scalars."""
+    """The sums of one microbatch: fp64 scalars by the names of the metrics, and both divisors.
+
+    Args:
+        metrics: of the objective.
+        measured: what they are computed from.
+    """
     pairs = len(measured.scores.sums_PM)
     sums = {
         "pairs": measured.loss.new_tensor(pairs, dtype=torch.float64),
@@ -26,14 +35,17 @@ def metric_sums(metrics: Sequence[Metric], measured: Measured) -> dict[str, Tens
 
 
 def reduce_metrics(sums: Sequence[dict[str, Tensor]], metrics: Sequence[Metric]) -> dict[str, float]:
-    """Means over the global batch, the same on every rank.
+    """Reduces the sums of all ranks to the metrics of the global batch, the same on every rank.
 
-    Collectives: one all-reduce over the data-parallel ranks (context- and tensor-parallel ranks hold equal numbers), one
-    broadcast from the last pipeline stage.
+    Collectives: one all-reduce over the data-parallel ranks (context- and tensor-parallel ranks hold equal numbers);
+    with pipeline parallelism one broadcast from the last stage.
 
     Args:
-        sums: `metric_sums` of each microbatch; empty on the stages before the last.
+        sums: `metric_sums` of each microbatch of this rank; empty on the stages before the last.
         metrics: of the objective.
+
+    Returns:
+        The value of each metric, by name.
     """
     names = [*DIVISORS, *(metric.name for metric in metrics)]
     total = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())

@@ -1,19 +1,22 @@
-"""One microbatch through Megatron's schedules: `forward_step`, its loss function, and every normaliser, once.
+"""One microbatch in Megatron's schedules: `forward_step`, its loss function, and every normaliser.
 
 The loss of a global batch is
 
     sum over pairs of weight * (the objective's loss of the pair) / number of pairs
       + nll_weight * (sum over chosen response tokens of -log p) / number of those tokens
 
-Both divisors count the *global* batch and are known before the step (`BatchCounts`), so packing, accumulation and data
-parallelism cannot change the loss. Megatron divides a 2-tuple loss by num_microbatches (`pipeline_parallel/schedules.py`,
-forward_step_calc_loss), and DDP averages over the data-parallel ranks. So the loss is handed over multiplied by both.
+Both divisors count the *global* batch. They are known before the step (`BatchCounts`), so packing, accumulation and
+data parallelism cannot change the loss. Megatron divides the loss of a microbatch by num_microbatches
+(`pipeline_parallel/schedules.py`, forward_step_calc_loss), and DDP averages gradients over the data-parallel ranks. So
+the step multiplies the loss by both numbers.
 
-Under context parallelism the sums of log-probs are added up over the ranks before anything else is computed from them. Every
-rank then knows the same loss, and its backward pass reaches its own tokens. Megatron multiplies that loss by CP, and DDP
-divides by DP * CP. So the gradients of the ranks add up, and no factor CP stands here.
+Under context parallelism the log-probs of a response are first summed over the ranks. Everything else is computed from
+these sums, so every rank has the same loss, and its backward pass reaches the tokens that the rank holds. Megatron
+multiplies the loss by CP, and DDP divides by DP * CP. So the gradients of the ranks add up, and the step needs no
+factor CP.
 
-Shapes: P pairs, M scored responses of a pair, R scored positions, V columns of the vocabulary on this tensor-parallel rank.
+Shapes: P pairs, M scored responses of a pair, T tokens of this rank, R scored positions of this rank, V columns of the
+vocabulary on this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -49,9 +52,10 @@ class PreferenceStep:
     Attributes:
         objective: what is trained for.
         vocab_size: the true vocabulary, without Megatron's padding.
-        num_microbatches: of this step and data-parallel rank; the same on all of them.
-        moe_aux_loss_coeff: weight of Megatron's balancing loss of the experts.
-        on_sums: called on the last stage with every microbatch and the summed log-probs of its responses, [P, M].
+        num_microbatches: of this step on each data-parallel rank.
+        moe_aux_loss_coeff: weight of Megatron's balancing loss of the experts; 0 for none.
+        on_sums: called on the last pipeline stage with every microbatch and the summed log-probs [P, M] of its
+            responses.
     """
 
     objective: Objective
@@ -65,11 +69,15 @@ class PreferenceStep:
             check_balancing_loss()
 
     def __call__(self, data_iterator: Iterator[PreferenceBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Runs the model on the next batch.
+        """Runs the model on the next microbatch.
+
+        Args:
+            data_iterator: the microbatches of this rank.
+            model: the model chunk that the schedule runs.
 
         Returns:
-            The stage's output (on the last stage the loss with the sums where there is a `LogProbHead`, else logits
-            [1, T, V / tensor_model_parallel_size]) and the loss function.
+            The output of the stage, and the function that computes the loss from it. On the last stage the output is
+            the loss with the sums if the model has a `LogProbHead`, else logits [1, T, V].
         """
         batch = next(data_iterator)
         head = find_head(model)
@@ -86,27 +94,29 @@ class PreferenceStep:
         return output, partial(self.loss_func, batch, head is not None)
 
     def _weigh_balancing_loss(self, batch: PreferenceBatch, output: Tensor) -> None:
-        """Makes the balancing loss of the experts a mean over the rows that hold pairs.
+        """Makes the balancing loss of the experts a mean over the packed rows that hold pairs.
 
-        Megatron's is a mean over all microbatches, with one weight for all of them, which the backward pass reads. An empty
-        row would count like a row of pairs. So each backward pass sets a weight of its own at its start, and restores the
-        common one at its end.
+        Megatron takes the mean over all microbatches, so an empty row would count as much as a row of pairs. In its
+        backward pass the balancing loss of every microbatch is multiplied by one number,
+        `MoEAuxLossAutoScaler.main_loss_backward_scale`. This method changes that number for the backward pass of one
+        microbatch: a hook on the output of the stage, where the backward pass starts, multiplies it by the weight of
+        this row, and a callback of autograd restores it when the backward pass ends.
         """
         weight = self._loss_scale() / batch.counts.packed_rows if batch.pairs else 0.0
 
-        def begin(_: Tensor) -> None:
-            common: Any = MoEAuxLossAutoScaler.main_loss_backward_scale
-            before = common.clone()
-            common.mul_(weight)
-            end = partial(MoEAuxLossAutoScaler.set_loss_scale, before)
-            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+        def multiply_scale(_: Tensor) -> None:
+            scale: Any = MoEAuxLossAutoScaler.main_loss_backward_scale
+            restore = partial(MoEAuxLossAutoScaler.set_loss_scale, scale.clone())
+            scale.mul_(weight)
+            torch.autograd.Variable._execution_engine.queue_callback(restore)  # type: ignore[attr-defined]
 
-        output.register_hook(begin)
+        output.register_hook(multiply_scale)
 
     def _padding_mask(self, batch: PreferenceBatch, model: Any) -> dict[str, Tensor]:
-        """The `padding_mask` of GPTModel.forward, which keeps padding out of the balancing loss (0.15 has no such argument).
+        """The `padding_mask` of GPTModel.forward, which keeps padding out of the balancing loss.
 
-        The first stage cuts it for sequence parallelism itself; later stages expect it already cut.
+        It is passed only with a balancing loss, because the forward of Megatron-Core 0.15 has no such argument.
+        Under sequence parallelism the first stage cuts the mask itself; later stages expect it already cut.
         """
         if not self.moe_aux_loss_coeff:
             return {}
@@ -117,12 +127,12 @@ class PreferenceStep:
         return {"padding_mask": mask}
 
     def _loss_scale(self) -> float:
-        """The factor that undoes Megatron's division by microbatches and DDP's average over the data-parallel ranks."""
+        """The factor that cancels Megatron's division by microbatches and DDP's average over data-parallel ranks."""
         return float(self.num_microbatches * parallel_state.get_data_parallel_world_size())
 
     def head_task(self, batch: PreferenceBatch) -> HeadTask:
         """The scoring task of one microbatch: positions, targets and the loss."""
-        # Megatron divides the scaled loss by num_microbatches and multiplies it by the context-parallel size.
+        # `loss_func` multiplies the loss by the scale. Megatron divides it by num_microbatches and multiplies it by CP.
         gradient = self._loss_scale() / self.num_microbatches * parallel_state.get_context_parallel_world_size()
         return HeadTask(
             scored=batch.scored,
@@ -133,10 +143,19 @@ class PreferenceStep:
         )
 
     def loss_func(self, batch: PreferenceBatch, fused: bool, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of this microbatch in the loss, scaled as Megatron expects it, and its `metric_sums`.
+        """The loss function of one microbatch.
 
-        Collectives: none with the fused head. Else one all-gather over the tensor-parallel ranks (`vocab_parallel_logprobs`)
-        and one all-reduce of a number a response over the context-parallel ranks; none in the backward pass.
+        Collectives: none with the fused head. Without it one all-gather over the tensor-parallel ranks
+        (`vocab_parallel_logprobs`) and one all-reduce of one number a response over the context-parallel ranks; none in
+        the backward pass.
+
+        Args:
+            batch: the microbatch.
+            fused: the output is that of a `LogProbHead`.
+            output: of the last stage.
+
+        Returns:
+            The share of the microbatch in the loss, multiplied as the module's docstring says, and its `metric_sums`.
         """
         if fused:
             loss, sums_PM = split_output(output, batch.responses)
@@ -153,21 +172,21 @@ class PreferenceStep:
 
 
 def sum_over_context(sums_PM: Tensor) -> Tensor:
-    """The sums of all context-parallel ranks. The gradient is handed on unchanged: every rank computes the whole loss."""
+    """Sums over the context-parallel ranks. The gradient is passed on unchanged: every rank computes the whole loss."""
     group: Any = parallel_state.get_context_parallel_group()
     return reduce_from_tensor_model_parallel_region(sums_PM, group)
 
 
 def batch_loss(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor) -> Tensor:
-    """The loss of the pairs of one microbatch, already divided by the counts of the global batch.
+    """The share of one microbatch in the loss of the global batch. The shares of all microbatches add up to that loss.
 
-    The losses of all microbatches of all data-parallel ranks add up to the loss of the global batch. It is a sum over pairs,
-    which the fused head relies on: the derivative with respect to one pair's sums does not depend on the other pairs.
+    The share is a sum over pairs. The fused head relies on it: the derivative with respect to one pair's sums does not
+    depend on the other pairs.
 
     Args:
         objective: what is trained for.
         batch: the microbatch.
-        sums_PM: summed log-probs of the responses, fp32; chosen first.
+        sums_PM: summed log-probs of the responses, chosen first; fp32.
     """
     loss = sums_PM.new_zeros(())
     if objective.nll_weight:
@@ -179,7 +198,7 @@ def batch_loss(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor) ->
 
 
 def measure(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor, loss: Tensor) -> Measured:
-    """What the metrics of one microbatch are computed from.
+    """Collects what the metrics of one microbatch are computed from.
 
     Args:
         objective: what is trained for.

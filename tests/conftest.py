@@ -14,7 +14,7 @@ from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:
-    """The session's gloo workers (see `tests/distributed.py`)."""
+    """The gloo workers of the session, see `tests/support/distributed.py`."""
     workers = WorkerPool()
     yield workers
     workers.close()
@@ -22,10 +22,12 @@ def pool() -> Iterator[WorkerPool]:
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of a tiny Llama, and a file of 10 pairs."""
     folder = tmp_path_factory.mktemp("good")
     return make_checkpoint(folder / "model"), write_rows(folder / "pairs.jsonl", make_rows(10))
 
 
 @pytest.fixture
 def inputs(good: tuple[Path, Path], tmp_path: Path) -> Inputs:
+    """The same, with a folder for outputs."""
     return Inputs(*good, tmp_path)

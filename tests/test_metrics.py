@@ -1,4 +1,4 @@
-"""Metrics: what each name means, against plain numbers, and one reduction over unequal data-parallel ranks."""
+"""What every metric means, in plain numbers; and the reduction over ranks with unequal numbers of pairs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from simpo_megatron.metrics import DIVISORS, metric_sums, reduce_metrics
 from simpo_megatron.objectives import OBJECTIVES, SFT, Measured, PairScores, SimPO
+from tests.support.distributed import WorkerPool
 
 BETA = 2.0
 # chosen, rejected; wins by much, by less than its gamma, by exactly gamma, ties, loses.
@@ -34,12 +35,12 @@ EXPECTED = {
 }
 
 
-# What does not come from the pairs alone: a share in the loss, and the NLL of the chosen tokens.
-SHARE, NLL_A_TOKEN = 0.25, 93 / 51  # the sum of -LOGPS * LENGTHS over the chosen responses, and their tokens
+# The share of a pair in the loss; and the sum of -LOGPS * LENGTHS over the chosen responses, by their tokens.
+SHARE, NLL_A_TOKEN = 0.25, 93 / 51
 
 
 def sums_of(pairs: list[int], objective: Any = None) -> dict[str, torch.Tensor]:
-    """What `step` hands on of a microbatch of these pairs."""
+    """The sums that a step computes for a microbatch of these pairs."""
     objective = objective or SimPO(simpo_beta=BETA)
     logps, lengths = LOGPS[pairs, : objective.responses], LENGTHS[pairs, : objective.responses]
     scores = PairScores(logps * lengths, lengths, GAMMA[pairs], torch.ones(len(pairs)))
@@ -60,7 +61,7 @@ def test_what_every_name_means() -> None:
 
 
 def test_margin_is_the_difference_of_the_rewards() -> None:
-    """Property, on numbers that are not round."""
+    """On random numbers."""
     logps = -3 * torch.rand(64, 2, generator=torch.Generator().manual_seed(0))
     lengths, truncated = torch.ones(64, 2, dtype=torch.int64), torch.zeros(64, 2, dtype=torch.bool)
     objective, none = SimPO(simpo_beta=BETA), torch.zeros(64)
@@ -90,7 +91,7 @@ def test_every_objective_reports_its_loss_once(objective: Any) -> None:
     assert all(name.endswith("/chosen") for name in names[2:]) == (objective.responses == 1)
 
 
-# Microbatches of the data-parallel ranks: lists of pairs. Unequal counts, an empty pack, and an idle rank.
+# The microbatches of each data-parallel rank: lists of pairs. Unequal numbers, empty rows, and a rank without pairs.
 SHARES = {1: [[ALL]], 2: [[[0], [1, 2, 3], []], [[4], [], []]], 4: [[[3]], [[0, 1]], [[]], [[2, 4]]]}
 
 
@@ -134,7 +135,7 @@ def reduced(layout: tuple[int, int]) -> tuple[dict[str, float], dict[str, int]]:
     ],
 )
 def test_reduced_once_over_unequal_ranks(
-    pool, world: int, layout: tuple[int, int], collectives: dict[str, int]
+    pool: WorkerPool, world: int, layout: tuple[int, int], collectives: dict[str, int]
 ) -> None:
     for metrics, counts in pool.run(world, reduced, layout):
         assert metrics == pytest.approx({**EXPECTED, "loss": 5 * SHARE, "nll_loss": NLL_A_TOKEN}, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Megatron's load-balancing loss beside the pair loss: its gradient is Megatron's formula, whatever the pairs are."""
+"""Megatron's balancing loss of the experts: its gradient is Megatron's formula, whatever the pairs are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.distributed import WorkerPool
 from tests.support.families import on_disk
 from tests.support.steps import CASES, build_engine, command_line, gather_gradients, relative_error
 from tests.support.tiny import EXPERTS, make_checkpoint
@@ -38,7 +39,10 @@ def step_gradients(
 
 
 def balancing_gradients(checkpoint: Path, pairs: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """E * sum_e f_e P_e of every layer over the tokens of all sequences: f by the chosen experts, P by the softmax."""
+    """The gradient of Megatron's formula by transformers: E * sum_e f_e P_e for every layer, over all tokens.
+
+    f_e is the share of the tokens that choose expert e, P_e its mean probability.
+    """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     store = CASES["sigmoid"].pairs_in_memory
     by_layer: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
@@ -65,7 +69,7 @@ def balancing_gradients(checkpoint: Path, pairs: tuple[int, ...]) -> dict[str, t
         (2, {**CP2, **EP2}, ALL),
         (2, {**SP, **EP2, **WHOLE}, ALL),
         (4, {**SP, **PP2}, ALL),
-        # One pair for two data-parallel ranks: the empty pack does not count.
+        # One pair for two data-parallel ranks: the empty row does not count.
         (2, EP2, (1,)),
         (2, {**EP2, **FULL}, (1,)),
         (4, {**EP2, **PP2}, (1,)),
@@ -73,7 +77,7 @@ def balancing_gradients(checkpoint: Path, pairs: tuple[int, ...]) -> dict[str, t
     ids=str,
 )
 def test_the_balancing_loss_is_not_scaled_by_the_pairs(
-    pool, checkpoint, world: int, layout: dict[str, Any], pairs: tuple[int, ...]
+    pool: WorkerPool, checkpoint: Path, world: int, layout: dict[str, Any], pairs: tuple[int, ...]
 ) -> None:
     without = pool.run(world, step_gradients, checkpoint, layout, pairs)
     balanced = pool.run(world, step_gradients, checkpoint, {**layout, "moe_aux_loss_coeff": COEFFICIENT}, pairs)

@@ -1,4 +1,4 @@
-"""Optimizer steps against torch's AdamW, and numbers that are not finite. What a step computes: `test_layouts.py`."""
+"""Optimizer steps against torch's AdamW, and numbers that are not finite. The gradients are in `test_layouts.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.step import PreferenceStep
-from tests.support.distributed import Collectives
+from tests.support.distributed import Collectives, WorkerPool
 from tests.support.pairs import make_store
 from tests.support.steps import CASES, LENGTHS, NAN, build_engine, command_line, one_thread, oracle, oracle_metrics
 from tests.support.tiny import make_checkpoint
@@ -46,8 +46,8 @@ def two_steps(checkpoint: Path, layout: dict[str, Any]) -> list[dict[str, float]
 
 
 @pytest.fixture(scope="module")
-def two_oracle_steps(checkpoint) -> list[dict[str, float]]:
-    """The same with torch's clipping and AdamW, and no weight decay of norms."""
+def two_oracle_steps(checkpoint: Path) -> list[dict[str, float]]:
+    """The same steps with torch's clipping and AdamW, without weight decay of norms."""
     model, case = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), CASES["columns"]
     norms, matrices = [], []
     for parameter in model.parameters():
@@ -69,7 +69,7 @@ def two_oracle_steps(checkpoint) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("world, layout", DISTRIBUTED.values(), ids=DISTRIBUTED)
 def test_steps_of_the_distributed_optimizer(
-    pool, checkpoint, two_oracle_steps, world: int, layout: dict[str, Any]
+    pool: WorkerPool, checkpoint: Path, two_oracle_steps: list[dict[str, float]], world: int, layout: dict[str, Any]
 ) -> None:
     first, second, after = two_oracle_steps
     assert after["loss"] < second["loss"] < first["loss"] and first["grad_norm"] > TRAINING["clip_grad"]
@@ -95,7 +95,7 @@ def fail_step(checkpoint: Path, layout: dict[str, Any], weight: float) -> tuple[
     "weight, words", [(NAN, "the loss is nan"), (math.inf, "the loss is inf"), (1e38, "the gradient norm is")]
 )
 def test_a_number_that_is_not_finite_changes_nothing(
-    pool, checkpoint, world: int, layout: dict[str, Any], weight: float, words: str
+    pool: WorkerPool, checkpoint: Path, world: int, layout: dict[str, Any], weight: float, words: str
 ) -> None:
     for message, unchanged in pool.run(world, fail_step, checkpoint, layout, weight):
         assert words in message and "no weight was changed" in message
@@ -128,6 +128,6 @@ def loss_collectives(checkpoint: Path, layout: dict[str, Any]) -> tuple[dict[str
     ids=str,
 )
 def test_collectives_of_a_microbatch_are_those_of_the_docstring(
-    pool, checkpoint, world: int, layout: dict[str, Any], expected: dict[str, int]
+    pool: WorkerPool, checkpoint: Path, world: int, layout: dict[str, Any], expected: dict[str, int]
 ) -> None:
     assert pool.run(world, loss_collectives, checkpoint, layout) == [(expected, {})] * world

@@ -1,4 +1,4 @@
-"""Mistakes a user can make, each run through `train.main` in the worker pool: one line, exit code 2, nothing written."""
+"""Mistakes that a user can make: each ends `train.main` with one line and exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.distributed import WorkerPool
 from tests.support.runs import Inputs, flags, run_main
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
-MEMBERS = ("chosen", "rejected")
 TP2 = {"tensor_model_parallel_size": 2}
 
 
@@ -252,7 +252,7 @@ WRONG: list[Callable[[Inputs], Wrong]] = [
 
 
 @pytest.mark.parametrize("mistake", WRONG)
-def test_wrong_input_is_one_line(pool, inputs: Inputs, mistake: Callable[[Inputs], Wrong]) -> None:
+def test_wrong_input_is_one_line(pool: WorkerPool, inputs: Inputs, mistake: Callable[[Inputs], Wrong]) -> None:
     wrong = mistake(inputs)
     outputs = {"save": inputs.folder / "run", "export_hf": inputs.folder / "out"}
     argv = [*flags(inputs.checkpoint, inputs.data, **{**outputs, **wrong.settings}), *wrong.argv]

@@ -11,7 +11,6 @@ Without `--hf-checkpoint` the model of `bench_step.py` is made. The table goes t
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -221,7 +220,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> list[tuple[str, str, fl
 
 def append_csv(rows: list[tuple[str, str, float, str]], args: argparse.Namespace, data: str, load: float) -> None:
     """Appends the rows with machine, load and versions."""
-    from bench_step import processor
+    from machine import append_rows, processor
 
     where = {
         "date": time.strftime("%Y-%m-%d"),
@@ -230,14 +229,8 @@ def append_csv(rows: list[tuple[str, str, float, str]], args: argparse.Namespace
         "load_average": round(load, 1),
         **{name: version(name) for name in ("megatron-core", "transformers", "tokenizers", "trl", "numpy")},
     }
-    CSV.parent.mkdir(exist_ok=True)
-    new = not CSV.exists()
-    with CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow([*where, "measure", "setting", "value", "unit"])
-        for measure, setting, value, unit in rows:
-            writer.writerow([*where.values(), measure, setting, f"{value:.5g}", unit])
+    names = ("measure", "setting", "value", "unit")
+    append_rows(CSV, [dict(zip(names, (*row[:2], f"{row[2]:.5g}", row[3]), strict=True)) for row in rows], where)
 
 
 def main() -> None:

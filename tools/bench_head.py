@@ -1,20 +1,20 @@
-"""The head alone, forward and backward: this package's beside its peers', and beside the GEMMs nobody can do without.
+"""Measures the head alone, forward and backward: this package's, its peers', and the GEMMs that every head needs.
 
     python tools/bench_head.py [--device cpu|cuda] [--shapes 2x512:2048x64000 1x512+2048:2048x64000@2 ...] [--json FILE]
 
-A shape is PAIRSxRESPONSE[+PROMPT]:HIDDENxVOCABULARY[@TENSOR_PARALLEL], tokens a response and a prompt. Every measurement has a
-process of its own (one a shard), which also times the floor: the three GEMMs over the response tokens alone, in the dtype of
-the weight, or in fp32 where the CPU only emulates bf16, because that is faster. What takes longer than --limit is stopped.
+A shape is PAIRSxRESPONSE[+PROMPT]:HIDDENxVOCABULARY[@TENSOR_PARALLEL]; response and prompt are numbers of tokens. Every
+measurement runs in processes of its own, one a shard. They also time the floor: the three GEMMs over the response
+tokens alone. The floor is in the dtype of the weight, or in fp32 where the CPU only emulates bf16, because fp32 is
+faster there. A measurement that takes longer than --limit is stopped.
 
-Columns: milliseconds and floor (the best of --repeats); peak extra bytes beyond inputs and the fp32 `main_grad` that Megatron's
-DDP keeps in any case (resident memory of the process on a CPU, torch's allocator on CUDA); collectives of one pass; relative
-errors of both gradients against fp64. Rows are appended to `tools/results/head.csv`.
+Columns: milliseconds and floor (the best of --repeats); peak extra bytes beyond inputs and the fp32 `main_grad` that
+Megatron's DDP keeps in any case (resident memory of the process on a CPU, torch's allocator on CUDA); collectives of
+one pass; relative errors of both gradients against fp64. Rows are appended to `tools/results/head.csv`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import socket
@@ -28,7 +28,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from head_peers import IMPLEMENTATIONS, Problem, Shape, oracle, reason_to_skip
+from head_peers import IMPLEMENTATIONS, Problem, Shape, expected_gradients, reason_to_skip
+from head_worker import MIB, memory, work
 from machine import append_rows, processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,142 +39,21 @@ SHAPES = {
     + [f"2x64:2048x64000@{tp}" for tp in (2, 4)],
     "cuda": ["8x512:4096x128256", "8x512+2048:4096x128256", "1x4096:4096x128256", "16x256:4096x128256"],
 }
-MIB = 2**20
-
-
-def memory(field: str, pid: int | str = "self") -> int:
-    """Bytes of resident memory of a process: VmRSS now, VmHWM at most."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/{pid}/status has no {field}")
-
-
-class Meter:
-    """Seconds and peak extra memory of a pass."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def start(self) -> None:
-        """Forgets the peak so far."""
-        import torch
-
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.base = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide as much of what comes
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            self.base = memory("VmRSS")
-            print(json.dumps({"base": self.base}), flush=True)  # for whoever has to stop this process
-        self.started = time.perf_counter()
-
-    def stop(self) -> tuple[float, int]:
-        """Seconds since the start, and the peak beyond what was held then."""
-        import torch
-
-        if self.cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.started
-        return seconds, (torch.cuda.max_memory_allocated() if self.cuda else memory("VmHWM")) - self.base
-
-
-def floor(problem: Problem) -> float:
-    """Seconds of the three GEMMs over the response tokens."""
-    import torch
-
-    from simpo_megatron.compat import have_native_bf16
-
-    emulated = problem.weight.dtype == torch.bfloat16 and not (problem.weight.is_cuda or have_native_bf16())
-    dtype = torch.float32 if emulated else problem.weight.dtype
-    hidden, weight = problem.hidden_TH.detach()[problem.rows].to(dtype), problem.weight.detach().to(dtype)
-    logits, grad_hidden, grad_weight = hidden.new_zeros(len(hidden), len(weight)), hidden.clone(), weight.clone()
-
-    def gemms() -> None:
-        torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=grad_hidden)
-        torch.mm(logits.T, hidden, out=grad_weight)
-
-    started = time.perf_counter()
-    if problem.weight.is_cuda:
-        gemms()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        gemms()
-        torch.cuda.synchronize()
-    else:
-        gemms()
-    return time.perf_counter() - started
-
-
-def count_collectives() -> dict[str, int]:
-    """A counter that every collective from here on adds to."""
-    import torch.distributed as dist
-
-    counts: dict[str, int] = {}
-
-    def counting(name: str, original: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] = counts.get(name, 0) + 1
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
-        setattr(dist, name, counting(name, getattr(dist, name)))
-    return counts
-
-
-def work(args: argparse.Namespace) -> dict[str, Any]:
-    """One shard of one measurement, in a process of its own."""
-    import torch
-    import torch.distributed as dist
-
-    from simpo_megatron import compat, cpu
-
-    rank, shape = int(os.environ["RANK"]), Shape.parse(args.shapes[0])
-    compat.quiet_megatron()
-    if args.device == "cpu":
-        cpu.enable()
-        torch.set_num_threads(max(1, args.threads // shape.tensor_parallel))
-    else:
-        torch.cuda.set_device(rank)
-    counts = count_collectives()  # before Megatron takes its own references
-    from megatron.core import parallel_state
-
-    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
-    parallel_state.initialize_model_parallel(shape.tensor_parallel)
-    dtype, run, meter = getattr(torch, args.dtypes[0]), IMPLEMENTATIONS[args.only], Meter(args.device)
-    tiny = Problem(Shape(1, 4, 0, 64, 128 * shape.tensor_parallel, shape.tensor_parallel), dtype, args.device, rank)
-    tiny.slab_bytes = MIB
-    tiny.keep_main_grad()
-    run(tiny).backward()
-
-    problem = Problem(shape, dtype, args.device, rank)
-    problem.slab_bytes = args.slab_mib * MIB
-    problem.keep_main_grad()
-    found: dict[str, Any] = {"milliseconds": float("inf"), "floor_milliseconds": float("inf")}
-    for _ in range(args.repeats):
-        found["floor_milliseconds"] = min(found["floor_milliseconds"], 1e3 * floor(problem))
-        print(json.dumps(found).replace("Infinity", "null"), flush=True)
-        problem.weight.main_grad.zero_()  # type: ignore[attr-defined]
-        problem.hidden_TH.grad = None
-        counts.clear()
-        meter.start()
-        run(problem).backward()
-        seconds, found["peak_extra_bytes"] = meter.stop()
-        found["milliseconds"] = min(found["milliseconds"], 1e3 * seconds)
-    found["collectives"] = " ".join(f"{name}:{count}" for name, count in sorted(counts.items())) or "none"
-    if rank == 0:
-        assert problem.hidden_TH.grad is not None
-        torch.save((problem.hidden_TH.grad.cpu(), problem.weight.main_grad.cpu()), args.gradients)  # type: ignore[attr-defined]
-    return found
 
 
 def measure(args: argparse.Namespace, name: str, shape: str, dtype: str, gradients: Path) -> dict[str, Any]:
-    """Starts the processes of one measurement; what they found, or why they did not."""
+    """Runs one measurement in processes of its own, one a shard.
+
+    Args:
+        args: of the command line.
+        name: of the implementation.
+        shape: as on the command line.
+        dtype: as on the command line.
+        gradients: the file that the first rank writes its gradients to.
+
+    Returns:
+        What the first rank measured; a `note` says why something is missing.
+    """
     ranks = Shape.parse(shape).tensor_parallel
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -221,12 +101,12 @@ def measure(args: argparse.Namespace, name: str, shape: str, dtype: str, gradien
 
 
 def error(found: Any, right: Any) -> float:
-    """Norm of the difference divided by the norm of what is right."""
+    """The norm of the difference, relative to the norm of what is right."""
     return float((found.double() - right).norm() / right.norm())
 
 
 def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every implementation on every shape in every dtype; a row each, with what could not run."""
+    """Measures every implementation on every shape in every dtype. Returns a row for each, also if it could not run."""
     import torch
     from rich.progress import Progress
 
@@ -248,7 +128,8 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
                     if gradients.exists():
                         whole = shape.partition("@")[0]
                         if known != whole:
-                            right, known = oracle(Problem(Shape.parse(whole), torch.bfloat16, args.device, 0)), whole
+                            problem = Problem(Shape.parse(whole), torch.bfloat16, args.device, 0)
+                            right, known = expected_gradients(problem), whole
                         hidden, weight = torch.load(gradients, weights_only=True)
                         row["grad_hidden_error"] = error(hidden, right[0])
                         row["grad_weight_error"] = error(weight, right[1].cpu()[: len(weight)])
@@ -264,7 +145,7 @@ COLUMNS += ("collectives", "grad_hidden_error", "grad_weight_error", "note")
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """The rows as a table."""
+    """Prints the rows as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -290,7 +171,7 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def where(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions and setting."""
+    """Machine, versions and settings, for the CSV file."""
     import torch
 
     def installed(package: str) -> str:

@@ -1,17 +1,21 @@
-"""The implementations `bench_head.py` compares: response tokens' loss and gradients from hidden states, each in its own way.
+"""The implementations that `bench_head.py` compares. Each computes the same loss from hidden states, in its own way.
 
-Every one is a function of a `Problem` that returns the loss; its backward leaves the gradient of `hidden_TH` in `.grad` and
-that of the weight in `weight.main_grad`, the fp32 buffer that Megatron's DDP keeps for every parameter.
+An implementation is a function of a `Problem` that returns the loss. Its backward pass leaves the gradient of
+`hidden_TH` in `.grad`, and that of the weight in `weight.main_grad`, the fp32 buffer that Megatron's DDP keeps for
+every parameter.
+
+Shapes: T tokens of all pairs, R response tokens, H hidden, V vocabulary, P pairs, M = 2 responses of a pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from head_oracle import lay_out, oracle
 from torch import Tensor
 
 BETA, GAMMA = 2.0, 1.0
@@ -19,7 +23,16 @@ BETA, GAMMA = 2.0, 1.0
 
 @dataclass(frozen=True)
 class Shape:
-    """`2x512+2048:4096x128256@4`: 2 pairs of 2 x 512 response tokens, prompts of 2048, hidden x vocabulary, 4 shards."""
+    """The size of a problem, and how it is written: PAIRSxRESPONSE[+PROMPT]:HIDDENxVOCABULARY[@TENSOR_PARALLEL].
+
+    Attributes:
+        pairs: pairs.
+        response: tokens of each response.
+        prompt: tokens of each prompt.
+        hidden: hidden size.
+        vocab: vocabulary.
+        tensor_parallel: shards of the vocabulary.
+    """
 
     pairs: int
     response: int
@@ -30,33 +43,34 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Reads the text above; prompt and shards may be left out."""
+        """`2x512+2048:4096x128256@4` is 2 pairs of 2 x 512 response tokens, prompts of 2048, 4 shards."""
         tokens, _, sizes = text.partition(":")
         sizes, _, shards = sizes.partition("@")
         tokens, _, prompt = tokens.partition("+")
         numbers = [*tokens.split("x"), prompt or "0", *sizes.split("x"), shards or "1"]
         return cls(*map(int, numbers))
 
-    @property
-    def rows(self) -> int:
-        """Response tokens."""
-        return self.pairs * 2 * self.response
-
 
 class Problem:
-    """Inputs of one rank. Weight and hidden states are bf16 numbers in any dtype, so that one fp64 oracle serves all."""
+    """Inputs of one rank. Weight and hidden states are bf16 numbers in any dtype, so one fp64 oracle serves all."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str, rank: int) -> None:
+        """Makes the inputs: random, the same in every process.
+
+        Args:
+            shape: their size.
+            dtype: of weight and hidden states.
+            device: where they are.
+            rank: which shard of the vocabulary.
+        """
         self.shape, self.rank = shape, rank
         generator = torch.Generator().manual_seed(1)
-        sequence = shape.prompt + shape.response
-        self.tokens = shape.pairs * 2 * sequence
+        self.row = lay_out([(shape.prompt, shape.response, shape.response)] * shape.pairs, 2)
+        self.tokens = self.row.starts[-1]
         hidden = torch.randn(self.tokens, shape.hidden, generator=generator).bfloat16()
         weight = torch.randn(shape.vocab, shape.hidden, generator=generator).mul_(2 / shape.hidden**0.5).bfloat16()
         targets = torch.randint(shape.vocab, (self.tokens,), generator=generator)
-        starts = torch.arange(0, self.tokens, sequence)[:, None] + shape.prompt
-        self.rows = (starts + torch.arange(shape.response)).flatten().to(device)
-        self.segments = torch.arange(shape.pairs * 2).repeat_interleave(shape.response).to(device)
+        self.positions_R, self.segments_R = self.row.positions_R.to(device), self.row.segments_R.to(device)
         self.hidden_TH = hidden.to(device, dtype).requires_grad_()
         shard = weight.chunk(shape.tensor_parallel)[rank]
         self.weight = torch.nn.Parameter(shard.to(device, dtype, copy=True))
@@ -64,7 +78,7 @@ class Problem:
         self.slab_bytes = 0
 
     def megatron_layer(self) -> Any:
-        """Megatron's output layer on the weight."""
+        """Megatron's output layer with this weight."""
         from megatron.core.tensor_parallel import ColumnParallelLinear
         from megatron.core.transformer import TransformerConfig
 
@@ -91,7 +105,7 @@ class Problem:
         return layer
 
     def keep_main_grad(self) -> None:
-        """What Megatron's DDP does: an fp32 gradient beside the parameter, and a hook that adds to it."""
+        """Does what Megatron's DDP does: an fp32 gradient beside the parameter, and a hook that adds to it."""
         weight: Any = self.weight
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
 
@@ -103,7 +117,7 @@ class Problem:
         weight.register_post_accumulate_grad_hook(hook)
 
     def pair_loss(self, sums_PM: Tensor) -> Tensor:
-        """SimPO, a mean over the pairs."""
+        """The SimPO loss, a mean over the pairs."""
         means_PM = BETA * sums_PM / self.shape.response
         return -torch.nn.functional.logsigmoid(means_PM[:, 0] - means_PM[:, 1] - GAMMA).sum() / self.shape.pairs
 
@@ -113,26 +127,26 @@ class Problem:
 
 
 def eager(problem: Problem) -> Tensor:
-    """Logits of every token, upcast, log_softmax: the Hugging Face way."""
+    """Logits of every token, cast to fp32, then log_softmax: what Hugging Face does."""
     logits = (problem.hidden_TH @ problem.weight.T).float()
     logps = logits.log_softmax(-1).gather(1, problem.targets[:, None])[:, 0]
-    return problem.loss_of_logps(logps[problem.rows])
+    return problem.loss_of_logps(logps[problem.positions_R])
 
 
 def _megatron_cross_entropy(problem: Problem, cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     logits, _ = problem.megatron_layer()(problem.hidden_TH[:, None])
-    return problem.loss_of_logps(-cross_entropy(logits, problem.targets[:, None])[:, 0][problem.rows])
+    return problem.loss_of_logps(-cross_entropy(logits, problem.targets[:, None])[:, 0][problem.positions_R])
 
 
 def megatron(problem: Problem) -> Tensor:
-    """Megatron's vocab-parallel cross entropy, over every token."""
+    """Megatron's vocab-parallel cross entropy of every token."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     return _megatron_cross_entropy(problem, vocab_parallel_cross_entropy)
 
 
 def megatron_fused(problem: Problem) -> Tensor:
-    """Megatron's fused cross entropy (`--cross-entropy-loss-fusion`); its gradient of the logits is always bf16."""
+    """Megatron's fused cross entropy (`--cross-entropy-loss-fusion`). Its gradient of the logits is always bf16."""
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
@@ -141,11 +155,11 @@ def megatron_fused(problem: Problem) -> Tensor:
 
 
 def liger(problem: Problem) -> Tensor:
-    """Liger's fused linear SimPO, a pair at a time; compiled on CUDA alone."""
+    """Liger's fused linear SimPO, a pair at a time; compiled only on CUDA."""
     from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
 
     shape, ignored = problem.shape, torch.full_like(problem.targets, -100)
-    ignored[problem.rows] = problem.targets[problem.rows]
+    ignored[problem.positions_R] = problem.targets[problem.positions_R]
 
     def by_response(values: Tensor) -> Tensor:  # chosen sequences first, then rejected ones
         return values.view(shape.pairs, 2, -1, *values.shape[1:]).transpose(0, 1).flatten(0, 1)
@@ -155,20 +169,20 @@ def liger(problem: Problem) -> Tensor:
 
 
 def plain(problem: Problem) -> Tensor:
-    """`--head plain`: logits of every token, log-probs of the response tokens by `logprobs.py`."""
+    """Our `--head plain`: logits of every token, then log-probs of the response tokens."""
     from megatron.core import parallel_state
 
     from simpo_megatron.head.logprobs import vocab_parallel_logprobs
 
-    logits = problem.megatron_layer()(problem.hidden_TH[:, None])[0][:, 0].index_select(0, problem.rows)
+    logits = problem.megatron_layer()(problem.hidden_TH[:, None])[0][:, 0].index_select(0, problem.positions_R)
     group: Any = parallel_state.get_tensor_model_parallel_group()
     return problem.loss_of_logps(
-        vocab_parallel_logprobs(logits, problem.targets[problem.rows], problem.shape.vocab, group)
+        vocab_parallel_logprobs(logits, problem.targets[problem.positions_R], problem.shape.vocab, group)
     )
 
 
 def ours(problem: Problem) -> Tensor:
-    """`--head fused`."""
+    """Our `--head fused`."""
     from simpo_megatron.head.layer import LogProbHead, split_output
     from simpo_megatron.head.task import HeadTask, ScoredPositions
 
@@ -176,9 +190,9 @@ def ours(problem: Problem) -> Tensor:
     head = LogProbHead.install(SimpleNamespace(output_layer=problem.megatron_layer()), problem.slab_bytes)
     task = HeadTask(
         scored=ScoredPositions(
-            positions_R=problem.rows,
-            targets_R=problem.targets[problem.rows],
-            segments_R=problem.segments,
+            positions_R=problem.positions_R,
+            targets_R=problem.targets[problem.positions_R],
+            segments_R=problem.segments_R,
             per_pair=(2 * shape.response,) * shape.pairs,
             per_pair_max=(2 * shape.response,) * shape.pairs,
         ),
@@ -202,7 +216,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem], Tensor]] = {
 
 
 def reason_to_skip(name: str, shape: Shape) -> str | None:
-    """Why an implementation cannot run here, if it cannot."""
+    """Why an implementation cannot run on a shape; None if it can."""
     if name in ("eager", "liger") and shape.tensor_parallel > 1:
         return "one rank only"
     if name == "liger":
@@ -213,20 +227,12 @@ def reason_to_skip(name: str, shape: Shape) -> str | None:
     return None
 
 
-def oracle(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Both gradients in fp64, of the whole vocabulary: hidden [T, H] and weight [V, H], a few rows at a time."""
-    shape, device = problem.shape, problem.hidden_TH.device
-    whole = Problem(Shape(**{**vars(shape), "tensor_parallel": 1}), torch.bfloat16, str(device), 0)
-    hidden, weight = whole.hidden_TH.detach()[whole.rows].double(), whole.weight.detach().double()
-    targets, blocks = whole.targets[whole.rows], range(0, shape.rows, 256)
-    lse = torch.cat([torch.logsumexp(hidden[i : i + 256] @ weight.T, 1) for i in blocks])
-    logps = ((hidden * weight[targets]).sum(1) - lse).requires_grad_()
-    (coefficients,) = torch.autograd.grad(whole.loss_of_logps(logps), logps)
-    grad_hidden, grad_weight = torch.zeros(problem.tokens, shape.hidden, dtype=torch.float64), torch.zeros_like(weight)
-    for i in blocks:
-        block = slice(i, i + 256)
-        gradient = (hidden[block] @ weight.T - lse[block, None]).exp_().mul_(-coefficients[block, None])
-        gradient.scatter_add_(1, targets[block, None], coefficients[block, None])
-        grad_hidden[whole.rows[block].cpu()] = (gradient @ weight).cpu()
-        grad_weight += gradient.T @ hidden[block]
-    return grad_hidden, grad_weight
+def expected_gradients(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Both gradients in fp64 for the whole vocabulary: of the hidden states [T, H] and of the weight [V, H]."""
+    device = problem.hidden_TH.device
+    whole = Problem(replace(problem.shape, tensor_parallel=1), torch.bfloat16, str(device), 0)
+    positions_R = whole.positions_R
+    found = oracle(whole.hidden_TH[positions_R], whole.weight, whole.targets[positions_R], whole.row, whole.pair_loss)
+    grad_TH = torch.zeros(whole.tokens, whole.shape.hidden, dtype=torch.float64)
+    grad_TH[positions_R.cpu()] = found.hidden_RH.cpu()
+    return grad_TH, found.weight_VH

@@ -1,4 +1,4 @@
-"""Where a benchmark ran, and the CSV file its rows go to."""
+"""What the benchmarks share: the name of the machine, and the CSV files with their results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ def processor() -> str:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
-    """Appends the rows, each with machine, versions and setting, to a CSV file of these columns."""
-    path.parent.mkdir(exist_ok=True)
+    """Appends rows to a CSV file. A new file gets a header.
+
+    Args:
+        path: of the file.
+        rows: by column, all with the same columns.
+        where: machine, versions and settings; the first columns of every row.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*where, *rows[0]])
+        writer = csv.DictWriter(file, [*where, *rows[0]], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows({**where, **row} for row in rows)

@@ -1,8 +1,10 @@
-"""From the pairs of a global batch to this rank's microbatches: the one way, for our trainer and for Megatron-LM's.
+"""From the pairs of a global batch to this rank's microbatches, for our trainer and for Megatron-LM's.
 
-packer = RowPacker(seq_length=4096, responses=2, hidden_size=4096)
-batch = packer.pack(pairs, indices)          # this rank's rows, and what the global batch holds
-for microbatch in packer.microbatches(batch): ...    # `PreferenceBatch`es on this rank's device
+    packer = RowPacker(seq_length=4096, responses=2, hidden_size=4096)
+    batch = packer.pack(pairs, indices)                  # this rank's packed rows, and what the global batch holds
+    for microbatch in packer.microbatches(batch): ...    # `PreferenceBatch`es on this rank's device
+
+A microbatch is one packed row.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from simpo_megatron.parallel.context import round_up, sequence_multiple
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """This data-parallel rank's rows of a global batch.
+    """This data-parallel rank's microbatches of a global batch.
 
     Attributes:
         pairs: the data set.
         microbatches: indices of the pairs in the packed row of each microbatch; an empty list is an empty row.
-        counts: what the whole batch holds.
-        tokens: of the whole batch, padding excluded.
+        counts: what the global batch holds.
+        tokens: of the global batch, without padding.
     """
 
     pairs: Pairs
@@ -38,16 +40,17 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class RowPacker:
-    """How the pairs of a run become rows. `parallel_state` must be initialised when a method is called.
+    """How the pairs of a run become packed rows. Its methods need Megatron's `parallel_state` to be initialised.
 
     Attributes:
-        seq_length: tokens a row holds at most.
+        seq_length: tokens a packed row holds at most.
         responses: scored responses of a pair (`Objective.responses`).
         hidden_size: of the model; the cost of a pair depends on it.
-        share_prompts: the prompt of a pair stands once in its row.
+        share_prompts: the prompt of a pair is in its row once.
         fixed_length: pad every row to `seq_length`; else a row ends after its last pair.
         sequence_parallel: tensor-parallel ranks hold equal parts of a row.
-        microbatch_multiple: every rank's number of rows is a multiple of this (pipeline stages, where they interleave).
+        microbatch_multiple: the number of microbatches of a rank is a multiple of this (of the pipeline stages, under
+            the interleaved schedule).
     """
 
     seq_length: int
@@ -59,12 +62,12 @@ class RowPacker:
     microbatch_multiple: int = 1
 
     def pack(self, pairs: Pairs, indices: np.ndarray, num_microbatches: int | None = None) -> GlobalBatch:
-        """Packs the pairs of a global batch into rows and picks this data-parallel rank's.
+        """Packs the pairs of a global batch into rows and picks those of this data-parallel rank.
 
         Args:
             pairs: the data set.
-            indices: of the whole batch, int64.
-            num_microbatches: add empty rows up to this many; None for as few rows as the pairs take.
+            indices: of the pairs of the global batch, int64.
+            num_microbatches: add empty rows up to this many; None adds none.
         """
         prompt = pairs.prompt_length[indices].astype(np.int64)
         columns = (pairs.chosen_length, pairs.rejected_length)[: self.responses]
@@ -94,7 +97,7 @@ class RowPacker:
         )
 
     def microbatches(self, batch: GlobalBatch) -> Iterator[PreferenceBatch]:
-        """This rank's rows of a batch, or its slices of them, on its device."""
+        """The microbatches of a batch on this rank's device; under context parallelism this rank's slices of them."""
         row_format = RowFormat(
             responses=self.responses,
             share_prompts=self.share_prompts,

@@ -1,14 +1,16 @@
-"""A microbatch of preference pairs: whole pairs packed back to back into one row of tokens (THD).
+"""A microbatch of preference pairs: one packed row, that is whole pairs back to back (Megatron's format `thd`).
 
     tokens     prompt chosen | prompt rejected | prompt chosen | prompt rejected | padding
     segments   -- - 0  0  0  -  -- - 1  1  1   ...
 
-Position t scores token t + 1 of its own sequence. So the last prompt token scores the first response token, and the last token
-of a sequence scores nothing. Targets and segments are computed on the whole row, before it is cut: a shift of the slices would
-score tokens across their borders. Under context parallelism every sequence is padded to a multiple of 2 * CP, and each rank
-takes its zig-zag slices (`context_parallel.py`) of tokens, targets and segments together.
+Position t scores token t + 1 of its own sequence. So the last prompt token scores the first response token, and the
+last token of a sequence scores nothing.
 
-Shapes: T tokens of this rank, S scored responses, R scored positions of this rank, P pairs, M scored responses of a pair.
+Under context parallelism every sequence is padded to a multiple of 2 * CP, and each rank takes its zig-zag slices
+(`parallel/context.py`) of the row. Targets and segments are computed on the whole row, before it is cut. If the slices
+were shifted, the last position of a slice would score a token from behind the gap.
+
+Shapes: T tokens of this rank, R scored positions of this rank, P pairs, M scored responses of a pair, S = P * M.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ class BatchCounts:
     """What the global batch holds, over all ranks and microbatches: the divisors of the loss.
 
     Attributes:
-        pairs: pairs.
-        chosen_tokens: scored tokens of the chosen responses.
-        packed_rows: those that hold pairs.
+        pairs: how many pairs.
+        chosen_tokens: how many scored tokens the chosen responses have.
+        packed_rows: how many packed rows hold pairs.
     """
 
     pairs: int
@@ -48,20 +50,21 @@ class BatchCounts:
 class PreferenceBatch:
     """One packed row, or this rank's slices of it.
 
-    Sequences come as chosen, rejected, chosen, rejected, ...; or chosen alone (`responses` is 1). Fields indexed by S or P are
-    the same on all context-parallel ranks; fields indexed by T or R are this rank's.
+    The responses are in the order chosen, rejected, chosen, rejected, ...; if `responses` is 1, chosen only. Fields
+    indexed by S or P are the same on all context-parallel ranks; fields indexed by T or R are this rank's.
 
     Attributes:
         tokens: [1, T] int64.
-        position_ids: [1, T] int64, from 0 in every sequence; a shared prompt stands before both responses.
-        padding_mask: [1, T] bool, True where a token is padding. An empty row marks its first token as text, because Megatron's
-            balancing loss divides by the number of unpadded tokens.
+        position_ids: [1, T] int64, from 0 in every sequence. After a shared prompt both responses go on from its end.
+        padding_mask: [1, T] bool, True where a token is padding. An empty row marks its first token as text, because
+            Megatron's balancing loss divides by the number of unpadded tokens.
         packed_seq_params: `cu_seqlens` of the whole row, all CP * T tokens; the padding at its end is a sequence too.
         scored: the positions that score a response token.
         lengths: [S] int64, scored tokens of each response.
-        truncated: [S] bool, the response lost its end.
+        truncated: [S] bool, True where the response lost its end.
         weight: [P] fp32, factor of the pair's loss.
-        margin: [P] fp32, the pair's own target reward margin; NaN where the objective's applies.
+        margin: [P] fp32, the pair's own target reward margin; NaN where that of the objective holds.
+        reference_sums: [P, M] fp32, summed log-probs under a reference model; None if the data has none.
         pairs: [P] indices of the pairs in the data set.
         responses: scored responses of a pair, M.
         counts: of the global batch.
@@ -76,6 +79,7 @@ class PreferenceBatch:
     truncated: Tensor
     weight: Tensor
     margin: Tensor
+    reference_sums: Tensor | None
     pairs: tuple[int, ...]
     responses: int
     counts: BatchCounts
@@ -86,8 +90,9 @@ class PreferenceBatch:
         return sums_S.view(-1, self.responses)
 
     def scores(self, sums_PM: Tensor) -> PairScores:
-        """What an objective sees of these pairs, given the summed log-probs of their responses."""
-        return PairScores(sums_PM, self.lengths.view(-1, self.responses), self.margin, self.weight)
+        """What an objective sees of these pairs; `sums_PM` are the summed log-probs of their responses."""
+        lengths_PM = self.lengths.view(-1, self.responses)
+        return PairScores(sums_PM, lengths_PM, self.margin, self.weight, self.reference_sums)
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,13 @@ class RowFormat:
     """How rows are laid out and cut.
 
     Attributes:
-        responses: responses of a pair that are laid out: 2 for chosen and rejected, 1 for chosen alone.
-        share_prompts: the prompt of a pair stands once (`shared_prompts.py`); not under context parallelism.
+        responses: responses of a pair that are laid out: 2 for chosen and rejected, 1 for chosen only.
+        share_prompts: the prompt of a pair is in the row once (`shared_prompts.py`); not under context parallelism.
         row_length: pad the whole row to this many tokens; None pads only to `row_multiple`.
-        row_multiple: the tokens of a rank are a multiple of this (tensor_model_parallel_size under sequence parallelism).
-        context_parallel_size, context_parallel_rank: which slices of the row.
+        row_multiple: the number of a rank's tokens is a multiple of this (tensor_model_parallel_size under sequence
+            parallelism).
+        context_parallel_size: ranks that the row is cut for.
+        context_parallel_rank: the rank whose slices are taken.
     """
 
     responses: int = 2
@@ -117,12 +124,13 @@ def pack_row(
     row_format: RowFormat = RowFormat(),
     device: torch.device | str = "cpu",
 ) -> PreferenceBatch:
-    """Builds the row of some pairs, or the slices of it that a context-parallel rank holds.
+    """Packs some pairs into a row, or builds the slices of it that a context-parallel rank holds.
 
     Args:
-        pairs: tokenized pairs.
-        indices: of the pairs in the row. None gives an empty row: padding alone, which keeps collectives matched.
-        counts: what the global batch of this row holds.
+        pairs: the data set.
+        indices: of the pairs in the row. With none, the row is empty: padding only. A rank without pairs runs such rows
+            so that its collectives match those of the other ranks.
+        counts: what the global batch holds.
         row_format: how the row is laid out and cut.
         device: where the tensors go.
 
@@ -144,14 +152,21 @@ def pack_row(
         truncated=_tensor(truncated, device, torch.bool),
         weight=_tensor(pairs.weight[index], device, torch.float32),
         margin=_tensor(pairs.margin[index], device, torch.float32),
+        reference_sums=_reference_sums(pairs, index, row_format.responses, device),
         pairs=tuple(index.tolist()),
         responses=row_format.responses,
         counts=counts,
     )
 
 
+def _reference_sums(pairs: Pairs, index: np.ndarray, responses: int, device: torch.device | str) -> Tensor | None:
+    """The reference sums of some pairs, [P, M] fp32, if the data has them."""
+    sums_PM = pairs.reference_sums
+    return None if sums_PM is None else _tensor(sums_PM[index, :responses], device, torch.float32)
+
+
 def _packed_seq_params(row: _WholeRow, row_format: RowFormat, device: torch.device | str) -> PackedSeqParams:
-    """Megatron's description of the whole row."""
+    """Megatron's description of the whole row: where its sequences start."""
     cu_seqlens, longest = _tensor(row.offsets, device, torch.int32), int(np.diff(row.offsets).max())
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
@@ -163,14 +178,19 @@ def _packed_seq_params(row: _WholeRow, row_format: RowFormat, device: torch.devi
 
 @dataclass(frozen=True)
 class _WholeRow:
-    """A row before it is cut; arrays on the host.
+    """A packed row before it is cut. Its arrays are on the host and cover the whole row.
 
     Attributes:
-        tokens, position_ids, padding: [T] of the whole row.
-        offsets: int32, where the sequences start, and the end of the last; padding at the end of the row is one more.
-        positions, targets, segments: [R] of the whole row, see `ScoredPositions`.
+        tokens: int64, one for each token of the row, as are the next two.
+        position_ids: int64.
+        padding: bool.
+        offsets: int32, where each sequence starts, and the end of the last. Padding at the end of the row is a
+            sequence.
+        positions: int64, one for each scored position of the row, as are the next two; see `ScoredPositions`.
+        targets: int64.
+        segments: int64.
         lengths: [S] scored tokens of each response.
-        splits: tokens of the prompt and of the chosen response, for every pair whose prompt stands once.
+        splits: tokens of the prompt and of the chosen response in each sequence, for shared prompts.
     """
 
     tokens: np.ndarray
@@ -185,7 +205,7 @@ class _WholeRow:
 
 
 def _lay_out(pairs: Pairs, indices: Sequence[int], row_format: RowFormat) -> _WholeRow:
-    """Puts the sequences into one row, and finds what every position scores."""
+    """Lays the sequences out in one row, and computes what every position scores."""
     sequences = _sequences(pairs, indices, row_format)
     offsets = _offsets(sequences, indices, row_format)
     tokens, padding = np.zeros(offsets[-1], np.int64), np.ones(offsets[-1], bool)
@@ -218,12 +238,11 @@ def _lay_out(pairs: Pairs, indices: Sequence[int], row_format: RowFormat) -> _Wh
     )
 
 
-_Sequence = tuple[np.ndarray, list[np.ndarray]]
-"""A prompt, and the responses that stand behind it."""
+_Sequence = tuple[np.ndarray, list[np.ndarray]]  # a prompt, and the responses that follow it
 
 
 def _sequences(pairs: Pairs, indices: Sequence[int], row_format: RowFormat) -> list[_Sequence]:
-    """The sequences of the pairs: one a response, or one a pair where it shares its prompt."""
+    """The sequences of the pairs: one for each response, or one for each pair if its responses share the prompt."""
     found: list[_Sequence] = []
     for prompt, *responses in map(pairs.pair, indices):
         scored = responses[: row_format.responses]
@@ -232,7 +251,7 @@ def _sequences(pairs: Pairs, indices: Sequence[int], row_format: RowFormat) -> l
 
 
 def _offsets(sequences: list[_Sequence], indices: Sequence[int], row_format: RowFormat) -> np.ndarray:
-    """Where the sequences start in the row, padded as context parallelism needs it, and where the row ends."""
+    """Where the sequences start in the row, and where it ends. Sequences are padded as context parallelism needs it."""
     multiple = sequence_multiple(row_format.context_parallel_size)
     sizes = [round_up(len(prompt) + sum(map(len, responses)), multiple) for prompt, responses in sequences]
     used = sum(sizes)
@@ -248,9 +267,14 @@ def _offsets(sequences: list[_Sequence], indices: Sequence[int], row_format: Row
 def _cut(
     row: _WholeRow, num_pairs: int, row_format: RowFormat, device: torch.device | str
 ) -> tuple[ScoredPositions, np.ndarray]:
-    """What one context-parallel rank scores, and the places in the row of the tokens it holds."""
+    """Cuts the row for one context-parallel rank.
+
+    Returns:
+        What the rank scores, and the index in the row of each token that it holds.
+    """
     size, rank = row_format.context_parallel_size, row_format.context_parallel_rank
     held = [positions(row.offsets.tolist(), size, other) for other in range(size)]
+    # Of every token in the row: its index among this rank's tokens (-1 on other ranks), and the rank that holds it.
     local, holder = np.full(len(row.tokens), -1), np.empty(len(row.tokens), np.int64)
     local[held[rank]] = np.arange(len(held[rank]))
     for other, places in enumerate(held):
@@ -269,4 +293,5 @@ def _cut(
 
 
 def _tensor(array: np.ndarray, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A copy of an array on the device."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)

@@ -3,6 +3,9 @@
 Whatever holds them, a pair is three arrays of ids (prompt, chosen, rejected) and a place in columns of numbers. P pairs.
 """
 
+from __future__ import annotations
+
+import copy
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -62,6 +65,19 @@ class Pairs(ABC):
         """Indices int64 [batch] at positions [position, position + batch) of the endless order of this set."""
         return pairs_of_batch(position, batch, len(self), seed, shuffle)
 
+    reference_sums: np.ndarray | None = None  # float32 [P, M], see `with_reference_sums`
+
+    def with_reference_sums(self, sums_PM: np.ndarray) -> Pairs:
+        """A view of these pairs that carries log-probs of a reference model, for objectives that compare with one.
+
+        Args:
+            sums_PM: summed log-probs of the responses, float32 [P, M], chosen first; `trainer.scoring.score_pairs`
+                computes them.
+        """
+        pairs = copy.copy(self)
+        object.__setattr__(pairs, "reference_sums", sums_PM)  # the class may be frozen
+        return pairs
+
     @property
     def pair_tokens(self) -> np.ndarray:
         """int64 [P]: tokens of each pair once packed, with the prompt before both responses."""
@@ -101,7 +117,7 @@ class InMemoryPairs(Pairs):
     def longest_sequence(self) -> int:
         return int((self.prompt_length + np.maximum(self.chosen_length, self.rejected_length)).max())
 
-    def take(self, keep: np.ndarray) -> "InMemoryPairs":
+    def take(self, keep: np.ndarray) -> InMemoryPairs:
         """The pairs where `keep`, bool [P], holds."""
         lengths = np.diff(self.offsets)
         arrays = {name: array[keep] for name, array in self.arrays().items() if name not in ("tokens", "offsets")}
@@ -113,7 +129,7 @@ class InMemoryPairs(Pairs):
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "InMemoryPairs":
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> InMemoryPairs:
         """The store whose `arrays()` these are."""
         return cls(**arrays)
 

@@ -1,9 +1,12 @@
-"""From hidden states to the loss, without the [tokens, vocabulary] logits; no objective is known here.
+"""From hidden states to the loss, without the [tokens, vocabulary] logits. Nothing here depends on an objective.
 
-task.py            what one pass is to score: positions, targets, and the loss of the sums
-layer.py           `LogProbHead`, Megatron's output layer with a task; its autograd function
-slabs.py           the arithmetic: slabs of whole pairs, their log-probs and both gradients
+task.py            what one pass scores: positions, targets, and the loss as a function of the sums
+layer.py           `LogProbHead`, Megatron's output layer with a task, and its autograd function
+slabs.py           the pass: slabs of whole pairs, their log-probs, then their gradients
+projection.py      the three GEMMs, and the precision they run in
 kernels.py         the element-wise work on a slab, in torch
 triton_kernels.py  the same in Triton, for GPUs
-logprobs.py        log-probs from all logits at once: the plain form, and the oracle of the others
+logprobs.py        log-probs from all logits at once: the plain form, which the others are compared with
+
+README.md says what the head costs and how it is tested.
 """

@@ -1,10 +1,12 @@
-"""The element-wise work of the head on one slab of logits: statistics before the loss, the gradient in place after it.
+"""The element-wise work of the head on a slab of logits: its statistics, and later its gradient in the same memory.
 
-On CUDA the Triton kernels of `triton_kernels.py` do it. Elsewhere, and without Triton, torch does it on a few rows at a time,
-so that its temporaries stay in the cache. Both subtract the target from the probability in fp32 and round the difference:
-rounding first would lose the small gradients of tokens that are predicted with a probability near 1.
+On CUDA the Triton kernels of `triton_kernels.py` do it. Elsewhere, and without Triton, torch does it, a block of rows
+at a time, so that its temporaries stay in the cache.
 
-Shapes: N scored positions, V columns of this rank.
+Both subtract the target from the probability in fp32 and round the difference. Rounding first would lose the small
+gradients of tokens that are predicted with a probability near 1.
+
+Shapes: N scored positions, V columns of this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ _BLOCK_BYTES = 4 * 2**20
 
 
 def row_statistics(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of each row, and its target's logit.
+    """The log-sum-exp of each row, and the logit of each row's target.
 
     Args:
-        logits_NV: any floating dtype, rows at any stride, columns adjacent; V may be 0.
+        logits_NV: any floating dtype; rows at any stride, columns adjacent; V may be 0.
         targets_N: column of each row's target, int64; -1 where another rank holds it.
 
     Returns:
-        [N] and [N], fp32 (fp64 for fp64 logits): -inf where there is no column, and 0 where there is no target.
+        [N] and [N], fp32 (fp64 for fp64 logits). The log-sum-exp is -inf if there are no columns; the logit is 0 where
+        another rank holds the target.
     """
     accumulate = torch.promote_types(logits_NV.dtype, torch.float32)
     if logits_NV.is_cuda and have_triton():
@@ -42,12 +45,13 @@ def row_statistics(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor
 
 
 def write_gradient_(logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, coefficients_N: Tensor) -> None:
-    """Replaces the logits by the gradient of sum(coefficients * log p(target)), in place.
+    """Overwrites the logits with the gradient of sum(coefficients * log p(target)).
 
     Args:
-        logits_NV, targets_N: as for `row_statistics`.
-        lse_N: log-sum-exp of each row over all ranks' columns, in the dtype of `row_statistics`.
-        coefficients_N: derivative of the loss by each row's log-prob, in that dtype.
+        logits_NV: as for `row_statistics`.
+        targets_N: as for `row_statistics`.
+        lse_N: log-sum-exp of each row over the columns of all ranks, in the dtype that `row_statistics` returns.
+        coefficients_N: derivative of the loss with respect to each row's log-prob, in the same dtype.
     """
     if logits_NV.is_cuda and have_triton():
         from simpo_megatron.head import triton_kernels
@@ -67,5 +71,6 @@ def write_gradient_(logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, coeffic
 
 
 def _blocks(logits_NV: Tensor) -> list[slice]:
+    """Blocks of rows of about `_BLOCK_BYTES` in fp32."""
     rows = max(1, _BLOCK_BYTES // (4 * max(1, logits_NV.shape[1])))
     return [slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows)]

@@ -1,24 +1,24 @@
-"""LogProbHead: from hidden states to the loss of a microbatch, without its [tokens, vocabulary] logits.
+"""`LogProbHead`: from hidden states to the loss of a microbatch, without the [tokens, vocabulary] logits.
 
     head = LogProbHead.install(gpt_model, slab_bytes=256 * 2**20)   # once, before DDP wraps the model
     with head.scoring(HeadTask(...)):
-        output = gpt_model(tokens, position_ids, None, ...)         # no logits: `split_output` takes it apart
+        output = gpt_model(tokens, position_ids, None, ...)         # no logits: `split_output` reads the output
     loss, sums_PM = split_output(output, responses)
 
-With a task, the output layer scores the response tokens alone. It projects whole pairs, a slab of logits at a time. The loss
-of a pair depends only on that pair's summed log-probs. So after scoring a slab the gradient of the loss with respect to each
-of its log-probs is known, and both gradients are computed before the logits are overwritten. That takes the three GEMMs of
-6NHV FLOPs; nothing is stored and nothing is computed twice. The backward pass only scales. Without a task it is Megatron's
-layer.
+While it has a task, the output layer scores the response tokens only. It computes the logits of some whole pairs at a
+time: a slab. The loss of a pair depends only on that pair's summed log-probs. So after a slab is scored, the gradient
+of the loss with respect to each of its log-probs is known, and both gradients are computed before the logits are
+overwritten. That takes three GEMMs, 6NHV FLOPs. No logits are kept and none are computed twice. The backward pass only
+multiplies by a number. Without a task the layer is Megatron's.
 
-A pair larger than a slab goes through it in parts, first for the sums, then for the gradients. All parts but the last are
-projected a second time (at most 8NHV FLOPs, for such pairs alone). If that costs too much time, raise --head-slab-bytes. The
-second projection could be avoided only with two more fp32 copies of the weight gradient: a loss with an NLL term moves the two
-responses by two independent scalars, which are not known before the end of the pair. Those copies take more memory than the
-slabs save.
+A pair that is larger than a slab goes through it in parts, first for the sums, then for the gradients. The logits of
+all parts but the last are computed a second time, which takes up to 8NHV FLOPs for such pairs. If that costs too much
+time, raise --head-slab-bytes. The second projection could be avoided only with two more fp32 copies of the weight
+gradient, one for each response: with an NLL term the loss changes with the two sums at two unrelated rates, which are
+known only at the end of the pair. Those copies take more memory than the slabs save.
 
-Shapes: T tokens of the row, R scored positions of this context-parallel rank, N those of a slab, H hidden, V columns of this
-tensor-parallel rank, P pairs, M scored responses of a pair (1 or 2).
+Shapes: T tokens of the row, R scored positions of this context-parallel rank, N those of a slab, H hidden, V columns of
+this tensor-parallel rank, P pairs, M scored responses of a pair (1 or 2).
 """
 
 from __future__ import annotations
@@ -33,17 +33,26 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from simpo_megatron.head.slabs import Gradients, score_slabs
+from simpo_megatron.head.projection import Gradients
+from simpo_megatron.head.slabs import score_slabs
 from simpo_megatron.head.task import HeadTask
 
 
 class LogProbHead(ColumnParallelLinear):
-    """Megatron's output layer, which scores pairs while it has a task; same parameter, names and checkpoint.
+    """Megatron's output layer, which scores pairs while it has a task. Parameter, names and checkpoint stay the same.
 
-    Collectives of a scoring pass over the tensor-parallel ranks: forward one all-gather of the hidden states under sequence
-    parallelism and one of two numbers a token for each slab; backward one reduce-scatter of the hidden states' gradient under
-    sequence parallelism, else one all-reduce. None for one rank. Over the context-parallel ranks: forward one all-reduce of
-    a number a response for each slab.
+    Collectives of a pass with a task:
+
+    * over the tensor-parallel ranks, forward: one all-gather of the hidden states under sequence parallelism; and for
+      each slab one all-gather of two numbers a position
+    * over the tensor-parallel ranks, backward: one reduce-scatter of the hidden states' gradient under sequence
+      parallelism, else one all-reduce
+    * over the context-parallel ranks, forward: for each slab one all-reduce of one number a response
+
+    There are none over a group of one rank.
+
+    Attributes:
+        slab_bytes: bytes of the logits that are held at a time.
     """
 
     slab_bytes: int
@@ -51,18 +60,18 @@ class LogProbHead(ColumnParallelLinear):
 
     @classmethod
     def install(cls, model: Any, slab_bytes: int) -> LogProbHead:
-        """Puts a head in the place of a GPTModel's output layer, on its parameter. Before DDP wraps the model.
+        """Replaces a GPTModel's output layer by a head with the same parameter. Call it before DDP wraps the model.
 
         Args:
             model: a GPTModel of the last pipeline stage.
-            slab_bytes: bytes of logits held at a time (at least one token's).
+            slab_bytes: bytes of the logits that are held at a time; those of one position are held in any case.
 
         Raises:
-            ValueError: the model predicts several tokens at a time, through this same layer.
+            ValueError: the model has multi-token prediction, which uses the same output layer for several tokens.
         """
         old = model.output_layer
         if getattr(old.config, "mtp_num_layers", None):
-            raise ValueError("LogProbHead does not know multi-token prediction; leave mtp_num_layers unset")
+            raise ValueError("LogProbHead does not support multi-token prediction; leave mtp_num_layers unset")
         head = cls(
             old.input_size,
             old.output_size,
@@ -75,7 +84,7 @@ class LogProbHead(ColumnParallelLinear):
             grad_output_buffer=old.grad_output_buffer,
             tp_group=old.tp_group,
         )
-        if old.weight is not None:  # tied to the embedding of the same stage, there is none
+        if old.weight is not None:  # None: the embedding of the same stage is used as the weight
             head.weight = old.weight
         head.slab_bytes = slab_bytes
         model.output_layer = head
@@ -83,7 +92,7 @@ class LogProbHead(ColumnParallelLinear):
 
     @contextlib.contextmanager
     def scoring(self, task: HeadTask) -> Iterator[None]:
-        """Within it the layer returns the loss of `task` instead of logits."""
+        """Within this context the layer returns the loss and the sums of `task` instead of logits."""
         self._task = task
         try:
             yield
@@ -93,11 +102,15 @@ class LogProbHead(ColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Without a task: Megatron's. With one: [1, 1, 1 + P * M] in fp32, the loss and the detached sums, and no bias.
+        """Without a task, Megatron's forward; with one, the loss and the sums of the task.
 
         Args:
-            input_: hidden states [T, 1, H], a part of the tokens under sequence parallelism.
-            weight: [V, H] where it is tied.
+            input_: hidden states [T, 1, H]; under sequence parallelism this rank's part of the tokens.
+            weight: [V, H], if it is tied to the embedding.
+            runtime_gather_output: Megatron's argument; not used with a task.
+
+        Returns:
+            With a task [1, 1, 1 + P * M] in fp32 (the loss, then the sums without gradient) and no bias.
         """
         task = self._task
         if task is None:
@@ -108,21 +121,32 @@ class LogProbHead(ColumnParallelLinear):
 
 
 def find_head(model: torch.nn.Module) -> LogProbHead | None:
-    """The head of a model, wherever it sits in it, if this stage has one."""
+    """The head among the modules of a model, or None. Only the last pipeline stage has one."""
     return next((module for module in model.modules() if isinstance(module, LogProbHead)), None)
 
 
 def split_output(output: Tensor, responses: int) -> tuple[Tensor, Tensor]:
-    """Loss (differentiable) and sums [P, M] (detached) of what a model returned whose head had a task."""
+    """Takes the output of a model apart whose head had a task.
+
+    Returns:
+        The loss, a scalar with its gradient; and the sums [P, M], without gradient.
+    """
     flat = output.flatten()
     return flat[0], flat[1:].detach().view(-1, responses)
 
 
 class _FusedHead(torch.autograd.Function):
+    """The autograd function of the head: the forward pass computes both gradients, the backward pass returns them.
+
+    The backward pass is given the gradient of the loss, which multiplies both gradients. If that number is known before
+    (`HeadTask.loss_gradient`), the forward pass multiplies by it, and the `ratio` of the backward pass is 1.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, hidden_T1H: Tensor, weight_VH: Tensor, head: LogProbHead, task: HeadTask, training: bool
     ) -> tuple[Tensor, Tensor]:
+        """The loss and the sums, with the gradients in `ctx`."""
         hidden_TH = hidden_T1H.flatten(0, 1)
         group: Any = head.tp_group
         if head.sequence_parallel:
@@ -155,15 +179,17 @@ class _FusedHead(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """The gradients of the hidden states and of the weight, from that of the loss."""
         gradients, weight, task = ctx.gradients, ctx.weight, ctx.task
         ratio = grads[0] / gradients.factor
         grad_hidden = grad_weight = None
         if ctx.into_main_grad:
-            # No wait on a GPU: the failure is the device's assertion.
+            # main_grad has the gradient already, so the factor can no longer change. The check runs on the device, so
+            # that the host does not wait for it.
             expected = "the loss of the head was multiplied by another number than HeadTask.loss_gradient"
             torch.ops.aten._assert_async.msg((ratio - 1).abs() < 1e-4, expected)
-            # Megatron's protocol (LinearWithGradAccumulationAndAsyncCommunication): the hooks want a gradient, and look at
-            # its values only where the embedding adds its own.
+            # As Megatron's LinearWithGradAccumulationAndAsyncCommunication does: DDP's hooks need some gradient to be
+            # returned. Its values matter only if a tied embedding adds its own gradient to them.
             empty = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
             grad_weight = empty(weight.shape, dtype=weight.dtype, device=weight.device)
             weight.grad_added_to_main_grad = True
@@ -177,13 +203,13 @@ class _FusedHead(torch.autograd.Function):
 
 
 def _accumulates(weight: Tensor) -> bool:
-    """Whether DDP keeps this parameter's gradient in fp32 and lets others add to it."""
+    """Whether DDP keeps this parameter's gradient in fp32 and allows a layer to add to it directly."""
     main_grad = getattr(weight, "main_grad", None)
     return main_grad is not None and main_grad.dtype == torch.float32 and hasattr(weight, "grad_added_to_main_grad")
 
 
 def _reduce(grad_TH: Tensor, head: LogProbHead) -> Tensor:
-    """Sums the gradient of the hidden states over the vocabulary shards."""
+    """Adds up the gradients of the hidden states that the vocabulary shards give."""
     group: Any = head.tp_group
     if head.sequence_parallel:
         part_TH = grad_TH.new_empty(grad_TH.shape[0] // group.size(), grad_TH.shape[1])

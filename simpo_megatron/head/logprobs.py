@@ -1,4 +1,4 @@
-"""Token log-probs from vocabulary-sharded logits: the obvious form, and the oracle of everything faster.
+"""Token log-probs from vocabulary-sharded logits: the plain form, which everything faster is compared with.
 
 Shapes: N tokens, V vocabulary columns of this tensor-parallel rank, G tensor-parallel ranks.
 """
@@ -11,18 +11,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Rows are upcast to fp32 in slabs of this many bytes, so that a bf16 model never holds all its logits in fp32.
-_SLAB_BYTES = 64 * 2**20
+# Rows are cast to fp32 in blocks of this many bytes, so that all the logits of a bf16 model are never held in fp32.
+_BLOCK_BYTES = 64 * 2**20
 
 
 def shard_targets(
     targets_N: Tensor, vocab_size: int, shard_size: int, group: dist.ProcessGroup | None
 ) -> tuple[int, Tensor]:
-    """Where this rank's shard of `shard_size` columns meets the vocabulary and the targets.
+    """What this rank's shard of `shard_size` columns holds of the vocabulary and of the targets.
+
+    Args:
+        targets_N: token ids in the whole vocabulary.
+        vocab_size: the true vocabulary.
+        shard_size: columns of every shard; the last ones pad the vocabulary to a multiple of the ranks.
+        group: the tensor-parallel group; None for one process.
 
     Returns:
-        columns: how many of its columns are real; from there on they pad the vocabulary to a multiple of the ranks.
-        local_N: column of each target, -1 where another rank holds it.
+        The number of real columns in this shard, and the column of each target, -1 where another rank holds it.
     """
     start = 0 if group is None else group.rank() * shard_size
     columns = min(max(vocab_size - start, 0), shard_size)
@@ -31,9 +36,14 @@ def shard_targets(
 
 
 def join_shards(lse_N: Tensor, target_N: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over all columns and the target's logit, from each rank's own (0 where it does not hold the target).
+    """The log-sum-exp over the columns of all ranks, and the target's logit.
 
     Collectives: one all-gather of two numbers a token; none for one rank.
+
+    Args:
+        lse_N: log-sum-exp over this rank's columns.
+        target_N: the target's logit; 0 where another rank holds it.
+        group: the tensor-parallel group; None for one process.
     """
     if group is None or group.size() == 1:
         return lse_N, target_N
@@ -43,12 +53,15 @@ def join_shards(lse_N: Tensor, target_N: Tensor, group: dist.ProcessGroup | None
     return torch.logsumexp(gathered_G2N[:, 0], dim=0), gathered_G2N[:, 1].sum(0)
 
 
-def _row_slabs(logits_NV: Tensor) -> list[slice]:
-    rows = max(1, _SLAB_BYTES // (4 * max(1, logits_NV.shape[1])))
+def _blocks(logits_NV: Tensor) -> list[slice]:
+    """Blocks of rows of about `_BLOCK_BYTES` in fp32."""
+    rows = max(1, _BLOCK_BYTES // (4 * max(1, logits_NV.shape[1])))
     return [slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows)]
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
+    """The autograd function of `vocab_parallel_logprobs`."""
+
     @staticmethod
     def forward(
         ctx: Any, logits_NV: Tensor, targets_N: Tensor, vocab_size: int, group: dist.ProcessGroup | None
@@ -59,7 +72,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
         accumulate = torch.promote_types(logits_NV.dtype, torch.float32)
         lse_N = torch.empty(targets_N.shape, dtype=accumulate, device=logits_NV.device)
-        for rows in _row_slabs(logits_NV):
+        for rows in _blocks(logits_NV):
             lse_N[rows] = torch.logsumexp(logits_NV[rows, :columns].to(accumulate), dim=-1)
         target_N = logits_NV.gather(1, local_N[:, None])[:, 0].to(accumulate) * owned_N
 
@@ -73,26 +86,29 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         logits_NV, lse_N, local_N, owned_N = ctx.saved_tensors
         (grad_N,) = grads
         grad_NV = torch.zeros_like(logits_NV)
-        for rows in _row_slabs(logits_NV):
+        for rows in _blocks(logits_NV):
             # d log p(target) / d logit_v = [v is the target] - softmax_v
-            slab = (logits_NV[rows, : ctx.columns].to(lse_N.dtype) - lse_N[rows, None]).exp_().mul_(-grad_N[rows, None])
+            block = (logits_NV[rows, : ctx.columns].to(lse_N.dtype) - lse_N[rows, None]).exp_()
+            block.mul_(-grad_N[rows, None])
             if ctx.columns:
-                slab.scatter_add_(1, local_N[rows, None], (grad_N * owned_N)[rows, None])
-            grad_NV[rows, : ctx.columns] = slab
+                block.scatter_add_(1, local_N[rows, None], (grad_N * owned_N)[rows, None])
+            grad_NV[rows, : ctx.columns] = block
         return grad_NV, None, None, None
 
 
 def vocab_parallel_logprobs(
     logits_NV: Tensor, targets_N: Tensor, vocab_size: int, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """log p(target) of each row, over the vocabulary that the ranks of `group` hold together.
+    """The log-prob of each row's target, over the vocabulary whose shards the ranks of `group` hold.
 
-    Collectives: one all-gather of two numbers a token over `group` in the forward, none in the backward; none at all for one
-    rank. The gradient is that of the unsharded log-softmax, on every rank for its own columns.
+    Every rank gets the gradient of the unsharded log-softmax for its own columns.
+
+    Collectives over `group`: one all-gather of two numbers a token in the forward pass, none in the backward pass; none
+    at all for one rank.
 
     Args:
-        logits_NV: this rank's columns [N, V], contiguous shards of equal size in rank order, any floating dtype. Read in
-            slabs with fp32 sums (fp64 for fp64 logits).
+        logits_NV: this rank's columns [N, V], any floating dtype. Shards have equal sizes and stand in rank order. Sums
+            are fp32 (fp64 for fp64 logits).
         targets_N: token ids in the whole vocabulary, int64, each below `vocab_size`.
         vocab_size: the true vocabulary; columns from there on are padding and get neither probability nor gradient.
         group: the tensor-parallel group; None for one process.

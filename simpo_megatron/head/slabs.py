@@ -1,10 +1,11 @@
-"""The arithmetic of the head: slabs of whole pairs, from hidden states to the loss and both gradients.
+"""The pass of the head: slab after slab from hidden states to log-probs, and back to both gradients.
 
-Sums and gradients are fp32 (fp64 for fp64 weights) over all slabs, whatever the processor. A GEMM of bf16 matrices whose result
-cannot be fp32 (a CPU; CUDA before torch 2.8) runs a tile of the vocabulary at a time, and each tile's result is added to the
-fp32 gradient. So no product of the size of the weight is ever held, and each is rounded to bf16 once. A CPU without bf16
-arithmetic casts each tile of the weight to fp32: several times faster than torch's emulation, and more exact.
-Shapes: see `layer.py`.
+A slab is a buffer of logits for some scored positions. It holds whole pairs, as many as fit. A pair that is larger than
+a slab goes through it in several parts: all parts are scored first, then their gradients are computed in reverse order.
+`layer.py` says why a pass can do this, and what it costs.
+
+Shapes: R scored positions of this context-parallel rank, N some of them, H hidden, V columns of this tensor-parallel
+rank, P pairs, M scored responses of a pair, S = P * M responses.
 """
 
 from __future__ import annotations
@@ -16,127 +17,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simpo_megatron.compat import have_fp32_accumulating_addmm, have_native_bf16
 from simpo_megatron.head.kernels import row_statistics, write_gradient_
 from simpo_megatron.head.logprobs import join_shards, shard_targets
+from simpo_megatron.head.projection import Gradients, Projection, accumulator
 from simpo_megatron.head.task import HeadTask
 from simpo_megatron.parallel.context import round_up
-
-_TILE_BYTES = 32 * 2**20  # of the weight in fp32
-
-
-@dataclass
-class Gradients:
-    """Where the gradients of one pass go, multiplied by `factor`; None where nobody asks."""
-
-    hidden_RH: Tensor | None
-    weight_VH: Tensor | None
-    factor: float
-
-    @classmethod
-    def of(
-        cls, hidden_RH: Tensor | None, weight_VH: Tensor | None, main_grad: Tensor | None, factor: float
-    ) -> Gradients:
-        """Accumulators for a pass; the weight's is `main_grad` where there is one."""
-        hidden = weight = None
-        if hidden_RH is not None:
-            hidden = torch.empty(hidden_RH.shape, dtype=_accumulate(hidden_RH.dtype), device=hidden_RH.device)
-        if weight_VH is not None and main_grad is None:
-            weight = torch.zeros(weight_VH.shape, dtype=_accumulate(weight_VH.dtype), device=weight_VH.device)
-        return cls(hidden, weight if main_grad is None else main_grad, factor)
-
-
-def score_slabs(
-    hidden_RH: Tensor,
-    weight_VH: Tensor,
-    task: HeadTask,
-    gradients: Gradients | None,
-    slab_bytes: int,
-    tensor_group: dist.ProcessGroup | None = None,
-    context_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the sums of a task, and its gradients into `gradients`.
-
-    Collectives: see `layer.LogProbHead`.
-
-    Args:
-        hidden_RH: the scored tokens' hidden states.
-        weight_VH: this rank's shard, padding included.
-        gradients: None to compute none.
-
-    Returns:
-        loss: scalar; sums_PM: the log-probs of each response, summed over all context-parallel ranks.
-    """
-    scored = task.scored
-    columns, local_R = shard_targets(scored.targets_R, task.vocab_size, weight_VH.shape[0], tensor_group)
-    projection = _Projection(weight_VH[:columns], gradients)
-    pairs, responses = len(scored.per_pair), task.responses
-    dtype = _accumulate(weight_VH.dtype)
-    sums_PM = torch.zeros(pairs, responses, dtype=dtype, device=weight_VH.device)
-    # Sized by the padded shard, which is equal on all tensor-parallel ranks, so that all cut the same slabs.
-    slab_positions = max(1, slab_bytes // (weight_VH.shape[0] * projection.dtype.itemsize))
-    slabs = cut_slabs(scored.per_pair, scored.per_pair_max, slab_positions)
-    longest = max((part.stop - part.start for slab in slabs for part in slab.parts), default=0)
-    # The stride of the logits is a multiple of 64 numbers whatever the vocabulary: tensor cores and wide loads need it.
-    logits_NV = torch.empty(longest, round_up(columns, 64), dtype=projection.dtype, device=weight_VH.device)[
-        :, :columns
-    ]
-
-    def statistics(part: slice) -> tuple[Tensor, Tensor]:
-        logits = logits_NV[: part.stop - part.start]
-        projection.logits(hidden_RH[part], logits)
-        return row_statistics(logits, local_R[part])
-
-    for slab in slabs:
-        whole = slice(slab.parts[0].start, slab.parts[-1].stop)
-        lses, logps = [], []
-        for part in slab.parts:
-            if part.stop > part.start:  # under context parallelism a pair may have all its positions elsewhere
-                lse_N, target_N = join_shards(*statistics(part), tensor_group)
-                lses.append(lse_N)
-                logps.append(target_N - lse_N)
-        logps_N = torch.cat(logps) if logps else sums_PM.new_zeros(0)
-        if __debug__:
-            torch.ops.aten._assert_async.msg(~(logps_N > 0).any(), "a log-probability is positive")
-        sums_S = sums_PM.new_zeros(pairs * responses).index_add_(0, scored.segments_R[whole], logps_N)
-        sums_PM[slab.pairs] = sums_S.view_as(sums_PM)[slab.pairs]
-        if _spans(context_group):
-            dist.all_reduce(sums_PM[slab.pairs], group=context_group)
-        if gradients is None or not logps:
-            continue
-        coefficients_N = _derivative(task, sums_PM).index_select(0, scored.segments_R[whole]) * gradients.factor
-        lse_N = torch.cat(lses)
-        for part in reversed(slab.parts):  # the logits of the last part are still there
-            logits = logits_NV[: part.stop - part.start]
-            if part is not slab.parts[-1]:
-                projection.logits(hidden_RH[part], logits)
-            here = slice(part.start - whole.start, part.stop - whole.start)
-            write_gradient_(logits, local_R[part], lse_N[here], coefficients_N[here])
-            projection.gradients(logits, hidden_RH, part)
-    return task.loss(sums_PM), sums_PM
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Whole pairs whose logits are held together.
+    """Some pairs that are scored at once.
 
     Attributes:
-        pairs: which.
-        parts: their scored positions; several parts for one pair that is larger than a slab.
+        pairs: which pairs.
+        parts: their scored positions. There are several parts only if the slab holds one pair that is too large for it.
     """
 
     pairs: slice
     parts: tuple[slice, ...]
 
+    @property
+    def positions(self) -> slice:
+        """The scored positions of all parts."""
+        return slice(self.parts[0].start, self.parts[-1].stop)
+
 
 def cut_slabs(per_pair: Sequence[int], per_pair_max: Sequence[int], slab_positions: int) -> list[Slab]:
-    """Cuts a microbatch into slabs of at most `slab_positions` scored positions.
+    """Cuts the pairs of a microbatch into slabs.
 
     Args:
         per_pair: scored positions of each pair on this rank.
-        per_pair_max: the same on the context-parallel rank that has most of them; the cut follows it, so that all ranks
-            cut alike.
-        slab_positions: of a slab.
+        per_pair_max: the same on the context-parallel rank that has most of the pair. It decides which pairs share a
+            slab, so that all ranks cut alike.
+        slab_positions: the most positions of a slab.
 
     >>> [(s.pairs, s.parts) for s in cut_slabs([2, 3, 9, 1], [2, 3, 9, 1], 5)]  # doctest: +NORMALIZE_WHITESPACE
     [(slice(0, 2, None), (slice(0, 5, None),)),
@@ -156,65 +69,127 @@ def cut_slabs(per_pair: Sequence[int], per_pair_max: Sequence[int], slab_positio
     return slabs
 
 
-class _Projection:
-    """Logits of some positions, and the two gradients from the logits' gradient, a tile of the vocabulary at a time."""
+def score_slabs(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    task: HeadTask,
+    gradients: Gradients | None,
+    slab_bytes: int,
+    tensor_group: dist.ProcessGroup | None = None,
+    context_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs a pass: the loss and the sums of a task, and its gradients if they are needed.
 
-    def __init__(self, weight_VH: Tensor, into: Gradients | None) -> None:
-        self.weight, self.into, (columns, hidden) = weight_VH, into, weight_VH.shape
-        rounds = weight_VH.dtype == torch.bfloat16 and not (weight_VH.is_cuda and have_fp32_accumulating_addmm())
-        emulated = rounds and not (weight_VH.is_cuda or have_native_bf16())
-        self.dtype = torch.float32 if emulated else weight_VH.dtype
-        size = max(1, min(_TILE_BYTES // (4 * hidden), columns)) if rounds else max(1, columns)
-        self.tiles = [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
-        self.cast = torch.empty(size if emulated else 0, hidden, dtype=self.dtype, device=weight_VH.device)
+    Collectives: see `layer.LogProbHead`.
 
-    def _tile(self, tile: slice) -> Tensor:
-        weight = self.weight[tile]
-        return weight if weight.dtype == self.dtype else self.cast[: len(weight)].copy_(weight)
+    Args:
+        hidden_RH: the hidden states of the scored positions.
+        weight_VH: this rank's shard of the output layer, padding included.
+        task: what is scored.
+        gradients: where the gradients go; None if they are not needed.
+        slab_bytes: bytes of a slab; it holds one position at least.
+        tensor_group: the ranks that hold the other shards; None for one rank.
+        context_group: the ranks that hold the other positions of the pairs; None for one rank.
 
-    def logits(self, hidden_NH: Tensor, out_NV: Tensor) -> None:
-        """Writes the logits of some positions."""
-        hidden_NH = hidden_NH.to(self.dtype)
-        for tile in self.tiles:
-            _multiply(out_NV[:, tile], hidden_NH, self._tile(tile).t(), add=False)
-
-    def gradients(self, grad_NV: Tensor, hidden_RH: Tensor, part: slice) -> None:
-        """Writes the gradient of the hidden states of some positions and adds to that of the weight."""
-        assert self.into is not None
-        grad_hidden, grad_weight = self.into.hidden_RH, self.into.weight_VH
-        hidden_NH = hidden_RH[part].to(self.dtype)
-        if grad_hidden is not None and not self.tiles:
-            grad_hidden[part] = 0
-        for tile in self.tiles:
-            if grad_hidden is not None:
-                _multiply(grad_hidden[part], grad_NV[:, tile], self._tile(tile), add=tile.start > 0)
-            if grad_weight is not None:
-                _multiply(grad_weight[tile], grad_NV[:, tile].t(), hidden_NH, add=True)
+    Returns:
+        The loss, a scalar; and the summed log-probs of each response over all context-parallel ranks, [P, M].
+    """
+    found = _Pass(hidden_RH, weight_VH, task, gradients, slab_bytes, tensor_group, context_group)
+    for slab in found.slabs:
+        lse_N = found.score(slab)
+        if gradients is not None and lse_N is not None:
+            found.differentiate(slab, lse_N, gradients.factor)
+    return task.loss(found.sums_PM), found.sums_PM
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """out = a @ b, or out += a @ b, in the precision of `out` where the device can."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=int(add), out=out)
-    elif out.is_cuda and have_fp32_accumulating_addmm():
-        torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
-    elif add:
-        out.add_(a @ b)
-    else:
-        out.copy_(a @ b)
+class _Pass:
+    """The state of one pass; arguments as for `score_slabs`.
 
+    Attributes:
+        slabs: the slabs, in the order of the pairs.
+        sums_PM: the summed log-probs of the pairs that are scored already, 0 for the others.
+        logits_NV: the buffer that every slab uses.
+        targets_R: the column of each position's target, -1 where another rank holds it.
+    """
 
-def _derivative(task: HeadTask, sums_PM: Tensor) -> Tensor:
-    """Derivative of the loss by the sum of each sequence, [P * M]; right for the pairs whose sums are known."""
-    with torch.enable_grad():
-        known_PM = sums_PM.detach().clone().requires_grad_()
-        (grad_PM,) = torch.autograd.grad(task.loss(known_PM), known_PM)
-    return grad_PM.flatten()
+    def __init__(
+        self,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        task: HeadTask,
+        gradients: Gradients | None,
+        slab_bytes: int,
+        tensor_group: dist.ProcessGroup | None,
+        context_group: dist.ProcessGroup | None,
+    ) -> None:
+        scored, device = task.scored, weight_VH.device
+        columns, self.targets_R = shard_targets(scored.targets_R, task.vocab_size, weight_VH.shape[0], tensor_group)
+        self.hidden_RH, self.task = hidden_RH, task
+        self.tensor_group, self.context_group = tensor_group, context_group
+        self.projection = Projection(weight_VH[:columns], gradients)
+        self.sums_PM = torch.zeros(
+            len(scored.per_pair), task.responses, dtype=accumulator(weight_VH.dtype), device=device
+        )
+        # Sized by the padded shard, which is equal on all tensor-parallel ranks, so that all cut the same slabs.
+        slab_positions = max(1, slab_bytes // (weight_VH.shape[0] * self.projection.dtype.itemsize))
+        self.slabs = cut_slabs(scored.per_pair, scored.per_pair_max, slab_positions)
+        longest = max((part.stop - part.start for slab in self.slabs for part in slab.parts), default=0)
+        # The stride of a row is a multiple of 64 numbers whatever the vocabulary: tensor cores and wide loads need it.
+        buffer = torch.empty(longest, round_up(columns, 64), dtype=self.projection.dtype, device=device)
+        self.logits_NV = buffer[:, :columns]
 
+    def score(self, slab: Slab) -> Tensor | None:
+        """Fills in the sums of a slab's pairs.
 
-def _spans(group: dist.ProcessGroup | None) -> bool:
-    return group is not None and group.size() > 1
+        Returns:
+            The log-sum-exp of each position, [N]; None if this rank has no position of these pairs.
+        """
+        lses, logps = [], []
+        for part in slab.parts:
+            if part.stop > part.start:  # else all positions of the pair lie on other context-parallel ranks
+                statistics = row_statistics(self._project(part), self.targets_R[part])
+                lse_N, target_N = join_shards(*statistics, self.tensor_group)
+                lses.append(lse_N)
+                logps.append(target_N - lse_N)
+        logps_N = torch.cat(logps) if logps else self.sums_PM.new_zeros(0)
+        if __debug__:
+            torch.ops.aten._assert_async.msg(~(logps_N > 0).any(), "a log-probability is positive")
+        sums_S = self.sums_PM.new_zeros(self.sums_PM.numel())
+        sums_S.index_add_(0, self.task.scored.segments_R[slab.positions], logps_N)
+        self.sums_PM[slab.pairs] = sums_S.view_as(self.sums_PM)[slab.pairs]
+        if self.context_group is not None and self.context_group.size() > 1:
+            dist.all_reduce(self.sums_PM[slab.pairs], group=self.context_group)
+        return torch.cat(lses) if lses else None
 
+    def differentiate(self, slab: Slab, lse_N: Tensor, factor: float) -> None:
+        """Computes the gradients of a slab that was just scored, multiplied by `factor`; `lse_N` is from `score`."""
+        start, segments_N = slab.positions.start, self.task.scored.segments_R[slab.positions]
+        coefficients_N = self._derivative_S().index_select(0, segments_N) * factor
+        for part in reversed(slab.parts):
+            # The buffer still holds the logits of the last part. Those of earlier parts are computed again.
+            last = part is slab.parts[-1]
+            logits_NV = self._logits(part) if last else self._project(part)
+            here = slice(part.start - start, part.stop - start)
+            write_gradient_(logits_NV, self.targets_R[part], lse_N[here], coefficients_N[here])
+            self.projection.add_gradients(logits_NV, self.hidden_RH, part)
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    def _logits(self, part: slice) -> Tensor:
+        """The rows of the buffer that a part takes."""
+        return self.logits_NV[: part.stop - part.start]
+
+    def _project(self, part: slice) -> Tensor:
+        """Computes the logits of a part, in the buffer."""
+        logits_NV = self._logits(part)
+        self.projection.logits(self.hidden_RH[part], logits_NV)
+        return logits_NV
+
+    def _derivative_S(self) -> Tensor:
+        """The derivative of the loss with respect to each sum, [P * M].
+
+        It is right for the pairs that are scored already: the loss of a pair does not depend on the sums of other
+        pairs.
+        """
+        with torch.enable_grad():
+            sums_PM = self.sums_PM.detach().clone().requires_grad_()
+            (grad_PM,) = torch.autograd.grad(self.task.loss(sums_PM), sums_PM)
+        return grad_PM.flatten()

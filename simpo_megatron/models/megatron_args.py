@@ -1,6 +1,6 @@
 """An architecture under Megatron-LM's argument names, and back: what most families share. No torch, no Megatron.
 
-Megatron-LM's arguments cannot express everything (`checkpoint/megatron_args.py`, `not_expressible`). What they cannot
+Megatron-LM's arguments cannot express everything (`checkpoint/saved_args.py`, `not_expressible`). What they cannot
 express is stored under names of this package, so that the way back to a config.json loses nothing.
 """
 

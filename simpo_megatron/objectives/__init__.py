@@ -1,10 +1,10 @@
-"""What is trained for: one file an objective. Pure torch; no Megatron, no process group.
+"""What the model is trained for: one file an objective. Pure torch; no Megatron, no process group.
 
-base.py    the protocol: `PairScores` -> one loss a pair, rewards, metrics, description, warnings
-simpo.py   SimPO, the file to read first
-sft.py     the negative log-likelihood of the chosen responses
+simpo.py   SimPO: the formula, its flags, its rewards. Read this file first
+sft.py     SFT: the negative log-likelihood of the chosen responses
+base.py    what an objective is: from the scores of pairs to their losses, rewards and metrics
 
-A new objective is a file here, with its flags as fields, and a line in `OBJECTIVES`.
+A new objective is a file here, with its flags as fields, and a line in `OBJECTIVES`. README.md explains how.
 """
 
 from __future__ import annotations

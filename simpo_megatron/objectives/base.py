@@ -1,19 +1,21 @@
-"""What an objective is: a function of the summed log-probs of each pair. Pure torch; no Megatron, no process group.
+"""What an objective is: a function from the summed log-probs of a pair to its loss. Pure torch; no Megatron.
 
-    class Margin(Objective):             # a file of this folder, and one line in `__init__.py`
-        name = "margin"
-        margin_beta: float = setting(1.0, "scale of the rewards")        # the flag --margin-beta
+    class CPO(Objective):                # a file of this folder, and one line in `__init__.py`
+        name = "cpo"                                                    # --objective cpo
+        cpo_beta: float = setting(0.1, "scale of the rewards")          # the flag --cpo-beta
 
-        def rewards(self, scores): return self.margin_beta * scores.sums_PM
+        def rewards(self, scores): return self.cpo_beta * scores.sums_PM
         def pair_losses(self, scores): ...
 
-The head, the step, the trainer and the verifier call these methods and know nothing else of an objective.
-Shapes: P pairs, M responses of a pair that are scored (2: chosen, rejected; 1: chosen alone).
+The head, the step, the trainer and the verifier call the methods of `Objective` and know nothing else of an objective.
+README.md in this folder has the whole example.
+
+Shapes: P pairs, M scored responses of a pair (2: chosen and rejected; 1: chosen alone).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,14 +26,15 @@ from simpo_megatron.settings import Group
 
 @dataclass(frozen=True)
 class PairScores:
-    """What an objective sees of some pairs; the same on all tensor- and context-parallel ranks.
+    """What an objective sees of some pairs. It is the same on all tensor- and context-parallel ranks.
 
     Attributes:
         sums_PM: log-probs of the responses, summed over their tokens, chosen first; fp32 or fp64, differentiable.
         lengths_PM: scored tokens of the responses, int64 or floating.
-        margin_P: target reward margin that the data sets for a pair; NaN where the objective's own applies.
-        weight_P: factor of the pair's loss.
-        reference_sums_PM: the same sums under a reference model, without gradient; None where there are none.
+        margin_P: target reward margin that the data sets for the pair; NaN if the data sets none.
+        weight_P: factor of the pair's loss. The step multiplies by it; an objective need not.
+        reference_sums_PM: the same sums under a reference model, without gradient; None if the data has none
+            (`Pairs.with_reference_sums`).
     """
 
     sums_PM: Tensor
@@ -42,19 +45,19 @@ class PairScores:
 
     @property
     def averages_PM(self) -> Tensor:
-        """Average log-prob of a response token, in the dtype of the sums."""
+        """The average log-prob of each response's tokens, in the dtype of the sums."""
         return self.sums_PM / self.lengths_PM
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the metrics of one microbatch are computed from; nothing in it has a gradient.
+    """What the metrics of one microbatch are computed from. Nothing in it has a gradient.
 
     Attributes:
         scores: of the pairs of the microbatch.
-        truncated_PM: bool, the response lost its end.
-        rewards_PM: `Objective.rewards` of the scores.
-        target_margins_P: `Objective.target_margins` of the scores.
+        truncated_PM: bool, True where the response lost its end.
+        rewards_PM: what `Objective.rewards` gives for the scores.
+        target_margins_P: what `Objective.target_margins` gives for the scores.
         loss: scalar, the share of the microbatch in the loss of the global batch.
     """
 
@@ -66,18 +69,18 @@ class Measured:
 
     @property
     def margins_P(self) -> Tensor:
-        """Reward of the chosen response minus that of the rejected one."""
+        """The reward of the chosen response minus the reward of the rejected one."""
         return self.rewards_PM[:, 0] - self.rewards_PM[:, 1]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a step's report.
+    """One number that a step reports.
 
     Attributes:
-        name: TRL's, where TRL has the metric.
-        value: [P] or a scalar; it is summed over the pairs of the global batch.
-        divisor: what the sum is divided by: the number of pairs, the number of chosen tokens, or nothing.
+        name: the name in the log; TRL's name if TRL has the metric.
+        value: computes one number a pair, [P], or a scalar for the microbatch. It is summed over the global batch.
+        divisor: the sum is divided by the number of pairs, by the number of scored chosen tokens, or by nothing.
     """
 
     name: str
@@ -86,16 +89,17 @@ class Metric:
 
 
 LOSS_METRICS = (
-    Metric("loss", lambda found: found.loss, "none"),  # `step.batch_loss` has divided its terms
+    Metric("loss", lambda found: found.loss, "none"),  # `step.batch_loss` has already divided each term
     Metric("nll_loss", lambda found: -found.scores.sums_PM[:, 0], "chosen_tokens"),
 )
+# For objectives that score the chosen response alone.
 CHOSEN_METRICS = (
     *LOSS_METRICS,
     Metric("logps/chosen", lambda found: found.scores.averages_PM[:, 0]),
     Metric("response_length/chosen", lambda found: found.scores.lengths_PM[:, 0]),
     Metric("truncated/chosen", lambda found: found.truncated_PM[:, 0]),
 )
-"""For objectives that score the chosen response alone."""
+# For objectives that compare two responses.
 PAIR_METRICS = (
     *LOSS_METRICS,
     Metric("rewards/chosen", lambda found: found.rewards_PM[:, 0]),
@@ -111,41 +115,46 @@ PAIR_METRICS = (
     Metric("truncated/chosen", lambda found: found.truncated_PM[:, 0]),
     Metric("truncated/rejected", lambda found: found.truncated_PM[:, 1]),
 )
-"""For objectives that compare two responses."""
 
 
 @dataclass(frozen=True)
 class Objective(Group):
-    """Base of the objectives. The fields of a subclass are its flags; its docstring is their heading in `--help`.
+    """The base of all objectives.
+
+    The fields of a subclass are its flags. The first line of its docstring is their heading in `--help`.
 
     Attributes:
-        name: value of `--objective`.
-        responses: responses of a pair that are laid out in the row and scored, M.
+        name: the value of `--objective`.
+        responses: how many responses of a pair are laid out in the row and scored, M.
         metrics: what a step reports, in this order.
+        drops: pairs of settings of which one replaces the other. A flag that is a key here drops the value that the
+            YAML file or the preset gives to the other setting.
     """
 
     name: ClassVar[str]
     responses: ClassVar[int] = 2
     metrics: ClassVar[tuple[Metric, ...]] = PAIR_METRICS
+    drops: ClassVar[Mapping[str, str]] = {}
 
     @property
     def nll_weight(self) -> float:
-        """Weight of the NLL of the chosen responses in the loss, a mean over their tokens in the global batch."""
+        """The weight of the NLL term: the negative log-likelihood of the chosen responses, a mean over their tokens."""
         return 0.0
 
     def pair_losses(self, scores: PairScores) -> Tensor | None:
-        """One loss a pair, [P], not reduced and not weighted; None where the NLL is the whole loss.
+        """The loss of each pair, [P], neither weighted nor summed; None if the NLL term is the whole loss.
 
-        The loss of a pair must depend on that pair alone: the head differentiates some pairs while the sums of others are 0.
+        The loss of a pair must depend on that pair alone. The head relies on it: it differentiates the loss of some
+        pairs while the sums of the pairs behind them are still 0.
         """
         raise NotImplementedError
 
     def rewards(self, scores: PairScores) -> Tensor:
-        """Rewards of the responses, [P, M], after every factor and before any margin."""
+        """The reward of each response, [P, M], with every factor and without any margin."""
         raise NotImplementedError
 
     def target_margins(self, scores: PairScores) -> Tensor:
-        """The reward margin that each pair is asked for, [P]; what `rewards/above_gamma` compares with."""
+        """The reward margin that each pair is to exceed, [P]. The metric `rewards/above_gamma` compares with it."""
         return scores.margin_P.nan_to_num(0.0)
 
     def describe(self) -> str:
@@ -153,10 +162,10 @@ class Objective(Group):
         raise NotImplementedError
 
     def warnings(self, lr: float, num_parameters: int) -> list[str]:
-        """Settings that are allowed and have ruined runs of other people.
+        """Sentences about settings that are allowed but are known to ruin runs.
 
         Args:
-            lr: highest learning rate.
+            lr: the highest learning rate.
             num_parameters: of the model.
         """
         return []

@@ -1,4 +1,4 @@
-"""SFT: the negative log-likelihood of the chosen responses, the step before SimPO in the paper's Base setup."""
+"""SFT: the negative log-likelihood of the chosen responses. The paper's Base setup trains it before SimPO."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simpo_megatron.objectives.base import CHOSEN_METRICS, Metric, Objective, Pa
 
 @dataclass(frozen=True)
 class SFT(Objective):
-    """SFT"""
+    """SFT."""
 
     name: ClassVar[str] = "sft"
     responses: ClassVar[int] = 1
@@ -20,11 +20,11 @@ class SFT(Objective):
 
     @property
     def nll_weight(self) -> float:
-        """The NLL is the whole loss."""
+        """1: the NLL term is the whole loss."""
         return 1.0
 
     def pair_losses(self, scores: PairScores) -> None:
-        """There is no loss of a pair besides the NLL."""
+        """None: the NLL term is the whole loss."""
         return
 
     def rewards(self, scores: PairScores) -> Tensor:
@@ -32,5 +32,5 @@ class SFT(Objective):
         return scores.averages_PM
 
     def describe(self) -> str:
-        """What is trained on."""
+        """The name and the loss."""
         return "SFT: negative log-likelihood of the chosen responses"

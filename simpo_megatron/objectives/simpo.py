@@ -1,17 +1,20 @@
 """SimPO: the formula, its flags and its rewards. Pure torch. Read this file first.
 
-SimPO (arXiv 2405.14734, equation 6) scores a response y by its average log-probability. It asks the chosen response w to beat
+SimPO (arXiv 2405.14734, equation 6) scores a response y by its average log-probability. The chosen response w must beat
 the rejected response l by a target margin gamma:
 
     r(x, y) = beta / |y| * sum_t log pi(y_t | x, y_<t)
     loss    = -log sigmoid(r_w - r_l - gamma)
 
-gamma is absolute, in units of reward. The paper tunes the ratio gamma / beta; TRL's `simpo_gamma` is the absolute gamma.
-`SimPO.gamma` is the one place where the two flags meet. Shapes: P pairs, M responses of a pair.
+gamma is absolute, in units of reward. The paper tunes the ratio gamma / beta; TRL's `simpo_gamma` is the absolute
+gamma. Either flag sets the margin, and `SimPO.gamma` reads both.
+
+Shapes: P pairs, M scored responses of a pair.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -35,11 +38,12 @@ def simpo_loss(
     """One loss a pair, not reduced.
 
     Args:
-        chosen_logps_P: average log-prob of each chosen response (sum over its tokens divided by their number), fp32 or fp64.
+        chosen_logps_P: average log-prob of each chosen response (sum over its tokens divided by their number), fp32 or
+            fp64.
         rejected_logps_P: the same for the rejected responses.
         beta: scale of the rewards.
         gamma_P: target reward margin, one number or one a pair.
-        loss_type: `sigmoid` (the paper's) or `hinge`, relu(1 - (r_w - r_l - gamma)), which has no label smoothing.
+        loss_type: `sigmoid` (the paper's) or `hinge`: relu(1 - (r_w - r_l - gamma)), without label smoothing.
         label_smoothing: the probability that the two responses of a pair were swapped.
 
     Returns:
@@ -58,9 +62,13 @@ def simpo_loss(
 
 @dataclass(frozen=True)
 class SimPO(Objective):
-    """SimPO"""
+    """SimPO."""
 
     name: ClassVar[str] = "simpo"
+    drops: ClassVar[Mapping[str, str]] = {
+        "simpo_gamma": "simpo_gamma_beta_ratio",
+        "simpo_gamma_beta_ratio": "simpo_gamma",
+    }
     simpo_beta: float = setting(2.0, "scale of the rewards")
     simpo_gamma: float | None = setting(None, "target reward margin, absolute")
     simpo_gamma_beta_ratio: float | None = setting(None, "target reward margin divided by beta; default 0.5")
@@ -87,7 +95,7 @@ class SimPO(Objective):
 
     @property
     def gamma(self) -> float:
-        """Target reward margin, absolute, whichever way it was given."""
+        """The target reward margin, absolute, from whichever of the two flags was given."""
         if self.simpo_gamma is not None:
             return self.simpo_gamma
         ratio = 0.5 if self.simpo_gamma_beta_ratio is None else self.simpo_gamma_beta_ratio
@@ -95,11 +103,11 @@ class SimPO(Objective):
 
     @property
     def nll_weight(self) -> float:
-        """`--simpo-sft-weight`; the paper's SimPO has no NLL term."""
+        """The value of --simpo-sft-weight. The paper's SimPO has no NLL term."""
         return self.simpo_sft_weight
 
     def pair_losses(self, scores: PairScores) -> Tensor:
-        """`simpo_loss` of the average log-probs, [P]."""
+        """The value of `simpo_loss` for the average log-probs, [P]."""
         chosen_P, rejected_P = scores.averages_PM.unbind(1)
         return simpo_loss(
             chosen_P,
@@ -111,22 +119,22 @@ class SimPO(Objective):
         )
 
     def rewards(self, scores: PairScores) -> Tensor:
-        """beta times the average log-probs, [P, M]; gamma is not in them."""
+        """The average log-probs times beta, [P, M]. They do not contain gamma."""
         return self.simpo_beta * scores.averages_PM
 
     def target_margins(self, scores: PairScores) -> Tensor:
-        """gamma, or the margin that the data sets for a pair, [P]."""
+        """The margin that the data sets for a pair, gamma for the other pairs, [P]."""
         return torch.where(scores.margin_P.isnan(), self.gamma, scores.margin_P)
 
     def describe(self) -> str:
-        """beta and both values of gamma."""
+        """The values of beta, gamma, gamma / beta and the loss type."""
         return (
             f"SimPO: beta {self.simpo_beta:g}, gamma {self.gamma:g} (gamma / beta {self.gamma / self.simpo_beta:g}), "
             f"{self.simpo_loss_type}"
         )
 
     def warnings(self, lr: float, num_parameters: int) -> list[str]:
-        """See `Objective.warnings`."""
+        """Sentences about the learning rate, beta, gamma and the NLL term; see `Objective.warnings`."""
         found = []
         if lr >= 1e-5 and num_parameters >= 1e9:
             found.append(f"--lr {lr:g}: SimPO on models of billions of parameters collapses from 1e-5 on")

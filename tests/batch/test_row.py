@@ -1,4 +1,4 @@
-"""`batch/row.py` against a loop over tokens: what is scored, by which position, for which sequence."""
+"""`batch/row.py` against a loop over tokens: what is scored, by which position, for which response."""
 
 from __future__ import annotations
 
@@ -20,15 +20,24 @@ COUNTS = BatchCounts(pairs=9, chosen_tokens=31, packed_rows=1)
 
 @dataclass
 class Naive:
-    """One token after the other."""
+    """A row that is built one token after the other.
+
+    Attributes:
+        tokens: of the row.
+        positions: position of each token in its sequence.
+        starts: where each sequence starts.
+        scored: index in the row, target and response of each scored position.
+        lengths: scored tokens of each response.
+    """
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
-    scored: list[tuple[int, int, int]] = field(default_factory=list)  # row, target, sequence
+    scored: list[tuple[int, int, int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
     def add(self, prompt: Any, response: Any) -> None:
+        """Appends a sequence."""
         self.starts.append(len(self.tokens))
         for position, token in enumerate([*prompt, *response]):
             if position >= len(prompt):
@@ -38,6 +47,7 @@ class Naive:
         self.lengths.append(len(response))
 
     def pad(self, total: int) -> None:
+        """Pads the row to `total` tokens."""
         if total > len(self.tokens):
             self.starts.append(len(self.tokens))
         for position in range(total - len(self.tokens)):
@@ -46,6 +56,7 @@ class Naive:
 
 
 def naive_row(store: InMemoryPairs, pairs: list[int], responses: int, total: int) -> Naive:
+    """The row of some pairs, padded to `total` tokens."""
     row = Naive()
     for i in pairs:
         prompt, chosen, rejected = store.pair(i)
@@ -56,12 +67,13 @@ def naive_row(store: InMemoryPairs, pairs: list[int], responses: int, total: int
 
 
 def scored_here(batch: PreferenceBatch) -> list[tuple[int, int, int]]:
-    """Position, target and sequence of everything this rank scores."""
+    """Index, target and response of every scored position of this rank."""
     scored = batch.scored
     return list(zip(scored.positions_R.tolist(), scored.targets_R.tolist(), scored.segments_R.tolist(), strict=True))
 
 
 def check(batch: PreferenceBatch, row: Naive) -> None:
+    """Everything in the batch is as in the row."""
     assert batch.tokens.tolist() == [row.tokens]
     assert batch.position_ids.tolist() == [row.positions]
     packed = batch.packed_seq_params
@@ -162,7 +174,7 @@ def test_segment_sums_and_their_gradient(responses: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 192}], ids=str)
 def test_context_parallel_slices_hold_the_row_once(responses: int, size: int, padding: dict[str, int]) -> None:
-    """Put back where zig-zag takes them from, the slices of all ranks are the row of a single rank, sequences padded."""
+    """The slices of all ranks, put back in their places, are the row of a single rank with padded sequences."""
     store, pairs = make_store(LENGTHS), [3, 0, 2]
     ranks = [
         pack_row(
@@ -192,8 +204,8 @@ def test_context_parallel_slices_hold_the_row_once(responses: int, size: int, pa
         assert batch.lengths.tolist() == row.lengths
         places = []
         for start, end in pairwise(ends):
-            chunks = torch.arange(start, end).chunk(2 * size)
-            places += [*chunks[rank].tolist(), *chunks[2 * size - 1 - rank].tolist()]
+            slices = torch.arange(start, end).chunk(2 * size)
+            places += [*slices[rank].tolist(), *slices[2 * size - 1 - rank].tolist()]
         for local, place in enumerate(places):
             tokens[place], positions[place] = batch.tokens[0, local].item(), batch.position_ids[0, local].item()
         scored += [(places[local], target, segment) for local, target, segment in scored_here(batch)]
@@ -211,8 +223,8 @@ def test_context_parallel_slices_hold_the_row_once(responses: int, size: int, pa
 
 
 def _used(pairs: list[int], responses: int) -> list[tuple[int, int]]:
-    """Pair and tokens of every sequence, padding left out."""
-    return [(i, LENGTHS[i][0] + LENGTHS[i][1 + member]) for i in pairs for member in range(responses)]
+    """The pair and the number of tokens of every sequence, without padding."""
+    return [(i, LENGTHS[i][0] + LENGTHS[i][1 + response]) for i in pairs for response in range(responses)]
 
 
 def test_padding_is_marked() -> None:

@@ -23,20 +23,21 @@ def kernels(request: pytest.FixtureRequest) -> Any:
     if request.param == "torch":
         return torch_kernels
     if os.environ.get(INTERPRET) != "1":
-        pytest.skip("runs below, in a process of its own")
+        pytest.skip("runs in a process of its own: test_triton_in_its_interpreter")
     return importlib.import_module("simpo_megatron.head.triton_kernels")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(os.environ.get(INTERPRET) == "1", reason="this is that process")
+@pytest.mark.skipif(os.environ.get(INTERPRET) == "1", reason="this is the inner process")
 def test_triton_in_its_interpreter() -> None:
-    """Triton decides as it is imported whether it interprets, and torch may have imported it."""
+    """Triton decides on import whether it interprets, and torch may have imported it: this needs a new process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"]
     result = subprocess.run(command, env={**os.environ, INTERPRET: "1"}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-4000:]
 
 
 def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, targets (the first and the last column among them), and a weight for each row."""
     generator = torch.Generator().manual_seed(columns)
     logits = 5 * torch.randn(rows, columns, dtype=torch.float64, generator=generator)
     targets = torch.randint(columns, (rows,), generator=generator)
@@ -45,11 +46,12 @@ def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def one_rounding(kernels: Any) -> float:
-    """Relative error of one rounding to bf16; Triton's interpreter cuts the bits off instead."""
+    """The relative error of one rounding to bf16. Triton's interpreter cuts the bits off instead."""
     return 4.1e-3 if kernels is torch_kernels else 7.9e-3
 
 
 def oracle(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The gradient of sum(weights * log p(target)) in fp64."""
     logits = logits.double().requires_grad_()
     logps = logits.log_softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
     (gradient,) = torch.autograd.grad((weights * logps).sum(), logits)
@@ -58,7 +60,7 @@ def oracle(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -
 
 @pytest.mark.parametrize("columns", [1, 7, 4096, 4097, 10_000, 262_144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradient(kernels, columns: int, dtype: torch.dtype) -> None:
+def test_values_and_gradient(kernels: Any, columns: int, dtype: torch.dtype) -> None:
     logits, targets, weights = problem(3, columns)
     logits = logits.to(dtype)
     wanted = oracle(logits, targets, weights)
@@ -73,8 +75,8 @@ def test_values_and_gradient(kernels, columns: int, dtype: torch.dtype) -> None:
     )
 
 
-def test_a_confident_row_keeps_its_small_gradient(kernels) -> None:
-    """p - 1 where p is nearly 1: rounding p to bf16 before the subtraction would lose it."""
+def test_a_confident_row_keeps_its_small_gradient(kernels: Any) -> None:
+    """The gradient p - 1 where p is nearly 1: rounding p to bf16 before the subtraction would lose it."""
     logits = torch.tensor([[8.0, 0.0, 1.0, -3.0]]).bfloat16()
     targets, weights = torch.tensor([0]), torch.tensor([2.0])
     wanted = oracle(logits, targets, weights.double())
@@ -83,8 +85,8 @@ def test_a_confident_row_keeps_its_small_gradient(kernels) -> None:
     torch.testing.assert_close(logits.double(), wanted, rtol=one_rounding(kernels), atol=0)
 
 
-def test_a_target_of_another_rank(kernels) -> None:
-    """Its log-sum-exp is larger, its target is elsewhere: no one-hot here."""
+def test_a_target_of_another_rank(kernels: Any) -> None:
+    """The log-sum-exp covers more columns, and the target is not among these: no 1 is added."""
     logits, _, weights = problem(4, 100)
     targets = torch.full((4,), -1)
     part, lse = logits[:, :60].float().contiguous(), torch.logsumexp(logits, 1).float()
@@ -93,8 +95,8 @@ def test_a_target_of_another_rank(kernels) -> None:
     torch.testing.assert_close(part.double(), -weights[:, None] * logits.softmax(1)[:, :60], rtol=1e-5, atol=1e-7)
 
 
-def test_rows_of_a_larger_matrix(kernels) -> None:
-    """Rows at a stride: what lies between them stays."""
+def test_rows_of_a_larger_matrix(kernels: Any) -> None:
+    """Rows at a stride: the numbers between them do not change."""
     logits, targets, weights = problem(5, 300)
     held = torch.full((5, 512), 7.0)
     view = held[:, 100:400]
@@ -105,7 +107,7 @@ def test_rows_of_a_larger_matrix(kernels) -> None:
     assert (held[:, :100] == 7).all() and (held[:, 400:] == 7).all()
 
 
-def test_offsets_beyond_32_bits(kernels) -> None:
+def test_offsets_beyond_32_bits(kernels: Any) -> None:
     """Two rows 2**31 + 64 elements apart; the memory between them is never touched."""
     columns, stride = 50, 2**31 + 64
     rows = torch.empty(stride + columns, dtype=torch.bfloat16).as_strided((2, columns), (stride, 1))
@@ -118,15 +120,15 @@ def test_offsets_beyond_32_bits(kernels) -> None:
 
 
 @pytest.mark.parametrize("rows, columns", [(0, 10), (3, 0)])
-def test_nothing_to_do(kernels, rows: int, columns: int) -> None:
-    """No rows; and a shard that is all padding, which has no probability."""
+def test_nothing_to_do(kernels: Any, rows: int, columns: int) -> None:
+    """No rows; and a shard of padding only, which has no probability."""
     logits, targets = torch.empty(rows, columns), torch.full((rows,), -1)
     lse, target = kernels.row_statistics(logits, targets)
     assert lse.shape == target.shape == (rows,) and (lse == -torch.inf).all() and not target.any()
     kernels.write_gradient_(logits, targets, lse, torch.ones(rows))
 
 
-def test_not_a_number_is_not_hidden(kernels) -> None:
+def test_not_a_number_is_not_hidden(kernels: Any) -> None:
     logits = torch.tensor([[1.0, float("nan"), 2.0], [1.0, 0.0, 2.0]])
     lse, _ = kernels.row_statistics(logits, torch.tensor([0, 0]))
     assert lse.isnan().tolist() == [True, False]
@@ -136,7 +138,7 @@ def test_not_a_number_is_not_hidden(kernels) -> None:
 @pytest.mark.skipif(os.environ.get(INTERPRET) == "1", reason="needs the compiler, not the interpreter")
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_the_compiler_takes_the_kernels(architecture: int) -> None:
-    """For GPUs that are not here: whatever the number of columns, 16 bytes a load, and nothing spilled out of registers."""
+    """For GPUs that are not here: 16 bytes a load for any number of columns, and no registers spilled to memory."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

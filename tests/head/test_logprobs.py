@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from simpo_megatron.head import logprobs
 from simpo_megatron.head.logprobs import vocab_parallel_logprobs
-from tests.support.distributed import Collectives
+from tests.support.distributed import Collectives, WorkerPool
 
 VOCAB, PADDED, TOKENS = 50, 64, 40
 
@@ -24,6 +24,7 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def oracle(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and gradient of the logits in fp64, without shards."""
     logits, targets, weights = problem(dtype)
     logits = logits.double().requires_grad_()
     logps = torch.log_softmax(logits[:, :VOCAB], dim=-1).gather(1, targets[:, None])[:, 0]
@@ -31,6 +32,7 @@ def oracle(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_shard(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """On a rank: log-probs, and the gradient of this rank's columns."""
     rank, world = dist.get_rank(), dist.get_world_size()
     logits, targets, weights = problem(dtype)
     shard = logits.chunk(world, dim=1)[rank].clone().requires_grad_()
@@ -41,7 +43,7 @@ def run_shard(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_values_and_gradients_on_every_shard(pool, world: int, dtype: torch.dtype) -> None:
+def test_values_and_gradients_on_every_shard(pool: WorkerPool, world: int, dtype: torch.dtype) -> None:
     logps, gradient = oracle(dtype)
     results = pool.run(world, run_shard, dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
@@ -53,9 +55,9 @@ def test_values_and_gradients_on_every_shard(pool, world: int, dtype: torch.dtyp
     assert (got[:, VOCAB:] == 0).all(), "padding columns must have no gradient"
 
 
-def test_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     logps, gradient = oracle(torch.float64)
-    monkeypatch.setattr(logprobs, "_SLAB_BYTES", 7 * 4 * PADDED)
+    monkeypatch.setattr(logprobs, "_BLOCK_BYTES", 7 * 4 * PADDED)
     logits, targets, weights = problem(torch.float64)
     logits.requires_grad_()
     got = vocab_parallel_logprobs(logits, targets, VOCAB)
@@ -71,7 +73,7 @@ def count_collectives() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("world, expected", [(1, {}), (2, {"allgather_base": 1})])
-def test_collectives_are_those_of_the_docstring(pool, world: int, expected: dict[str, int]) -> None:
+def test_collectives_are_those_of_the_docstring(pool: WorkerPool, world: int, expected: dict[str, int]) -> None:
     assert pool.run(world, count_collectives) == [expected] * world
 
 

@@ -1,11 +1,15 @@
-"""A new objective is a class and a line in the registry: parser, step, both heads, trainer and verifier take it as it is.
+"""A new objective is a class and a line in the registry: nothing else changes for it.
 
-The objective of this test is CPO's (arXiv 2401.08417): -log sigmoid(beta * (sum of the chosen log-probs - sum of the rejected
-ones)) with an NLL term. It has its own flags, works on sums, and sets no margin.
+Two objectives are registered here and go through command line, YAML file, both heads, layouts and the verifier's loss:
+
+* CPO (arXiv 2401.08417) works on summed log-probs, has an NLL term, and sets no margin.
+* DPO (arXiv 2305.18290) compares with a reference model, reports metrics of its own, and has two flags for one value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,18 +21,22 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from simpo_megatron.config.arguments import build_parser, flat, parse
+from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
-from simpo_megatron.objectives import OBJECTIVES, Objective, PairScores
-from simpo_megatron.settings import setting
+from simpo_megatron.objectives import OBJECTIVES, Metric, Objective, PairScores
+from simpo_megatron.objectives.base import PAIR_METRICS
+from simpo_megatron.settings import require, setting
+from simpo_megatron.verify.compare import reference_loss, reference_scores
+from tests.support.distributed import WorkerPool
 from tests.support.families import on_disk
 from tests.support.steps import (
     CASES,
     build_engine,
     command_line,
     gather_gradients,
-    member_logps,
     one_thread,
     relative_error,
+    response_logps,
 )
 from tests.support.tiny import make_checkpoint
 from tests.test_layouts import CP2, PP2, TP2
@@ -36,7 +44,7 @@ from tests.test_layouts import CP2, PP2, TP2
 
 @dataclass(frozen=True)
 class CPO(Objective):
-    """CPO"""
+    """CPO."""
 
     name: ClassVar[str] = "cpo"
     cpo_beta: float = setting(0.1, "scale of the rewards")
@@ -57,12 +65,62 @@ class CPO(Objective):
         return f"CPO: beta {self.cpo_beta:g}"
 
 
-SETTINGS = {"objective": "cpo", "cpo_beta": 0.05, "cpo_lambda": 0.4}
+@dataclass(frozen=True)
+class DPO(Objective):
+    """DPO."""
+
+    name: ClassVar[str] = "dpo"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        *PAIR_METRICS,
+        Metric("logps/summed_chosen", lambda found: found.scores.sums_PM[:, 0]),
+        Metric("kl_a_token", lambda found: (found.scores.sums_PM - _reference(found.scores))[:, 0], "chosen_tokens"),
+    )
+    drops: ClassVar[Mapping[str, str]] = {"dpo_beta": "dpo_temperature", "dpo_temperature": "dpo_beta"}
+    dpo_beta: float | None = setting(None, "scale of the rewards")
+    dpo_temperature: float | None = setting(None, "the same, as 1 / beta")
+
+    @property
+    def beta(self) -> float:
+        return self.dpo_beta or 1 / (self.dpo_temperature or 10.0)
+
+    def pair_losses(self, scores: PairScores) -> torch.Tensor:
+        rewards_PM = self.rewards(scores)
+        return -F.logsigmoid(rewards_PM[:, 0] - rewards_PM[:, 1])
+
+    def rewards(self, scores: PairScores) -> torch.Tensor:
+        return self.beta * (scores.sums_PM - _reference(scores))
+
+    def describe(self) -> str:
+        return f"DPO: beta {self.beta:g}"
+
+
+def _reference(scores: PairScores) -> torch.Tensor:
+    require(scores.reference_sums_PM is not None, "--objective dpo needs log-probs of a reference model")
+    assert scores.reference_sums_PM is not None
+    return scores.reference_sums_PM
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cpo": {"objective": "cpo", "cpo_beta": 0.05, "cpo_lambda": 0.4},
+    "dpo": {"objective": "dpo", "dpo_beta": 0.08},
+}
+
+
+@contextmanager
+def registration() -> Iterator[None]:
+    """Within it the two objectives have their line in the registry."""
+    OBJECTIVES.update({cls.name: cls for cls in (CPO, DPO)})
+    try:
+        yield
+    finally:
+        for cls in (CPO, DPO):
+            del OBJECTIVES[cls.name]
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OBJECTIVES, CPO.name, CPO)
+def registered() -> Iterator[None]:
+    with registration():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +129,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_its_flags_are_there(registered: None, checkpoint: Path) -> None:
-    config = parse(command_line(checkpoint, SETTINGS))
+    config = parse(command_line(checkpoint, SETTINGS["cpo"]))
     assert config.objective == CPO(cpo_beta=0.05, cpo_lambda=0.4)
-    assert "--cpo-lambda" in build_parser().format_help()
-    assert {name: flat(config)[name] for name in SETTINGS} == SETTINGS
+    assert {name: flat(config)[name] for name in SETTINGS["cpo"]} == SETTINGS["cpo"]
+    text = " ".join(build_parser().format_help().split())
+    for words in (
+        "CPO",
+        "--cpo-lambda X weight of the NLL (default 1.0)",
+        "DPO",
+        "--dpo-beta X",
+        "{simpo,sft,cpo,dpo}",
+    ):
+        assert words in text
+
+
+def test_its_keys_work_in_the_file_and_flags_win(registered: None, checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("objective: cpo\ncpo_beta: 0.3\ncpo_lambda: 2")
+    argv = [*command_line(checkpoint, {}), "--config", str(file)]
+    assert parse(argv).objective == CPO(cpo_beta=0.3, cpo_lambda=2.0)
+    assert parse([*argv, "--cpo-beta", "0.7"]).objective == CPO(cpo_beta=0.7, cpo_lambda=2.0)
+    file.write_text("objective: dpo\ndpo_temperature: 4")
+    assert parse(argv).objective == DPO(dpo_temperature=4.0)
+    assert parse([*argv, "--dpo-beta", "0.5"]).objective == DPO(dpo_beta=0.5), "one of two flags for one value"
+    with pytest.raises(UserError, match="--cpo-beta inf must be a finite number"):
+        parse([*argv, "--objective", "cpo", "--cpo-beta", "inf"])
 
 
 def test_an_unknown_objective_is_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -83,51 +162,104 @@ def test_an_unknown_objective_is_named(checkpoint: Path, tmp_path: Path) -> None
         parse([*command_line(checkpoint, {}), "--config", str(tmp_path / "run.yaml")])
 
 
-def run_cpo(checkpoint: Path, layout: dict[str, Any]) -> tuple[dict[str, float], dict[str, torch.Tensor], np.ndarray]:
+def pairs_with_reference() -> Pairs:
+    """The pairs of the case; the reference log-probs are random numbers."""
+    pairs = CASES["columns"].pairs_in_memory
+    sums_PM = -40 * np.random.default_rng(5).random((len(pairs), 2), dtype=np.float32)
+    return pairs.with_reference_sums(sums_PM)
+
+
+Run = tuple[dict[str, float], dict[str, torch.Tensor], np.ndarray]
+
+
+def run_objective(checkpoint: Path, name: str, layout: dict[str, Any]) -> Run:
     """On a rank: metrics and gradients of the global batch, and the scores of the whole set."""
     from simpo_megatron.trainer.scoring import score_pairs
 
-    OBJECTIVES[CPO.name] = CPO
-    try:
-        engine, hf = build_engine(command_line(checkpoint, {**SETTINGS, **layout}))
-    finally:
-        del OBJECTIVES[CPO.name]
-    case = CASES["columns"]
-    metrics = engine.compute_gradients(engine.packer.pack(case.pairs_in_memory, np.array(case.pairs)))
+    with registration():
+        engine, hf = build_engine(command_line(checkpoint, {**SETTINGS[name], **layout}))
+    pairs = pairs_with_reference()
+    metrics = engine.compute_gradients(engine.packer.pack(pairs, np.array(CASES["columns"].pairs)))
     gradients = {name: gradient.clone() for name, gradient in gather_gradients(engine, hf).items()}
-    return metrics, gradients, score_pairs(engine, case.pairs_in_memory)
+    return metrics, gradients, score_pairs(engine, pairs)
+
+
+@dataclass
+class Expected:
+    """What transformers and the formulas written out say: summed log-probs, and loss and gradients by objective."""
+
+    sums: torch.Tensor
+    losses: dict[str, float]
+    gradients: dict[str, dict[str, torch.Tensor]]
+    metrics: dict[str, dict[str, float]]
 
 
 @pytest.fixture(scope="module")
-def oracle(checkpoint: Path) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
-    """Loss, gradients and summed log-probs by transformers and the formula written out."""
-    model, case = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), CASES["columns"]
-    pairs = case.pairs_in_memory
+def oracle(checkpoint: Path) -> Expected:
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    pairs = pairs_with_reference()
+    weight, known = torch.from_numpy(pairs.weight).double(), torch.from_numpy(pairs.reference_sums).double()
     with one_thread():
         every = [
-            [member_logps(model, p, response) for response in both] for p, *both in map(pairs.pair, range(len(pairs)))
+            [response_logps(model, p, response) for response in both] for p, *both in map(pairs.pair, range(len(pairs)))
         ]
         sums = torch.stack([torch.stack([logps.sum() for logps in both]) for both in every])
+        tokens = sum(len(both[0]) for both in every)
         chosen, rejected = sums.unbind(1)
-        weight = torch.from_numpy(pairs.weight).double()
-        losses = weight * F.softplus(-0.05 * (chosen - rejected))
-        loss = losses.mean() - 0.4 * chosen.sum() / sum(len(both[0]) for both in every)
-        loss.backward()
-    gradients = on_disk(model, {name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    return loss.item(), gradients, sums.detach()
+        away = sums - known
+        values = {
+            "cpo": (weight * F.softplus(-0.05 * (chosen - rejected))).mean() - 0.4 * chosen.sum() / tokens,
+            "dpo": (weight * F.softplus(-0.08 * (away[:, 0] - away[:, 1]))).mean(),
+        }
+        gradients = {}
+        for name, loss in values.items():
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            found = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+            gradients[name] = on_disk(model, found)
+    margins = {"cpo": 0.05 * (chosen - rejected), "dpo": 0.08 * (away[:, 0] - away[:, 1])}
+    metrics = {name: {"rewards/margins": margin.mean().item()} for name, margin in margins.items()}
+    metrics["dpo"] |= {
+        "logps/summed_chosen": chosen.mean().item(),
+        "kl_a_token": away[:, 0].sum().item() / tokens,
+    }
+    return Expected(sums.detach(), {name: loss.item() for name, loss in values.items()}, gradients, metrics)
 
 
 @pytest.mark.parametrize(
-    "world, layout",
-    [(1, {}), (1, {"head": "plain"}), (2, {**TP2}), (4, {**PP2, **CP2}), (2, {"global_batch_size": 3})],
+    "name, world, layout",
+    [
+        ("cpo", 1, {}),
+        ("cpo", 1, {"head": "plain"}),
+        ("cpo", 2, {**TP2}),
+        ("cpo", 4, {**PP2, **CP2}),
+        ("cpo", 2, {"global_batch_size": 3}),
+        ("dpo", 1, {}),
+        ("dpo", 2, {"head": "plain"}),
+        ("dpo", 4, {**TP2, **CP2}),
+    ],
     ids=str,
 )
-def test_step_and_scores(pool: Any, checkpoint: Path, oracle: Any, world: int, layout: dict[str, Any]) -> None:
-    loss, wanted, sums = oracle
-    for metrics, gradients, scores in pool.run(world, run_cpo, checkpoint, layout):
-        assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-        assert metrics["rewards/margins"] == pytest.approx(0.05 * (sums[:, 0] - sums[:, 1]).mean().item(), rel=1e-4)
-        for name, gradient in gradients.items():
-            assert relative_error(gradient, wanted[name]) < 1e-5, name
+def test_step_and_scores(
+    pool: WorkerPool, checkpoint: Path, oracle: Expected, name: str, world: int, layout: dict[str, Any]
+) -> None:
+    for metrics, gradients, scores in pool.run(world, run_objective, checkpoint, name, layout):
+        assert metrics["loss"] == pytest.approx(oracle.losses[name], rel=1e-5)
+        for key, value in oracle.metrics[name].items():
+            assert metrics[key] == pytest.approx(value, rel=1e-4), key
+        for key, gradient in gradients.items():
+            assert relative_error(gradient, oracle.gradients[name][key]) < 1e-5, key
         assert scores.dtype == np.float32 and scores.shape == (8, 2)
-        np.testing.assert_allclose(scores, sums.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(scores, oracle.sums.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [CPO(0.05, 0.4), DPO(0.08)], ids=lambda objective: objective.name)
+def test_the_verifier_computes_its_loss(oracle: Expected, objective: Objective) -> None:
+    scores = reference_scores(pairs_with_reference(), list(range(8)), oracle.sums)
+    assert reference_loss(objective, scores).item() == pytest.approx(oracle.losses[objective.name], rel=1e-6)
+
+
+def test_a_reference_that_is_missing_is_a_sentence(checkpoint: Path) -> None:
+    scores = reference_scores(CASES["columns"].pairs_in_memory, [0, 1], torch.zeros(2, 2))
+    with pytest.raises(UserError, match="needs log-probs of a reference model"):
+        DPO().rewards(scores)

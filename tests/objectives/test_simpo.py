@@ -14,12 +14,16 @@ from simpo_megatron.objectives.simpo import SimPO, simpo_loss
 
 
 def random_logps(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average log-probs of 32 chosen and rejected responses, fp64, with gradient."""
     generator = torch.Generator().manual_seed(seed)
     chosen, rejected = -3 * torch.rand(2, 32, dtype=torch.float64, generator=generator)
     return chosen.requires_grad_(), rejected.requires_grad_()
 
 
-def trl_loss(chosen, rejected, *, beta: float, gamma: float, label_smoothing: float = 0.0):
+def trl_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, *, beta: float, gamma: float, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """The loss that TRL's CPOTrainer computes for these average log-probs."""
     cpo = pytest.importorskip("trl.experimental.cpo")
     trainer = SimpleNamespace(
         alpha=0.0,
@@ -32,7 +36,8 @@ def trl_loss(chosen, rejected, *, beta: float, gamma: float, label_smoothing: fl
     return cpo.CPOTrainer.cpo_loss(trainer, chosen, rejected)[0]
 
 
-def assert_same_with_gradients(ours, oracle, inputs) -> None:
+def assert_same_with_gradients(ours: torch.Tensor, oracle: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Values and gradients are equal to rounding in fp64."""
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
     weights = torch.linspace(0.5, 2, ours.shape[0], dtype=ours.dtype)
     got = torch.autograd.grad((weights * ours).sum(), inputs)
@@ -102,7 +107,7 @@ def test_unknown_loss_type() -> None:
         ({"simpo_beta": 2.0, "simpo_gamma": 0.0}, 0.0),
     ],
 )
-def test_gamma_and_its_ratio_meet(settings: dict, gamma: float) -> None:
+def test_gamma_and_its_ratio_meet(settings: dict[str, float], gamma: float) -> None:
     assert math.isclose(SimPO(**settings).gamma, gamma)
 
 

@@ -5,8 +5,8 @@
     def test_it(pool):
         results = pool.run(4, check, 3)  # one result a rank; an exception on any rank fails the test
 
-A worker imports torch and Megatron once (seconds) and then takes task after task. Each task gets its own process group and
-leaves no Megatron state behind. A task that hangs is killed with its pool after `TIMEOUT` seconds.
+A worker imports torch and Megatron once, which takes seconds, and then runs task after task. Each task gets a process
+group of its own and leaves no Megatron state behind. A task that hangs is killed with its pool after `TIMEOUT` seconds.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class WorkerError(AssertionError):
 
 
 def _serve(rank: int, connection: Any) -> None:
+    """Runs in a worker: tasks from the connection, one after the other."""
     import torch
     import torch.distributed as dist
 
@@ -61,9 +62,10 @@ def _serve(rank: int, connection: Any) -> None:
 
 
 def _forget_models() -> None:
-    """Frees models and optimizers, and with them the threads of every gloo group they know.
+    """Frees models and optimizers, and with them the threads of every gloo group that they refer to.
 
-    They are cycles. Those of DDP run through autograd's nodes, which the collector does not see, so they are cut here.
+    They refer to themselves. DDP does so through autograd's nodes, which the garbage collector does not see. So DDP's
+    references are removed here.
     """
     from megatron.core.distributed import DistributedDataParallel
 
@@ -74,7 +76,13 @@ def _forget_models() -> None:
 
 
 class WorkerPool:
-    """Processes that start when a task first needs them."""
+    """Worker processes, which start when a task first needs them.
+
+    Attributes:
+        workers: process and connection of each rank.
+        store: the TCP store through which the process groups meet.
+        tasks: how many tasks have run.
+    """
 
     def __init__(self) -> None:
         self.context = mp.get_context("spawn")
@@ -106,7 +114,7 @@ class WorkerPool:
         outcomes = [self._receive(rank) for rank in range(world_size)]
         failures = [f"rank {rank}:\n{value}" for rank, (good, value) in enumerate(outcomes) if not good]
         if failures:
-            # Ranks that waited for the failed one in a collective are of no use to the next task.
+            # Ranks that wait for the failed one in a collective cannot run the next task.
             self.close()
             raise WorkerError("\n".join(failures))
         return [value for _, value in outcomes]

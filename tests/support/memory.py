@@ -1,4 +1,4 @@
-"""What torch's allocator held at most."""
+"""The peak of the memory that torch's CPU tensors take."""
 
 from __future__ import annotations
 

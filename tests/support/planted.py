@@ -1,4 +1,10 @@
-"""Mistakes that others made, planted into a running rank: `tests/verify` and the grid must see each of them."""
+"""Known mistakes, planted into a running rank. `tests/verify` and `test_layouts.py` must see each of them.
+
+    with planted("mean of means"):
+        ...                              # this process computes with the mistake
+
+`PLANTED` lists the mistakes, each with a number of ranks and a layout in which it shows.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +19,14 @@ from torch import Tensor
 
 
 def shift_after_slicing(batch: Any) -> Any:
-    """Labels shifted on this rank's slices: the last token before a chunk border scores the token after the gap."""
+    """Targets that are shifted on this rank's slices: the last token of a slice scores the token behind the gap."""
     tokens = batch.tokens[0]
     shifted = torch.cat((tokens[1:], tokens[:1]))
     return replace(batch, scored=replace(batch.scored, targets_R=shifted[batch.scored.positions_R]))
 
 
 def plain_all_reduce(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, group: Any) -> Tensor:
-    """Vocab-parallel log-probs with the right value: a collective autograd does not know, and the owner's mask."""
+    """Vocab-parallel log-probs with the right value and a wrong gradient: autograd does not see the all-reduces."""
     start = group.rank() * logits_NV.shape[1]
     columns = max(0, min(vocab_size - start, logits_NV.shape[1]))
     logits_NV = logits_NV[:, :columns].float()
@@ -40,12 +46,12 @@ def plain_all_reduce(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, grou
 def planted(mistake: str) -> Iterator[None]:
     """Makes this process compute with the mistake."""
     from simpo_megatron import step
-    from simpo_megatron.batch import plan
+    from simpo_megatron.batch import packer
     from simpo_megatron.head import layer
 
     names: list[tuple[Any, str, Any]] = {
         "labels shifted after slicing": [
-            (plan, "pack_row", lambda *a, _f=plan.pack_row, **k: shift_after_slicing(_f(*a, **k)))
+            (packer, "pack_row", lambda *a, _f=packer.pack_row, **k: shift_after_slicing(_f(*a, **k)))
         ],
         "plain all-reduce": [(step, "vocab_parallel_logprobs", plain_all_reduce)],
         "hidden gradient not reduced": [(layer, "_reduce", lambda grad_TH, _head: grad_TH)],
@@ -63,7 +69,7 @@ def planted(mistake: str) -> Iterator[None]:
 
 
 def _mean_of_means(batch_loss: Any, objective: Any, batch: Any, sums_PM: Tensor) -> Any:
-    """Every microbatch divides by its own pairs, and the schedule by the microbatches and ranks."""
+    """Every microbatch divides by its own number of pairs, and the schedule by microbatches and ranks."""
     from megatron.core import parallel_state
 
     rows = 3  # of the test's batch
@@ -72,7 +78,7 @@ def _mean_of_means(batch_loss: Any, objective: Any, batch: Any, sums_PM: Tensor)
 
 
 def _without_context_factor(sums_PM: Tensor) -> Tensor:
-    """The gradient of the summed log-probs is divided by CP once too often."""
+    """The gradient of the summed log-probs is divided by CP once more than it should be."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 

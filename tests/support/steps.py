@@ -1,8 +1,9 @@
 """What the tests of steps and layouts share: cases, the oracle, and what a rank does with a case.
 
-The oracle runs each sequence alone, unpadded, through transformers in fp32 and writes the formula out in plain torch. The
-batch is cut into three rows of very unequal pair counts, so that ranks and microbatches see different numbers of pairs, and
-some see none; the longest chosen response holds the ids at the edges of the vocabulary shards.
+The oracle runs each sequence alone, unpadded, through transformers in fp32, and writes the formula out in plain torch.
+
+The batch is packed into three rows of 1, 2 and 5 pairs. So ranks and microbatches see different numbers of pairs, and
+some see none. The longest chosen response holds the ids at the edges of the vocabulary shards.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from simpo_megatron.data import InMemoryPairs
+from tests.support.distributed import WorkerPool
 from tests.support.families import on_disk
 from tests.support.pairs import make_store
 from tests.support.runs import flags
@@ -43,7 +45,13 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A loss and the pairs of one global batch; `loss` holds fields of the objective."""
+    """A loss, and the pairs of one global batch.
+
+    Attributes:
+        loss: settings of the objective.
+        store: arguments of `make_store`, for the columns of the data set.
+        pairs: indices of the batch.
+    """
 
     loss: dict[str, Any]
     store: dict[str, Any] = field(default_factory=lambda: PLAIN)
@@ -51,6 +59,7 @@ class Case:
 
     @property
     def pairs_in_memory(self) -> InMemoryPairs:
+        """The data set."""
         return make_store(LENGTHS, **self.store)
 
 
@@ -65,22 +74,22 @@ CASES = {
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """On matrices this small, threads only wait for each other."""
+    """Runs torch on one thread: on matrices this small, threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def member_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
-    """log p of each response token, from the sequence alone: [response], fp64."""
+def response_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
+    """The log-prob of each response token, from the sequence alone: [response], fp64."""
     ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
     logps = model(ids).logits[0, :-1].double().log_softmax(-1)
     return torch.stack([logps[t - 1, ids[0, t]] for t in range(len(prompt), ids.shape[1])])
 
 
 def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss, with its graph, and every metric."""
+    """The loss, with its autograd graph, and every metric."""
     store, loss = case.pairs_in_memory, case.loss
     sft = loss.get("objective") == "sft"
     beta = loss.get("simpo_beta", 2.0)
@@ -92,7 +101,7 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
 
     for i in case.pairs:
         prompt, *responses = store.pair(i)
-        logps = [member_logps(model, prompt, response) for response in responses[: 1 if sft else 2]]
+        logps = [response_logps(model, prompt, response) for response in responses[: 1 if sft else 2]]
         nll, tokens = nll - logps[0].sum(), tokens + len(logps[0])
         for bit, name, values in zip((1, 2), ("chosen", "rejected"), logps, strict=False):
             count(f"logps/{name}", values.mean())
@@ -123,7 +132,7 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
 
 
 def oracle(model: Any, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Metrics with the gradient norm, and the gradient of every parameter by its name."""
+    """The metrics with the gradient norm, and the gradient of every parameter by its name."""
     model.zero_grad()
     loss, metrics = oracle_metrics(model, case)
     loss.backward()
@@ -133,6 +142,7 @@ def oracle(model: Any, case: Case) -> tuple[dict[str, float], dict[str, torch.Te
 
 
 def command_line(checkpoint: Path, settings: dict[str, Any]) -> list[str]:
+    """The flags of a run on this checkpoint with these settings, and no data file."""
     return flags(checkpoint, Path("unused.jsonl"), **{"seq_length": SEQ_LENGTH, "clip_grad": 0, **settings})
 
 
@@ -176,7 +186,7 @@ def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
 
 
 def run_cases(checkpoint: Path, layout: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """On a rank: of each case the metrics of evaluation and of a step, and the step's gradients."""
+    """On a rank: for each case the metrics of an evaluation, those of a step, and the step's gradients."""
     found = {}
     for name in names:
         case = CASES[name]
@@ -190,9 +200,23 @@ def run_cases(checkpoint: Path, layout: dict[str, Any], names: list[str]) -> dic
 
 
 def check_layout(
-    pool: Any, checkpoint: Path, oracles: dict[str, Any], world: int, layout: dict[str, Any], tolerance: float = 1e-5
+    pool: WorkerPool,
+    checkpoint: Path,
+    oracles: dict[str, Any],
+    world: int,
+    layout: dict[str, Any],
+    tolerance: float = 1e-5,
 ) -> None:
-    """Every number of every rank against the oracle; together the ranks know every parameter."""
+    """Compares every number of every rank with the oracle. Every parameter must be on some rank.
+
+    Args:
+        pool: runs the ranks.
+        checkpoint: of the model.
+        oracles: what `oracle` gives, for each case that is run.
+        world: number of ranks.
+        layout: settings of the layout.
+        tolerance: relative.
+    """
     ranks = pool.run(world, run_cases, checkpoint, layout, list(oracles))
     for name, (wanted, wanted_gradients) in oracles.items():
         for evaluated, trained, gradients in (found[name] for found in ranks):
@@ -206,5 +230,5 @@ def check_layout(
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Of the whole tensor; an expert that gets no token has no gradient, which must then be exact."""
+    """The relative error of a whole tensor. An expert without tokens has a gradient of 0, which must be exact."""
     return ((found - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
