@@ -3,10 +3,10 @@
     layout = layout_arguments(parallel, architecture.num_layers)
     print(estimate(architecture, layout, Workload(world_size=64, seq_length=4096, microbatches=8)).total)
 
-Activations are the tensors that autograd keeps for the backward pass, counted one by one, for Transformer Engine's layers
-(`fused`) or for those on plain torch. For the latter the count is compared with what autograd really keeps
-(`tests/planning/test_memory.py`). Experts are counted as if the router spread the tokens evenly. Communication buffers, the
-CUDA context and fragmentation are not counted.
+Activations are the tensors that autograd keeps for the backward pass. They are counted one by one, for the layers of
+Transformer Engine (`fused`) or for those on plain torch. For the latter the count is compared with what autograd really
+keeps (`tests/planning/test_memory.py`). Experts are counted as if the router spread the tokens evenly. Communication
+buffers, the CUDA context and fragmentation are not counted.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from simpo_megatron.checkpoint.megatron_args import checkpoint_of_args, megatron_args, namespace
 
 from simpo_megatron import cpu
+from simpo_megatron.checkpoint.saved_args import checkpoint_of_args, megatron_args, namespace
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Architecture, Family
 from simpo_megatron.models.families import registry
