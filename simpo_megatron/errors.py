@@ -1,5 +1,7 @@
 """The one exception for a mistake that the user can fix. Programs show its text without a traceback."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A flag, file or row is wrong.

@@ -48,8 +48,8 @@ WITHOUT = {
     "checkpoint.verify": ("megatron",),
     "planning.layouts": ("torch", "megatron"),
 }
-MOST_LINES = 300
-LONGER: dict[str, int] = {}  # files that may be longer, each with its own limit
+MOST_LINES = 320
+LONGER = {"simpo_megatron/verify/compare.py": 350, "tests/config/test_arguments.py": 340}  # each with its own limit
 
 
 def name_of(path: Path) -> str:

@@ -170,7 +170,7 @@ def _messages(value: list[Any], what: str) -> list[Message]:
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             found = _keys(message) if isinstance(message, dict) else _kind(message)
-            raise UserError(f'{what} message {number} is not {{"role": ..., "content": ...}} but {found}; convert it.')
+            raise UserError(f'{what} message {number} is not {{"role": ..., "content": ...}} but {found}; convert it')
         _text(message.get("content"), f"{what} message {number}: `content`")
     return [{key: item for key, item in message.items() if item is not None} for message in value]
 

@@ -1,4 +1,4 @@
-"""The training program's parts. `train.py` wires them; README.md in this folder is the user's guide.
+"""The parts of the training program, which wires them in `simpo_megatron.train`. README.md of this folder guides users.
 
 loop.py            `Run`: data in, steps, evaluations, checkpoints, export
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine

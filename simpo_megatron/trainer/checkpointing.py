@@ -5,7 +5,7 @@
 
 The tracker is replaced only after the new folder is complete on all ranks. So after a save that failed or was killed,
 the previous checkpoint is still the latest one. The `args` in common.pt are primitives under Megatron-LM's names, which
-its `--load` reads; `checkpoint/megatron_args.py` makes them.
+its `--load` reads; `checkpoint/saved_args.py` makes them.
 """
 
 from __future__ import annotations
