@@ -196,11 +196,11 @@ ASSISTANT = assistant("a")
         ),
         (
             {"chosen": [{"from": "human", "value": "q"}], "rejected": []},
-            '`chosen` message 1 is not {"role": ..., "content": ...} but `from`, `value`; convert it.',
+            '`chosen` message 1 is not {"role": ..., "content": ...} but `from`, `value`; convert it',
         ),
         (
             {"chosen": ["q"], "rejected": []},
-            '`chosen` message 1 is not {"role": ..., "content": ...} but a string; convert it.',
+            '`chosen` message 1 is not {"role": ..., "content": ...} but a string; convert it',
         ),
         (
             {"chosen": [user("q"), assistant(None)], "rejected": []},
