@@ -161,13 +161,13 @@ def test_its_keys_work_in_the_file_and_flags_win(registered: None, checkpoint: P
         parse([*argv, "--objective", "cpo", "--cpo-beta", "inf"])
 
 
-def test_the_example_of_the_readme_is_this_objective() -> None:
+def test_the_example_of_the_readme_is_this_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     readme = Path(objectives.__file__).with_name("README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
     module = types.ModuleType("cpo")
-    sys.modules[module.__name__] = module  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look types up
     exec(code, vars(module))
-    example = sys.modules.pop(module.__name__).CPO(cpo_beta=0.05, cpo_lambda=0.4)
+    example = vars(module)["CPO"](cpo_beta=0.05, cpo_lambda=0.4)
     sums_PM, nothing = torch.tensor([[-3.0, -9.0], [-8.0, -2.0]]), torch.full((2,), NAN)
     scores = PairScores(sums_PM, torch.ones(2, 2), nothing, nothing)
     assert torch.equal(example.pair_losses(scores), CPO(0.05, 0.4).pair_losses(scores))
