@@ -3,9 +3,11 @@
 #
 #     bash examples/quickstart.sh [--data FILE [--held-out FILE]] [--output DIR]
 #
-# Two cores and 4 GB of memory do; minutes, after the first call has installed what is needed into .venv. Without --data
-# it asks made-up questions, with --data it learns from your own preferences (.jsonl, .jsonl.gz or .parquet; TRL's forms or
-# UltraFeedback-binarized). OUTPUT (default runs/quickstart) gets data/, model/ (random), sft/, aligned/ and curves.png.
+# Needs two cores, 4 GB of memory and about 3 minutes. The first call also installs packages into .venv, which takes minutes.
+# Without --data it trains on made-up questions. With --data it trains on your own preferences (.jsonl, .jsonl.gz or .parquet;
+# TRL's forms or UltraFeedback-binarized). DIR (default runs/quickstart) gets data/, model/ (random weights), sft_run/, sft/,
+# simpo_run/, aligned/ and curves.png. At the end a table compares sft/ and aligned/ on held-out pairs: on the made-up questions
+# the ranking accuracy rises from about 0.67 to about 0.91.
 set -euo pipefail
 
 fail() {
@@ -23,7 +25,7 @@ while (($#)); do
         shift 2
         ;;
     -h | --help)
-        sed -n '2,8s/^# \{0,1\}//p' "$0"
+        sed -n '2,10s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
     *) fail "$1 is not a flag; use --data FILE, --held-out FILE or --output DIR" ;;
@@ -34,14 +36,14 @@ done
 [[ -z $held_out || -n $data ]] || fail "--held-out needs --data, the preferences to train on"
 cd "$(dirname "$0")/.."
 output=${output:-runs/quickstart}
-marker=$output/.quickstart # says that the folder is ours to replace
+marker=$output/.quickstart # marks a folder that the quick start has made and may replace
 if [[ -e $output && ! -e $marker && -n $(ls -A "$output" 2>/dev/null || echo file) ]]; then
-    fail "--output $output exists and is not of an earlier quick start; choose another folder"
+    fail "--output $output is not of an earlier quick start; choose another folder"
 fi
 
 . tools/venv.sh
 
-# Small models compute for less time than it takes threads to meet: the processes share the cores, one thread each at least.
+# The 4 processes share the cores. More threads would slow down a model this small: they would mostly wait for each other.
 cores=$(nproc)
 export OMP_NUM_THREADS=$((cores > 4 ? cores / 4 : 1))
 
@@ -68,7 +70,7 @@ else
     sft=(--train-epochs 3 --global-batch-size 32 --lr 2e-3)
     simpo=(--train-epochs 1 --global-batch-size 32 --lr 5e-5 --eval-interval 15)
 fi
-beta=10.0 # with gamma / beta 0.3: the SimPO repository's setting for Llama-3-Instruct v2
+beta=10.0 # with gamma / beta 0.3: the SimPO repository's setting for Llama-3-Instruct v0.2
 
 if [[ -e $marker ]]; then
     rm -r "$output"

@@ -1,15 +1,17 @@
-"""Data and starting model of the quick start: preferences, a tokenizer and a Llama with random weights; no downloads.
+"""Makes the data and the starting model of the quick start: preferences, a tokenizer and a Llama with random weights.
 
     python examples/quickstart_data.py --output runs/quickstart                       # made-up questions
     python examples/quickstart_data.py --output runs/mine --data preferences.jsonl    # your own preferences
 
 `--held-out FILE` names the pairs to evaluate on; without it a tenth of your prompts is held out.
 
-Writes OUTPUT/data/{sft,train,heldout}.jsonl and OUTPUT/model. Held-out questions never occur in the other two files.
+It takes seconds on one core and downloads nothing. It writes OUTPUT/data/{sft,train,heldout}.jsonl and OUTPUT/model.
+Held-out questions never occur in the other two files.
 
-The made-up questions ask for one of two numbers or words. Chosen answers are right and rejected ones wrong, in the same three
-phrasings, the rejected more often in the longest. As demonstrations often are, those of sft.jsonl are imperfect: a part of
-them are wrong. SimPO then has something to put right. With your own data SFT takes the chosen answers as they are.
+The made-up questions ask for one of two numbers or words. Chosen responses are right and rejected ones wrong. Both come
+in the same three phrasings, the rejected ones more often in the longest. A quarter of the demonstrations in sft.jsonl
+are wrong, as demonstrations often are, so SimPO has something to correct. With your own data SFT takes the chosen
+responses as they are.
 """
 
 from __future__ import annotations
@@ -26,19 +28,22 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.schema import parse_preference
 from simpo_megatron.errors import UserError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from toy_tokenizer import train_tokenizer
+
 Row = dict[str, Any]
 
 NUMBERS = range(10, 50)
 REPEATS = 5  # questions about the same two items, in either order and direction
-HELD_OUT_ROWS = 200  # of own data at most a tenth
-OWN_ROWS = 1500  # what a small model gets through in minutes on two cores
+HELD_OUT_ROWS = 200  # at most; of your own data a tenth, if that is less
+OWN_ROWS = 1500  # two cores train the small model on so many in minutes
 VOCABULARY = 2000
 
 _WORDS = (
@@ -46,7 +51,7 @@ _WORDS = (
     "pebble quill river saddle tulip violet willow"
 )
 WORDS = _WORDS.split()
-# (question, what is asked for, whether the answer is the first in order)
+# (question, what is asked for, whether the right answer is the first of the two in order)
 QUESTIONS = {
     "number": (("is smaller", "smaller number", True), ("is larger", "larger number", False)),
     "word": (
@@ -71,7 +76,7 @@ SPECIAL_TOKENS = [BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>"]
 
 
 def made_up_rows(seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held-out) questions as TRL's conversational rows; no two items that meet in one meet in the other."""
+    """(train, held-out) questions as TRL's conversational rows. No two items that meet in one meet in the other."""
     choose = random.Random(seed)
     items = [("number", str(low), str(high)) for low, high in itertools.combinations(NUMBERS, 2)]
     items += [("word", first, last) for first, last in itertools.combinations(WORDS, 2)]
@@ -99,7 +104,7 @@ def _question(choose: random.Random, kind: str, first: str, last: str) -> Row:
 
 
 def demonstrations(rows: list[Row], seed: int) -> list[Row]:
-    """The rows with the answers of some exchanged: SFT learns from `chosen`."""
+    """The rows, with chosen and rejected exchanged in some: SFT learns from `chosen`."""
     choose = random.Random(seed)
     wrong = [choose.random() < WRONG_DEMONSTRATIONS for _ in rows]
     return [
@@ -109,7 +114,7 @@ def demonstrations(rows: list[Row], seed: int) -> list[Row]:
 
 
 def own_rows(path: Path) -> list[Row]:
-    """The preferences of a file in TRL's explicit-prompt form, without empty answers, equal answers and ties.
+    """The preferences of a file in TRL's explicit-prompt form, without empty responses, equal responses and ties.
 
     Raises:
         UserError: the file or one of its rows cannot be read.
@@ -121,12 +126,12 @@ def own_rows(path: Path) -> list[Row]:
         if pair.tie or pair.chosen == pair.rejected or not all(text.strip() for text in pair.texts):
             left_out += 1
             continue
-        answers = {"chosen": pair.chosen, "rejected": pair.rejected}
-        row = {name: [answer] if pair.conversational else answer for name, answer in answers.items()}
+        responses = {"chosen": pair.chosen, "rejected": pair.rejected}
+        row = {name: [response] if pair.conversational else response for name, response in responses.items()}
         kept = {name: source[name] for name in ("weight", "margin") if source.get(name) is not None}
         rows.append({"prompt": pair.prompt, **row, **kept})
     if left_out:
-        print(f"{path}: left out {left_out} rows with empty or equal answers or equal scores.")
+        print(f"{path}: left out {left_out} rows with empty or equal responses or equal scores.")
     if len(rows) > OWN_ROWS:
         print(f"{path}: using {OWN_ROWS} of {len(rows)} pairs, so that the quick start stays quick.")
     return sorted(rows, key=lambda row: _digest(row["prompt"]))[:OWN_ROWS]
@@ -137,7 +142,7 @@ def _digest(value: Any) -> str:
 
 
 def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """(train, held-out): whole prompts, in the order of their digests, so that the same rows are split the same way.
+    """Splits by prompt into (train, held-out), in the order of digests, so the same rows are always split the same way.
 
     Raises:
         UserError: there are fewer than two different prompts.
@@ -154,7 +159,7 @@ def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def texts(rows: Iterable[Row]) -> Iterable[str]:
-    """What a tokenizer learns from: every prompt and every answer."""
+    """What a tokenizer learns from: every prompt and every response."""
     for row in rows:
         for value in (row["prompt"], row["chosen"], row["rejected"]):
             yield from (value,) if isinstance(value, str) else (message["content"] for message in value)
@@ -162,24 +167,11 @@ def texts(rows: Iterable[Row]) -> Iterable[str]:
 
 def make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the rows, with a chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        min_frequency=2,
-        special_tokens=SPECIAL_TOKENS,  # get the first ids, in this order
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts(rows), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return train_tokenizer(texts(rows), VOCABULARY, SPECIAL_TOKENS, CHAT_TEMPLATE, min_frequency=2)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of about a million parameters with random weights, divisible by 2 tensor ranks and 2 stages."""
+    """A Llama of about a million parameters with random weights, which tensor 2 x pipeline 2 can divide."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -203,7 +195,17 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def prepare(output: Path, data: Path | None, seed: int, held_out_data: Path | None = None) -> None:
-    """Writes data and model below `output`."""
+    """Writes data and model below `output`.
+
+    Args:
+        output: folder to write into.
+        data: preferences to use; None for made-up questions.
+        seed: of the made-up questions and the random weights.
+        held_out_data: preferences to evaluate on; None to hold out a part of `data`.
+
+    Raises:
+        UserError: a file cannot be read, or has too few prompts.
+    """
     if data is None:
         train, held_out = made_up_rows(seed)
     elif held_out_data is None:

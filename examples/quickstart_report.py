@@ -1,10 +1,13 @@
-"""Before and after: measures two Hugging Face checkpoints on held-out preferences with transformers alone, and plots a run.
+r"""Measures two Hugging Face checkpoints on held-out preferences with transformers alone, and plots a run.
 
-    python examples/quickstart_report.py --before SFT --after ALIGNED --held-out heldout.jsonl \\
+    python examples/quickstart_report.py --before SFT --after ALIGNED --held-out heldout.jsonl \
         --metrics RUN/metrics.jsonl --plot curves.png
 
-Ranking: a pair is right when the chosen answer has the higher average log-prob, the end token included. Greedy answers
-are right when they end with the row's `answer`; rows without one are counted by length: nearer to chosen than to rejected.
+On two cores it takes seconds for the quick start's model, and prints a table with a column for each checkpoint.
+
+A pair is ranked right when the chosen response has the higher average log-prob, its end token included. A greedy answer
+is right when it ends with the row's `answer`. Rows without `answer` are judged by length: nearer to the chosen response
+than to the rejected.
 """
 
 from __future__ import annotations
@@ -31,13 +34,18 @@ BATCH = 50
 GREEDY_ROWS = 200
 
 
-def text(answer: Any) -> str:
-    """What an answer says, whether it is a string or a list of one message."""
-    return answer if isinstance(answer, str) else answer[-1]["content"]
+def text(response: Any) -> str:
+    """The text of a response, which is a string or a list of one message."""
+    return response if isinstance(response, str) else response[-1]["content"]
 
 
 class Checkpoint:
-    """A checkpoint in transformers, and what it makes of preferences."""
+    """A checkpoint in transformers, and what is measured of it on preferences.
+
+    Args:
+        folder: the Hugging Face checkpoint.
+        max_length: tokens of a prompt with its response, as in training.
+    """
 
     def __init__(self, folder: Path, max_length: int) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
@@ -49,31 +57,31 @@ class Checkpoint:
     def _ids(self, written: str) -> list[int]:
         return self.tokenizer(written, add_special_tokens=False)["input_ids"]
 
-    def prompt(self, row: Row, longest_answer: int = 0) -> list[int]:
-        """Tokens of the prompt; as in training, half of the length at most where the whole does not fit."""
+    def prompt(self, row: Row, longest_response: int = 0) -> list[int]:
+        """Tokens of the prompt. As in training it is cut to half of `max_length` where the whole does not fit."""
         written = row["prompt"]
         if not isinstance(written, str):
             written = self.tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True)
         ids, room = self._ids(written), self.max_length // 2
-        if len(ids) > room and len(ids) + longest_answer > self.max_length:
+        if len(ids) > room and len(ids) + longest_response > self.max_length:
             ids = [ids[0], *ids[len(ids) - room + 1 :]]
         return ids
 
-    def members(self, row: Row) -> list[tuple[list[int], list[int]]]:
-        """(prompt, answer) tokens of the chosen and the rejected answer, cut to the length of training."""
-        answers = [[*self._ids(text(row[name])), self.tokenizer.eos_token_id] for name in ("chosen", "rejected")]
-        prompt = self.prompt(row, max(map(len, answers)))
-        return [(prompt, answer[: self.max_length - len(prompt)]) for answer in answers]
+    def responses(self, row: Row) -> list[tuple[list[int], list[int]]]:
+        """(prompt, response) tokens of the chosen and the rejected response, cut to the length of training."""
+        found = [[*self._ids(text(row[name])), self.tokenizer.eos_token_id] for name in ("chosen", "rejected")]
+        prompt = self.prompt(row, max(map(len, found)))
+        return [(prompt, response[: self.max_length - len(prompt)]) for response in found]
 
     @torch.no_grad()
     def average_logprobs(self, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
-        """Mean log-prob of the answer's tokens for each (prompt, answer)."""
-        width = max(len(prompt) + len(answer) for prompt, answer in sequences)
+        """Mean log-prob of the response tokens of each (prompt, response), [len(sequences)]."""
+        width = max(len(prompt) + len(response) for prompt, response in sequences)
         ids = torch.full((len(sequences), width), self.tokenizer.eos_token_id)
         scored = torch.zeros(ids.shape, dtype=torch.bool)
-        for i, (prompt, answer) in enumerate(sequences):
-            end = len(prompt) + len(answer)
-            ids[i, :end] = torch.tensor(prompt + answer)
+        for i, (prompt, response) in enumerate(sequences):
+            end = len(prompt) + len(response)
+            ids[i, :end] = torch.tensor(prompt + response)
             scored[i, len(prompt) : end] = True
         logits = self.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
         logprobs = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) * scored[:, 1:]
@@ -81,24 +89,30 @@ class Checkpoint:
 
     @torch.no_grad()
     def greedy(self, rows: list[Row], new_tokens: int) -> list[list[int]]:
-        """The answer's tokens of greedy generation, without the end token."""
+        """Tokens of the greedy answer to each row, without the end token."""
         prompts = [{"input_ids": self.prompt(row)} for row in rows]
         inputs = self.tokenizer.pad(prompts, return_tensors="pt")
-        made = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        answers = made[:, inputs["input_ids"].shape[1] :].tolist()
+        generated = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        answers = generated[:, inputs["input_ids"].shape[1] :].tolist()
         end = self.tokenizer.eos_token_id
         return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
     def measure(self, rows: list[Row], beta: float, new_tokens: int) -> dict[str, float]:
-        """The numbers of the table, in its order."""
+        """The numbers of the table, in its order.
+
+        Args:
+            rows: held-out preferences.
+            beta: scale of the rewards.
+            new_tokens: at most so many are generated for an answer.
+        """
         scores = []
         for start in range(0, len(rows), BATCH):
-            sequences = [member for row in rows[start : start + BATCH] for member in self.members(row)]
+            sequences = [response for row in rows[start : start + BATCH] for response in self.responses(row)]
             scores.append(self.average_logprobs(sequences).view(-1, 2))
         chosen, rejected = torch.cat(scores).unbind(1)
         asked = rows[:GREEDY_ROWS]
         answers = self.greedy(asked, new_tokens)
-        good = [self._is_good(row, answer) for row, answer in zip(asked, answers, strict=True)]
+        right = [self._is_right(row, answer) for row, answer in zip(asked, answers, strict=True)]
         label = "right greedy answers" if "answer" in rows[0] else "greedy length nearer to chosen"
         return {
             "ranking accuracy": (chosen > rejected).float().mean().item(),
@@ -106,10 +120,10 @@ class Checkpoint:
             "average log-prob, chosen": chosen.mean().item(),
             "average log-prob, rejected": rejected.mean().item(),
             "greedy length in tokens": sum(map(len, answers)) / len(answers),
-            label: sum(good) / len(good),
+            label: sum(right) / len(right),
         }
 
-    def _is_good(self, row: Row, answer: list[int]) -> bool:
+    def _is_right(self, row: Row, answer: list[int]) -> bool:
         if "answer" in row:
             return self.tokenizer.decode(answer).rstrip(".").split()[-1:] == [row["answer"]]
         chosen, rejected = (len(self._ids(text(row[name]))) for name in ("chosen", "rejected"))
@@ -117,7 +131,7 @@ class Checkpoint:
 
 
 def print_table(before: dict[str, float], after: dict[str, float], pairs: int) -> None:
-    """The numbers side by side."""
+    """Prints the numbers of both checkpoints side by side."""
     table = Table("held-out", "before (SFT)", "after (SimPO)", title=f"{pairs} held-out pairs, by transformers alone")
     for name, value in before.items():
         table.add_row(name, f"{value:.3f}", f"{after[name]:.3f}")
@@ -125,7 +139,7 @@ def print_table(before: dict[str, float], after: dict[str, float], pairs: int) -
 
 
 def plot(metrics: Path, file: Path) -> None:
-    """Loss, margin and accuracy by step: the batches of training, and the held-out pairs."""
+    """Draws loss, margin and accuracy by step, of the training batches and of the held-out pairs."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     panels = (("loss", "SimPO loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "ranking accuracy"))
@@ -143,11 +157,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--before", type=Path, required=True, help="Hugging Face checkpoint before SimPO")
     parser.add_argument("--after", type=Path, required=True, help="Hugging Face checkpoint after SimPO")
-    parser.add_argument("--held-out", type=Path, required=True, help="preferences neither was trained on")
+    parser.add_argument("--held-out", type=Path, required=True, help="preferences that neither was trained on")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of the SimPO run")
     parser.add_argument("--plot", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--beta", type=float, default=2.0, help="scale of the rewards, as in training")
-    parser.add_argument("--max-length", type=int, default=64, help="tokens of prompt and answer, as in training")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of prompt and response, as in training")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").splitlines()]

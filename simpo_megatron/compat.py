@@ -1,4 +1,4 @@
-"""Every optional import and version gate of this package, each with its reason."""
+"""Every optional package and every check of a version, each with its reason."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from simpo_megatron.errors import UserError
 
-MEGATRON_CORE = ((0, 15), (0, 19))  # first and last release this package was run with
+MEGATRON_CORE = ((0, 15), (0, 19))  # first and last release that this package was run with
 
 
 @functools.cache
 def _importable(module: str) -> bool:
-    """Whether `module` imports here; a build for another CUDA or torch counts as absent, as it does for Megatron."""
+    """Whether a module can be imported. A build for another CUDA or torch counts as absent, as it does for Megatron."""
     try:
         importlib.import_module(module)
     except (ImportError, OSError):
@@ -25,29 +25,33 @@ def _importable(module: str) -> bool:
 
 
 def have_transformer_engine() -> bool:
-    """Transformer Engine: fused layers and experts, and attention that overlaps context parallelism."""
+    """Whether Transformer Engine is installed: fused layers and experts, and attention for context parallelism."""
     return _importable("transformer_engine.pytorch")
 
 
 def have_apex() -> bool:
-    """NVIDIA Apex with its extensions. `import apex` proves nothing: the registry's `apex` is another project."""
+    """Whether NVIDIA Apex is installed with its extensions. The package `apex` on the registry is another project."""
     return _importable("amp_C") and _importable("apex.optimizers")
 
 
 def adam() -> str:
-    """Whose Adam Megatron takes: its `optimizer/__init__.py` tries the three in this order."""
+    """The project whose Adam Megatron uses: its `optimizer/__init__.py` tries the three in this order."""
     return "Transformer Engine's" if have_transformer_engine() else "Apex's" if have_apex() else "torch's"
 
 
 def have_fused_weight_gradient() -> bool:
-    """The Apex extension of `gradient_accumulation_fusion`; the output layer needs it under Transformer Engine too."""
+    """Whether Apex's kernel for `gradient_accumulation_fusion` is installed.
+
+    The output layer needs it with Transformer Engine's layers too.
+    """
     return _importable("fused_weight_gradient_mlp_cuda")
 
 
 def moe_without_transformer_engine() -> None:
-    """Lets Megatron's router run where Transformer Engine is absent.
+    """Lets Megatron's router run without Transformer Engine.
 
-    `moe_utils.py` of 0.16 asks whether `te_general_gemm` is None, a name that only the import of Transformer Engine defines.
+    `moe_utils.py` of 0.16 reads the name `te_general_gemm`, which is defined only where Transformer Engine is
+    installed.
     """
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -56,38 +60,38 @@ def moe_without_transformer_engine() -> None:
 
 @functools.cache
 def have_native_bf16() -> bool:
-    """bf16 arithmetic on this CPU (AVX512-BF16 or AMX). Elsewhere torch emulates it, hundreds of times slower than fp32."""
+    """Whether this CPU computes in bf16 (AVX512-BF16 or AMX). Others emulate it, hundreds of times slower than fp32."""
     torch = importlib.import_module("torch")
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache
 def have_fp32_accumulating_addmm() -> bool:
-    """`addmm` of bf16 matrices into an fp32 one, on CUDA; torch has it from 2.8 on."""
+    """Whether torch adds the product of bf16 matrices to an fp32 one on CUDA (`addmm`), as it does from 2.8 on."""
     torch = importlib.import_module("torch")
     return hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def have_triton() -> bool:
-    """Triton, which torch brings on CUDA alone."""
+    """Whether Triton is installed. Only torch for CUDA brings it."""
     return _importable("triton")
 
 
 def check_megatron_core() -> None:
-    """Refuses a Megatron-Core this package does not know: schedules, specs and checkpoint keys change between releases.
+    """Refuses an unknown release of Megatron-Core: schedules, specs and checkpoint keys change between releases.
 
     Raises:
-        UserError: megatron-core is absent, or a release this package was not run with.
+        UserError: megatron-core is absent, or is a release that this package was not run with.
     """
     first, last = ("{}.{}".format(*version) for version in MEGATRON_CORE)
-    mend = "install one with `pip install 'megatron-core==0.16.*'`"
+    fix = "install one with `pip install 'megatron-core==0.16.*'`"
     try:
         info = importlib.import_module("megatron.core.package_info")
     except ImportError as error:
-        raise UserError(f"megatron-core cannot be imported ({error}); {mend}") from error
+        raise UserError(f"megatron-core cannot be imported ({error}); {fix}") from error
     if not MEGATRON_CORE[0] <= (info.MAJOR, info.MINOR) <= MEGATRON_CORE[1]:
         raise UserError(
-            f"megatron-core {info.__version__} is installed, but this program was run with {first} to {last}; {mend}"
+            f"megatron-core {info.__version__} is installed, but this program was run with {first} to {last}; {fix}"
         )
 
 
@@ -95,7 +99,7 @@ def check_balancing_loss() -> None:
     """Refuses the balancing loss of experts where it would count padding.
 
     Raises:
-        UserError: megatron-core 0.15, whose router is not told what is padding.
+        UserError: megatron-core is 0.15, whose router takes no padding mask.
     """
     info = importlib.import_module("megatron.core.package_info")
     if (info.MAJOR, info.MINOR) < (0, 16):
@@ -106,11 +110,11 @@ def check_balancing_loss() -> None:
 
 
 def quiet_megatron() -> None:
-    """Silences warnings about Megatron-Core's own code that the user can do nothing about, and no others.
+    """Silences warnings about Megatron-Core's own code, on which a user cannot act. Call it before importing Megatron.
 
-    Call it before the first Megatron import. They say that Transformer Engine and Apex are absent (ten lines on a CPU), that
-    the optimizer looks at `.grad` of a shard that is no leaf, that whole experts are not sequence-parallel, that torch
-    will rename collectives Megatron calls; and, in 0.15 and from 0.17 on, that parts of Megatron itself are to go.
+    These warnings are silenced, and no others: Transformer Engine or Apex is absent; the optimizer reads `.grad` of a
+    shard that is not a leaf; whole experts are not sequence-parallel; torch will rename collectives that Megatron
+    calls; parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
     """
     for message in (
         "Apex is not installed",

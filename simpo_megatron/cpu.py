@@ -1,36 +1,36 @@
-"""Megatron-Core on CPU: the one place that answers for `torch.cuda` where no CUDA device is used.
+"""Megatron-Core on CPU: replaces the functions of `torch.cuda` that Megatron calls, where no CUDA device is used.
 
-Megatron-Core 0.16 asks `torch.cuda` for its device, its streams and its random state wherever it runs. The schedules, the
-tensor- and sequence-parallel layers, DDP, the distributed optimizer and dist_checkpointing themselves are plain torch and
-run over gloo once these questions have an answer. Call `enable()` before the first Megatron object is built:
+Megatron-Core asks `torch.cuda` for its device, its streams and its random state on every machine. The schedules, the
+tensor- and sequence-parallel layers, DDP, the distributed optimizer and dist_checkpointing are plain torch, and run
+over gloo once these calls return something useful. Call `enable()` before the first Megatron object is built:
 
     from simpo_megatron import cpu
     cpu.enable()          # a second call does nothing; raises if CUDA has been initialised
 
-What it answers for, and nothing else:
+These names are replaced, and no others:
 
-=====================================================  ==============================================================
-name                                                   answer
-=====================================================  ==============================================================
-`device="cuda"`, `"cuda:N"` in any torch function      the CPU (`_CudaMeansCpu`, a TorchFunctionMode)
-`tensor.cuda()`, `tensor.to("cuda")`                   the tensor on the CPU (same mode)
-`tensor.type()`                                        `torch.cuda.FloatTensor` and its kin: the optimizers compare strings
-                                                       (`optimizer/distrib_optimizer.py`, `optimizer/optimizer.py`)
-`torch.cuda.current_device`                            `torch.device("cpu")`, valid wherever `device=` takes it
-`torch.cuda.Stream`, `Event`, `stream`,                objects that do nothing: the CPU runs in program order
+=============================================  ======================================================================
+name                                           what it returns or does then
+=============================================  ======================================================================
+`device="cuda"`, `"cuda:N"` in any function     means the CPU (`_CudaMeansCpu`, a TorchFunctionMode)
+`tensor.cuda()`, `tensor.to("cuda")`           the tensor on the CPU (the same mode)
+`tensor.type()`                                `torch.cuda.FloatTensor` and so on, because the optimizers compare
+                                               strings (`optimizer/distrib_optimizer.py`, `optimizer/optimizer.py`)
+`torch.cuda.current_device`                    `torch.device("cpu")`, which `device=` accepts everywhere
+`torch.cuda.Stream`, `Event`, `stream`,        objects that do nothing: the CPU runs in program order
 `current_stream`, `default_stream`
-`torch.cuda.synchronize`, `empty_cache`                nothing
-`torch.cuda.manual_seed`, `get_rng_state`,             the CPU generator (also `torch.cuda.random.get_rng_state` and the
-`set_rng_state`                                        private getter and setter of `tensor_parallel.random`)
-`torch.distributed.all_to_all_single`                  the same, with split sizes as lists: gloo takes no tensors, which
-                                                       Megatron's token dispatcher moves to the host only from a GPU
-`torch.distributed.all_gather`, `reduce_scatter`       the same for lists of tensors of unequal length, which gloo refuses
-                                                       and experts split over tensor-parallel ranks need
-`torch._dynamo.config.disable`                         True: `jit_fuser` is torch.compile, which would compile for minutes
-=====================================================  ==============================================================
+`torch.cuda.synchronize`, `empty_cache`        nothing
+`torch.cuda.manual_seed`, `get_rng_state`,     the CPU generator (also `torch.cuda.random.get_rng_state` and the
+`set_rng_state`                                private getter and setter of `tensor_parallel.random`)
+`torch.distributed.all_to_all_single`          the same with split sizes as lists: Megatron's token dispatcher
+                                               passes tensors, which gloo refuses
+`torch.distributed.all_gather`,                the same, also for lists of tensors of unequal length, which gloo
+`reduce_scatter`                               refuses: experts that are split over ranks need it
+`torch._dynamo.config.disable`                 True: `jit_fuser` is torch.compile, which compiles for minutes
+=============================================  ======================================================================
 
-`torch.cuda.is_available()` keeps saying False. What Megatron does on CUDA alone (fused kernels, CUDA graphs, FP8) stays
-out of reach. Undo with `disable()` (tests only).
+`torch.cuda.is_available()` still returns False. What Megatron does only on CUDA (fused kernels, CUDA graphs, FP8)
+cannot run. `disable()` puts everything back; only tests need it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Reads `cuda` as `cpu` in the arguments of every torch function, and names tensor types as CUDA would."""
+    """Replaces `cuda` by `cpu` in the arguments of every torch function, and gives tensor types their CUDA names."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.cuda:
@@ -77,7 +77,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _Inert:
-    """A stream or an event on a device that runs in program order: every method does nothing."""
+    """A stream or an event of a device that runs in program order. Its methods do nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -104,7 +104,7 @@ def _stream(stream: Any) -> Iterator[None]:
 
 
 def _nothing() -> Callable[..., None]:
-    """A function that does nothing; a new one each time, because dynamo keeps a table of torch's functions by identity."""
+    """A new function that does nothing; a new one each time, because dynamo looks functions up by identity."""
     return lambda *args, **kwargs: None
 
 
@@ -155,16 +155,16 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
 
 def enable() -> None:
-    """Answers for `torch.cuda` in this process (see the table above). Idempotent.
+    """Replaces the names in the table above, in this process. A second call does nothing.
 
     Raises:
-        RuntimeError: CUDA is already initialised in this process, so tensors may live on a GPU.
+        RuntimeError: CUDA is already initialised in this process, so tensors may be on a GPU.
     """
     if _undo:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("cpu.enable() was called after CUDA was initialised; call it first, or run on the GPU")
-    # Megatron's advice about a CUDA environment variable is for GPUs.
+    # Megatron recommends a CUDA environment variable, which concerns GPUs only.
     for region in ("async grad allreduce", "sequence parallelism"):
         warnings.filterwarnings("ignore", f"When using {region} it is recommended", UserWarning)
     _replace(torch._dynamo.config, "disable", True)
@@ -194,10 +194,11 @@ def enable() -> None:
 
 
 def enable_megatron_lm_without_gpu() -> None:
-    """Lets Megatron-LM's own `pretrain()` start where there is no CUDA device; does nothing where there is one.
+    """Lets Megatron-LM's own `pretrain()` start where there is no CUDA device. It does nothing where there is one.
 
-    Besides `enable()`: `megatron.training` asserts that CUDA is available, counts devices, asks for their architecture and
-    compiles kernels for it, none of which a CPU run then uses. Call it before `megatron.training` is imported.
+    It calls `enable()`, and replaces what only `megatron.training` calls: it asserts that CUDA is available, counts
+    devices, asks for their architecture and compiles kernels for it, none of which a CPU run uses. Call it before
+    `megatron.training` is imported.
     """
     if torch.cuda.is_available():
         return
@@ -212,6 +213,6 @@ def enable_megatron_lm_without_gpu() -> None:
 
 
 def disable() -> None:
-    """Puts every name back as it was; for tests."""
+    """Puts every name back as it was. Only tests need it."""
     while _undo:
         _undo.pop()()

@@ -1,10 +1,11 @@
-"""`--dry-run`: everything about a run that can be known on one CPU process, whatever its layout, in seconds.
+"""`--dry-run`: all that can be known about a run in one CPU process, in seconds, for any layout.
 
     python -m simpo_megatron.train --config run.yaml ... --dry-run
-    WORLD_SIZE=64 python -m simpo_megatron.train --config run.yaml ... --dry-run     # also whether 64 processes fit
+    WORLD_SIZE=64 python -m simpo_megatron.train --config run.yaml ... --dry-run     # also: do 64 processes fit?
 
-Checks flags, layout and number of processes, names and shapes of the checkpoint, the tokenizer on the first rows of the data,
-and the folders; builds no model and no process group, writes nothing. Prints what a run would be, memory included.
+It checks the flags, the layout and the number of processes, the names and shapes of the checkpoint, the tokenizer on
+the first rows of the data, and the folders. It prints what the run would be, with an estimate of the memory of a GPU.
+It builds no model and no process group, and writes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -28,7 +29,7 @@ from simpo_megatron.config.run import Config
 from simpo_megatron.data.blend import parse_blend
 from simpo_megatron.data.clean import encode_rows, nothing_left
 from simpo_megatron.data.encode import PairEncoder
-from simpo_megatron.data.prepared_set import is_prepared
+from simpo_megatron.data.prepared_format import is_prepared
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.tokenizer import load_tokenizer
 from simpo_megatron.errors import UserError
@@ -38,88 +39,146 @@ from simpo_megatron.parallel.limits import check_processes, layout_arguments, pr
 from simpo_megatron.planning.memory import Memory, Workload, estimate
 from simpo_megatron.settings import flag, require
 
-ROWS = 64  # of each file
+ROWS = 64  # that are read of each data file
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the processes of a run are cut into groups.
+
+    Attributes:
+        layout: arguments of TransformerConfig, from `layout_arguments`.
+        needed: the number of processes must be a multiple of this.
+        world_size: processes: WORLD_SIZE, or `needed` if it is not set.
+    """
+
+    layout: dict[str, Any]
+    needed: int
+    world_size: int
+
+    @property
+    def data_parallel(self) -> int:
+        """The data-parallel size."""
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        return self.world_size // math.prod(self.layout[name] for name in names)
 
 
 def dry_run(config: Config, hf: HFCheckpoint) -> None:
     """Checks the run and prints what it would be.
 
     Args:
-        config: of the run; folders have been checked.
-        hf: its checkpoint.
+        config: of the run; its folders have been checked.
+        hf: its Hugging Face checkpoint.
 
     Raises:
-        UserError: the run would end in one, as far as that shows here.
+        UserError: the run would end in this error, as far as it shows here.
     """
     cpu.enable()
-    from simpo_megatron.models.export import check_target
-    from simpo_megatron.trainer.setup import build_transformer_config
-
-    remarks = config.objective.warnings(config.optimizer.lr, hf.num_parameters)
-    impl = config.model.transformer_impl
-    if impl == "transformer_engine" and not compat.have_transformer_engine():
-        remarks.append(
-            "--transformer-impl transformer_engine: it is not installed here, and has to be where the run is"
-        )
-        config = replace(config, model=replace(config.model, transformer_impl="auto"))
-    if config.model.gradient_accumulation_fusion:
-        remarks.append("--gradient-accumulation-fusion: a GPU and Apex's extension have to be where the run is")
-        config = replace(config, model=replace(config.model, gradient_accumulation_fusion=None))
-    if config.model.head == "plain":
-        remarks.append("--head plain: it holds all logits of a row, which the memory above leaves out")
-    build_transformer_config(config, hf)
-    parallel = config.parallel
-    layout = layout_arguments(parallel, hf.architecture.num_layers)
-    experts = hf.architecture.num_experts is not None
-    needed = processes_needed(experts, layout)
-    world = os.environ.get("WORLD_SIZE", str(needed))
-    require(
-        world.isdecimal() and int(world) > 0, f"WORLD_SIZE is {world!r}, no number of processes; give one, or unset it"
-    )
-    world_size = int(world)
-    check_processes(world_size, experts, layout)
-    if config.model.export_hf is not None:
-        check_target(config.model.export_hf)
-    start = _checkpoint(config, hf)
-    tokenizer = load_tokenizer(hf.path)
-    tokens = _pair_tokens(config.data.training_sources, "--train-data", config, hf, tokenizer)
-    if config.data.valid_data is not None:
-        _pair_tokens(config.data.valid_data, "--valid-data", config, hf, tokenizer)
-
-    data_parallel = world_size // math.prod(
-        layout[f"{name}_size"] for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
-    )
+    remarks = [*config.objective.warnings(config.optimizer.lr, hf.num_parameters), *_remarks(config)]
+    cut = _check_layout(config, hf)
+    start = _check_start(config, hf)
+    tokens = _check_data(config, hf)
+    parallel, precision = config.parallel, "bf16" if config.train.bf16 else "fp32"
     rows = math.ceil(config.train.global_batch_size * tokens / config.data.seq_length)
-    work = Workload(
-        world_size=world_size,
-        seq_length=config.data.seq_length,
-        microbatches=max(1, math.ceil(rows / data_parallel)),
-        slab_bytes=config.model.slab_bytes,
-        bf16=config.train.bf16,
-        distributed_optimizer=config.parallel.use_distributed_optimizer,
-        fused=impl != "local",
-        divisible_by=config.model.make_vocab_size_divisible_by,
-    )
+    microbatches = max(1, math.ceil(rows / cut.data_parallel))
+    layout, recompute = describe_layout(parallel, cut.data_parallel), parallel.recompute_granularity or "none"
     lines = {
-        "model": f"{hf.architecture.family.name}, {hf.num_parameters:,} parameters, "
-        f"{'bf16' if config.train.bf16 else 'fp32'}; names and shapes of all tensors are right",
-        "layout": f"{describe_layout(parallel, data_parallel)}, recompute {parallel.recompute_granularity or 'none'}",
-        "processes": f"{world_size}; a multiple of {needed} is needed",
-        "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} rows a step, "
-        f"{work.microbatches} a data-parallel rank",
+        "model": f"{hf.architecture.family.name}, {hf.num_parameters:,} parameters, {precision}; names and shapes of "
+        "all tensors are right",
+        "layout": f"{layout}, recompute {recompute}",
+        "processes": f"{cut.world_size}; a multiple of {cut.needed} is needed",
+        "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} packed rows a step, "
+        f"{microbatches} a data-parallel rank",
         "starts from": start,
-        "memory of a GPU": describe_memory(estimate(hf.architecture, layout, work)),
+        "memory of a GPU": describe_memory(_estimate(config, hf, cut, microbatches)),
     }
     if config.train.preset is not None:
         lines["settings"] = describe(config.train.preset, flat(config))
     _show(lines, remarks)
 
 
-def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpoint, tokenizer: Any) -> float:
-    """Checks the sources of a blend, raw files by their first rows; mean tokens of their pairs, prompts twice.
+def _remarks(config: Config) -> list[str]:
+    """What cannot be checked on this machine, or is left out of the estimate."""
+    found = []
+    if config.model.transformer_impl == "transformer_engine" and not compat.have_transformer_engine():
+        found.append(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed here; the machines of the run "
+            "need "
+            "it"
+        )
+    if config.model.gradient_accumulation_fusion:
+        found.append("--gradient-accumulation-fusion: the machines of the run need a GPU and Apex's extension")
+    if config.model.head == "plain":
+        found.append("--head plain: it holds all logits of a packed row, which the memory above leaves out")
+    return found
+
+
+def _check_layout(config: Config, hf: HFCheckpoint) -> Cut:
+    """Checks that the layout fits the model and the number of processes.
 
     Raises:
-        UserError: as training, for what these rows show.
+        UserError: it does not.
+    """
+    from simpo_megatron.trainer.setup import build_transformer_config
+
+    model = replace(config.model, gradient_accumulation_fusion=None)
+    if not compat.have_transformer_engine() and model.transformer_impl == "transformer_engine":
+        model = replace(model, transformer_impl="auto")
+    build_transformer_config(replace(config, model=model), hf)
+    layout = layout_arguments(config.parallel, hf.architecture.num_layers)
+    experts = hf.architecture.num_experts is not None
+    needed = processes_needed(experts, layout)
+    world = os.environ.get("WORLD_SIZE", str(needed))
+    require(
+        world.isdecimal() and int(world) > 0,
+        f"WORLD_SIZE is {world!r}, which is not a number of processes; set it to one, or unset it",
+    )
+    check_processes(int(world), experts, layout)
+    return Cut(layout, needed, int(world))
+
+
+def _estimate(config: Config, hf: HFCheckpoint, cut: Cut, microbatches: int) -> Memory:
+    work = Workload(
+        world_size=cut.world_size,
+        seq_length=config.data.seq_length,
+        microbatches=microbatches,
+        slab_bytes=config.model.slab_bytes,
+        bf16=config.train.bf16,
+        distributed_optimizer=config.parallel.use_distributed_optimizer,
+        fused=config.model.transformer_impl != "local",
+        divisible_by=config.model.make_vocab_size_divisible_by,
+    )
+    return estimate(hf.architecture, cut.layout, work)
+
+
+def _check_data(config: Config, hf: HFCheckpoint) -> float:
+    """Checks training and validation data; the mean tokens of a training pair.
+
+    Raises:
+        UserError: as training, as far as the first rows show.
+    """
+    tokenizer = load_tokenizer(hf.path)
+    tokens = _pair_tokens(config.data.training_sources, "--train-data", config, hf, tokenizer)
+    if config.data.valid_data is not None:
+        _pair_tokens(config.data.valid_data, "--valid-data", config, hf, tokenizer)
+    return tokens
+
+
+def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpoint, tokenizer: Any) -> float:
+    """Checks the sources of a blend; of raw files, the first rows.
+
+    Args:
+        values: of the flag.
+        flag: that names the sources, for errors.
+        config: of the run.
+        hf: its checkpoint.
+        tokenizer: of the checkpoint.
+
+    Returns:
+        The mean tokens of the pairs that were read, prompts counted twice.
+
+    Raises:
+        UserError: as training, as far as these rows show.
     """
     from simpo_megatron.trainer.data import check_ids, open_prepared
 
@@ -129,7 +188,7 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpo
             pairs = open_prepared(source, config.data, hf, tokenizer)
         else:
             encoder = PairEncoder(tokenizer, config.data.options, hf.eos_token_ids)
-            encoded = encode_rows(islice(read_rows(source), ROWS), encoder, config.data.options)
+            encoded = encode_rows(islice(read_rows(source), ROWS), encoder)
             if not len(encoded.pairs):
                 raise nothing_left(source, encoded.report)
             pairs = encoded.pairs
@@ -138,14 +197,20 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpo
     return float(np.concatenate(found).mean())
 
 
-def _checkpoint(config: Config, hf: HFCheckpoint) -> str:
-    """Where the run starts from, its names and shapes checked.
+def _check_start(config: Config, hf: HFCheckpoint) -> str:
+    """Checks the folder of --export-hf, and names and shapes of the checkpoint that the run starts from.
+
+    Returns:
+        The folder of that checkpoint.
 
     Raises:
-        UserError: a checkpoint is not complete, or not of this model.
+        UserError: the checkpoint is not complete, or is of another model; or the export would overwrite something.
     """
+    from simpo_megatron.models.export import check_target
     from simpo_megatron.trainer.setup import step_to_resume
 
+    if config.model.export_hf is not None:
+        check_target(config.model.export_hf)
     check_tensors(hf)
     load = config.checkpoint.load
     step, folder = step_to_resume(config.checkpoint), None if load is None else release_folder(load)
@@ -167,7 +232,7 @@ def _checkpoint(config: Config, hf: HFCheckpoint) -> str:
 
 
 def describe_memory(memory: Memory) -> str:
-    """The parts of a memory estimate, in GiB."""
+    """A memory estimate in words, in GiB."""
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in vars(memory).items() if size)
     return f"about {memory.total / 2**30:.1f} GiB on the fullest rank ({parts}), CUDA and NCCL not counted"
 

@@ -1,5 +1,9 @@
-"""The one exception for a mistake the user can mend: its text is a whole sentence, shown without a traceback."""
+"""The one exception for a mistake that the user can fix. Programs show its text without a traceback."""
 
 
 class UserError(Exception):
-    """Bad input: a flag, file or row. The message names it, its value and the mend; programs print it and exit with 2."""
+    """A flag, file or row is wrong.
+
+    The message is one sentence without a full stop: what is wrong, where, its value, and what to do. Programs print it
+    and exit with code 2 (`program.exit_code`).
+    """

@@ -1,4 +1,4 @@
-"""Files that are read and written whole: JSON with errors that are sentences, and writes that a kill cannot cut in two."""
+"""Small files that are written whole or not at all, and JSON files that are read with clear errors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from simpo_megatron.errors import UserError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It takes the place of `path` when the block ends well, and is removed otherwise.
+    """Replaces a file in one step: after a kill or a power failure it is either the old file or the new one.
 
-    After a kill it stays, and the next write takes its place. What was written is on the disk before the name changes, and
-    the change of the name is on the disk before the block is left: after a power failure the file is the old one or the new
-    one. Modes follow the umask.
+    Data and folder entry are flushed to the disk (fsync). The mode of the file follows the umask.
+
+    Args:
+        path: the file to replace or to create.
+
+    Yields:
+        A temporary path in the same folder, to write to. It is renamed to `path` when the block ends, and removed when
+        the block raises. A kill leaves the temporary file behind; the next write overwrites it.
 
     Raises:
-        OSError: as the writing.
+        OSError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -40,7 +45,7 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,10 +54,10 @@ def sync(path: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object.
 
     Raises:
-        UserError: the file is absent, cannot be read, or holds something else.
+        UserError: the file is missing, cannot be read, or does not hold a JSON object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -66,14 +71,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def end_of_turn_ids(folder: Path, config: Path | None = None) -> tuple[int, ...]:
-    """The token ids that end a generation: of generation_config.json, else of config.json; none where neither says.
+    """Reads the token ids that end a generation.
 
     Args:
         folder: of a Hugging Face checkpoint, or of its tokenizer alone.
-        config: the config.json, where it has another name or folder.
+        config: the config.json, if it has another name or lies in another folder.
+
+    Returns:
+        `eos_token_id` of generation_config.json, else of config.json; empty if neither file sets it.
 
     Raises:
-        UserError: a file cannot be read, or sets something else than token ids.
+        UserError: a file cannot be read, or its `eos_token_id` is neither a token id nor a list of them.
     """
     for file in (folder / "generation_config.json", config or folder / "config.json"):
         found = read_json(file).get("eos_token_id") if file.exists() else None

@@ -1,13 +1,14 @@
-"""SimPO in Megatron-LM's own `pretrain()`, from an unmodified checkout: `examples/megatron_lm/pretrain_simpo.py`.
+"""SimPO in Megatron-LM's own `pretrain()`, from an unmodified checkout (core_v0.16.1).
 
     pretrain(train_valid_test_datasets_provider, with_logprob_head(your_model_provider), ModelType.encoder_or_decoder,
              forward_step, extra_args_provider=add_simpo_args, args_defaults=ARGS_DEFAULTS)
 
-Arguments, checkpoints, logging, evaluation and resuming stay Megatron-LM's; batch, head, step and loss are those of our
-trainer. A sample is a pair: `--global-batch-size 128` is 128 pairs, `consumed_train_samples` counts pairs. Megatron-LM runs
-global-batch-size / data-parallel-size microbatches of `--micro-batch-size 1` whatever the data: the pairs are packed into as
-few rows of `--seq-length` as they take, and the microbatches that are left run empty packs of a token or two. Checked against
-core_v0.16.1.
+The whole script is `examples/megatron_lm/pretrain_simpo.py`, and its README explains it. Arguments, checkpoints,
+logging, evaluation and resuming are Megatron-LM's. Batch, head, step and loss are those of our trainer.
+
+A sample is a pair: `--global-batch-size 128` is 128 pairs, and `consumed_train_samples` counts pairs. Megatron-LM
+always runs global-batch-size / data-parallel-size microbatches of `--micro-batch-size 1`. The pairs are packed into as
+few packed rows of `--seq-length` as they need; the other microbatches run empty rows of one or two tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import Metric, Objective
 from simpo_megatron.parallel.limits import check_shared_prompts
-from simpo_megatron.settings import parse_size, required
+from simpo_megatron.settings import flag, parse_size, require, required
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 
@@ -46,9 +47,9 @@ _HEAD = ["head", "head_slab_bytes"]
 
 
 def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """An `extra_args_provider`: the flags of the objectives, the data and the head, as our trainer spells them."""
+    """Adds the flags of the objectives, the data and the head, spelled as in our trainer: an `extra_args_provider`."""
     add_objectives(parser, with_defaults=True)
-    add_settings(parser.add_argument_group("preferences"), DataConfig, _DATA)  # None tells what was not given
+    add_settings(parser.add_argument_group("preferences"), DataConfig, _DATA)  # a flag that is not given is None
     add_settings(parser.add_argument_group("head"), ModelConfig, _HEAD, with_defaults=True)
     return parser
 
@@ -59,77 +60,92 @@ def objective(args: Any) -> Objective:
 
 
 def moe_aux_loss_coeff(args: Any) -> float:
-    """Megatron-LM's --moe-aux-loss-coeff, a number or one for each of several losses; 0 without experts."""
+    """Megatron-LM's --moe-aux-loss-coeff: the sum if it is a list (one number for each loss); 0 without experts."""
     coefficient = args.moe_aux_loss_coeff if args.num_experts else 0.0
     return float(sum(coefficient)) if isinstance(coefficient, list) else coefficient
 
 
 def data_config(args: Any) -> DataConfig:
-    """The data that Megatron-LM's arguments ask for; --train-data-path takes what our --train-data does."""
+    """The data that Megatron-LM's arguments ask for; --train-data-path takes the same sources as our --train-data."""
     paths = {"train_data": args.train_data_path, "valid_data": args.valid_data_path}
     sources = {name: tuple(given) if given else None for name, given in paths.items()}
     given = {name: value for name in _DATA if (value := getattr(args, name)) is not None}
     return DataConfig(**sources, seq_length=args.seq_length, **given, given=frozenset(given))
 
 
+# Megatron-LM's argument, the one value that works, and why or what to do.
+_NEEDED: tuple[tuple[str, Any, str], ...] = (
+    ("micro_batch_size", 1, "a microbatch is one packed row; set it to 1"),
+    ("dataloader_type", "external", "the datasets provider yields microbatches; set it to external"),
+    ("calculate_per_token_loss", False, "the loss is a mean over pairs; drop it"),
+    ("fp16", False, "a log-prob sum leaves fp16's range; use --bf16"),
+    ("sft", False, "it changes how losses are averaged; use --objective sft"),
+    ("mtp_num_layers", None, "the head scores one token ahead; drop it"),
+)
+
+
 def check_args(args: Any) -> None:
-    """Refuses what the normaliser of the loss or the batch cannot serve.
+    """Refuses arguments that do not work with the loss or the batch.
+
+    Args:
+        args: Megatron-LM's.
 
     Raises:
-        UserError: naming the flag, its value and the mend.
+        UserError: it names the flag, its value and what to do.
     """
-    for flag, value, accepted, mend in (
-        ("--micro-batch-size", args.micro_batch_size, 1, "a microbatch is one packed row; set it to 1"),
-        (
-            "--dataloader-type",
-            args.dataloader_type,
-            "external",
-            "the datasets provider yields batches; set it to external",
-        ),
-        ("--calculate-per-token-loss", args.calculate_per_token_loss, False, "the loss is a mean over pairs; drop it"),
-        ("--fp16", args.fp16, False, "a log-prob sum leaves fp16's range; use --bf16"),
-        ("--sft", args.sft, False, "it changes how losses are averaged; use --objective sft"),
-        ("--mtp-num-layers", args.mtp_num_layers, None, "the head scores one token ahead; drop it"),
-    ):
-        if value != accepted:
-            raise UserError(f"{flag} {value} cannot be used with SimPO: {mend}")
-    if args.num_experts and args.moe_token_dispatcher_type != "alltoall":
-        raise UserError(
-            f"--moe-token-dispatcher-type {args.moe_token_dispatcher_type} cannot take rows of changing length; use alltoall"
-        )
-    if args.attention_dropout or args.hidden_dropout:
-        raise UserError(
-            "--attention-dropout and --hidden-dropout must be 0: the two responses of a pair must not see different noise"
-        )
-    if args.tokenizer_type != "HuggingFaceTokenizer":
-        raise UserError(f"--tokenizer-type {args.tokenizer_type} has no chat template; use HuggingFaceTokenizer")
-    objective(args)  # it checks itself
+    for name, needed, why in _NEEDED:
+        value = getattr(args, name)
+        require(value == needed, f"{flag(name)} {value} cannot be used with SimPO: {why}")
+    _check_model_args(args)
+    _check_data_args(args)
+    _check_architecture(args, hf_checkpoint(args))
+
+
+def _check_model_args(args: Any) -> None:
+    dispatcher = args.moe_token_dispatcher_type
+    require(
+        not args.num_experts or dispatcher == "alltoall",
+        f"--moe-token-dispatcher-type {dispatcher} does not work with packed rows of changing length; use alltoall",
+    )
+    require(
+        not args.attention_dropout and not args.hidden_dropout,
+        "--attention-dropout and --hidden-dropout must be 0: the two responses of a pair must not see different noise",
+    )
+    chosen = objective(args)  # its settings check themselves
+    if args.share_prompts:
+        check_shared_prompts(chosen.responses, args.context_parallel_size, args.transformer_impl != "local")
+
+
+def _check_data_args(args: Any) -> None:
+    require(
+        args.tokenizer_type == "HuggingFaceTokenizer",
+        f"--tokenizer-type {args.tokenizer_type} has no chat template; use HuggingFaceTokenizer",
+    )
     required(args.train_data_path, "--train-data-path is missing; give preferences: a prepared prefix or a .jsonl file")
-    data = data_config(args)
-    if data.share_prompts:
-        fused = args.transformer_impl != "local"
-        check_shared_prompts(objective(args).responses, args.context_parallel_size, fused)
-    hf = hf_checkpoint(args)
-    _check_architecture(args, hf)
+    data_config(args)  # its settings check themselves
 
 
 def hf_checkpoint(args: Any) -> HFCheckpoint:
-    """The Hugging Face checkpoint that --tokenizer-model names: its tokenizer, chat template and true vocabulary are used."""
+    """The Hugging Face checkpoint that --tokenizer-model names: tokenizer, chat template and unpadded vocabulary.
+
+    Raises:
+        UserError: the flag is missing, or the checkpoint cannot be read.
+    """
     if args.tokenizer_model is None:
         raise UserError(
-            "--tokenizer-model is missing; give the folder of the Hugging Face checkpoint the weights came from"
+            "--tokenizer-model is missing; give the folder of the Hugging Face checkpoint that the weights came from"
         )
     return _read_once(Path(args.tokenizer_model))
 
 
 @functools.cache
 def _read_once(path: Path) -> HFCheckpoint:
-    """Every microbatch asks for the vocabulary: the headers of a large model are hundreds of files."""
+    """Reads the headers of the checkpoint once: every microbatch asks for the vocabulary."""
     return read_hf_checkpoint(path)
 
 
 def _check_architecture(args: Any, hf: HFCheckpoint) -> None:
-    """Compares Megatron-LM's arguments with config.json, where both say something."""
+    """Compares those of Megatron-LM's arguments with config.json that are in both."""
     wanted = hf.architecture.transformer
     names = {"num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads"}
     names |= {"num_query_groups": "num_query_groups", "kv_channels": "kv_channels", "num_moe_experts": "num_experts"}
@@ -139,24 +155,30 @@ def _check_architecture(args: Any, hf: HFCheckpoint) -> None:
             given = args.num_attention_heads
         if key in wanted and given != wanted[key]:
             raise UserError(
-                f"--{name.replace('_', '-')} {given}, but {hf.path} has {wanted[key]}; use the arguments of that model "
-                "(tools/hf_to_megatron.py writes them beside the weights)"
+                f"{flag(name)} {given}, but {hf.path} has {wanted[key]}; use the arguments of that model (they are in "
+                "megatron_args.yaml, which tools/hf_to_megatron.py writes beside the weights)"
             )
 
 
 def with_logprob_head(model_provider: Callable[..., Any]) -> Callable[..., Any]:
-    """A model provider whose models score pairs: the output layer of the last stage becomes a `LogProbHead`.
+    """Makes the models of a provider score pairs: the output layer of the last stage becomes a `LogProbHead`.
 
-    The layer keeps its parameter, its name and its checkpoint key. Where the model has Megatron's local attention, which
-    refuses packed rows, `PackedAttention` takes its place; it has no parameters.
+    The layer keeps its parameter, its name and its checkpoint key. Megatron's local attention refuses packed rows, so
+    `PackedAttention` replaces it; attention has no parameters.
+
+    Args:
+        model_provider: returns a model of this rank.
+
+    Returns:
+        A provider that takes the same arguments.
     """
 
     def provider(*args: Any, **kwargs: Any) -> Any:
         settings = _args()
         check_args(settings)
-        # Empty packs must not cost a whole row. Megatron-LM leaves the field to whoever brings the data (validate_args).
+        # An empty row must not cost as much as a full one. Megatron-LM sets no value of its own (validate_args).
         settings.variable_seq_lengths = True
-        settings.moe_token_dispatcher_type = "alltoall"  # the config asks for it with variable lengths, experts or not
+        settings.moe_token_dispatcher_type = "alltoall"  # TransformerConfig requires it with variable lengths
         model = model_provider(*args, **kwargs)
         _pack_attention(model)
         if settings.head == "fused":
@@ -181,17 +203,24 @@ def _pack_attention(model: torch.nn.Module) -> None:
 def train_valid_test_datasets_provider(
     train_val_test_num_samples: Any, vp_stage: int | None = None
 ) -> tuple[Any, Any, None]:
-    """The datasets provider: endless iterators over packed rows, from where the checkpoint stopped; no test set.
+    """The datasets provider: endless iterators over packed rows, from the position of the checkpoint; no test set.
 
     Collectives: those of `trainer.data.load_data`.
+
+    Args:
+        train_val_test_num_samples: not used; Megatron-LM passes it.
+        vp_stage: not used; Megatron-LM passes it.
+
+    Returns:
+        The iterators of training, validation (or None) and test (None).
     """
     args = _args()
-    stores = _stores(args)
-    train, valid = (
-        None if store is None else _rows(args, store, consumed)
-        for store, consumed in zip(stores, (args.consumed_train_samples, args.consumed_valid_samples), strict=True)
+    train, valid = _load_pairs(args)
+    return (
+        _microbatches(args, train, args.consumed_train_samples),
+        None if valid is None else _microbatches(args, valid, args.consumed_valid_samples),
+        None,
     )
-    return train, valid, None
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank has an iterator
@@ -200,8 +229,8 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 _loaded: list[tuple[Pairs, Pairs | None]] = []
 
 
-def _stores(args: Any) -> tuple[Pairs, Pairs | None]:
-    """Training and validation pairs, read once whatever the number of virtual stages."""
+def _load_pairs(args: Any) -> tuple[Pairs, Pairs | None]:
+    """Training and validation pairs. Megatron-LM asks once for each virtual stage; they are read once."""
     if not _loaded:
         train, valid, messages = load_data(data_config(args), hf_checkpoint(args))
         for line in messages:
@@ -210,8 +239,8 @@ def _stores(args: Any) -> tuple[Pairs, Pairs | None]:
     return _loaded[0]
 
 
-def _rows(args: Any, pairs: Pairs, position: int) -> Iterator[PreferenceBatch]:
-    """The rows of one global batch after the other, this rank's, `num_microbatches` of each."""
+def _microbatches(args: Any, pairs: Pairs, position: int) -> Iterator[PreferenceBatch]:
+    """Yields this rank's microbatches, global batch after global batch, `num_microbatches` of each."""
     packer = RowPacker(
         seq_length=args.seq_length,
         responses=objective(args).responses,
@@ -228,7 +257,15 @@ def _rows(args: Any, pairs: Pairs, position: int) -> Iterator[PreferenceBatch]:
 
 
 def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Megatron-LM's `forward_step_func`."""
+    """Runs one microbatch: Megatron-LM's `forward_step_func`.
+
+    Args:
+        data_iterator: from `train_valid_test_datasets_provider`.
+        model: of this rank.
+
+    Returns:
+        The output of the model, and the function that makes loss and metrics of it.
+    """
     from megatron.training import get_timers
 
     args, timers = _args(), get_timers()
@@ -244,19 +281,20 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Ca
 
 
 def _report(args: Any, metrics: tuple[Metric, ...], loss_func: Any, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and every metric as the [sum, divisor] that Megatron-LM adds up over microbatches, DP and CP."""
+    """The loss, and each metric as [sum, divisor], which Megatron-LM adds up over microbatches, DP and CP."""
     loss, sums = loss_func(output)
     if args.check_for_nan_in_loss_and_grad:
-        _validate(loss)
-    # A sum without a divisor is divided by the global batch already: what is given adds up to 1 (times CP, as sums do).
+        _check_finite(loss)
+    # A metric without a divisor is already divided by the global batch. The divisors given for it add up to 1 over
+    # microbatches and DP (times CP, like the sums).
     sums["none"] = torch.full_like(
         sums["pairs"], 1.0 / (get_num_microbatches() * parallel_state.get_data_parallel_world_size())
     )
     return loss, {metric.name: torch.stack((sums[metric.name], sums[metric.divisor])).float() for metric in metrics}
 
 
-def _validate(loss: Tensor) -> None:
-    """Hands the loss to Megatron's rerun state machine, as Megatron-LM's own forward steps do."""
+def _check_finite(loss: Tensor) -> None:
+    """Passes the loss to Megatron's rerun state machine, as Megatron-LM's own forward steps do."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
     checks: Any = ((torch.isnan, "NaN"), (torch.isinf, "Inf"))

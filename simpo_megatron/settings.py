@@ -1,4 +1,7 @@
-"""What a group of settings is made of: fields with help texts, closed choices, and checks that end in a sentence."""
+"""What groups of settings are made of: fields with help texts, closed choices, and checks with clear errors.
+
+A group is a frozen dataclass derived from `Group`. `config/arguments.py` makes flags and YAML keys from its fields.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from simpo_megatron.errors import UserError
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with the text `--help` shows."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, metavar: str | None = None) -> Any:
+    """A dataclass field with the text that `--help` shows for it; `metavar` names its value there."""
+    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """The values of a `Literal`, alone or with None; nothing for other types."""
+    """The values of a `Literal`, or of `Literal[...] | None`; empty for other types."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(value for part in get_args(annotation) for value in choices(part))
@@ -28,7 +31,7 @@ def flag(name: str) -> str:
 
 
 def require(condition: bool, sentence: str) -> None:
-    """Raises UserError with the sentence where the condition does not hold."""
+    """Raises UserError with this sentence if the condition is false."""
     if not condition:
         raise UserError(sentence)
 
@@ -37,14 +40,21 @@ T = TypeVar("T")
 
 
 def required(value: T | None, sentence: str) -> T:
-    """A setting that a program cannot do without. Raises UserError with the sentence where it is None or empty."""
+    """Returns a setting that the program needs; raises UserError with this sentence if it is None or empty."""
     if value is None or value == ():
         raise UserError(sentence)
     return value
 
 
 def parse_size(name: str, text: str) -> int:
-    """Bytes of a size such as 80GiB; `name` is the flag, for the error.
+    """The number of bytes of a size such as 80GiB.
+
+    Args:
+        name: the flag, for the error.
+        text: a number with the unit B, KB, MB, GB, KiB, MiB or GiB; without a unit it counts bytes.
+
+    Raises:
+        UserError: the text is not a size, or not above 0.
 
     >>> parse_size("--gpu-memory", "80GiB"), parse_size("--max-memory", "1.5 GB")
     (85899345920, 1500000000)
@@ -55,12 +65,15 @@ def parse_size(name: str, text: str) -> int:
         number, unit, binary = found.groups()
         size = int(float(number) * (1024 if binary else 1000) ** (" KMG".index(unit.upper()) if unit else 0))
     if size <= 0:
-        raise UserError(f"{name} {text} is no size; give bytes, or e.g. 256MiB or 1.5GB")
+        raise UserError(f"{name} {text} is not a size; give a number of bytes, or a size such as 256MiB or 1.5GB")
     return size
 
 
 class Group:
-    """Base of the settings groups: rejects non-finite floats and unknown choices. Groups add checks in `__post_init__`."""
+    """Base of the settings groups: rejects non-finite floats and unknown choices.
+
+    Groups add checks in `__post_init__`. The first line of a group's docstring is its heading in `--help`.
+    """
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():
@@ -71,19 +84,19 @@ class Group:
                 raise UserError(f"{flag(name)} {value} is not known; use {' or '.join(allowed)}")
 
     def positive(self, *names: str) -> None:
-        """Requires numbers above 0; None passes."""
+        """Requires that these fields are above 0; None is allowed."""
         for name in names:
             value = getattr(self, name)
             require(value is None or value > 0, f"{flag(name)} {value} must be greater than 0")
 
     def not_negative(self, *names: str) -> None:
-        """Requires numbers from 0 on; None passes."""
+        """Requires that these fields are at least 0; None is allowed."""
         for name in names:
             value = getattr(self, name)
             require(value is None or value >= 0, f"{flag(name)} {value} must not be negative")
 
     def fraction(self, *names: str) -> None:
-        """Requires numbers from 0 up to, but not, 1."""
+        """Requires that these fields are at least 0 and below 1."""
         for name in names:
             value = getattr(self, name)
             require(0 <= value < 1, f"{flag(name)} {value} must be at least 0 and less than 1")

@@ -1,10 +1,10 @@
-"""SimPO training: Hugging Face checkpoint and preferences in, aligned Hugging Face checkpoint out.
+r"""SimPO training: Hugging Face checkpoint and preferences in, aligned Hugging Face checkpoint out.
 
-    torchrun --nproc-per-node 4 -m simpo_megatron.train --hf-checkpoint MODEL --train-data pairs.jsonl \\
+    torchrun --nproc-per-node 4 -m simpo_megatron.train --hf-checkpoint MODEL --train-data pairs.jsonl \
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --train-epochs 1 --export-hf ALIGNED
 
-`--help` lists every flag; `--dry-run` checks a run on one CPU process (`dry_run.py`). Exit code 2 and one line for a
-mistake that the user can mend.
+`--help` lists every flag, and `--dry-run` checks a run in one CPU process (`dry_run.py`). The user's guide is
+`trainer/README.md`. A mistake that the user can fix ends the program with one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from simpo_megatron.program import exit_code
 
 
 def run(config: Config) -> None:
-    """Wires a run together: device, groups, model description, loop.
+    """Wires a run together: device, checks, process groups, loop.
+
+    Args:
+        config: of the run.
 
     Raises:
-        UserError: the same on every rank.
+        UserError: a mistake that the user can fix; the same on every rank.
     """
     compat.quiet_megatron()
     compat.check_megatron_core()
@@ -33,7 +36,7 @@ def run(config: Config) -> None:
     from simpo_megatron.parallel.together import raise_on_all_ranks
     from simpo_megatron.trainer.checkpointing import check_new_run, check_writable
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
-    from simpo_megatron.trainer.loop import Run
+    from simpo_megatron.trainer.loop import start_run
     from simpo_megatron.trainer.setup import build_transformer_config
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
@@ -53,9 +56,9 @@ def run(config: Config) -> None:
     transformer = build_transformer_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
     if config.model.export_hf is not None:
-        with raise_on_all_ranks():  # no rank is still probing the folder
+        with raise_on_all_ranks():  # after `initialize`: no rank is still writing its probe into the folder
             check_target(config.model.export_hf)
-    Run(config, hf, transformer).execute()
+    start_run(config, hf, transformer).execute()
     shut_down()
 
 

@@ -1,4 +1,4 @@
-"""`cpu.py`: every row of its table is answered, nothing else is touched, and everything can be put back."""
+"""`cpu.py` replaces what its table lists and nothing else, and everything can be put back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron.core.tensor_parallel import random as megatron_random
 from simpo_megatron import cpu
 
 CPU = torch.device("cpu")
-# The names the table lists, by the module that holds them.
-ANSWERED: dict[ModuleType, set[str]] = {
+# The names in the table, by the module that holds them.
+REPLACED: dict[ModuleType, set[str]] = {
     torch.cuda: {
         "current_device",
         "Stream",
@@ -34,12 +34,12 @@ ANSWERED: dict[ModuleType, set[str]] = {
 
 
 def snapshot() -> dict[tuple[str, str], Any]:
-    return {(module.__name__, name): value for module in ANSWERED for name, value in vars(module).items()}
+    return {(module.__name__, name): value for module in REPLACED for name, value in vars(module).items()}
 
 
 @pytest.fixture(autouse=True)
 def as_it_began() -> Iterator[None]:
-    """Every test starts with CUDA unanswered and leaves the process as it found it."""
+    """Every test starts with nothing replaced, and leaves the process as it was."""
     was_enabled, rng_state = bool(cpu._undo), torch.get_rng_state()
     cpu.disable()
     yield
@@ -162,10 +162,10 @@ def test_what_is_replaced_is_the_table_and_is_put_back(times: int) -> None:
     before, dynamo = snapshot(), torch._dynamo.config.disable
     for _ in range(times):
         cpu.enable()
-    assert torch.empty(1).type() == "torch.cuda.FloatTensor", "answered once, however often it was asked for"
+    assert torch.empty(1).type() == "torch.cuda.FloatTensor", "replaced once, however often it is enabled"
     after = snapshot()
     changed = {name for name in before | after if before.get(name) is not after.get(name)}
-    assert changed == {(module.__name__, name) for module, names in ANSWERED.items() for name in names}
+    assert changed == {(module.__name__, name) for module, names in REPLACED.items() for name in names}
     cpu.disable()
     assert all(before[name] is value for name, value in snapshot().items())
     assert torch._dynamo.config.disable == dynamo

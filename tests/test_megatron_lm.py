@@ -2,7 +2,7 @@
 
     MEGATRON_LM_PATH=MEGATRON_LM bash tests/run.sh -k megatron_lm
 
-Its own requirements `six` and `triton` (imported, not used here) must be importable too.
+Its own requirements `six` and `triton` must be importable too; it imports them, though nothing here uses them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from simpo_megatron import megatron_lm
 from simpo_megatron.errors import UserError
-from tests.support.distributed import free_environment
+from tests.support.distributed import WorkerPool, free_environment
 from tests.support.runs import flags, run_and_read
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
@@ -28,10 +28,11 @@ ROOT = Path(__file__).parent.parent
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
 MISSING = [name for name in ("six", "triton") if importlib.util.find_spec(name) is None]
 STEPS = 10
-# The architecture of tests/tiny.py, a constant learning rate, and what a machine without a GPU or Apex needs.
+# The architecture of tests/support/tiny.py, a constant learning rate, and what a machine without a GPU or Apex needs.
 ARGUMENTS = """
-    --num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention --num-query-groups 2
-    --kv-channels 8 --position-embedding-type rope --rotary-base 10000 --normalization RMSNorm --norm-epsilon 1e-6 --swiglu
+    --num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --kv-channels 8 --position-embedding-type rope --rotary-base 10000 --normalization RMSNorm
+    --norm-epsilon 1e-6 --swiglu
     --disable-bias-linear --untie-embeddings-and-output-weights --max-position-embeddings 512 --seq-length 256
     --attention-dropout 0 --hidden-dropout 0 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
     --global-batch-size 8 --lr 1e-3 --lr-decay-style constant --lr-warmup-fraction 0 --weight-decay 0 --adam-beta2 0.999
@@ -68,7 +69,7 @@ def scalars(folder: Path, name: str) -> dict[int, float]:
 
 
 @pytest.mark.skipif(not MEGATRON_LM or bool(MISSING), reason=f"MEGATRON_LM_PATH is not set, or lacks {MISSING}")
-def test_megatron_lm_trains_as_our_trainer_does(pool, inputs, tmp_path: Path) -> None:
+def test_megatron_lm_trains_as_our_trainer_does(pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Ten steps from a converted checkpoint, saved at the fifth; then the last five again, resumed."""
     model, data = inputs
     convert = [
@@ -111,7 +112,7 @@ def test_megatron_lm_trains_as_our_trainer_does(pool, inputs, tmp_path: Path) ->
 
 
 def args(model: Path, data: Path, **changes: Any) -> Any:
-    """Megatron-LM's arguments, as far as they are looked at."""
+    """Those of Megatron-LM's arguments that are read."""
     import argparse
 
     own = vars(megatron_lm.add_simpo_args(argparse.ArgumentParser()).parse_args([]))
@@ -170,7 +171,7 @@ def args(model: Path, data: Path, **changes: Any) -> Any:
     ],
     ids=str,
 )
-def test_what_the_loss_cannot_serve_is_refused(inputs, changes: dict[str, Any], words: str) -> None:
+def test_what_the_loss_cannot_serve_is_refused(inputs: tuple[Path, Path], changes: dict[str, Any], words: str) -> None:
     megatron_lm.check_args(args(*inputs))
     with pytest.raises(UserError, match=words):
         megatron_lm.check_args(args(*inputs, **changes))
@@ -198,7 +199,7 @@ def provide(model: Path, data: Path, layout: dict[str, Any], wrapped: bool) -> t
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_any_provider_gets_a_head_on_its_last_stage(pool, inputs, wrapped: bool) -> None:
+def test_any_provider_gets_a_head_on_its_last_stage(pool: WorkerPool, inputs: tuple[Path, Path], wrapped: bool) -> None:
     layout = {"pipeline_model_parallel_size": 2}
     assert pool.run(2, provide, *inputs, layout, wrapped) == [(False, False, 2), (True, True, 2)]
 

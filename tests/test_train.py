@@ -1,4 +1,4 @@
-"""The program as the user meets it: good input trains. Wrong input: `test_wrong_input.py`.
+"""The program as a user runs it: good input trains. Wrong input: `test_wrong_input.py`.
 
 Three runs are processes of their own, two of them under torchrun.
 """
@@ -15,29 +15,33 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.distributed import free_environment
+from tests.support.distributed import WorkerPool, free_environment
 from tests.support.runs import Inputs, flags, read_rows, run_and_read, run_main
 from tests.support.tiny import make_rows
 from tests.test_wrong_input import truncated_line
 
 ROOT = Path(__file__).parent.parent
-MEMBERS = ("chosen", "rejected")
+RESPONSES = ("chosen", "rejected")
 TP2 = {"tensor_model_parallel_size": 2}
 
 
-@pytest.mark.parametrize("rank, local_rank, waits, says", [(0, 0, False, True), (1, 1, True, True), (8, 0, True, True)])
-def test_who_says_it(monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, waits: bool, says: bool) -> None:
-    """Rank 0 at once; another rank only if nobody has stopped it by then."""
+@pytest.mark.parametrize(
+    "rank, local_rank, waits, prints", [(0, 0, False, True), (1, 1, True, True), (8, 0, True, True)]
+)
+def test_which_rank_prints_an_error(
+    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, waits: bool, prints: bool
+) -> None:
+    """Rank 0 prints at once. Another rank waits, and prints only if nothing has stopped it by then."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     code, _, stderr = run_main(["--fp16"])
     assert (code, bool(waited)) == (2, waits)
-    assert stderr.count("simpo_megatron.train: ") == says
+    assert stderr.count("simpo_megatron.train: ") == prints
 
 
-def test_useless_rows_are_dropped_counted_and_reported(pool, inputs: Inputs) -> None:
+def test_useless_rows_are_dropped_counted_and_reported(pool: WorkerPool, inputs: Inputs) -> None:
     def message(text: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": text}]
 
@@ -56,17 +60,17 @@ def test_useless_rows_are_dropped_counted_and_reported(pool, inputs: Inputs) -> 
     assert [row["epoch"] for row in read_rows(save)] == [1.0]
 
 
-def test_an_epoch_sees_every_pair_once(pool, inputs: Inputs) -> None:
+def test_an_epoch_sees_every_pair_once(pool: WorkerPool, inputs: Inputs) -> None:
     """Ten pairs in batches of four: the last batch has two, and is averaged over two."""
     argv = flags(inputs.checkpoint, inputs.data, train_epochs=1, global_batch_size=4)
     at = argv.index("--train-iters")
     rows = run_and_read(pool, 2, argv[:at] + argv[at + 2 :], inputs.folder / "run")
     assert [row["epoch"] for row in rows] == [0.4, 0.8, 1.0]
     tokenizer = AutoTokenizer.from_pretrained(inputs.checkpoint)
-    for member in ("chosen", "rejected"):
-        texts = [row[member][-1]["content"] for row in make_rows(10)]
+    for response in RESPONSES:
+        texts = [row[response][-1]["content"] for row in make_rows(10)]
         tokens = sum(len(tokenizer(text).input_ids) + 1 for text in texts)  # and the end of the turn
-        lengths = [row[f"response_length/{member}"] for row in rows]
+        lengths = [row[f"response_length/{response}"] for row in rows]
         assert 4 * lengths[0] + 4 * lengths[1] + 2 * lengths[2] == pytest.approx(tokens)
 
 
@@ -97,7 +101,7 @@ def test_one_process_needs_no_launcher(inputs: Inputs) -> None:
     assert not save.exists()
 
 
-def test_an_error_under_torchrun_is_said_once(inputs: Inputs) -> None:
+def test_an_error_under_torchrun_is_printed_once(inputs: Inputs) -> None:
     wrong = truncated_line(inputs)
     logs = inputs.folder / "logs"
     done = torchrun(2, logs, flags(inputs.checkpoint, wrong.settings["train_data"], **TP2))
@@ -120,7 +124,9 @@ def test_a_run_under_torchrun(inputs: Inputs) -> None:
 
     before, first, second, after = read_rows(save)
     assert [row["step"] for row in (before, first, second, after)] == [0, 1, 2, 2]
-    pairs = [f"{name}/{member}" for name in ("rewards", "logps", "response_length", "truncated") for member in MEMBERS]
+    pairs = [
+        f"{name}/{response}" for name in ("rewards", "logps", "response_length", "truncated") for response in RESPONSES
+    ]
     names = {*pairs, "loss", "nll_loss", "rewards/margins", "rewards/accuracies", "rewards/above_gamma", "rewards/ties"}
     extra = {"grad_norm", "learning_rate", "tokens_per_second", "memory_gib", "epoch"}
     for row in (first, second):

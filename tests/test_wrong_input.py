@@ -1,4 +1,4 @@
-"""Mistakes a user can make, each run through `train.main` in the worker pool: one line, exit code 2, nothing written."""
+"""Mistakes that a user can make: each ends `train.main` with one line and exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.distributed import WorkerPool
 from tests.support.runs import Inputs, flags, run_main
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
-MEMBERS = ("chosen", "rejected")
 TP2 = {"tensor_model_parallel_size": 2}
 
 
@@ -48,7 +48,7 @@ def empty_data(inputs: Inputs) -> Wrong:
 def truncated_line(inputs: Inputs) -> Wrong:
     path = inputs.with_rows(make_rows(3))
     path.write_text(path.read_text()[:-30])
-    return Wrong({"train_data": path}, [f"{path}:3: not valid JSON", "mend or remove the line"])
+    return Wrong({"train_data": path}, [f"{path}:3: not valid JSON", "fix or remove the line"])
 
 
 def truncated_line_seen_by_rank_0_alone(inputs: Inputs) -> Wrong:
@@ -65,7 +65,7 @@ def row_without_chosen(inputs: Inputs) -> Wrong:
 def all_responses_empty(inputs: Inputs) -> Wrong:
     rows = [{**row, "chosen": [{"role": "assistant", "content": " "}]} for row in make_rows(3)]
     path = inputs.with_rows(rows)
-    return Wrong({"train_data": path}, [f"{path}: no pair is left of 3 rows: dropped 3 with an empty response", "mend"])
+    return Wrong({"train_data": path}, [f"{path}: no pair is left of 3 rows: dropped 3 with an empty response", "fix"])
 
 
 def no_chat_template(inputs: Inputs) -> Wrong:
@@ -252,7 +252,7 @@ WRONG: list[Callable[[Inputs], Wrong]] = [
 
 
 @pytest.mark.parametrize("mistake", WRONG)
-def test_wrong_input_is_one_line(pool, inputs: Inputs, mistake: Callable[[Inputs], Wrong]) -> None:
+def test_wrong_input_is_one_line(pool: WorkerPool, inputs: Inputs, mistake: Callable[[Inputs], Wrong]) -> None:
     wrong = mistake(inputs)
     outputs = {"save": inputs.folder / "run", "export_hf": inputs.folder / "out"}
     argv = [*flags(inputs.checkpoint, inputs.data, **{**outputs, **wrong.settings}), *wrong.argv]

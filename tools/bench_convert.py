@@ -4,10 +4,11 @@
     python tools/bench_convert.py --plans                  # what 70B and 405B would take here; writes nothing
     python tools/bench_convert.py --folder SCRATCH --make  # only the synthetic checkpoint, in SCRATCH/MODEL
 
-Makes a checkpoint of random bytes in the shape of the model, then in turns: `cp` and sync, conversion to torch_dist, its
-verification, conversion back. Every step starts with the files it reads dropped from the page cache and ends when its output
-is on the disk. The peak is the largest sum of resident memory of the program's processes, sampled every 20 ms. Needs three
-times the checkpoint's bytes of disk and removes all of it. Rows go to `tools/results/convert.csv`.
+Makes a checkpoint of random bytes in the shape of the model, then measures in turn: `cp` and sync, conversion to
+torch_dist, its verification, conversion back. Before each of them, the files that it reads are dropped from the page
+cache; each ends when its output is on the disk. The peak is the largest sum of resident memory of the program's
+processes, sampled every 20 ms. It needs three times the checkpoint's bytes of disk and removes all of it. Rows go to
+`tools/results/convert.csv`.
 """
 
 from __future__ import annotations
@@ -37,11 +38,26 @@ from simpo_megatron.settings import parse_size  # noqa: E402
 from tools.machine import append_rows  # noqa: E402
 
 CSV = ROOT / "tools" / "results" / "convert.csv"
-ROPE = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192, "rope_type": "llama3"}  # fmt: skip
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_act": "silu",
-         "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": ROPE,
-         "max_position_embeddings": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}  # fmt: skip
+ROPE = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_act": "silu",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": ROPE,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 # hidden size, feed-forward size, layers, heads: config.json of meta-llama/Llama-3.1-*
 SIZES = {
     "llama-3.1-8b": (4096, 14336, 32, 32),
@@ -63,8 +79,8 @@ def make_checkpoint(folder: Path, model: str) -> int:
     """Writes a checkpoint of random bytes in files of up to 5 GiB; returns its bytes. Tensors are never held whole."""
     import numpy as np
 
-    from simpo_megatron.checkpoint.source import imagine_weights
-    from simpo_megatron.checkpoint.to_hf import Tensor, safetensors_header
+    from simpo_megatron.checkpoint.source import imagine_weights, tensor_bytes
+    from simpo_megatron.checkpoint.to_hf import safetensors_header
     from simpo_megatron.models.hf_checkpoint import (
         INDEX,
         MAX_FILE_BYTES,
@@ -77,17 +93,16 @@ def make_checkpoint(folder: Path, model: str) -> int:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of(model), indent=2))
     tensors = imagine_weights(read_hf_config(folder)).tensors
-    all_tensors = [Tensor(name, name, "", found.shape, found.dtype) for name, found in tensors.items()]
-    files = split_files([tensor.size for tensor in all_tensors], MAX_FILE_BYTES)
+    names, sizes = list(tensors), [tensor_bytes(tensor) for tensor in tensors.values()]
+    files = split_files(sizes, MAX_FILE_BYTES)
     noise = np.random.default_rng(0).bytes(64 * 2**20 + 4099)
     weight_map, total = {}, 0
-    for name, positions in zip(file_names(len(files)), files, strict=True):
-        held = [all_tensors[position] for position in positions]
-        with (folder / name).open("wb") as stream:
-            stream.write(safetensors_header(held)[0])
-            for tensor in held:
-                weight_map[tensor.name], left = name, tensor.size
-                while left:  # another part of the noise every time, so that no two slabs are alike
+    for file, positions in zip(file_names(len(files)), files, strict=True):
+        with (folder / file).open("wb") as stream:
+            stream.write(safetensors_header({names[at]: tensors[names[at]] for at in positions})[0])
+            for at in positions:
+                weight_map[names[at]], left = file, sizes[at]
+                while left:  # another part of the noise every time, so that no two pieces are alike
                     start = (total // 7919) % 4096
                     total += (size := min(left, 64 * 2**20))
                     stream.write(noise[start : start + size])
@@ -121,7 +136,7 @@ def measure(command: Sequence[str]) -> tuple[float, int]:
     while child.poll() is None:
         try:
             family = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(member.memory_info().rss for member in family))
+            peak = max(peak, sum(one.memory_info().rss for one in family))
         except psutil.Error:  # one has just ended
             pass
         time.sleep(0.02)
@@ -137,25 +152,36 @@ def copy_command(source: Path, target: Path) -> list[str]:
 
 
 def run_round(folder: Path, source: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One round; a row for every step."""
-    python, tools = sys.executable, ROOT / "tools"
+    """One round; a row for every program."""
     limits = ["--max-memory", str(args.max_memory), "--workers", str(args.workers)]
     megatron, back, copy = folder / "megatron", folder / "back", folder / "copy"
-    steps = [
+
+    def tool(name: str, **flags: Path) -> list[str]:
+        line = [sys.executable, str(ROOT / "tools" / name)]
+        for flag, value in flags.items():
+            line += ["--" + flag.replace("_", "-"), str(value)]
+        return [*line, *limits]
+
+    programs = [
         ("cp", source, copy_command(source, copy)),
-        ("hf_to_megatron", source, [python, str(tools / "hf_to_megatron.py"), "--hf-checkpoint", str(source), "--save",
-                                    str(megatron), *limits]),
-        ("verify", megatron, [python, str(tools / "verify_checkpoint.py"), "--load", str(megatron), *limits]),
-        ("megatron_to_hf", megatron, [python, str(tools / "megatron_to_hf.py"), "--load", str(megatron), "--hf-reference",
-                                      str(source), "--save", str(back), *limits]),
-    ]  # fmt: skip
+        ("hf_to_megatron", source, tool("hf_to_megatron.py", hf_checkpoint=source, save=megatron)),
+        ("verify", megatron, tool("verify_checkpoint.py", load=megatron)),
+        ("megatron_to_hf", megatron, tool("megatron_to_hf.py", load=megatron, hf_reference=source, save=back)),
+    ]
     size, rows = sum(path.stat().st_size for path in source.glob("*.safetensors")), []
-    for name, reads, command in steps:
+    for name, reads, command in programs:
         drop_from_cache(reads)
         load = os.getloadavg()[0]
         seconds, peak = measure(command)
-        rows.append({"step": name, "bytes": size, "seconds": round(seconds, 2), "mb_per_s": round(size / seconds / 1e6),
-                     "peak_rss_mib": round(peak / 2**20), "load_before": round(load, 1)})  # fmt: skip
+        row = {
+            "step": name,
+            "bytes": size,
+            "seconds": round(seconds, 2),
+            "mb_per_s": round(size / seconds / 1e6),
+            "peak_rss_mib": round(peak / 2**20),
+            "load_before": round(load, 1),
+        }
+        rows.append(row)
         if name == "cp":
             shutil.rmtree(copy)
         speed = f"{size / seconds / 1e6:.0f} MB/s"
@@ -170,16 +196,16 @@ def run_round(folder: Path, source: Path, args: argparse.Namespace) -> list[dict
 def _check_bytes(source: Path, back: Path) -> None:
     """Raises RuntimeError where a tensor that came back is not the source's."""
     from simpo_megatron.checkpoint.source import read_source
-    from simpo_megatron.checkpoint.transfer.cut import tensor_step
-    from simpo_megatron.checkpoint.transfer.execute import read_unit
+    from simpo_megatron.checkpoint.transfer.cut import plan_hash
     from simpo_megatron.checkpoint.transfer.moves import Unit
+    from simpo_megatron.checkpoint.transfer.processes import run_units
 
-    hashes = []
+    units = []
     for folder in (source, back):
         tensors = read_source(folder).tensors
-        steps = tuple(tensor_step(name, tensors[name], 2**26) for name in sorted(tensors))
-        hashes.append(read_unit(Unit(folder.name, (), steps)).hashes)
-    if hashes[0] != hashes[1]:
+        units.append(Unit(folder.name, (), tuple(plan_hash(name, tensors[name], 2**26) for name in sorted(tensors))))
+    before, after = run_units(units, None, 1, "comparing")
+    if before.hashes != after.hashes:
         raise RuntimeError("the bytes that came back are not the source's")
 
 
@@ -188,9 +214,15 @@ def plans(args: argparse.Namespace) -> None:
     for model in PLANNED:
         with tempfile.TemporaryDirectory() as temporary:
             (Path(temporary) / "config.json").write_text(json.dumps(config_of(model)))
-            command = [sys.executable, str(ROOT / "tools" / "hf_to_megatron.py"), "--hf-checkpoint", temporary, "--plan",
-                       "--save", str((args.folder or Path(temporary)) / "planned"), "--max-memory", str(args.max_memory),
-                       "--workers", str(args.workers)]  # fmt: skip
+            save = (args.folder or Path(temporary)) / "planned"
+            command = [
+                sys.executable,
+                str(ROOT / "tools" / "hf_to_megatron.py"),
+                "--plan",
+                "--hf-checkpoint",
+                temporary,
+            ]
+            command += ["--save", str(save), "--max-memory", str(args.max_memory), "--workers", str(args.workers)]
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
             print(model, *found[-2:], sep="\n  ")
 
@@ -233,9 +265,15 @@ def run(argv: Sequence[str] | None) -> int:
         for name in (args.model, "megatron", "back", "copy", ".back.conversion"):
             shutil.rmtree(args.folder / name, ignore_errors=True)
     floor = min(row["seconds"] for row in rows if row["step"] == "cp")
-    facts = {"date": date.today().isoformat(), "machine": f"{platform.machine()} {os.cpu_count()} cores",
-             "torch": made_by()["torch"], "python": platform.python_version(), "model": args.model,
-             "max_memory_mib": args.max_memory // 2**20, "workers": args.workers}  # fmt: skip
+    facts = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "torch": made_by()["torch"],
+        "python": platform.python_version(),
+        "model": args.model,
+        "max_memory_mib": args.max_memory // 2**20,
+        "workers": args.workers,
+    }
     rows = [row | {"of_cp": round(floor / row["seconds"], 3)} for row in rows]
     append_rows(args.csv, rows, facts)
     return 0

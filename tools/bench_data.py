@@ -1,11 +1,11 @@
-"""What the data path costs: preparation beside TRL's, ten million pairs mapped, padding, and the loader.
+"""Measures the data path: preparation beside TRL's, ten million pairs mapped from disk, padding, and the loader.
 
     python tools/bench_data.py --data pairs.jsonl [--hf-checkpoint DIR] [--repeat 2] [--pairs 10000000]
 
-Every preparation runs in a process of its own that has imported everything before the clock starts; TRL's is the construction
-of its trainer less that on two rows. The ten million pairs are real lengths over a sparse .bin, so they take little disk.
-Without `--hf-checkpoint` the model of `bench_step.py` is made. The table goes to the terminal, the rows to
-`tools/results/data.csv`.
+Every preparation runs in a process of its own, which imports everything before the clock starts. TRL's time is that of
+constructing its trainer on all rows, less that on two rows. The ten million pairs have realistic lengths and a sparse
+.bin, so they take little disk. Without `--hf-checkpoint` the model of `bench_step.py` is made. The table goes to the
+terminal, the rows go to `tools/results/data.csv`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MAX_LENGTH, SEQ_LENGTH, BATCH = 2048, 4096, 128
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it has waited for: what a busy machine cannot stretch."""
+    """CPU seconds of this process and of those it has waited for. A busy machine does not change them."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def prepare_ours(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
-    """Seconds, and CPU seconds, from the file to the prepared set on disk, the tokenizer's loading included."""
+    """Seconds and CPU seconds from the file to the prepared set on disk, with the loading of the tokenizer."""
     from megatron.core.datasets import indexed_dataset  # noqa: F401  the import is not measured
 
     from simpo_megatron import compat
@@ -55,7 +55,7 @@ def prepare_ours(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
 
 
 def prepare_trl(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
-    """Seconds, and CPU seconds, that a trainer of TRL takes longer for all rows than for two of them."""
+    """Seconds and CPU seconds that constructing TRL's trainer takes longer for all rows than for two."""
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import DPOConfig, DPOTrainer
@@ -86,8 +86,9 @@ def prepare_trl(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
 
 
 def make_large(prefix: Path, pairs: int) -> None:
-    """A prepared set of lengths as in the real data; the ids are a hole in the file."""
-    from simpo_megatron.data.prepared_set import RECORD, SUFFIXES, VERSION, part
+    """Writes a prepared set with lengths as in real data; the ids are a hole in the file."""
+    from simpo_megatron.data.pairs import all_columns
+    from simpo_megatron.data.prepared_format import SUFFIXES, VERSION, part, record_type
 
     generator = np.random.default_rng(0)
     median, spread = np.array([32, 300, 100]), np.array([0.9, 0.7, 0.9])
@@ -100,8 +101,9 @@ def make_large(prefix: Path, pairs: int) -> None:
         file.write(np.arange(0, 3 * pairs + 1, 3, dtype=np.int64).tobytes())
     with part(prefix, ".bin").open("wb") as file:
         file.truncate(4 * int(ends[-1]))
-    records = np.lib.format.open_memmap(part(prefix, ".pairs.npy"), "w+", RECORD, (pairs,))
-    records["weight"], records["margin"] = 1, np.nan
+    records = np.lib.format.open_memmap(part(prefix, ".pairs.npy"), "w+", record_type(), (pairs,))
+    for name, numbers in all_columns(pairs, {}).items():
+        records[name] = numbers
     records.flush()
     about = {
         "version": VERSION,
@@ -118,7 +120,7 @@ def make_large(prefix: Path, pairs: int) -> None:
 
 
 def open_large(prefix: Path) -> dict[str, float]:
-    """Seconds and MiB that a set takes to open, and then to give the first and a later batch."""
+    """Seconds and MiB that it takes to open a set, and then to read the first and a later batch."""
     import psutil
     import torch  # noqa: F401  imports are not measured
     from megatron.core.datasets import indexed_dataset  # noqa: F401
@@ -129,13 +131,17 @@ def open_large(prefix: Path) -> dict[str, float]:
     compat.quiet_megatron()
 
     def resident() -> tuple[float, float]:
-        """All of it, and what the kernel cannot drop because no file holds it."""
+        """MiB of this process: all, and the part that the kernel cannot drop because it is not in a file."""
         info = psutil.Process().memory_info()
         return info.rss / 2**20, (info.rss - info.shared) / 2**20
 
     def batch(position: int) -> None:
-        pairs = data.order(position, BATCH, seed=1)
-        _ = [ids.sum() for i in pairs for ids in data.pair(i)], data.weight[pairs], data.prompt_length[pairs]
+        indices = data.order(position, BATCH, seed=1)
+        _ = (
+            [ids.sum() for i in indices for ids in data.pair(i)],
+            data.columns["weight"][indices],
+            data.prompt_length[indices],
+        )
 
     before, started = resident(), time.perf_counter()
     data = PreparedPairs(prefix, verify=False)
@@ -152,21 +158,19 @@ def open_large(prefix: Path) -> dict[str, float]:
     return found
 
 
-def loader(store: Any, shared: bool) -> dict[str, float]:
-    """Seconds a step of `BATCH` pairs takes to plan and to lay out as tensors."""
+def loader(pairs: Any, shared: bool) -> dict[str, float]:
+    """Seconds that a step of `BATCH` pairs takes to pack and to lay out as tensors."""
     from simpo_megatron.batch.row import BatchCounts, RowFormat, pack_row
     from simpo_megatron.data import pack_batch, pair_costs
 
-    steps, tokens, started = len(store) // BATCH, 0, time.perf_counter()
+    steps, tokens, started = len(pairs) // BATCH, 0, time.perf_counter()
     for step in range(steps):
-        pairs = store.order(step * BATCH, BATCH, seed=1)
-        prompt, responses = (
-            store.prompt_length[pairs],
-            [store.chosen_length[pairs], store.rejected_length[pairs]],
-        )
+        indices = pairs.order(step * BATCH, BATCH, seed=1)
+        prompt = pairs.prompt_length[indices]
+        responses = [pairs.chosen_length[indices], pairs.rejected_length[indices]]
         lengths = prompt * (1 if shared else 2) + sum(responses)
         for row in pack_batch(lengths, SEQ_LENGTH, 1, costs=pair_costs(prompt, responses, 4096, shared))[0]:
-            batch = pack_row(store, pairs[row].tolist(), BatchCounts(BATCH, 1, 1), RowFormat(share_prompts=shared))
+            batch = pack_row(pairs, indices[row].tolist(), BatchCounts(BATCH, 1, 1), RowFormat(share_prompts=shared))
             tokens += batch.tokens.shape[1]
     return {"seconds_a_step": (time.perf_counter() - started) / steps, "tokens_an_epoch": tokens}
 
@@ -185,7 +189,7 @@ def child(args: argparse.Namespace, only: str, **flags: Any) -> Any:
 
 def benchmark(args: argparse.Namespace, folder: Path) -> list[tuple[str, str, float, str]]:
     """(measure, setting, value, unit) of everything."""
-    from simpo_megatron.data.doctor import packing_figures
+    from simpo_megatron.data.packing import packing_figures
     from simpo_megatron.data.prepared_set import PreparedPairs
 
     lines = args.data.read_text(encoding="utf-8").splitlines()

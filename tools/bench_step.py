@@ -1,12 +1,14 @@
-"""Tokens per second of whole training steps: this package at TP1 beside TRL's CPOTrainer, same model, pairs and machine.
+"""Tokens per second of whole training steps: this package at TP1 and TRL's CPOTrainer, on the same model and pairs.
 
     python tools/bench_step.py --data pairs.jsonl [--hf-checkpoint DIR] [--steps 6] [--json rows.json]
 
-Each side runs in a process of its own, in turns (`--rounds`), on the same pairs in the same order, with forward, backward,
-clipping and AdamW; `--heads fused plain` measures both heads of this package. Tokens are those of prompts and responses;
-padding is nobody's work. TRL pads every micro-batch to its longest response, so it is measured at several micro-batch sizes and
-compared at its best; `--trl-micro-batches` without a number leaves it out. Without `--hf-checkpoint` a random
-Llama with a tokenizer trained on the data is made. The table goes to the terminal, the rows to `tools/results/step.csv`.
+Both sides run in processes of their own, in turns (`--rounds`), on the same pairs in the same order. A step is forward,
+backward, clipping and AdamW. `--heads fused plain` measures both heads of this package. Tokens of prompts and responses
+are counted, padding is not.
+
+TRL pads every micro-batch to its longest response. So it is measured at several micro-batch sizes and compared at its
+best; `--trl-micro-batches` without a number leaves it out. Without `--hf-checkpoint` a random Llama is made, with a
+tokenizer trained on the data. The table goes to the terminal, the rows to `tools/results/step.csv`.
 """
 
 from __future__ import annotations
@@ -31,27 +33,20 @@ from machine import append_rows, processor
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "tools" / "results" / "step.csv"
 SEED, BETA, GAMMA, LR = 1234, 2.0, 1.0, 1e-5
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>{{ m['content'] }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
+)
 
 
 def make_model(folder: Path, data: Path) -> Path:
     """A random Llama of about 20M parameters and a byte-level BPE of 8,000 tokens, as a Hugging Face checkpoint."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from toy_tokenizer import train_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    special = ["<|bos|>", "<|eot|>", "<|start|>", "<|end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train([str(data)], trainers.BpeTrainer(vocab_size=8000, special_tokens=special, initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|bos|>", eos_token="<|eot|>", pad_token="<|eot|>"
-    )
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>{{ m['content'] }}<|eot|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
-    )
+    with data.open(encoding="utf-8") as lines:
+        tokenizer = train_tokenizer(lines, 8000, ["<|bos|>", "<|eot|>", "<|start|>", "<|end|>"], CHAT_TEMPLATE)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -69,14 +64,12 @@ def make_model(folder: Path, data: Path) -> Path:
     return folder
 
 
-def batches(store: Any, args: argparse.Namespace) -> list[Any]:
-    """The pairs of every step, the same for both sides."""
-    from simpo_megatron.data import pairs_of_batch
-
-    return [pairs_of_batch(step * args.pairs, args.pairs, len(store), SEED) for step in range(args.steps)]
+def batches(pairs: Any, args: argparse.Namespace) -> list[Any]:
+    """Indices of the pairs of every step, the same for both sides."""
+    return [pairs.order(step * args.pairs, args.pairs, SEED) for step in range(args.steps)]
 
 
-def read_store(args: argparse.Namespace) -> Any:
+def read_pairs(args: argparse.Namespace) -> Any:
     """The tokenized pairs, as training reads them."""
     from transformers import AutoTokenizer
 
@@ -125,19 +118,19 @@ def run_ours(args: argparse.Namespace) -> list[float]:
 
 
 def run_trl(args: argparse.Namespace) -> list[float]:
-    """Seconds of each optimizer step of TRL's CPOTrainer, on the same token ids, with micro-batches of --micro-batch pairs."""
+    """Seconds of each step of TRL's CPOTrainer on the same token ids, in micro-batches of --micro-batch pairs."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    store = read_store(args)
+    pairs = read_pairs(args)
     rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
-    if len(rows) != len(store):
+    if len(rows) != len(pairs):
         raise SystemExit(
-            f"{args.data}: {len(rows) - len(store)} rows were dropped; give data of which every row is a pair"
+            f"{args.data}: {len(rows) - len(pairs)} rows were dropped; give data without rows that are dropped"
         )
-    order = [int(i) for batch in batches(store, args) for i in batch]
+    order = [int(i) for batch in batches(pairs, args) for i in batch]
     messages = [
         {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]}
         for row in (rows[i] for i in order)
@@ -187,7 +180,7 @@ def run_trl(args: argparse.Namespace) -> list[float]:
 
 
 def measure(args: argparse.Namespace, implementation: str, micro_batch: int, precision: str) -> list[float]:
-    """Runs one side in its own process; the seconds of its steps, the first one (warm-up) left out."""
+    """Runs one side in a process of its own; the seconds of its steps without the first, which warms up."""
     command = [sys.executable, __file__, "--only", implementation, "--micro-batch", str(micro_batch)]
     for name in ("data", "hf_checkpoint", "steps", "pairs", "seq_length", "max_length"):
         command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
@@ -199,7 +192,7 @@ def measure(args: argparse.Namespace, implementation: str, micro_batch: int, pre
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """The rows as a table, TRL's best micro-batch as the yardstick."""
+    """Prints the rows as a table, with the ratio to TRL's best micro-batch size."""
     from rich.console import Console
     from rich.table import Table
 
@@ -218,9 +211,9 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both sides in turns; one row for each implementation, micro-batch and precision."""
-    store = read_store(args)
-    tokens = statistics.mean(int(store.pair_tokens[batch].sum()) for batch in batches(store, args)[1:])
+    """Measures both sides in turns; one row for each implementation, micro-batch size and precision."""
+    pairs = read_pairs(args)
+    tokens = statistics.mean(int(pairs.pair_tokens[batch].sum()) for batch in batches(pairs, args)[1:])
     sides = [
         *((f"simpo_megatron {head}", 0) for head in args.heads),
         *(("trl", size) for size in args.trl_micro_batches),
@@ -267,21 +260,21 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="JSONL of conversational pairs (UltraFeedback-binarized)"
     )
-    parser.add_argument("--hf-checkpoint", type=Path)
+    parser.add_argument("--hf-checkpoint", type=Path, help="model to measure; default a random Llama of 20M parameters")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps a round; the first is left out")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=16, help="pairs of a step")
-    parser.add_argument("--seq-length", type=int, default=2048)
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs of an optimizer step")
+    parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a packed row of this package")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and response together")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a process")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument(
-        "--heads", nargs="+", default=["fused"], choices=["fused", "plain"], help="--head of this package"
+        "--heads", nargs="+", default=["fused"], choices=["fused", "plain"], help="which --head of this package"
     )
-    parser.add_argument("--trl-micro-batches", nargs="*", type=int, default=[1, 4, 16], help="none: without TRL")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trl-micro-batches", nargs="*", type=int, default=[1, 4, 16], help="pairs; none: without TRL")
+    parser.add_argument("--json", type=Path, help="write the rows into this file")
     for name, kind in (("--only", str), ("--micro-batch", int), ("--precision", str)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # how the tool calls itself
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)  # how the tool starts its own processes
     args = parser.parse_args()
     if args.only:
         print("\n" + json.dumps((run_trl if args.only == "trl" else run_ours)(args)))

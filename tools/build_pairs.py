@@ -1,10 +1,11 @@
-"""Several scored responses a prompt -> preference pairs, as JSON Lines.
+"""Several scored responses to each prompt -> preference pairs, as JSON Lines.
 
     python tools/build_pairs.py --input FILE --output FILE [--strategy best-worst|best-random|all] [--min-score-gap X]
 
-A row of the input has `prompt` (a text or messages) and `responses`, a list of {"content": ..., "score": ...}; a higher score
-is better. best-worst is the paper's way, one pair a prompt; best-random takes any other response as the rejected one; all
-gives every two responses. Pairs with equal scores, or a gap below --min-score-gap, are left out and counted.
+A row of the input has `prompt` (a text or messages) and `responses`, a list of {"content": ..., "score": ...}; a higher
+score is better. best-worst makes one pair a prompt, as the paper does; best-random pairs the best response with any
+other; all pairs every two responses. Pairs with equal scores, or with a gap below --min-score-gap, are left out, and
+their prompts are counted.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from simpo_megatron.data.clean import with_progress
 from simpo_megatron.data.pairing import PairingReport, Strategy, build_pairs, write_pairs
-from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.reading import read_rows, with_progress
 from simpo_megatron.errors import UserError
 from simpo_megatron.program import exit_code
 

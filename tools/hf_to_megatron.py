@@ -3,8 +3,9 @@
     python tools/hf_to_megatron.py --hf-checkpoint MODEL --save OUT [--plan] [--max-memory 1GiB] [--workers 4]
     python tools/hf_to_megatron.py --hf-checkpoint MODEL --save OUT --format torch --tensor-model-parallel-size 8
 
-OUT/release is then what `--load OUT` of Megatron-LM and of this package's trainer reads; OUT/release/megatron_args.yaml has
-the arguments that belong to it. `torch_dist` (the default) loads at every layout. Exit code 2 and one line for a mistake.
+Megatron-LM and the trainer of this package then start from `--load OUT`. OUT/release/megatron_args.yaml has the
+arguments that belong to it. `torch_dist`, the default, loads at every layout. Exit code 2 and one line for a mistake.
+All of it is in simpo_megatron/checkpoint/README.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, say_end  # noqa: E402
+from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, print_end  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
 
 
@@ -29,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where; DIR/release is made")
     parser.add_argument("--format", choices=("torch_dist", "torch"), default="torch_dist", help="(default torch_dist)")
     add_conversion_flags(parser)
-    group = parser.add_argument_group("layout, of --format torch alone")
+    group = parser.add_argument_group("layout, for --format torch alone")
     group.add_argument("--tensor-model-parallel-size", type=positive, metavar="N")
     group.add_argument("--pipeline-model-parallel-size", type=positive, metavar="N")
     group.add_argument("--num-layers-per-virtual-pipeline-stage", type=positive, metavar="N")
@@ -47,27 +48,28 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     """Converts; 0 when the checkpoint, or this shard of it, is written."""
     args = build_parser().parse_args(argv)
-    from simpo_megatron.checkpoint.estimate import report_to_megatron
-    from simpo_megatron.checkpoint.formats.rank_files_writer import Layout
+    from simpo_megatron.checkpoint.estimate import print_plan
+    from simpo_megatron.checkpoint.formats.rank_files_writer import RankLayout
     from simpo_megatron.checkpoint.source import has_weights, imagine_weights, read_source
-    from simpo_megatron.checkpoint.to_megatron import convert_to_megatron, plan_conversion
-    from simpo_megatron.checkpoint.transfer.publish import Options
+    from simpo_megatron.checkpoint.to_megatron import plan_to_megatron
+    from simpo_megatron.checkpoint.transfer import publish
     from simpo_megatron.errors import UserError
     from simpo_megatron.models.hf_checkpoint import read_hf_config
 
-    given = {name: getattr(args, name) for name in Layout.__dataclass_fields__ if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in RankLayout.__dataclass_fields__ if getattr(args, name) is not None}
     if given and args.format == "torch_dist":
         flag = "--" + next(iter(given)).replace("_", "-")
         raise UserError(f"{flag} is of --format torch; torch_dist loads at every layout, so drop it")
     imagined = args.plan and args.hf_checkpoint.is_dir() and not has_weights(args.hf_checkpoint)
     hf = imagine_weights(read_hf_config(args.hf_checkpoint)) if imagined else read_source(args.hf_checkpoint)
-    options = Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
-    conversion = plan_conversion(hf, Layout(**given) if args.format == "torch" else None, options)
+    options = publish.Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
+    layout = RankLayout(**given) if args.format == "torch" else None
+    conversion = plan_to_megatron(hf, layout, args.save, options)
     if args.plan:
-        report_to_megatron(conversion, options, args.save)
+        print_plan(conversion, options)
         return 0
-    complete = convert_to_megatron(conversion, args.save, options)
-    say_end(complete, args.save / "release", args.shard, then=f"; `--load {args.save}` reads it")
+    complete = publish.run(conversion, options)
+    print_end(complete, conversion.final, args.shard, then=f"; `--load {args.save}` reads it")
     return 0
 
 

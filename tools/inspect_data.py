@@ -1,11 +1,13 @@
-"""The data doctor: what a preference set would do to training, before it does.
+"""The data doctor: finds the faults of a preference set before training does.
 
-    python tools/inspect_data.py --data PREFIX_OR_FILE --hf-checkpoint DIR [--seq-length N] [--valid-data FILE] [--report FILE]
+    python tools/inspect_data.py --data SOURCE --hf-checkpoint DIR [--seq-length N] [--valid-data SOURCE]
+        [--report FILE]
 
-It reads the set as training would and counts: double, missing and lost BOS and EOS, template mismatches, tokens across the
-boundary, truncation, empty, identical, tied, duplicated and contradictory pairs, odd characters, validation prompts in the
-training data, length bias, padding. It shows one pair token by token (`--pair N`), with what is scored. `--report` writes an
-HTML page. Exit code 0, or 1 when something would spoil training (the table says what mends it), or 2 for what cannot be read.
+It reads the set as training does and counts: double, missing and lost BOS and EOS, template mismatches, tokens across
+the boundary, truncation, empty, identical, tied, duplicated and contradictory pairs, odd characters, validation prompts
+in the training data, length bias, padding. It shows one pair token by token (`--pair N`), with what is scored.
+`--report` writes the same as an HTML page. Exit code 0; 1 where a fault blocks training (the table says what fixes it);
+2 where the data cannot be read.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from pathlib import Path
 
 from simpo_megatron import compat
 from simpo_megatron.config.arguments import data_config, data_parser
-from simpo_megatron.data.clean import with_progress
-from simpo_megatron.data.doctor import CHECKS, Doctor
-from simpo_megatron.data.prepared_set import PreparedPairs, is_prepared
-from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.checks import CHECKS
+from simpo_megatron.data.doctor import Doctor
+from simpo_megatron.data.prepared_format import is_prepared
+from simpo_megatron.data.prepared_set import PreparedPairs
+from simpo_megatron.data.reading import read_rows, with_progress
 from simpo_megatron.data.report import print_report, write_html
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.files import end_of_turn_ids
@@ -28,7 +31,7 @@ from simpo_megatron.program import exit_code
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examines, reports, and returns the exit code."""
+    """Examines the set, prints and writes the report, and returns the exit code."""
     compat.quiet_megatron()
     tokenizer, eos_ids = load_tokenizer(args.hf_checkpoint), end_of_turn_ids(args.hf_checkpoint)
     data = data_config(args)
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         write_html(doctor, args.data, args.report)
         print(f"report: {args.report}")
-    return 1 if any(doctor.spoils(name) for name in CHECKS) else 0
+    return 1 if any(doctor.blocks(name) for name in CHECKS) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = data_parser("inspect_data.py", __doc__)
         parser.add_argument("--data", required=True, metavar="SOURCE", help="a prepared prefix, or what it is made of")
         parser.add_argument("--hf-checkpoint", required=True, type=Path, help="folder of the model: its tokenizer")
-        parser.add_argument("--valid-data", default=None, metavar="SOURCE", help="rows that must not stand in --data")
+        parser.add_argument(
+            "--valid-data", default=None, metavar="SOURCE", help="rows whose prompts must not be in --data"
+        )
         parser.add_argument("--pair", type=int, default=1, metavar="N", help="the pair to show, from 1 (default 1)")
         parser.add_argument("--report", type=Path, default=None, metavar="FILE", help="write an HTML page here")
         return run(parser.parse_args(argv))

@@ -1,10 +1,11 @@
-"""Converts a Megatron checkpoint, torch_dist or torch, to Hugging Face safetensors, in bounded memory and without Megatron.
+"""Converts a Megatron checkpoint, torch_dist or torch, to Hugging Face safetensors, in bounded memory.
 
     python tools/megatron_to_hf.py --load RUN --hf-reference MODEL --save OUT [--plan] [--dtype bfloat16] [--workers 4]
 
-RUN is what some --save wrote to (its tracker names the iteration), or the folder of one iteration; optimizer state is left
-out. config, tokenizer, chat template and generation config are copied from MODEL as they are. Without --hf-reference, the
-config is made from the checkpoint's arguments. Exit code 2 and one line for a mistake.
+RUN is what some --save wrote to (its tracker names the iteration), or the folder of one iteration. No Megatron is
+needed. Optimizer state is left out. config.json, tokenizer, chat template and generation config are copied from MODEL.
+Without --hf-reference, config.json is made from the arguments in the checkpoint. Exit code 2 and one line for a
+mistake. All of it is in simpo_megatron/checkpoint/README.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, say_end  # noqa: E402
+from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, print_end  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -32,8 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of all tensors (default: the checkpoint's)")
     parser.add_argument("--vocab-size", type=positive, metavar="N", help="without padding; instead of --hf-reference")
-    parser.add_argument("--drop-trained-padding", action="store_true",
-                        help="leave out rows beyond the vocabulary even if they are not zero")  # fmt: skip
+    parser.add_argument(
+        "--drop-trained-padding",
+        action="store_true",
+        help="leave out rows beyond the vocabulary even if they are not zero",
+    )
     add_conversion_flags(parser)
     return parser
 
@@ -41,32 +45,27 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     """Converts; 0 when the checkpoint, or this shard of it, is written."""
     args = build_parser().parse_args(argv)
-    from simpo_megatron.checkpoint.estimate import report_to_hf
-    from simpo_megatron.checkpoint.folder import checkpoint_folder, saved_args
-    from simpo_megatron.checkpoint.megatron_args import checkpoint_of_args
-    from simpo_megatron.checkpoint.to_hf import (
-        check_padding,
-        convert_to_hf,
-        plan_export,
-        read_checkpoint,
-    )
-    from simpo_megatron.checkpoint.transfer.publish import Options
+    from simpo_megatron.checkpoint.estimate import print_plan
+    from simpo_megatron.checkpoint.folder import checkpoint_folder, read_args
+    from simpo_megatron.checkpoint.saved_args import checkpoint_of_args
+    from simpo_megatron.checkpoint.to_hf import check_padding, plan_to_hf, read_checkpoint
+    from simpo_megatron.checkpoint.transfer import publish
     from simpo_megatron.models.hf_checkpoint import read_hf_config
 
     folder = checkpoint_folder(args.load)
     if args.hf_reference:
         hf = read_hf_config(args.hf_reference)
     else:
-        hf = checkpoint_of_args(folder, saved_args(folder), args.vocab_size)
+        hf = checkpoint_of_args(folder, read_args(folder), args.vocab_size)
     saved = read_checkpoint(folder, hf)
-    options = Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
+    options = publish.Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
     if not args.drop_trained_padding:
         check_padding(saved)
-    export = plan_export(hf, saved, options, DTYPES.get(args.dtype))
+    conversion = plan_to_hf(hf, saved, args.save, options, DTYPES.get(args.dtype))
     if args.plan:
-        report_to_hf(export, options, args.save)
+        print_plan(conversion, options)
         return 0
-    say_end(convert_to_hf(export, args.save, options), args.save, args.shard)
+    print_end(publish.run(conversion, options), conversion.final, args.shard)
     return 0
 
 

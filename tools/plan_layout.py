@@ -1,14 +1,19 @@
 """Which layouts of a model fit into the memory of these GPUs, and what they cost; no GPU and no weights are needed.
 
-    python tools/plan_layout.py --model DIR_OR_CONFIG --gpus 64 --gpu-memory 80GiB --seq-length 4096 \\
-        [--compare dpo] [--json FILE]
+    python tools/plan_layout.py --model PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo]
+        [--json FILE]
 
-DIR_OR_CONFIG is a Hugging Face checkpoint or a config.json. The table has the best layouts first: memory of the fullest rank
-(bf16 weights, fp32 gradients, distributed optimizer, Transformer Engine's layers), the pipeline bubble, and the time of a step
-against an ideal one (`simpo_megatron/planning/layouts.py` says what that leaves out). A tenth of the memory stays free, for the
-CUDA context, communication buffers and fragmentation. `--compare dpo` adds what DPO would need for its reference model.
+PATH is a Hugging Face checkpoint or a config.json. The table shows the best layouts first, each with
 
-Exit code: 0 where something fits, 1 where nothing does, 2 for bad arguments.
+* the memory of the rank that needs most, for bf16 weights, fp32 gradients, the distributed optimizer and Transformer
+  Engine's layers;
+* the bubble, which is the share of a step in which a pipeline stage waits;
+* the time of a step divided by that of an ideal one. `simpo_megatron/planning/layouts.py` says what that leaves out.
+
+A tenth of the memory is kept free for the CUDA context, communication buffers and fragmentation. `--compare dpo` also
+shows what DPO needs for its reference model.
+
+Exit code: 0 where a layout fits, 1 where none does, 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -20,53 +25,56 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
-from simpo_megatron.planning.layouts import MOST_GPUS, Planned, Request, fewest, fitting
-from simpo_megatron.program import check_report, exit_code
+from simpo_megatron.planning.layouts import MOST_GPUS, LayoutCost, Request, fewest, fitting
+from simpo_megatron.program import Parser, check_report, exit_code
 from simpo_megatron.settings import parse_size
 
 SHOWN = 15
-FREE = 0.1  # of the memory
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
+FREE = 0.1  # share of the memory that stays free
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = _Parser(prog="plan_layout.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="plan_layout.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True, metavar="PATH", help="checkpoint folder or config.json")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
-    parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="of one GPU (default 80GiB)")
-    parser.add_argument("--seq-length", type=int, default=4096, metavar="N", help="tokens of a row (default 4096)")
+    parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
+    parser.add_argument(
+        "--seq-length", type=int, default=4096, metavar="N", help="tokens of a packed row (default 4096)"
+    )
     parser.add_argument("--global-batch-size", type=int, default=128, metavar="N", help="pairs of a step (default 128)")
-    parser.add_argument("--pair-tokens", type=int, metavar="N", help="mean tokens of a pair, its prompt twice "
-                        "(default half of --seq-length)")  # fmt: skip
+    pair_tokens = "mean tokens of a pair, with its prompt counted twice (default half of --seq-length)"
+    parser.add_argument("--pair-tokens", type=int, metavar="N", help=pair_tokens)
     parser.add_argument("--head-slab-bytes", default="256MiB", metavar="SIZE", help="as in training (default 256MiB)")
-    parser.add_argument("--compare", choices=["dpo"], help="also what DPO needs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it here")
+    parser.add_argument("--compare", choices=["dpo"], help="also show what DPO needs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all layouts to this file")
     return parser
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A way to train, the layouts that fit at --gpus, and the fewest GPUs on which one fits."""
+class Method:
+    """A training method.
+
+    Attributes:
+        name: for the table.
+        layouts: that fit on --gpus, best first.
+        fewest: the smallest number of GPUs on which a layout fits, and the best layout there; None where none fits.
+    """
 
     name: str
-    layouts: list[Planned]
-    fewest: tuple[int, Planned] | None
+    layouts: list[LayoutCost]
+    fewest: tuple[int, LayoutCost] | None
 
 
 def read_request(args: argparse.Namespace) -> Request:
-    """What to plan for.
+    """The run that layouts are wanted for.
 
     Raises:
         UserError: a number is out of range.
@@ -92,56 +100,47 @@ def read_request(args: argparse.Namespace) -> Request:
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Plans, prints and writes; returns the exit code."""
+    """Finds the layouts, prints them and writes the report; returns the exit code."""
     args = build_parser().parse_args(argv)
     request, hf = read_request(args), read_hf_config(args.model)
-    objectives = [_objective("SimPO", hf, args.gpus, request)]
+    methods = [_method("SimPO", hf, args.gpus, request)]
     if args.compare:
-        objectives.append(_objective("DPO, reference on the GPUs", hf, args.gpus, replace(request, reference=True)))
+        methods.append(_method("DPO, reference on the GPUs", hf, args.gpus, replace(request, reference=True)))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(
-        f"{hf.architecture.family.name} of {whole_parameters(hf) / 1e9:.2f}e9 parameters, {args.gpus} GPUs of "
-        f"{args.gpu_memory} ({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, {request.packed_rows} rows a step"
+        f"{hf.architecture.family.name} of {hf.architecture.num_parameters / 1e9:.2f}e9 parameters, "
+        f"{args.gpus} GPUs of {args.gpu_memory} ({1 - FREE:.0%} of it used), rows of {args.seq_length} tokens, "
+        f"{request.packed_rows} rows a step"
     )
-    for objective in objectives:
-        show(console, objective)
-    for line in answers(objectives, args.gpu_memory):
+    for method in methods:
+        show(console, method)
+    for line in answers(methods, args.gpu_memory):
         console.print(line)
     if args.json is not None:
-        report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, objectives)}
+        report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, methods)}
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0 if objectives[0].layouts else 1
+    return 0 if methods[0].layouts else 1
 
 
-def _objective(name: str, hf: HFCheckpoint, gpus: int, request: Request) -> Objective:
-    return Objective(name, fitting(hf.architecture, gpus, request), fewest(hf.architecture, request))
+def _method(name: str, hf: HFCheckpoint, gpus: int, request: Request) -> Method:
+    return Method(name, fitting(hf.architecture, gpus, request), fewest(hf.architecture, request))
 
 
-def whole_parameters(hf: HFCheckpoint) -> int:
-    """Parameters of the model, without padding and copies."""
-    return sum(
-        sum(map(math.prod, weight.shapes)) * sum(1 for _ in weight.instances(hf.architecture.num_layers))
-        for weight in hf.architecture.weights
-    )
-
-
-def show(console: Console, objective: Objective) -> None:
-    """The best layouts of one objective."""
-    if not objective.layouts:
-        console.print(f"{objective.name}: no layout fits")
+def show(console: Console, method: Method) -> None:
+    """Prints the best layouts of one method."""
+    if not method.layouts:
+        console.print(f"{method.name}: no layout fits")
         return
-    title = (
-        f"{objective.name}: the best {min(SHOWN, len(objective.layouts))} of {len(objective.layouts)} layouts that fit"
-    )
+    title = f"{method.name}: the best {min(SHOWN, len(method.layouts))} of {len(method.layouts)} layouts that fit"
     table = Table(title=title, title_justify="left")
-    experts = any(one.parallel.expert_tensor_parallel_size for one in objective.layouts)
+    experts = any(one.parallel.expert_tensor_parallel_size for one in method.layouts)
     for name in ("TP", "CP", "PP", "chunk", *(("EP", "ETP") if experts else ()), "DP", "rows"):
         table.add_column(name, justify="right")
     table.add_column("recompute")
-    parts = [name for name in asdict(objective.layouts[0].memory) if name != "reference" or "DPO" in objective.name]
+    parts = [name for name in asdict(method.layouts[0].memory) if name != "reference" or "DPO" in method.name]
     for name in (*parts, "GiB in all", "bubble", "step time"):
         table.add_column(name, justify="right")
-    for one in objective.layouts[:SHOWN]:
+    for one in method.layouts[:SHOWN]:
         p = one.parallel
         sizes = [p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size]
         sizes += [p.num_layers_per_virtual_pipeline_stage or "-"]
@@ -157,25 +156,25 @@ def show(console: Console, objective: Objective) -> None:
     console.print(table)
 
 
-def answers(objectives: Sequence[Objective], memory: str) -> list[str]:
-    """The fewest GPUs of every objective, in sentences."""
+def answers(methods: Sequence[Method], memory: str) -> list[str]:
+    """The fewest GPUs of every method, in sentences."""
     lines = []
-    for objective in objectives:
-        if objective.fewest is None:
-            lines.append(f"{objective.name}: does not fit on {MOST_GPUS} GPUs of {memory}")
+    for method in methods:
+        if method.fewest is None:
+            lines.append(f"{method.name}: does not fit on {MOST_GPUS} GPUs of {memory}")
             continue
-        gpus, one = objective.fewest
-        lines.append(f"{objective.name}: fits from {gpus} GPUs of {memory} on ({describe(one)})")
-    if len(objectives) > 1 and objectives[0].fewest is not None:
+        gpus, one = method.fewest
+        lines.append(f"{method.name}: fits from {gpus} GPUs of {memory} on ({describe(one)})")
+    if len(methods) > 1 and methods[0].fewest is not None:
         lines.append(
-            f"DPO, log-probs of the reference computed before: {objectives[0].fewest[0]} GPUs as SimPO, and one more forward "
-            "pass over the data, a third of an epoch's arithmetic"
+            f"DPO, log-probs of the reference computed before: {methods[0].fewest[0]} GPUs as SimPO, and one more "
+            "forward pass over the data, a third of an epoch's arithmetic"
         )
     return lines
 
 
-def describe(one: Planned) -> str:
-    """A layout in a line."""
+def describe(one: LayoutCost) -> str:
+    """A layout in one line."""
     p = one.parallel
     sizes = {
         "TP": p.tensor_model_parallel_size,
@@ -185,26 +184,26 @@ def describe(one: Planned) -> str:
         "DP": one.data_parallel_size,
     }
     named = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
-    if p.expert_tensor_parallel_size:  # said even where it is 1: the flag's default is TP
+    if p.expert_tensor_parallel_size:  # shown even where it is 1, because the flag's default is TP
         named += f", ETP{p.expert_tensor_parallel_size}"
     return f"{named}, recompute {p.recompute_granularity or 'none'}, {one.memory.total / 2**30:.1f} GiB"
 
 
-def as_json(hf: HFCheckpoint, objectives: Sequence[Objective]) -> dict[str, Any]:
-    """All of it for machines; bytes."""
+def as_json(hf: HFCheckpoint, methods: Sequence[Method]) -> dict[str, Any]:
+    """The report; sizes are in bytes."""
 
-    def layout(one: Planned) -> dict[str, Any]:
+    def layout(one: LayoutCost) -> dict[str, Any]:
         return {**asdict(one), "memory": {**asdict(one.memory), "total": one.memory.total}}
 
     return {
-        "parameters": whole_parameters(hf),
+        "parameters": hf.architecture.num_parameters,
         "objectives": {
-            objective.name: {
-                "layouts": [layout(one) for one in objective.layouts],
-                "fewest_gpus": None if objective.fewest is None else objective.fewest[0],
-                "fewest_layout": None if objective.fewest is None else layout(objective.fewest[1]),
+            method.name: {
+                "layouts": [layout(one) for one in method.layouts],
+                "fewest_gpus": None if method.fewest is None else method.fewest[0],
+                "fewest_layout": None if method.fewest is None else layout(method.fewest[1]),
             }
-            for objective in objectives
+            for method in methods
         },
     }
 

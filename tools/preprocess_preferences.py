@@ -1,11 +1,12 @@
-"""Preferences -> a prepared set that training maps from disk: tokenized once, checked, the same for any number of workers.
+"""Preferences -> a prepared set: tokenized once, the same for any number of workers, mapped from disk by training.
 
     python tools/preprocess_preferences.py --input SOURCE --hf-checkpoint DIR --output-prefix PREFIX [--workers N]
 
 SOURCE is a .jsonl (or .json, the same lines), .jsonl.gz or .parquet file, a folder that `datasets` saved (FOLDER or
-FOLDER:SPLIT) or a dataset of the hub (OWNER/NAME or OWNER/NAME:SPLIT). Of the checkpoint only the tokenizer and the ids that
-end a turn are read. PREFIX.bin and .idx are Megatron's IndexedDataset (prompt, chosen, rejected: the sequences of a document);
-PREFIX.pairs.npy and .json are the rest. Train on it with `--train-data PREFIX`. Exit code 2 and one line for a mistake.
+FOLDER:SPLIT) or a dataset of the hub (OWNER/NAME or OWNER/NAME:SPLIT). Only the tokenizer of the checkpoint and the ids
+that end a turn are read. PREFIX.bin and .idx are Megatron's IndexedDataset; the sequences of a document are prompt,
+chosen and rejected response. PREFIX.pairs.npy and .json hold the rest. Train with `--train-data PREFIX`. A mistake ends
+with one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from pathlib import Path
 from simpo_megatron import compat
 from simpo_megatron.config.arguments import data_config, data_parser
 from simpo_megatron.data.prepare import prepare
-from simpo_megatron.data.prepared_set import is_prepared
+from simpo_megatron.data.prepared_format import is_prepared
 from simpo_megatron.errors import UserError
 from simpo_megatron.program import exit_code
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepares, and prints what became of the rows."""
+    """Prepares the set, and prints what became of the rows."""
     if args.workers < 1:
         raise UserError(f"--workers {args.workers} must be at least 1")
     compat.quiet_megatron()
     if is_prepared(args.input):
-        raise UserError(f"--input {args.input} is prepared already; give the source it was made of")
+        raise UserError(f"--input {args.input} is prepared already; give the source it was made from")
     started = time.perf_counter()
     options = data_config(args).options
     report = prepare(args.input, args.hf_checkpoint, args.output_prefix, options, workers=args.workers, progress=True)

@@ -1,10 +1,11 @@
-"""Proves that a Megatron checkpoint holds a Hugging Face model, bit for bit.
+"""Proves that a Megatron checkpoint has the weights of a Hugging Face model, bit for bit.
 
     python tools/verify_checkpoint.py --hf-checkpoint MODEL --load OUT [--workers 4]
-    python tools/verify_checkpoint.py --load OUT                       # against the hashes in OUT/release/conversion.json
     python tools/verify_checkpoint.py --hf-checkpoint MODEL --load OUT --logits
+    python tools/verify_checkpoint.py --load OUT
 
-Exit code 0: equal. 1: a difference was found, and is named. 2: bad input.
+The last line compares with the hashes in OUT/release/conversion.json. Exit code 0: equal. 1: a difference was found,
+and is named. 2: bad input. All of it is in simpo_megatron/checkpoint/README.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from simpo_megatron.program import Parser, exit_code  # noqa: E402
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = Parser(prog="verify_checkpoint.py", description="Compares a Megatron checkpoint with its source.")
-    parser.add_argument("--hf-checkpoint", type=Path, metavar="DIR", help="the source; without, the recorded hashes do")
+    parser.add_argument(
+        "--hf-checkpoint", type=Path, metavar="DIR", help="the source; if absent, the recorded hashes do"
+    )
     parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="the Megatron checkpoint")
     parser.add_argument(
         "--logits",
@@ -39,9 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     """Compares; 0 for equal, 1 for a difference."""
     args = build_parser().parse_args(argv)
-    from simpo_megatron.checkpoint.folder import checkpoint_folder, saved_args
+    from simpo_megatron.checkpoint.folder import checkpoint_folder, read_args
     from simpo_megatron.checkpoint.manifest import read_manifest
-    from simpo_megatron.checkpoint.megatron_args import checkpoint_of_args
+    from simpo_megatron.checkpoint.saved_args import checkpoint_of_args
     from simpo_megatron.checkpoint.source import read_source
     from simpo_megatron.checkpoint.to_hf import read_checkpoint
     from simpo_megatron.checkpoint.transfer.publish import Options
@@ -54,7 +57,7 @@ def run(argv: Sequence[str] | None) -> int:
         raise UserError(f"{folder} has nothing to compare with; give --hf-checkpoint")
     source = read_source(args.hf_checkpoint) if args.hf_checkpoint else None
     rows = (manifest or {}).get("model", {}).get("vocabulary_rows")
-    hf = source or checkpoint_of_args(folder, saved_args(folder), rows)
+    hf = source or checkpoint_of_args(folder, read_args(folder), rows)
     options = Options(args.max_memory, args.workers)
     saved = read_checkpoint(folder, hf)
     differences, compared = verify(saved, source, manifest, options)

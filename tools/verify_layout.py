@@ -1,13 +1,14 @@
-"""Does a parallel layout compute the loss and the gradients that Hugging Face computes, on your checkpoint and your data?
+r"""Does a parallel layout compute the loss and the gradients that Hugging Face computes, on your checkpoint and data?
 
-    torchrun --nproc-per-node 4 tools/verify_layout.py --hf-checkpoint MODEL --data pairs.jsonl \\
+    torchrun --nproc-per-node 4 tools/verify_layout.py --hf-checkpoint MODEL --data pairs.jsonl \
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 [--fp32] [--json FILE]
 
-Runs the first global batch of the data order (8 pairs unless --global-batch-size says otherwise) through transformers on rank
-0, one layer at a time, and through the layout, and compares summed log-probs, lengths, rewards, loss and the gradient of every
-tensor. All layout, data and loss flags are those of training. Tolerances: `simpo_megatron/verify/compare.py`.
+One batch (8 pairs, or --global-batch-size) runs through the layout and, one layer at a time, through transformers on
+rank 0. Layout, data and objective have training's flags. What is compared and the tolerances:
+`simpo_megatron/verify/README.md`.
 
-Exit code: 0 within tolerance, 1 not, 2 bad arguments. torchrun turns every failure of a worker into 1 and prints the worker's.
+Exit code: 0 within tolerance, 1 not, 2 a mistake in flags, data or checkpoint. Under torchrun any failure of a worker
+is 1; torchrun prints the worker's own code.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from simpo_megatron import compat
 from simpo_megatron.config.arguments import build_parser, flat, parse
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_write
 from simpo_megatron.program import check_report, exit_code
 
-SHOWN = 10
+SHOWN = 10  # gradients in the table
 
 
-# What training does and this program does not; a training file may set it.
+# Settings of training that this program does not use. A run's YAML file may hold them; their flags are refused.
 FIXED = {
     "train_iters": 1,
     "train_epochs": None,
@@ -45,16 +47,34 @@ FIXED = {
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
-    """The configuration of the layout and the file for the report."""
+    """Reads the command line.
+
+    Args:
+        argv: the flags; None for those of this process.
+
+    Returns:
+        The configuration, and the file for the report or None.
+
+    Raises:
+        UserError: a flag is wrong, or the report cannot be written.
+    """
     parser = build_parser("torchrun --nproc-per-node N tools/verify_layout.py", __doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="+", dest="train_data", metavar="SOURCE", help="preferences to verify with")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        dest="train_data",
+        metavar="SOURCE",
+        help="preferences to verify with, as --train-data takes them",
+    )
     reports: list[Path] = []
-    parser.add_argument("--json", type=reports.append, dest="json", metavar="PATH", help="write the report here")
+    parser.add_argument(
+        "--json", type=reports.append, dest="json", metavar="PATH", help="write the report into this file"
+    )
     config = parse(argv, parser, {"global_batch_size": 8}, FIXED)
     if config.train.moe_aux_loss_coeff:
         raise UserError(
-            f"--moe-aux-loss-coeff {config.train.moe_aux_loss_coeff:g} has no counterpart in the reference; verify with 0, "
-            "training adds it on top"
+            f"--moe-aux-loss-coeff {config.train.moe_aux_loss_coeff:g} has no counterpart in the reference; verify "
+            "with 0"
         )
     report = Path(reports[-1]) if reports else None
     if report is not None:
@@ -63,7 +83,18 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
 
 
 def verify(config: Config, report_file: Path | None = None) -> int:
-    """Compares, prints the report on rank 0, returns the exit code on every rank."""
+    """Compares, and prints the report on rank 0.
+
+    Args:
+        config: from `parse_arguments`.
+        report_file: for the report as JSON, or None.
+
+    Returns:
+        The exit code, the same on every rank.
+
+    Raises:
+        UserError: checkpoint, data or layout cannot be used.
+    """
     compat.quiet_megatron()
     compat.check_megatron_core()
     import torch.distributed as dist
@@ -78,8 +109,8 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     hf = read_hf_checkpoint(config.model.checkpoint_folder)
     if config.train.bf16 and hf.architecture.num_experts is not None:
         raise UserError(
-            "a model with experts is verified with --fp32: in bf16 near-ties between experts fall either way, and no bound "
-            "tells that from a mistake"
+            "a model with experts is verified in fp32, because in bf16 rounding decides near-ties between experts and "
+            "no tolerance tells that from a mistake; add --fp32"
         )
     transformer = build_transformer_config(config, hf)
     started_here = not dist.is_initialized()
@@ -92,9 +123,9 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     if report is not None:
         show(report, config)
         if report_file is not None:
-            # JSON has no NaN: it is written as a string.
+            # JSON has no NaN; it is written as a string.
             content = json.loads(json.dumps(_as_json(report, config)), parse_constant=str)
-            report_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            atomic_write(report_file, json.dumps(content, indent=1) + "\n")
     dist.broadcast_object_list(passed, src=0)
     if started_here:
         shut_down()
@@ -102,7 +133,12 @@ def verify(config: Config, report_file: Path | None = None) -> int:
 
 
 def show(report: Any, config: Config) -> None:
-    """The report for people."""
+    """Prints the report.
+
+    Args:
+        report: a `compare.Report`.
+        config: of the run.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -123,8 +159,8 @@ def show(report: Any, config: Config) -> None:
     precision = "bf16" if config.train.bf16 else "fp32"
     if report.passed:
         console.print(
-            f"this layout computes what Hugging Face computes, in {precision}: pairs {len(report.pairs)}, microbatches of a "
-            f"data-parallel rank {report.microbatches}"
+            f"this layout computes what Hugging Face computes, in {precision}: pairs {len(report.pairs)}, microbatches "
+            f"of a data-parallel rank {report.microbatches}"
         )
     else:
         console.print(

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# The whole way of a run on a cluster, one step a call; the run.sh of an example calls it with its config and its nodes.
+# All steps of a run on a cluster, one step a call. The run.sh of an example calls this with its config and number of nodes.
 #
 #     run.sh CONFIG NODES STEP [FLAG ...]
 #
-#   dry-run   one process, no GPU: flags, layout, number of processes, data, checkpoint, folders, expected memory
-#   convert   one process: MODEL -> OUTPUT/megatron, for Megatron-LM; training reads MODEL itself and needs no conversion
-#   prepare   one process: DATA -> OUTPUT/data/train.*, tokenized once with the lengths of CONFIG
-#   verify    every node: one batch through this layout and through transformers
+#   dry-run   one process, no GPU: checks flags, layout, number of processes, data, checkpoint and folders; estimates memory
+#   convert   one process, no GPU: MODEL -> OUTPUT/megatron, for Megatron-LM; `train` reads MODEL itself
+#   prepare   one process, no GPU: DATA -> OUTPUT/data/train.*, tokenized once with the lengths of CONFIG
+#   verify    every node: runs one batch through this layout and through transformers, and compares them
 #   train     every node: trains, evaluates, saves to OUTPUT/run, exports to OUTPUT/aligned; a second call resumes
-#   export    one process: the latest checkpoint of OUTPUT/run -> OUTPUT/aligned-STEP, before training ends
+#   export    one process, no GPU: the latest checkpoint of OUTPUT/run -> OUTPUT/aligned-STEP, while training still runs
 #
-# Environment: MODEL, DATA and OUTPUT, on a file system that all nodes see; HELD_OUT (optional), TRAIN_DATA (what to train on,
-# where it is not DATA: the prefix that `prepare` wrote). FLAGs go to the program of the step and win over CONFIG.
+# Environment, on a file system that all nodes see:
+#   MODEL       folder of the Hugging Face checkpoint
+#   DATA        preferences to train on; not needed by convert and export
+#   OUTPUT      folder to write to
+#   HELD_OUT    optional: preferences to evaluate on
+#   TRAIN_DATA  optional: train on this instead of DATA; the prefix that `prepare` wrote, OUTPUT/data/train
+# and GPUS_PER_NODE (default 8). FLAGs go to the program of the step and win over CONFIG.
 set -euo pipefail
 
 fail() {
@@ -29,26 +34,27 @@ done
 root=$(realpath -- "$(dirname "$0")/../..")
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # this package from any folder, installed or not
 
-# Slurm's names where there is Slurm; else one node, or NODE_RANK, MASTER_ADDR and MASTER_PORT by hand on each.
+# Slurm names the node's rank and the first host. Without Slurm set NODE_RANK, MASTER_ADDR and MASTER_PORT on each node.
 gpus=${GPUS_PER_NODE:-8}
 [[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ ]] || fail "NODES is $nodes and GPUS_PER_NODE $gpus; both must be numbers above 0"
 node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
 if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} && $nodes != 1 ]]; then
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # reads all: scontrol would die of a closed pipe
+    # sed reads to the end: a closed pipe would kill scontrol.
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 fi
 
-# Ranks are counted node by node, so tensor-parallel groups lie within a node: --node-rank is given, not drawn.
+# --node-rank is given, so that ranks are counted node by node and each tensor-parallel group lies within a node.
 launch() {
     [[ -n ${MASTER_ADDR:-} || $nodes == 1 ]] || fail "MASTER_ADDR is not set: the host name of the node with rank 0"
-    # Tensor parallelism overlaps communication with GEMMs by the order of launches, which one queue keeps (before Blackwell).
+    # Before Blackwell, tensor parallelism overlaps communication with GEMMs only if kernels start in launch order: one queue.
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-    # Rows of changing lengths would leave the allocator with holes.
+    # Packed rows have different lengths, which would fragment the allocator's memory.
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-    # NVLink SHARP reserves GPU memory for every communicator, and a run has a dozen.
+    # NVLink SHARP reserves GPU memory for every communicator, and a run has about twelve.
     export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
-    # A link that fails says so in the log; more than warnings would drown it.
+    # Warnings report a link that fails; more detail would hide them.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # Set NCCL_SOCKET_IFNAME (and NCCL_IB_HCA) where nodes have several networks: NCCL's guess may be the slow one.
+    # Set NCCL_SOCKET_IFNAME (and NCCL_IB_HCA) where nodes have several networks: NCCL may choose the slow one.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
     torchrun --nnodes "$nodes" --nproc-per-node "$gpus" --node-rank "$node_rank" \
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$@"

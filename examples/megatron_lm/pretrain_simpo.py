@@ -1,13 +1,16 @@
-"""SimPO with Megatron-LM's own pretrain(), from an unmodified checkout (core_v0.16.1).
+r"""SimPO with Megatron-LM's own pretrain(), from an unmodified checkout (core_v0.16.1).
 
-    PYTHONPATH=MEGATRON_LM torchrun --nproc-per-node 8 examples/megatron_lm/pretrain_simpo.py \\
-        YOUR USUAL ARGUMENTS --load CONVERTED --finetune --tokenizer-model HF_CHECKPOINT \\
+    PYTHONPATH=MEGATRON_LM torchrun --nproc-per-node 8 examples/megatron_lm/pretrain_simpo.py \
+        YOUR USUAL ARGUMENTS --load CONVERTED --finetune --tokenizer-model HF_CHECKPOINT \
         --train-data-path train.jsonl --valid-data-path test.jsonl --simpo-beta 2.5 --simpo-gamma-beta-ratio 0.55
 
-CONVERTED comes from `python tools/hf_to_megatron.py --hf-checkpoint HF_CHECKPOINT --save CONVERTED`, which also writes the
-arguments of the architecture. Without a GPU it runs on the CPU over gloo: add `--distributed-backend gloo`, `--transformer-impl
-local` and the `--no-...-fusion` flags (tests/test_megatron_lm.py has them all).
+CONVERTED comes from `python tools/hf_to_megatron.py --hf-checkpoint HF_CHECKPOINT --save CONVERTED`, which also writes
+the arguments of the architecture. Expect Megatron-LM's own log, checkpoints and evaluation. Without a GPU the script
+runs on the CPU over gloo: add `--distributed-backend gloo`, `--transformer-impl local` and the `--no-...-fusion` flags
+(tests/test_megatron_lm.py has them all). README.md in this folder has the details.
 """
+
+from __future__ import annotations
 
 import sys
 from functools import partial
@@ -27,6 +30,7 @@ from simpo_megatron.program import exit_code  # noqa: E402
 
 
 def main() -> None:
+    """Hands our dataset, model and forward step to Megatron-LM's pretrain()."""
     pretrain(
         megatron_lm.train_valid_test_datasets_provider,
         megatron_lm.with_logprob_head(partial(model_provider, gpt_builder)),

@@ -2,5 +2,4 @@
 
 row.py             one packed row: tokens, positions, segments and targets, or this rank's slices of them
 packer.py          the pairs of a global batch, packed into rows and dealt to the data-parallel ranks
-shared_prompts.py  rows in which the prompt of a pair stands once
 """

@@ -24,9 +24,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from simpo_megatron.batch.shared_prompts import SharedPromptParams
 from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, Pairs
 from simpo_megatron.head.task import ScoredPositions
+from simpo_megatron.models.shared_prompts import SharedPromptParams
 from simpo_megatron.objectives import PairScores
 from simpo_megatron.parallel.context import positions, round_up, sequence_multiple
 
@@ -141,7 +141,7 @@ def pack_row(
     scored, held = _cut(row, len(indices), row_format, device)
     index = np.asarray(indices, dtype=np.int64)
     bits = (CHOSEN_CUT, REJECTED_CUT)[: row_format.responses]
-    truncated = np.stack([pairs.truncated[index] & bit != 0 for bit in bits], axis=1).reshape(-1)
+    truncated = np.stack([pairs.columns["truncated"][index] & bit != 0 for bit in bits], axis=1).reshape(-1)
     return PreferenceBatch(
         tokens=_tensor(row.tokens[held], device)[None],
         position_ids=_tensor(row.position_ids[held], device)[None],
@@ -150,8 +150,8 @@ def pack_row(
         scored=scored,
         lengths=_tensor(row.lengths, device),
         truncated=_tensor(truncated, device, torch.bool),
-        weight=_tensor(pairs.weight[index], device, torch.float32),
-        margin=_tensor(pairs.margin[index], device, torch.float32),
+        weight=_tensor(pairs.columns["weight"][index], device, torch.float32),
+        margin=_tensor(pairs.columns["margin"][index], device, torch.float32),
         reference_sums=_reference_sums(pairs, index, row_format.responses, device),
         pairs=tuple(index.tolist()),
         responses=row_format.responses,

@@ -1,7 +1,7 @@
-"""What a conversion would do: every tensor with its destination, bytes and dtype, then time, disk and memory.
+"""--plan: every tensor with its destination, bytes and dtype, then the time, disk and memory of the conversion.
 
-The estimates: peak memory is what the interpreter with torch takes, each worker's interpreter, its buffers and the plan
-itself; time is bytes over the speed of the target's disk, which is measured by writing a little, or assumed.
+Peak memory is estimated as the interpreter with torch, each worker's interpreter, its buffers, and the plan itself.
+Time is bytes over the speed of the target's disk, which is measured by writing a little, or assumed.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from simpo_megatron.checkpoint.cli import human
-from simpo_megatron.checkpoint.parameters import Block, MegatronParameter
-from simpo_megatron.checkpoint.to_hf import Export
-from simpo_megatron.checkpoint.to_megatron import Conversion
 from simpo_megatron.checkpoint.transfer.execute import BUFFERS
 from simpo_megatron.checkpoint.transfer.moves import Unit
-from simpo_megatron.checkpoint.transfer.publish import Options
+from simpo_megatron.checkpoint.transfer.publish import Conversion, Options
 
 WORKER = 60 * 2**20  # a worker's interpreter with numpy
 TRIAL = 64 * 2**20  # bytes written to measure a disk
@@ -31,7 +28,14 @@ ASSUMED_SPEED = 500e6  # bytes per second, where nothing may be written
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes to write, peak resident bytes of all processes, seconds, and the speed they follow from."""
+    """What running a plan needs.
+
+    Attributes:
+        disk: bytes to write, by all nodes.
+        memory: peak resident bytes of all processes of this node.
+        seconds: on this node.
+        speed: bytes per second, of which the seconds follow.
+    """
 
     disk: int
     memory: int
@@ -40,15 +44,14 @@ class Estimate:
 
 
 def estimate(units: Sequence[Unit], options: Options, speed: float) -> Estimate:
-    """What running `units` needs, on this node, at `speed` bytes per second.
+    """What running `units` needs on this node, whose disk takes `speed` bytes per second.
 
-    Called after planning: the plan's own memory is then part of what this process has taken.
+    Called after planning: the memory of the plan is then a part of what this process has taken.
     """
-    slab = max((slab.size for unit in units for step in unit.steps for slab in step.slabs), default=0)
-    strided = any(
-        rect.stride != rect.row_bytes for unit in units for step in unit.steps for s in step.slabs for rect in s.writes
-    )
-    buffers = (BUFFERS * (2 if strided else 1) + 1) * slab
+    pieces = [piece for unit in units for move in unit.moves for piece in move.pieces]
+    largest = max((piece.size for piece in pieces), default=0)
+    strided = any(rect.stride != rect.row_bytes for piece in pieces for rect in piece.writes)
+    buffers = (BUFFERS * (2 if strided else 1) + 1) * largest
     workers = min(options.workers, len(units))
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     disk = sum(file.size for unit in units for file in unit.files)
@@ -58,8 +61,7 @@ def estimate(units: Sequence[Unit], options: Options, speed: float) -> Estimate:
 
 def disk_speed(folder: Path) -> float:
     """Bytes per second that the disk of a folder, or of its nearest parent, takes, written and synced."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    probe = parent / f".write_probe_{os.getpid()}"
+    probe = _existing(folder) / f".write_probe_{os.getpid()}"
     try:
         start = time.perf_counter()
         with probe.open("wb") as stream:
@@ -73,37 +75,22 @@ def disk_speed(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def report_to_megatron(conversion: Conversion, options: Options, save: Path) -> None:
-    """Prints the plan of a conversion to Megatron."""
-    rows = ((", ".join(item.hf), _to(item, blocks), item.size, item.dtype) for item, blocks in conversion.items)
-    _report(rows, conversion.units, options, save)
+def _existing(folder: Path) -> Path:
+    """A folder, or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
-def report_to_hf(export: Export, options: Options, save: Path) -> None:
-    """Prints the plan of a conversion to Hugging Face."""
-    _report(((t.source, f"{t.name} in {t.file}", t.size, t.dtype) for t in export.tensors), export.units, options, save)
-
-
-def _to(item: MegatronParameter, blocks: Sequence[Block]) -> str:
-    files = sorted({block.file for block in blocks})
-    where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    return f"{item.name} {list(item.shape)} in {where}"
-
-
-def _report(rows: Iterable[tuple[str, str, int, str]], units: Sequence[Unit], options: Options, save: Path) -> None:
+def print_plan(conversion: Conversion, options: Options) -> None:
+    """Prints the plan of a conversion and what running it would need."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    for source, target, size, dtype in rows:
-        console.print(f"{source} -> {target}  {human(size)} {dtype}")
-    console.print(summary(estimate(units, options, disk_speed(save)), units, save))
-
-
-def summary(found: Estimate, units: Sequence[Unit], save: Path) -> str:
-    """The last lines of a plan."""
-    parent = next(path for path in (save, *save.absolute().parents) if path.is_dir())
-    files, tensors = sum(len(unit.files) for unit in units), sum(len(unit.steps) for unit in units)
-    return (
-        f"{tensors} tensors into {files} files, {human(found.disk)} to write; "
-        f"{human(shutil.disk_usage(parent).free)} are free\n"
-        f"peak memory about {human(found.memory)}; about {found.seconds / 60:.1f} minutes at {found.speed / 1e6:.0f} MB/s "
-        "of this disk"
+    for line in conversion.lines:
+        console.print(f"{line.source} -> {line.target}  {human(line.size)} {line.dtype}")
+    found = estimate(conversion.units, options, disk_speed(conversion.root))
+    files = sum(len(unit.files) for unit in conversion.units)
+    tensors = sum(len(unit.moves) for unit in conversion.units)
+    free = shutil.disk_usage(_existing(conversion.root)).free
+    console.print(
+        f"{tensors} tensors into {files} files, {human(found.disk)} to write; {human(free)} are free\n"
+        f"peak memory about {human(found.memory)}; about {found.seconds / 60:.1f} minutes at "
+        f"{found.speed / 1e6:.0f} MB/s of this disk"
     )

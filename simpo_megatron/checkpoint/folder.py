@@ -1,4 +1,4 @@
-"""Megatron-LM's checkpoint folder: which iteration it names, where that lies, whether it is complete, who saved it.
+"""Megatron-LM's checkpoint folder: its tracker, the folder of an iteration, and the arguments that are saved in it.
 
 ROOT/latest_checkpointed_iteration.txt      the tracker: "100", or "release" for weights without a run; written last
 ROOT/iter_0000100/                          one iteration
@@ -12,13 +12,13 @@ from typing import Any
 
 from simpo_megatron.checkpoint.formats.rank_files_reader import any_rank_file
 from simpo_megatron.checkpoint.formats.torch_dist_reader import args_of, read_common
+from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron starts such a checkpoint at step 0 and asks for no optimizer state
-FORMAT = "metadata.json"  # names the format of a torch_dist folder, whose writer writes it last
-_DIGITS = 18  # of the longest step that is believed
+_DIGITS = 18  # a step with more is not a step
 
 
 def iteration_folder(root: Path, step: int) -> Path:
@@ -32,7 +32,7 @@ def write_tracker(root: Path, iteration: int | str) -> None:
 
 
 def read_tracker(root: Path) -> int | str | None:
-    """What the tracker names: a step, `RELEASE`, or nothing where there is none.
+    """What the tracker names: a step, or `RELEASE`; None where there is no tracker.
 
     Raises:
         UserError: it holds something else.
@@ -58,9 +58,9 @@ def latest_step(root: Path) -> int | None:
     if not isinstance(step, int):
         return None
     folder = iteration_folder(root, step)
-    if not (folder / FORMAT).is_file():
+    if not (folder / FORMAT_FILE).is_file():
         raise UserError(
-            f"{folder} is not a complete checkpoint (no {FORMAT}); write another step into {root / TRACKER}"
+            f"{folder} is not a complete checkpoint (no {FORMAT_FILE}); write another step into {root / TRACKER}"
         )
     return step
 
@@ -73,8 +73,10 @@ def release_folder(root: Path) -> Path | None:
     """
     if read_tracker(root) != RELEASE:
         return None
-    if not (root / RELEASE / FORMAT).is_file():
-        raise UserError(f"{root / RELEASE} is no complete torch_dist checkpoint (no {FORMAT}); convert it again")
+    if not (root / RELEASE / FORMAT_FILE).is_file():
+        raise UserError(
+            f"{root / RELEASE} is not a complete torch_dist checkpoint (no {FORMAT_FILE}); convert it again"
+        )
     return root / RELEASE
 
 
@@ -90,12 +92,12 @@ def checkpoint_folder(load: Path) -> Path:
         )
     named = read_tracker(load)
     folder = load if named is None else load / RELEASE if isinstance(named, str) else iteration_folder(load, named)
-    if not (folder / FORMAT).is_file() and not any(folder.glob("mp_rank_*")):
-        raise UserError(f"{folder} is not a complete checkpoint: it has neither {FORMAT} nor mp_rank folders")
+    if not (folder / FORMAT_FILE).is_file() and not any(folder.glob("mp_rank_*")):
+        raise UserError(f"{folder} is not a complete checkpoint: it has neither {FORMAT_FILE} nor mp_rank folders")
     return folder
 
 
-def saved_args(folder: Path) -> dict[str, Any]:
+def read_args(folder: Path) -> dict[str, Any]:
     """The plain values among the arguments that a checkpoint was saved with, by name; empty where it has none."""
     if (folder / "common.pt").exists():
         return args_of(read_common(folder))

@@ -1,10 +1,17 @@
 """conversion.json: what a converted checkpoint was made from and holds, so that it can be verified without its source.
 
-    {"version": 1, "made_by": {...}, "plan": ..., "format": ..., "model": {...}, "tensors": {NAME: {sha256, dtype, shape}},
-     "files": {NAME: {size, sha256}}, "sha256": of all the rest}
+    version     1
+    made_by     {PACKAGE: version}
+    plan        the fingerprint of the conversion: its sources and settings
+    format      "torch_dist" or "torch"
+    model       what a run must agree with the checkpoint about
+    layout      of a "torch" checkpoint alone
+    tensors     {NAME: {sha256, dtype, shape}} of the Hugging Face checkpoint
+    files       {NAME: {size, sha256}}
+    sha256      of all the rest
 
-A tensor's hash is that of its bytes in the Hugging Face checkpoint. A file's hash is of its bytes that are no tensor's: the
-whole of a small file, headers and padding of a data file. Together they cover every byte.
+A file's hash is of its bytes that are no tensor's: the whole of a small file, headers and padding of a data file. The
+hashes of tensors and files together cover every byte.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, expected_tensors
 
-NAME = "conversion.json"
+MANIFEST = "conversion.json"
 
 
 def model_facts(hf: HFCheckpoint) -> dict[str, Any]:
@@ -39,26 +46,30 @@ def model_facts(hf: HFCheckpoint) -> dict[str, Any]:
 
 
 def write_manifest(
-    folder: Path, hf: HFCheckpoint, hashes: dict[str, str], kind: str, plan: str, saved: StoredModel, **more: Any
+    folder: Path,
+    hf: HFCheckpoint,
+    hashes: dict[str, str],
+    plan: str,
+    saved: StoredModel,
+    layout: dict[str, Any] | None,
 ) -> None:
-    """Writes the manifest of a folder that is complete but for it.
+    """Writes the manifest of a folder that is otherwise complete.
 
     Args:
         folder: the checkpoint.
         hf: its source.
         hashes: of the Hugging Face tensors, recorded while they were read.
-        kind: "torch_dist" or "torch".
         plan: the `fingerprint` of the conversion.
         saved: what a reader finds in the folder.
-        **more: further facts, such as the layout of a "torch" checkpoint.
+        layout: of a "torch" checkpoint; None for torch_dist.
     """
     content = {
         "version": 1,
         "made_by": made_by(),
         "plan": plan,
-        "format": kind,
+        "format": "torch_dist" if layout is None else "torch",
         "model": model_facts(hf),
-        **more,
+        **({} if layout is None else {"layout": layout}),
         "tensors": {
             name: {"sha256": digest, "dtype": hf.tensors[name].dtype, "shape": list(hf.tensors[name].shape)}
             for name, digest in sorted(hashes.items())
@@ -66,7 +77,7 @@ def write_manifest(
         "files": file_facts(saved),
     }
     content["sha256"] = _digest(content)
-    atomic_write(folder / NAME, json.dumps(content, indent=1) + "\n")
+    atomic_write(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def made_by() -> dict[str, str]:
@@ -86,7 +97,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is not what was written.
     """
-    path = folder / NAME
+    path = folder / MANIFEST
     if not path.exists():
         return None
     try:
@@ -100,14 +111,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def file_facts(saved: StoredModel) -> dict[str, dict[str, Any]]:
-    """Size and hash of what is no tensor's, for every file of a checkpoint but the manifest."""
+    """Size, and hash of the bytes that are no tensor's, of every file of a checkpoint but the manifest."""
     blocks: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for stored in saved.parameters:
         for block in (*stored.tiles, *stored.replicas):
-            rows = min(block.rows, max(0, stored.item.rows - block.row))  # padding rows are not hashed with the tensor
-            blocks[block.file].append((block.offset, rows * block.columns * stored.item.item_size))
+            # Padding rows belong to no tensor.
+            rows = min(block.rows, max(0, stored.parameter.rows - block.row))
+            blocks[block.file].append((block.offset, rows * block.columns * stored.parameter.item_size))
     facts = {}
-    for path in sorted(path for path in saved.folder.rglob("*") if path.is_file() and path.name != NAME):
+    for path in sorted(path for path in saved.folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         name = path.relative_to(saved.folder).as_posix()
         facts[name] = {"size": path.stat().st_size, "sha256": _gaps_digest(path, blocks[str(path)])}
     return facts
@@ -145,15 +157,15 @@ def check_manifest(folder: Path, hf: HFCheckpoint) -> None:
     for name, value in wanted.items():
         if facts.get(name) != value:
             raise UserError(
-                f"{folder / NAME} says {name} {facts.get(name)}, but the config.json of {hf.path} gives {value}; give the "
-                "--hf-checkpoint it was converted from"
+                f"{folder / MANIFEST} says {name} {facts.get(name)}, but the config.json of {hf.path} gives {value}; "
+                "give the --hf-checkpoint it was converted from"
             )
     expected = {name: list(shape) for name, shape in expected_tensors(hf)}
     found = {name: tensor["shape"] for name, tensor in content["tensors"].items()}
     for fault, names in (("lacks", expected.keys() - found.keys()), ("also holds", found.keys() - expected.keys())):
         if names:
             raise UserError(
-                f"{folder / NAME} {fault} {', '.join(sorted(names)[:5])} ({len(names)} in all): convert again"
+                f"{folder / MANIFEST} {fault} {', '.join(sorted(names)[:5])} ({len(names)} in all); convert again"
             )
 
 

@@ -1,8 +1,8 @@
-"""Megatron parameters, whole, and the blocks of them that lie in files.
+"""Whole Megatron parameters, and the blocks of them that are in files.
 
-Every parameter is seen as a matrix, [rows, columns], as torch_dist holds it: q, k and v interleaved by query group, gate
-above up; a vector has one column. A block is a rectangle of it that lies contiguously in one file: a chunk of torch_dist,
-or what one rank holds in the legacy format. Both formats are then lists of blocks, and both directions cut along them.
+Every parameter is seen as a matrix [rows, columns], as torch_dist holds it: q, k and v interleaved by query group, gate
+above up. A vector has one column. A block is a rectangle of it that is contiguous in one file: a chunk of torch_dist,
+or what one rank holds in the `torch` format. Both formats are lists of blocks, and both directions cut along them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
+from simpo_megatron.checkpoint.transfer.moves import OutFile
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.weight_table import WeightEntry
@@ -22,9 +23,16 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 @dataclass(frozen=True)
 class MegatronParameter:
-    """One parameter: a row of the weight table, for one layer and one expert."""
+    """One parameter: an entry of the weight table, for one layer and one expert.
 
-    weight: WeightEntry
+    Attributes:
+        entry: of the weight table.
+        layer: counted over all stages; 0 where the entry has no layer.
+        expert: counted over all ranks; 0 where the entry has no expert.
+        dtype: by the name of safetensors, such as "BF16".
+    """
+
+    entry: WeightEntry
     layer: int
     expert: int
     dtype: str
@@ -32,32 +40,36 @@ class MegatronParameter:
     @property
     def name(self) -> str:
         """The canonical name, with the global layer and expert."""
-        return self.weight.megatron.format(layer=self.layer, expert=self.expert)
+        return self.entry.megatron.format(layer=self.layer, expert=self.expert)
 
     @property
     def hf(self) -> tuple[str, ...]:
         """The Hugging Face names of its parts."""
-        return tuple(part.format(layer=self.layer, expert=self.expert) for part in self.weight.hf)
+        return tuple(part.format(layer=self.layer, expert=self.expert) for part in self.entry.hf)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole parameter, without vocabulary padding."""
-        return (sum(shape[0] for shape in self.weight.shapes), *self.weight.shapes[0][1:])
+        return (sum(shape[0] for shape in self.entry.shapes), *self.entry.shapes[0][1:])
 
     @property
     def rows(self) -> int:
+        """Of the matrix."""
         return self.shape[0]
 
     @property
     def columns(self) -> int:
+        """Of the matrix."""
         return math.prod(self.shape[1:])
 
     @property
     def item_size(self) -> int:
+        """Bytes of a number."""
         return ITEM_SIZE[self.dtype]
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row."""
         return self.columns * self.item_size
 
     @property
@@ -68,7 +80,16 @@ class MegatronParameter:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows and columns of a parameter, contiguous in `file` from byte `offset`."""
+    """`rows` rows and `columns` columns of a parameter, contiguous in a file.
+
+    Attributes:
+        file: a path, or a name in a folder that is being written.
+        offset: the first byte in the file.
+        row: the first row.
+        rows: how many.
+        column: the first column.
+        columns: how many.
+    """
 
     file: str
     offset: int
@@ -76,6 +97,21 @@ class Block:
     rows: int
     column: int
     columns: int
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Files that are written together, and what they hold: a .distcp file, or the rank files of a pipeline stage.
+
+    Attributes:
+        name: of the unit of work.
+        files: with everything but the bytes of tensors.
+        blocks: by the canonical name of their parameter.
+    """
+
+    name: str
+    files: tuple[OutFile, ...]
+    blocks: dict[str, list[Block]]
 
 
 def model_parameters(hf: HFCheckpoint, dtypes: dict[str, str]) -> Iterator[MegatronParameter]:
@@ -89,22 +125,22 @@ def model_parameters(hf: HFCheckpoint, dtypes: dict[str, str]) -> Iterator[Megat
         UserError: the parts of one parameter differ in dtype, or one is not a floating-point number.
     """
     table = hf.architecture.weights
-    first_layer = next(index for index, weight in enumerate(table) if weight.per_layer)
-    head = [weight for weight in table[:first_layer] if not weight.per_layer]
-    tail = [weight for weight in table[first_layer:] if not weight.per_layer]
-    for weight in head:
-        yield _item(weight, 0, 0, dtypes)
+    first_layer = next(index for index, entry in enumerate(table) if entry.per_layer)
+    head = [entry for entry in table[:first_layer] if not entry.per_layer]
+    tail = [entry for entry in table[first_layer:] if not entry.per_layer]
+    for entry in head:
+        yield _parameter(entry, 0, 0, dtypes)
     for layer in range(hf.architecture.num_layers):
-        for weight in table:
-            if weight.per_layer:
-                for expert in range(weight.experts or 1):
-                    yield _item(weight, layer, expert, dtypes)
-    for weight in tail:
-        yield _item(weight, 0, 0, dtypes)
+        for entry in table:
+            if entry.per_layer:
+                for expert in range(entry.experts or 1):
+                    yield _parameter(entry, layer, expert, dtypes)
+    for entry in tail:
+        yield _parameter(entry, 0, 0, dtypes)
 
 
-def _item(weight: WeightEntry, layer: int, expert: int, dtypes: dict[str, str]) -> MegatronParameter:
-    names = [part.format(layer=layer, expert=expert) for part in weight.hf]
+def _parameter(entry: WeightEntry, layer: int, expert: int, dtypes: dict[str, str]) -> MegatronParameter:
+    names = [part.format(layer=layer, expert=expert) for part in entry.hf]
     found = {dtypes[name] for name in names}
     if len(found) > 1:
         raise UserError(
@@ -113,40 +149,55 @@ def _item(weight: WeightEntry, layer: int, expert: int, dtypes: dict[str, str]) 
     dtype = found.pop()
     if dtype not in ("F64", "F32", "F16", "BF16"):
         raise UserError(f"{names[0]} has dtype {dtype}; only F32, F16 and BF16 weights convert (dequantize them first)")
-    return MegatronParameter(weight, layer, expert, dtype)
+    return MegatronParameter(entry, layer, expert, dtype)
 
 
-def split_replicas(
-    item: MegatronParameter, blocks: Iterable[Block], padded_rows: int = 0
-) -> tuple[list[Block], list[Block]]:
-    """Blocks that tile a parameter, and those that repeat one of them.
+@dataclass(frozen=True)
+class StoredParameter:
+    """A parameter in a checkpoint.
 
-    Args:
-        item: the parameter.
-        blocks: of it, in any order.
-        padded_rows: rows below the parameter that its blocks may cover besides.
-
-    Raises:
-        UserError: the blocks leave a part out, or overlap without being equal.
+    Attributes:
+        parameter: with the dtype that it is stored in.
+        tiles: the blocks that cover it, each number once.
+        replicas: blocks that repeat a tile: what further ranks hold.
     """
-    seen: dict[tuple[int, int, int, int], Block] = {}
-    replicas = []
-    for block in blocks:
-        key = (block.row, block.rows, block.column, block.columns)
-        if key in seen:
-            replicas.append(block)
-        else:
-            seen[key] = block
-    tiles = sorted(seen.values(), key=lambda block: (block.row, block.column))
-    covered, wanted = sum(block.rows * block.columns for block in tiles), max(item.rows, padded_rows) * item.columns
-    # Whole rows in order overlap only with the next; anything else is few blocks.
-    whole = all(block.columns == item.columns for block in tiles)
-    if covered != wanted or any(_overlap(*two) for two in (pairwise(tiles) if whole else combinations(tiles, 2))):
-        raise UserError(
-            f"the checkpoint holds {covered} of the {wanted} numbers of {item.name}, or some of them twice; a file or rank "
-            "of it is missing"
-        )
-    return tiles, replicas
+
+    parameter: MegatronParameter
+    tiles: tuple[Block, ...]
+    replicas: tuple[Block, ...] = ()
+
+    @classmethod
+    def from_blocks(cls, parameter: MegatronParameter, blocks: Iterable[Block]) -> StoredParameter:
+        """Sorts the blocks of a parameter, in any order, into tiles and replicas.
+
+        Raises:
+            UserError: the blocks leave a part out, or overlap without being equal.
+        """
+        seen: dict[tuple[int, int, int, int], Block] = {}
+        replicas = []
+        for block in blocks:
+            key = (block.row, block.rows, block.column, block.columns)
+            if key in seen:
+                replicas.append(block)
+            else:
+                seen[key] = block
+        tiles = sorted(seen.values(), key=lambda block: (block.row, block.column))
+        rows = parameter.rows
+        if parameter.entry.is_vocabulary:  # padding included
+            rows = max((rows, *(block.row + block.rows for block in tiles)))
+        covered, wanted = sum(block.rows * block.columns for block in tiles), rows * parameter.columns
+        if covered != wanted or any(_overlap(*two) for two in _neighbours(tiles, parameter.columns)):
+            raise UserError(
+                f"the blocks of {parameter.name} have {covered} numbers and must cover its {wanted} once each; a file "
+                "or rank of the checkpoint is missing, copy it again"
+            )
+        return cls(parameter, tuple(tiles), tuple(replicas))
+
+
+def _neighbours(tiles: list[Block], columns: int) -> Iterable[tuple[Block, Block]]:
+    """Every two tiles that could overlap. Tiles of whole rows overlap only with the next; others are few."""
+    whole = all(tile.columns == columns for tile in tiles)
+    return pairwise(tiles) if whole else combinations(tiles, 2)
 
 
 def _overlap(one: Block, two: Block) -> bool:
@@ -156,36 +207,11 @@ def _overlap(one: Block, two: Block) -> bool:
 
 
 @dataclass(frozen=True)
-class StoredParameter:
-    """A parameter in a checkpoint: the blocks that tile it, and the blocks other ranks hold of it besides.
-
-    `padded_rows` counts the rows of the embedding or output layer with their padding.
-    """
-
-    item: MegatronParameter
-    tiles: tuple[Block, ...]
-    replicas: tuple[Block, ...] = ()
-    padded_rows: int = 0
-
-
-def stored(item: MegatronParameter, blocks: Iterable[Block]) -> StoredParameter:
-    """Sorts the blocks of a parameter.
-
-    Raises:
-        UserError: they leave a part out, or overlap without being equal.
-    """
-    blocks = list(blocks)
-    padded = max((block.row + block.rows for block in blocks), default=0) if item.weight.is_vocabulary else 0
-    tiles, replicas = split_replicas(item, blocks, padded)
-    return StoredParameter(item, tuple(tiles), tuple(replicas), padded)
-
-
-@dataclass(frozen=True)
 class StoredModel:
     """What a Megatron checkpoint holds of a model.
 
     Attributes:
-        folder: its directory.
+        folder: of one iteration.
         parameters: in the order of `model_parameters`.
         args: the arguments it was saved with, by name; empty where it has none.
     """

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as a source: its config and the places of its tensors, safetensors or pytorch_model*.bin.
 
-Of .bin files the pickles are read without loading or running anything (`pickles.py`); a directory without weights serves
-for a plan, with the tensors its config.json implies.
+The pickles of .bin files are read without loading or running anything (safe_pickle.py). A directory without weights
+serves for --plan, with the tensors that its config.json implies.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE, StoredTensor
+from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE, PickledTensor
 from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import read_json
@@ -48,7 +48,11 @@ def has_weights(path: Path) -> bool:
 
 
 def imagine_weights(hf: HFCheckpoint) -> HFCheckpoint:
-    """The model with the tensors config.json implies, in the dtype it states; for plans."""
+    """The model with the tensors that config.json implies, in the dtype it states, for --plan.
+
+    Raises:
+        UserError: the dtype is not a supported one.
+    """
     dtype = str(hf.config.get("dtype") or hf.config.get("torch_dtype") or "bfloat16")
     if dtype not in _TORCH_DTYPES:
         raise UserError(f"config.json sets dtype {dtype!r}; supported are {', '.join(_TORCH_DTYPES)}")
@@ -57,7 +61,7 @@ def imagine_weights(hf: HFCheckpoint) -> HFCheckpoint:
 
 
 def tensor_bytes(tensor: HFTensor) -> int:
-    """Its size on disk."""
+    """The bytes of a tensor on disk."""
     return math.prod(tensor.shape) * ITEM_SIZE.get(tensor.dtype, 0)
 
 
@@ -66,8 +70,8 @@ def _check_extent(name: str, tensor: HFTensor) -> None:
         raise UserError(f"{name} in {tensor.file} has dtype {tensor.dtype}; only F32, F16 and BF16 weights convert")
     if tensor.length is not None and tensor.length != tensor_bytes(tensor):
         raise UserError(
-            f"{name} in {tensor.file} has {tensor.length} bytes, but its shape {list(tensor.shape)} in {tensor.dtype} needs "
-            f"{tensor_bytes(tensor)}; download the file again"
+            f"{name} in {tensor.file} has {tensor.length} bytes, but its shape {list(tensor.shape)} in {tensor.dtype} "
+            f"needs {tensor_bytes(tensor)}; download the file again"
         )
 
 
@@ -84,7 +88,7 @@ def _read_tensors(path: Path) -> dict[str, HFTensor]:
     tensors: dict[str, HFTensor] = {}
     for name in files:
         if Path(name).name != name or not (path / name).is_file():
-            raise UserError(f"{path} has no file {name}, which its index names; download that shard")
+            raise UserError(f"{path} has no file {name}, which its index names; download it")
         tensors |= _read_bin(path / name)
     return tensors
 
@@ -92,9 +96,9 @@ def _read_tensors(path: Path) -> dict[str, HFTensor]:
 def _read_bin(path: Path) -> dict[str, HFTensor]:
     file = read_torch_file(path)
     if not isinstance(file.content, dict):
-        raise UserError(f"{path} holds no state dict; give the file that from_pretrained reads")
+        raise UserError(f"{path} does not hold a state dict; give the file that from_pretrained reads")
     return {
         name: HFTensor(path, tensor.shape, tensor.dtype, file.place(tensor))
         for name, tensor in file.content.items()
-        if isinstance(tensor, StoredTensor)
+        if isinstance(tensor, PickledTensor)
     }

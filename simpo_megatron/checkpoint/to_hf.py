@@ -1,26 +1,25 @@
-"""Megatron -> Hugging Face: the plan of a conversion, and running it."""
+"""Megatron -> Hugging Face: reads a checkpoint of either format and plans a conversion. `publish.run` runs it."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simpo_megatron.checkpoint.folder import FORMAT
 from simpo_megatron.checkpoint.formats.rank_files_reader import read_rank_files
-from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
+from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
 from simpo_megatron.checkpoint.parameters import StoredModel, StoredParameter
-from simpo_megatron.checkpoint.transfer.cut import read_step, slab_bytes
+from simpo_megatron.checkpoint.source import tensor_bytes
+from simpo_megatron.checkpoint.transfer.cut import piece_bytes, plan_from_blocks
 from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
-from simpo_megatron.checkpoint.transfer.moves import OutFile, Rect, Step, Unit
-from simpo_megatron.checkpoint.transfer.publish import Options, Target, file_stamps, fingerprint, run
+from simpo_megatron.checkpoint.transfer.moves import OutFile, Rect, Unit
+from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, PlanLine, file_stamps, fingerprint
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write
 from simpo_megatron.models.hf_checkpoint import (
@@ -28,6 +27,7 @@ from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     MAX_FILE_BYTES,
     HFCheckpoint,
+    HFTensor,
     copied_files,
     file_names,
     index_text,
@@ -35,34 +35,13 @@ from simpo_megatron.models.hf_checkpoint import (
 )
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One Hugging Face tensor of a plan: what it comes from, where it goes."""
-
-    source: str
-    name: str
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
-
-
-@dataclass(frozen=True)
-class Export:
-    """A plan: its model, the units of work and the tensors they write."""
-
-    hf: HFCheckpoint
-    saved: StoredModel
-    units: tuple[Unit, ...]
-    tensors: tuple[Tensor, ...]
-
-
 def read_checkpoint(folder: Path, hf: HFCheckpoint) -> StoredModel:
-    """Finds the parameters of a model in a folder of either format."""
-    path = folder / FORMAT
+    """Finds the parameters of a model in a folder of either format.
+
+    Raises:
+        UserError: as `read_rank_files` and `read_torch_dist`, or the folder is of another format.
+    """
+    path = folder / FORMAT_FILE
     if not path.is_file():
         return read_rank_files(folder, hf)
     try:
@@ -74,70 +53,89 @@ def read_checkpoint(folder: Path, hf: HFCheckpoint) -> StoredModel:
     return read_torch_dist(folder, hf)
 
 
-def plan_export(
+def plan_to_hf(
     hf: HFCheckpoint,
     saved: StoredModel,
+    save: Path,
     options: Options,
     dtype: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
-) -> Export:
-    """Plans every byte.
+) -> Conversion:
+    """Plans every byte of `save`.
 
     Args:
-        hf: the config the weights belong to.
+        hf: the config that the weights belong to.
         saved: the checkpoint.
-        options: the size of the slabs follows from its memory and workers.
+        save: the folder to make.
+        options: its memory and workers give the size of the pieces.
         dtype: of all tensors, such as "BF16"; None keeps theirs.
         max_file_bytes: no file gets larger, unless one tensor is.
     """
-    size = slab_bytes(options.max_memory, options.workers)
-    parts = [(stored, part) for stored in saved.parameters for part in range(len(stored.item.weight.shapes))]
-    sizes = [
-        math.prod(stored.item.weight.shapes[part]) * ITEM_SIZE[dtype or stored.item.dtype] for stored, part in parts
+    parts = [(stored, part) for stored in saved.parameters for part in range(len(stored.parameter.hf))]
+    tensors = [
+        HFTensor(save, stored.parameter.entry.shapes[part], dtype or stored.parameter.dtype) for stored, part in parts
     ]
-    files = [[parts[position] for position in file] for file in split_files(sizes, max_file_bytes)]
-    units, tensors = [], []
-    for name, members in zip(file_names(len(files)), files, strict=True):
-        found = [
-            Tensor(
-                stored.item.name,
-                stored.item.hf[part],
-                name,
-                stored.item.weight.shapes[part],
-                dtype or stored.item.dtype,
-            )
-            for stored, part in members
-        ]
-        header, offsets = safetensors_header(found)
-        steps: list[Step] = [
-            read_step(stored.item, part, stored.tiles, (), size, (name, offset, tensor.dtype))
-            for (stored, part), tensor, offset in zip(members, found, offsets, strict=True)
-        ]
-        end = len(header) + sum(tensor.size for tensor in found)
-        units.append(Unit(name, (OutFile(name, end, ((0, header),)),), tuple(steps)))
-        tensors += found
-    return Export(hf, saved, tuple(units), tuple(tensors))
+    sizes = [tensor_bytes(tensor) for tensor in tensors]
+    size = piece_bytes(options.max_memory, options.workers)
+    units, lines, weight_map = [], [], {}
+    groups = split_files(sizes, max_file_bytes)
+    for file, positions in zip(file_names(len(groups)), groups, strict=True):
+        names = [parts[at][0].parameter.hf[parts[at][1]] for at in positions]
+        header, starts = safetensors_header(dict(zip(names, (tensors[at] for at in positions), strict=True)))
+        moves = []
+        for at, name, start in zip(positions, names, starts, strict=True):
+            stored, part = parts[at]
+            moves.append(plan_from_blocks(stored, part, size, (file, start, tensors[at].dtype)))
+            lines.append(PlanLine(stored.parameter.name, f"{name} in {file}", sizes[at], tensors[at].dtype))
+            weight_map[name] = file
+        end = len(header) + sum(sizes[at] for at in positions)
+        units.append(Unit(file, (OutFile(file, end, ((0, header),)),), tuple(moves)))
+
+    def identity() -> str:
+        sources = sorted(path for path in saved.folder.rglob("*") if path.is_file())
+        dtypes = sorted({tensor.dtype for tensor in tensors})
+        return fingerprint("to hf", 1, hf.config, file_stamps(sources), dtypes)
+
+    def finish(folder: Path, hashes: dict[str, str], plan: str) -> None:
+        if len(units) > 1:
+            atomic_write(folder / INDEX, index_text(weight_map, sum(sizes)))
+        for source in copied_files(hf.path):
+            shutil.copyfile(source, folder / source.name)
+        if not (folder / "config.json").exists():
+            atomic_write(folder / "config.json", json.dumps(hf.config, indent=2) + "\n")
+
+    return Conversion(
+        units=tuple(units),
+        lines=tuple(lines),
+        root=save,
+        final=save,
+        identity=identity,
+        finish=finish,
+        publish=lambda: None,
+        replaceable=partial(_replaceable, save),
+    )
 
 
-def safetensors_header(tensors: Sequence[Tensor]) -> tuple[bytes, list[int]]:
-    """The header of a safetensors file, and the first byte of every tensor in the file."""
+def safetensors_header(tensors: Mapping[str, HFTensor]) -> tuple[bytes, list[int]]:
+    """The header of a safetensors file, and the first byte of every tensor in the file.
+
+    Args:
+        tensors: by name, in the order of their bytes; only shapes and dtypes are read.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, starts = 0, []
-    for tensor in tensors:
+    for name, tensor in tensors.items():
+        end = position + tensor_bytes(tensor)
         starts.append(position)
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.size],
-        }
-        position += tensor.size
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, [8 + len(text) + start for start in starts]
 
 
 def check_padding(saved: StoredModel) -> None:
-    """Makes sure that no padding row of the vocabulary was trained: they are not exported.
+    """Makes sure that no padding row of the vocabulary was trained: padding is not converted.
 
     Raises:
         UserError: one is not zero.
@@ -145,49 +143,26 @@ def check_padding(saved: StoredModel) -> None:
     files = Files(None)
     try:
         for stored in saved.parameters:
-            if count := sum(_nonzero_rows(files, stored)):
+            if count := _nonzero_padding_rows(files, stored):
                 raise UserError(
-                    f"{stored.item.name} has {count} rows beyond the vocabulary of {stored.item.rows} that are not zero: "
-                    "they were trained, or config.json has another vocab_size; --drop-trained-padding exports without them"
+                    f"{stored.parameter.name} has {count} rows beyond the vocabulary of {stored.parameter.rows} that "
+                    "are not zero: they were trained, or config.json has another vocab_size; --drop-trained-padding "
+                    "converts without them"
                 )
     finally:
         files.close()
 
 
-def _nonzero_rows(files: Files, stored: StoredParameter) -> list[int]:
-    counts = []
+def _nonzero_padding_rows(files: Files, stored: StoredParameter) -> int:
+    count = 0
     for block in stored.tiles:
-        row_bytes = block.columns * stored.item.item_size
-        for row in range(max(block.row, stored.item.rows), block.row + block.rows):
+        row_bytes = block.columns * stored.parameter.item_size
+        for row in range(max(block.row, stored.parameter.rows), block.row + block.rows):
             data = np.empty(row_bytes, np.uint8)
             at = block.offset + (row - block.row) * row_bytes
             read_rect(files, Rect(block.file, at, 1, row_bytes, 0, row_bytes), data)
-            counts.append(int(data.any()))
-    return counts
-
-
-def convert_to_hf(export: Export, save: Path, options: Options) -> bool:
-    """Runs a plan into `save`; returns whether it is published (see `run.run`).
-
-    Raises:
-        UserError: as `run.run`.
-    """
-    sources = sorted(path for path in export.saved.folder.rglob("*") if path.is_file())
-    dtypes = sorted({tensor.dtype for tensor in export.tensors})
-    plan = fingerprint("to hf", 1, export.hf.config, file_stamps(sources), dtypes)
-
-    def finish(folder: Path, hashes: dict[str, str]) -> None:
-        names = {unit.name for unit in export.units}
-        if len(names) > 1:
-            files = {tensor.name: tensor.file for tensor in export.tensors}
-            atomic_write(folder / INDEX, index_text(files, sum(tensor.size for tensor in export.tensors)))
-        for source in copied_files(export.hf.path):
-            shutil.copyfile(source, folder / source.name)
-        if not (folder / "config.json").exists():
-            atomic_write(folder / "config.json", json.dumps(export.hf.config, indent=2) + "\n")
-
-    target = Target(save, save, lambda: None, lambda: _replaceable(save))
-    return run(export.units, target, options, plan, finish, f"to {save}")
+            count += int(data.any())
+    return count
 
 
 def _replaceable(save: Path) -> bool:

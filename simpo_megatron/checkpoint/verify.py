@@ -1,8 +1,8 @@
-"""Verifies a Megatron checkpoint against its Hugging Face source, bit by bit and in bounded memory.
+"""Verifies a Megatron checkpoint against its Hugging Face source, bit for bit and in bounded memory.
 
-Every file is read again, every Hugging Face tensor put together from its blocks by the inverse of the map and hashed, and
-the hash compared with the source's and, where there is a conversion.json, with the one recorded during the conversion. Rows
-that several ranks hold are compared with each other, bytes that are no tensor's with their recorded hash.
+Every file is read again. Every Hugging Face tensor is put together from its blocks, by the inverse of the conversion,
+and hashed. The hash is compared with the source's and, where there is a conversion.json, with the one recorded in it.
+Blocks that several ranks hold are compared with each other, and bytes that are no tensor's with their recorded hash.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any
 
 from simpo_megatron.checkpoint.manifest import file_facts
 from simpo_megatron.checkpoint.parameters import StoredModel
-from simpo_megatron.checkpoint.transfer.cut import read_step, slab_bytes, tensor_step
-from simpo_megatron.checkpoint.transfer.execute import Outcome
-from simpo_megatron.checkpoint.transfer.moves import Step, Unit
+from simpo_megatron.checkpoint.transfer.cut import piece_bytes, plan_from_blocks, plan_hash
+from simpo_megatron.checkpoint.transfer.moves import TensorMove, Unit
 from simpo_megatron.checkpoint.transfer.processes import run_units
-from simpo_megatron.checkpoint.transfer.progress import transfer_bar
 from simpo_megatron.checkpoint.transfer.publish import Options
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint, HFTensor
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, split_files
 
 UNIT_BYTES = 2 * 2**30
 
@@ -27,61 +25,46 @@ UNIT_BYTES = 2 * 2**30
 def verify(
     saved: StoredModel, hf: HFCheckpoint | None, manifest: dict[str, Any] | None, options: Options
 ) -> tuple[list[str], int]:
-    """Compares; returns the differences as sentences, and how many tensors were compared.
+    """Compares a checkpoint with its source, with the hashes in its manifest, or with both.
 
     Args:
         saved: the checkpoint.
-        hf: its source; None where the manifest has to do.
-        manifest: of the checkpoint, None without one.
+        hf: its source; None to compare with the manifest alone.
+        manifest: of the checkpoint; None where it has none.
         options: memory and workers.
+
+    Returns:
+        The differences as sentences, and how many tensors were compared.
 
     Raises:
         UserError: a file cannot be read.
     """
-    size = slab_bytes(options.max_memory, options.workers)
-    found, differences = _hash(_checkpoint_steps(saved, size), options, "reading the checkpoint")
+    size = piece_bytes(options.max_memory, options.workers)
+    dtypes = {name: stored.parameter.dtype for stored in saved.parameters for name in stored.parameter.hf}
+    moves = [
+        plan_from_blocks(stored, part, size) for stored in saved.parameters for part in range(len(stored.parameter.hf))
+    ]
+    found, differences = _hash(moves, options, "reading the checkpoint")
     if manifest is not None:
         recorded = {name: tensor["sha256"] for name, tensor in manifest["tensors"].items()}
         differences += _compare(found, recorded, saved.folder, "the source when it was converted")
         differences += _compare_files(saved, manifest)
     if hf is not None:
-        shapes = {name: tensor.dtype for name, tensor in _stored_dtypes(saved).items()}
         differences += [
-            f"{name} is {shapes[name]} in {saved.folder}, but {hf.tensors[name].dtype} in {hf.tensors[name].file}"
+            f"{name} is {dtypes[name]} in {saved.folder}, but {hf.tensors[name].dtype} in {hf.tensors[name].file}"
             for name in found
-            if shapes[name] != hf.tensors[name].dtype
+            if dtypes[name] != hf.tensors[name].dtype
         ]
-        steps = [tensor_step(name, hf.tensors[name], size) for name in found]
-        source, _ = _hash(steps, options, "reading the source")
+        source, _ = _hash([plan_hash(name, hf.tensors[name], size) for name in found], options, "reading the source")
         differences += _compare(found, source, saved.folder, str(hf.path))
     return list(dict.fromkeys(differences)), len(found)
 
 
-def _checkpoint_steps(saved: StoredModel, size: int) -> list[Step]:
-    return [
-        read_step(stored.item, part, stored.tiles, stored.replicas, size)
-        for stored in saved.parameters
-        for part in range(len(stored.item.hf))
-    ]
-
-
-def _stored_dtypes(saved: StoredModel) -> dict[str, HFTensor]:
-    return {
-        name: HFTensor(saved.folder, shape, stored.item.dtype)
-        for stored in saved.parameters
-        for name, shape in zip(stored.item.hf, stored.item.weight.shapes, strict=True)
-    }
-
-
-def _hash(steps: Sequence[Step], options: Options, label: str) -> tuple[dict[str, str], list[str]]:
-    units: list[list[Step]] = [[]]
-    for step in steps:
-        if units[-1] and sum(other.size for other in units[-1]) + step.size > UNIT_BYTES:
-            units.append([])
-        units[-1].append(step)
-    plan = [Unit(str(index), (), tuple(members)) for index, members in enumerate(units)]
-    with transfer_bar(label, sum(unit.size for unit in plan)) as report:
-        outcomes: list[Outcome] = run_units(plan, None, options.workers, report)
+def _hash(moves: Sequence[TensorMove], options: Options, label: str) -> tuple[dict[str, str], list[str]]:
+    """Runs moves that only read; the hashes by tensor, and the replicas that differ."""
+    groups = split_files([move.size for move in moves], UNIT_BYTES)
+    units = [Unit(str(index), (), tuple(moves[at] for at in group)) for index, group in enumerate(groups)]
+    outcomes = run_units(units, None, options.workers, label)
     hashes = {name: digest for outcome in outcomes for name, digest in outcome.hashes.items()}
     return hashes, [text for outcome in outcomes for text in outcome.differences]
 

@@ -1,4 +1,9 @@
-"""Command line and YAML file -> `config.Config`. Flags win over the file, the file over the preset, that over the defaults."""
+"""Command line, YAML file and preset -> `config.run.Config`.
+
+    config = parse(["--hf-checkpoint", "MODEL", "--train-data", "pairs.jsonl", "--train-epochs", "1"])
+
+Four layers: defaults, preset, YAML file, flags. Each layer wins over those before it.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +30,8 @@ GROUPS: dict[str, type] = {
     if field.name != "objective"
 }
 DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
-# Setting the key in a higher layer (flags over file over preset) drops the lower layers' value of the other setting: the two
-# are two ways to set one thing, or the default of the other follows from the key.
+# Setting the key in a higher layer (flags over file over preset) drops the lower layers' value of the other setting.
+# The two are two ways to set one thing, or the default of the other follows from the key.
 DROPS = {
     "train_iters": "train_epochs",
     "train_epochs": "train_iters",
@@ -37,18 +42,23 @@ METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 
 def settable(group: type) -> list[dataclasses.Field]:
     """The fields of a group that are settings, in the order of `--help`."""
-    return [field for field in dataclasses.fields(group) if field.init]
+    return [field for field in dataclasses.fields(group) if "help" in field.metadata]
+
+
+def heading(group: type) -> str:
+    """The title of a group in `--help`: the first line of its docstring, without the full stop."""
+    return str(group.__doc__).partition("\n")[0].rstrip(".")
 
 
 def _value_type(annotation: Any) -> type:
-    """`int` of `int | None`, `str` of a Literal."""
+    """The type of a value that is set: `int` for `int | None`, `str` for a Literal."""
     if choices(annotation):
         return str
     return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
 
 
 def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
-    """Group (an objective's is its name), field and annotation of every setting."""
+    """Every setting: name of its group (of an objective, its name), field and annotation."""
     return [
         (group, field, typing.get_type_hints(cls)[field.name])
         for group, cls in (*OBJECTIVES.items(), *GROUPS.items())
@@ -61,37 +71,51 @@ def build_parser(
     description: str = "SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, "
     "aligned Hugging Face checkpoint out.",
 ) -> argparse.ArgumentParser:
-    """A parser of every setting, for the training program unless said otherwise; a flag that is not given is absent from
-    the namespace."""
+    """A parser with a flag for every setting. A flag that is not given is absent from the namespace.
+
+    Args:
+        prog: the command, for the usage line.
+        description: what the program does.
+    """
     parser = Parser(
         prog=prog,
         description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help="YAML file of the same names, e.g. `train_iters: 100`; flags win")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="YAML file with the same names, for example `train_iters: 100`; flags win over it",
+    )
     add_objectives(parser)
     for cls in GROUPS.values():
-        add_settings(parser.add_argument_group(str(cls.__doc__)), cls)
+        add_settings(parser.add_argument_group(heading(cls)), cls)
     return parser
 
 
 def add_objectives(parser: argparse.ArgumentParser, with_defaults: bool = False) -> None:
-    """Adds `--objective` and the flags of every objective; arguments as for `add_settings`."""
+    """Adds `--objective` and the flags of every objective.
+
+    Args:
+        parser: to add them to.
+        with_defaults: a flag that is not given gets its default; otherwise it is absent from the namespace.
+    """
     section = parser.add_argument_group("objective")
     default: dict[str, Any] = {"default": DEFAULT_OBJECTIVE} if with_defaults else {}
-    text = f"what is trained for (default {DEFAULT_OBJECTIVE})"
+    text = f"what the model is trained for (default: {DEFAULT_OBJECTIVE})"
     section.add_argument("--objective", choices=tuple(OBJECTIVES), help=text, **default)
     for cls in OBJECTIVES.values():
         if settable(cls):
-            add_settings(parser.add_argument_group(str(cls.__doc__)), cls, with_defaults=with_defaults)
+            add_settings(parser.add_argument_group(heading(cls)), cls, with_defaults=with_defaults)
 
 
 def build_objective(settings: dict[str, Any]) -> Objective:
-    """The objective that settings name, with its own settings among them.
+    """The objective that `settings` name, built from its own fields among them.
 
     Raises:
-        UserError: it is not known, or its settings contradict each other.
+        UserError: the objective is not known, or its settings contradict each other.
     """
     name = settings.get("objective", DEFAULT_OBJECTIVE)
     require(name in OBJECTIVES, f"--objective {name} is not known; use {' or '.join(OBJECTIVES)}")
@@ -99,7 +123,7 @@ def build_objective(settings: dict[str, Any]) -> Objective:
 
 
 def _build(group: type, settings: dict[str, Any]) -> Any:
-    """A group from those of the settings that are its fields."""
+    """Builds a group from those settings that are its fields."""
     own = {field.name: settings[field.name] for field in settable(group) if field.name in settings}
     given = frozenset(name for name, value in own.items() if value is not None)
     return DataConfig(**own, given=given) if group is DataConfig else group(**own)
@@ -109,10 +133,10 @@ def add_settings(section: Any, group: type, names: Sequence[str] | None = None, 
     """Adds a group's fields as flags to a parser or a section of one.
 
     Args:
-        section: what has `add_argument`.
+        section: the parser or the section.
         group: the dataclass.
-        names: of the fields; None for all.
-        with_defaults: a flag that is not given is its default; else it is absent.
+        names: of the fields to add; None for all.
+        with_defaults: a flag that is not given gets its default; otherwise it is absent from the namespace.
     """
     annotations = typing.get_type_hints(group)
     for field in settable(group):
@@ -122,8 +146,10 @@ def add_settings(section: Any, group: type, names: Sequence[str] | None = None, 
 
 def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[str, Any]) -> None:
     text = field.metadata["help"]
-    if field.default is not None:
-        text += f" (default {field.default})"
+    if isinstance(field.default, bool):
+        text += f" (default: {'on' if field.default else 'off'})"
+    elif field.default is not None:
+        text += f" (default: {field.default})"
     name, kind, allowed = flag(field.name), _value_type(annotation), choices(annotation)
     if kind is bool:
         section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
@@ -132,11 +158,19 @@ def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[
     elif allowed:
         section.add_argument(name, choices=allowed, help=text, **options)
     else:
-        section.add_argument(name, type=kind, help=text, metavar=METAVARS[kind], **options)
+        metavar = field.metadata["metavar"] or METAVARS[kind]
+        section.add_argument(name, type=kind, help=text, metavar=metavar, **options)
 
 
 def data_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser for a tool that makes pairs of rows: it has training's flags on that, and the tool adds its own."""
+    """A parser for a tool that turns rows into pairs as training does.
+
+    It has training's flags for that; the tool adds its own.
+
+    Args:
+        program: the command, for the usage line.
+        description: what the tool does.
+    """
     parser = Parser(
         prog=program,
         description=description,
@@ -144,19 +178,28 @@ def data_parser(program: str, description: str | None) -> argparse.ArgumentParse
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help="training's YAML file, for the settings below and its preset's")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="YAML file of a run: the settings below are read from it and its preset",
+    )
     add_settings(parser.add_argument_group("rows to pairs, as in training"), DataConfig, (*OPTIONS, "seq_length"))
     return parser
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
-    """What the flags of `data_parser` say, over its --config, with training's defaults."""
+    """The data settings of a tool: the flags of `data_parser` over its --config, with training's defaults."""
     settings = _with_file(vars(args))
     return _build(DataConfig, {name: settings[name] for name in (*OPTIONS, "seq_length") if name in settings})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, by field name and in the field's type."""
+    """Reads the settings of a YAML file, by field name and in the field's type.
+
+    Raises:
+        UserError: the file cannot be read, a key is not a setting, or a value is not of its type.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -191,7 +234,7 @@ def _convert(value: Any, annotation: Any) -> Any:
 
 
 def layered(*layers: dict[str, Any]) -> dict[str, Any]:
-    """The settings of several layers, of which later ones win.
+    """Merges layers of settings; later layers win.
 
     >>> layered({"train_epochs": 1.0, "lr": 1e-6}, {"train_iters": 5})
     {'lr': 1e-06, 'train_iters': 5}
@@ -207,7 +250,7 @@ def layered(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Flags over the file that `config` of them names, that over its preset, that over `defaults`."""
+    """Merges the layers: `given` over the file that its `config` names, over the preset, over `defaults`."""
     path = given.get("config")
     file = read_yaml(path) if path else {}
     preset = {**(defaults or {}), **file, **given}.get("preset")
@@ -221,13 +264,13 @@ def parse(
     defaults: dict[str, Any] | None = None,
     fixed: dict[str, Any] | None = None,
 ) -> Config:
-    """The configuration of the command line.
+    """The configuration that a command line asks for.
 
     Args:
         argv: the flags; None for those of this process.
-        parser: from `build_parser`, with more flags for fields; None for the training program's.
-        defaults: settings by field name where neither a flag nor the file gives them.
-        fixed: settings of another program than training, whatever the file says; giving the flag is a mistake.
+        parser: from `build_parser`, perhaps with more flags; None for the training program's.
+        defaults: settings by field name that hold if neither a flag nor the file gives them.
+        fixed: settings that the program sets itself. They win over the file; the user may not give their flags.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
@@ -241,7 +284,10 @@ def parse(
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every setting by its name, paths and lists as strings: for logs and for the `args` of a checkpoint."""
+    """Every setting by its name, as a primitive value: for logs and for the `args` of a checkpoint.
+
+    Paths are strings, and lists are one string with blanks between the items.
+    """
     groups = (config.objective, *(getattr(config, group) for group in GROUPS))
     values = {field.name: getattr(group, field.name) for group in groups for field in settable(type(group))}
     return {"objective": config.objective.name, **{name: _primitive(value) for name, value in values.items()}}

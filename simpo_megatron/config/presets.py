@@ -1,8 +1,9 @@
 """The hyperparameters of the SimPO paper (arXiv 2405.14734) and its repository, by the model they were tuned for.
 
-`--preset llama3-instruct`, or `preset: llama3-instruct` in the YAML file: file and flags win over a preset. All of them train
-one epoch of 128 pairs a step at cosine decay after 10 % of warm-up, with sequences of at most 2048 tokens; beta, gamma / beta
-and the learning rate are the paper's for that model.
+`--preset llama3-instruct`, or `preset: llama3-instruct` in the YAML file. The file and the flags win over a preset.
+
+All presets train one epoch of 128 pairs a step, with cosine decay after 10 % of warm-up, on sequences of at most 2048
+tokens. beta, gamma / beta and the learning rate are the paper's for the model.
 """
 
 from __future__ import annotations
@@ -30,11 +31,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     name: {"simpo_beta": beta, "simpo_gamma_beta_ratio": ratio, "lr": lr, **_ALL}
     for name, (beta, ratio, lr) in _BETA_RATIO_LR.items()
 }
-assert set(PRESETS) == set(get_args(Preset)), "a preset without a name, or a name without values"
+assert set(PRESETS) == set(get_args(Preset)), "`Preset` and `_BETA_RATIO_LR` name different presets"
 
 
 def describe(preset: str, settings: dict[str, Any]) -> str:
-    """What a preset set of these settings, and what file or flags set otherwise.
+    """One line: what a preset set, and what the file or the flags set otherwise.
+
+    Args:
+        preset: its name.
+        settings: of the run, from `arguments.flat`.
 
     >>> describe("mistral-instruct", {**PRESETS["mistral-instruct"], "lr": 3e-7}).partition("; ")[2]
     'set otherwise: lr 3e-07 (preset 5e-07)'

@@ -1,7 +1,8 @@
-"""What the user can set: frozen dataclasses, one a group of flags, each validated where it is made.
+"""What the user can set: one frozen dataclass for each group of flags. A group checks its values when it is made.
 
-A field `train_iters` is the flag `--train-iters` and the YAML key `train_iters`; names follow Megatron-LM where it has the
-setting. `arguments.py` turns the groups into flags. Fields carry their help text; a closed set of values is a `Literal`.
+A field `train_iters` is the flag `--train-iters` and the YAML key `train_iters`. Names follow Megatron-LM where it has
+the setting. Each field carries its help text; a closed set of values is a `Literal`. `arguments.py` turns the groups
+into flags.
 """
 
 from __future__ import annotations
@@ -21,30 +22,43 @@ from simpo_megatron.settings import Group, parse_size, require, required, settin
 
 @dataclass(frozen=True)
 class ModelConfig(Group):
-    """model"""
+    """Model."""
 
-    hf_checkpoint: Path | None = setting(None, "folder of the Hugging Face checkpoint: weights, config, tokenizer")
-    export_hf: Path | None = setting(None, "write the trained model here as a Hugging Face checkpoint")
+    hf_checkpoint: Path | None = setting(
+        None, "folder of the Hugging Face checkpoint to train: weights, config.json and tokenizer; needed"
+    )
+    export_hf: Path | None = setting(
+        None,
+        "after training, write the model as a Hugging Face checkpoint into this folder, which must be new or empty",
+    )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(
         "auto",
-        "layers: Transformer Engine's, Megatron's own (local), or TE where it is installed (auto)",
+        "code of the layers: transformer_engine, local (Megatron's own, on plain torch), or auto: Transformer Engine "
+        "if it is installed",
     )
     gradient_accumulation_fusion: bool | None = setting(
         None,
-        "accumulate weight gradients directly in fp32 with Apex's kernel (default: where Apex's extension is installed)",
+        "accumulate weight gradients directly in fp32 with Apex's kernel; needs a GPU and Apex's extension (default: "
+        "on if both are there)",
     )
     make_vocab_size_divisible_by: int = setting(
-        VOCAB_DIVISOR, "pad the vocabulary to a multiple of this times the tensor-parallel size"
+        VOCAB_DIVISOR, "pad the vocabulary to a multiple of this number times --tensor-model-parallel-size"
     )
     head: Literal["fused", "plain"] = setting(
-        "fused", "log-probs a slab of logits at a time, or from all logits of the row at once"
+        "fused",
+        "how log-probs are computed: fused holds one slab of logits at a time; plain holds all logits of a packed row",
     )
-    head_slab_bytes: str = setting("256MiB", "logits the fused head holds at a time, in bytes, KiB, MiB or GiB")
+    head_slab_bytes: str = setting(
+        "256MiB",
+        "memory for the logits that the fused head holds at a time, e.g. 256MiB or 1GiB; larger is faster for pairs "
+        "longer than a slab",
+        metavar="SIZE",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.positive("make_vocab_size_divisible_by")
-        _ = self.slab_bytes  # checks it
+        _ = self.slab_bytes  # raises if it is not a size
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -57,44 +71,49 @@ class ModelConfig(Group):
 
     @property
     def slab_bytes(self) -> int:
-        """--head-slab-bytes as a number."""
+        """--head-slab-bytes as a number of bytes."""
         return parse_size("--head-slab-bytes", self.head_slab_bytes)
 
 
 @dataclass(frozen=True)
 class TrainConfig(Group):
-    """training"""
+    """Training."""
 
     preset: Preset | None = setting(
-        None, "hyperparameters of the SimPO paper, by the model they were tuned for; file and flags win over it"
+        None, "hyperparameters of the SimPO paper for this model; the file and the flags win over them"
     )
     dry_run: bool = setting(
-        False, "check flags, layout, data, checkpoint and folders on one CPU process, and train nothing"
+        False,
+        "check flags, layout, data, checkpoint and folders in one CPU process and print what the run would be; train "
+        "nothing",
     )
-    global_batch_size: int = setting(128, "pairs an optimizer step sees, over all ranks")
-    train_iters: int | None = setting(None, "optimizer steps")
-    train_epochs: float | None = setting(None, "passes over the training pairs, instead of --train-iters")
-    seed: int = setting(1234, "of the data order")
+    global_batch_size: int = setting(128, "pairs of one optimizer step, over all ranks")
+    train_iters: int | None = setting(None, "optimizer steps of the whole run; give this or --train-epochs")
+    train_epochs: float | None = setting(
+        None, "passes over the training pairs, e.g. 1 or 0.5; give this or --train-iters"
+    )
+    seed: int = setting(1234, "seed of the order of the data")
     device: Literal["auto", "cpu", "cuda"] = setting(
-        "auto", "cuda with nccl, or cpu with gloo; auto: cuda where there is one"
+        "auto", "cuda (over NCCL), cpu (over gloo), or auto: cuda if there is a GPU"
     )
-    bf16: bool = setting(True, "bf16 weights and activations with fp32 main gradients and fp32 master weights")
-    fp32: bool = setting(False, "everything in fp32, for checks")
+    bf16: bool = setting(True, "bf16 weights and activations, fp32 gradients and fp32 master weights")
+    fp32: bool = setting(False, "everything in fp32, instead of --bf16; for checks and small models")
     fp16: bool = setting(False, "not supported (log-prob sums overflow fp16); use --bf16 or --fp32")
     moe_aux_loss_coeff: float = setting(
-        0.0, "weight of Megatron's load-balancing loss of every layer with experts, a mean over packed rows"
+        0.0,
+        "weight of Megatron's load-balancing loss in every layer with experts; its value is a mean over packed rows",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             not self.fp16,
-            "--fp16 is not supported: a response's log-prob sum leaves fp16's range and loss scaling would hide it; "
-            "use bf16 (the default) or --fp32",
+            "--fp16 is not supported: the log-prob sum of a response leaves fp16's range, and loss scaling would hide "
+            "it; use bf16 (the default) or --fp32",
         )
         if self.fp32:
             object.__setattr__(self, "bf16", False)
-        require(self.bf16 or self.fp32, "--no-bf16 leaves no precision; say --fp32")
+        require(self.bf16 or self.fp32, "--no-bf16 leaves no precision; give --fp32")
         require(0 <= self.seed < 2**32, f"--seed {self.seed} must be at least 0 and below 2**32")
         self.positive("global_batch_size", "train_iters", "train_epochs")
         self.not_negative("moe_aux_loss_coeff")
@@ -107,19 +126,21 @@ class TrainConfig(Group):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Group):
-    """optimizer"""
+    """Optimizer (Adam)."""
 
-    lr: float = setting(1e-6, "highest learning rate")
-    min_lr: float = setting(0.0, "lowest learning rate after decay")
+    lr: float = setting(1e-6, "highest learning rate, reached at the end of the warm-up")
+    min_lr: float = setting(0.0, "learning rate at the end of the decay")
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = setting(
-        "cosine", "decay after the warm-up"
+        "cosine", "how the learning rate falls after the warm-up"
     )
-    lr_warmup_fraction: float = setting(0.1, "share of the steps that warm up")
-    weight_decay: float = setting(0.0, "decoupled weight decay; norms and biases have none")
-    adam_beta1: float = setting(0.9, "Adam's first decay")
-    adam_beta2: float = setting(0.999, "Adam's second decay")
-    adam_eps: float = setting(1e-8, "Adam's epsilon")
-    clip_grad: float = setting(1.0, "clip gradients to this norm; 0 does not clip")
+    lr_warmup_fraction: float = setting(
+        0.1, "share of the steps in which the learning rate rises from 0, at least 0 and below 1"
+    )
+    weight_decay: float = setting(0.0, "decoupled weight decay; norms and biases are not decayed")
+    adam_beta1: float = setting(0.9, "decay of Adam's mean of the gradient")
+    adam_beta2: float = setting(0.999, "decay of Adam's mean of the squared gradient")
+    adam_eps: float = setting(1e-8, "added to the denominator of Adam's update")
+    clip_grad: float = setting(1.0, "clip the gradient to this norm; 0: do not clip")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,11 +152,19 @@ class OptimizerConfig(Group):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Group):
-    """checkpoints"""
+    """Checkpoints."""
 
-    save: Path | None = setting(None, "folder of checkpoints, metrics.jsonl and TensorBoard files")
-    load: Path | None = setting(None, "resume from the latest checkpoint in this folder")
-    save_interval: int | None = setting(None, "steps between checkpoints; one is saved after the last step in any case")
+    save: Path | None = setting(
+        None, "folder for checkpoints, metrics.jsonl and TensorBoard files; without it no checkpoint is written"
+    )
+    load: Path | None = setting(
+        None,
+        "folder to start from: the latest checkpoint of a run, which is resumed, or weights of "
+        "tools/hf_to_megatron.py; may be the folder of --save while it is still empty",
+    )
+    save_interval: int | None = setting(
+        None, "steps between two checkpoints (default: one checkpoint, after the last step, which is always saved)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,12 +176,18 @@ class CheckpointConfig(Group):
 
 @dataclass(frozen=True)
 class LogConfig(Group):
-    """evaluation and logging"""
+    """Evaluation and logging."""
 
-    log_interval: int = setting(1, "steps between logged lines")
-    eval_interval: int | None = setting(None, "steps between evaluations; before and after training in any case")
-    tensorboard_dir: Path | None = setting(None, "TensorBoard files; default SAVE/tensorboard")
-    wandb_project: str | None = setting(None, "log to this Weights & Biases project")
+    log_interval: int = setting(1, "steps between two logged steps")
+    eval_interval: int | None = setting(
+        None,
+        "steps between two evaluations on --valid-data (default: only before and after training, where it is always "
+        "evaluated)",
+    )
+    tensorboard_dir: Path | None = setting(
+        None, "folder for TensorBoard files (default: SAVE/tensorboard; none without --save)"
+    )
+    wandb_project: str | None = setting(None, "log to this Weights & Biases project too; needs the package wandb")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,7 +196,7 @@ class LogConfig(Group):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told; `objective` holds its own settings."""
+    """All settings of a run; `objective` holds its own."""
 
     objective: Objective
     model: ModelConfig
@@ -173,10 +208,11 @@ class Config:
     log: LogConfig
 
     def __post_init__(self) -> None:
-        _ = self.model.checkpoint_folder, self.data.training_sources  # a run needs both
+        _ = self.model.checkpoint_folder, self.data.training_sources  # raises if one is missing: a run needs both
         save, export = self.checkpoint.save, self.model.export_hf
         require(
-            save is None or save != export, f"--export-hf {export} is the --save folder too; export to another folder"
+            save is None or save != export,
+            f"--export-hf {export} is also the folder of --save; export to another folder",
         )
         check_rows(self.data.seq_length, self.parallel)
         if self.data.share_prompts:

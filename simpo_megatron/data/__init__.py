@@ -1,4 +1,39 @@
-"""Preference data: files -> `Pairs` -> the packs of each batch. Needs no GPU or process group."""
+"""Preference data: files -> `Pairs` -> the packed rows of each batch. It needs no GPU and no process group.
+
+From a source to pairs:
+
+    reading.py           rows of JSON Lines, Parquet and `datasets`, each with the place it came from
+    schema.py            one row, in any of the usual forms -> `Preference`
+    options.py           settings of tokenizing, truncating and dropping
+    tokenizer.py         the tokenizer of a checkpoint, and its fingerprint
+    encode.py            `Preference` -> token ids: chat template, boundary, BOS, EOS, truncation
+    clean.py             blocks of rows -> pairs in memory, and counts of what was dropped
+
+Pairs:
+
+    pairs.py             the columns of a pair, and pairs in memory or blended
+    prepare.py           source -> prepared set, on several processes
+    prepared_format.py   the files of a prepared set
+    prepared_writer.py   writes them
+    prepared_set.py      opens them, and compares them with a run
+    blend.py             the values of `--train-data`
+
+From pairs to batches:
+
+    order.py             which pairs come at which position
+    packing.py           which pairs of a batch are in which packed row, and figures of packing
+
+Tools:
+
+    pairing.py           several scored responses to a prompt -> pairs
+    checks.py            the faults that the data doctor looks for
+    doctor.py            counts them
+    report.py            shows them, on the terminal and as HTML
+
+For users: `README.md` in this folder.
+"""
+
+from __future__ import annotations
 
 from simpo_megatron.data.clean import DataReport, load_preferences
 from simpo_megatron.data.options import DataOptions

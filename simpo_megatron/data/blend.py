@@ -1,4 +1,6 @@
-"""What `--train-data` says: one source, or several with or without weights (`0.7 a 0.3 b`, as Megatron-LM has it)."""
+"""The values of `--train-data`: one source, or several with or without weights (`0.7 a 0.3 b`, as in Megatron-LM)."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -11,13 +13,20 @@ from simpo_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Blend:
-    """Sources, and their weights where they have some."""
+    """Sources, and their weights where the flag gives them."""
 
     sources: list[str]
     weights: list[float] | None = None
 
     def join(self, parts: Sequence[Pairs]) -> Pairs:
-        """The pairs of all sources as one. Raises UserError for a weight that leaves a source no pair."""
+        """The pairs of all sources as one.
+
+        Args:
+            parts: the pairs of each source.
+
+        Raises:
+            UserError: a weight leaves its source no pair.
+        """
         if len(parts) == 1:
             return parts[0]
         try:
@@ -27,10 +36,14 @@ class Blend:
 
 
 def parse_blend(values: Sequence[str], flag: str) -> Blend:
-    """Reads the values of a flag; one value that holds them all, as YAML writes it, is split at spaces.
+    """Reads the values of a flag. A single value that holds them all, as in a YAML file, is split at spaces.
+
+    Args:
+        values: of the flag.
+        flag: its name, for errors.
 
     Raises:
-        UserError: weights that do not parse, or that only some of the sources have.
+        UserError: a weight is not a number above 0, or only some of the sources have one.
     """
     if len(values) == 1 and not Path(values[0]).exists() and len(values[0].split()) > 1:
         values = values[0].split()
@@ -41,15 +54,19 @@ def parse_blend(values: Sequence[str], flag: str) -> Blend:
     if all(number is None for number in numbers):
         return Blend(list(values))
     if len(values) % 2:
-        raise UserError(f"{flag} {' '.join(values)}: {len(values)} values are no pairs of weight and source; {example}")
+        raise UserError(
+            f"{flag} {' '.join(values)}: {len(values)} values are not pairs of weight and source; {example}"
+        )
     sources, weights = list(values[1::2]), []
     for value, weight, source in zip(values[::2], numbers[::2], sources, strict=True):
         if weight is None or not math.isfinite(weight) or weight <= 0:
             raise UserError(f"{flag}: the weight {value!r} of {source} is not a number above 0; {example}")
         weights.append(weight)
-    for source, number in zip(sources, numbers[1::2], strict=True):
+    for weight, source, number in zip(values[::2], sources, numbers[1::2], strict=True):
         if number is not None:
-            raise UserError(f"{flag}: {source!r} stands where a source is due; {example}")
+            raise UserError(
+                f"{flag}: expected a source after the weight {weight}, got another number: {source!r}; {example}"
+            )
     return Blend(sources, weights)
 
 

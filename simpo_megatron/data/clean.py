@@ -1,33 +1,31 @@
-"""Rows -> tokenized pairs, a block of rows at a time, and the count of what became of every row.
+"""Rows -> tokenized pairs, a block of rows at a time, and counts of what became of every row.
 
-A block is worked on by a pure function (`encode_rows`), so worker processes may; what needs more than one block to decide
-(duplicates, schemas that change) is `CrossBlockFilter`'s, which sees the blocks in order.
+`encode_rows` works on one block. It is a pure function, so several processes may call it. `CrossBlockFilter` sees all
+blocks in order and decides what needs more than one block: duplicates, and schemas that change.
 """
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simpo_megatron.data.encode import EncodedPair, PairEncoder, truncate
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT, InMemoryPairs, concatenate
-from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.reading import Row, read_rows, row_blocks, row_number, with_progress
 from simpo_megatron.data.schema import Preference, parse_preference
 from simpo_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = tuple[str, dict[str, Any]]
-"""Where a row stands, and its columns."""
-
-BLOCK_ROWS = 100  # rows held as Python objects at a time
-_DROPPED = {
+_DROPPED = {  # why a row is dropped, and the words for it
     "empty": "with an empty response",
     "identical": "with identical responses",
     "tie": "with equal scores",
@@ -40,21 +38,30 @@ _DROPPED = {
 
 @dataclass
 class DataReport:
-    """What became of the rows of a file. Truncation and merges are counted over the pairs that are kept."""
+    """Counts of what became of the rows of a source.
+
+    Attributes:
+        rows: read.
+        pairs: kept. The counts below, but for `dropped`, are of these pairs alone.
+        dropped: rows, by reason.
+        ties_kept: pairs with equal scores.
+        truncated_prompts: prompts that were cut.
+        truncated_chosen: chosen responses that were cut.
+        truncated_rejected: rejected responses that were cut.
+        boundary_merges: responses tokenized alone, because one token spanned their boundary with the prompt.
+    """
 
     rows: int = 0
     pairs: int = 0
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_DROPPED, 0))
-    """Rows by the reason; see `_DROPPED`."""
     ties_kept: int = 0
     truncated_prompts: int = 0
     truncated_chosen: int = 0
     truncated_rejected: int = 0
     boundary_merges: int = 0
-    """Responses tokenized on their own because a token straddled their boundary with the prompt."""
 
     def summary(self, path: str | Path) -> str:
-        """One line on rows and pairs and, when there is something to say, one on cuts, ties and merges."""
+        """One line on rows and pairs, and one on cuts, ties and merges where there are any; `path` is the source."""
         drops = self.drops()
         lines = [f"{path}: {self.pairs} pairs of {self.rows} rows" + (f"; dropped {drops}" if drops else "")]
         notes = {
@@ -69,11 +76,11 @@ class DataReport:
         return "\n".join(lines)
 
     def drops(self) -> str:
-        """The rows that were dropped, by reason; empty where none was."""
+        """The rows that were dropped, by reason, as words; empty where none was."""
         return ", ".join(f"{count} {_DROPPED[reason]}" for reason, count in self.dropped.items() if count)
 
-    def add(self, other: "DataReport") -> None:
-        """Counts the rows of `other` too."""
+    def add(self, other: DataReport) -> None:
+        """Adds the counts of `other`."""
         for name, value in vars(other).items():
             if name == "dropped":
                 for reason, count in value.items():
@@ -84,21 +91,31 @@ class DataReport:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """The pairs kept of some rows, in their order: P of them."""
+    """The pairs kept of some rows, in their order: P of them.
+
+    Attributes:
+        pairs: the pairs.
+        merges: uint8 [P], responses tokenized alone.
+        digest: uint64 [P], of the ids of each pair; None unless duplicates are dropped.
+        report: of all rows. Pairs that are kept are not in it: `CrossBlockFilter` counts them.
+        first: where the first row stands, and whether it is a conversation; None without rows.
+    """
 
     pairs: InMemoryPairs
-    row: np.ndarray  # int64 [P], the row of the source, from 1
-    scores: np.ndarray  # float32 [P, 2], NaN where there is none
-    prompt_cut: np.ndarray  # bool [P]
-    merges: np.ndarray  # uint8 [P], responses tokenized apart
-    digest: np.ndarray  # uint64 [P] of the ids; none unless duplicates are dropped
-    report: DataReport  # of all of the rows; kept pairs are counted by `CrossBlockFilter`
-    first: tuple[str, bool] | None  # where the first row stands, and whether it is a conversation
+    merges: np.ndarray
+    digest: np.ndarray | None
+    report: DataReport
+    first: tuple[str, bool] | None
 
 
-def encode_rows(rows: Iterable[Row], encoder: PairEncoder, options: DataOptions) -> EncodedRows:
-    """Parses, tokenizes and truncates rows. Raises UserError naming the row that is in none of the schemas."""
-    report, preferences = DataReport(), []
+def encode_rows(rows: Iterable[Row], encoder: PairEncoder) -> EncodedRows:
+    """Parses, tokenizes and truncates rows, and drops what `encoder.options` says.
+
+    Raises:
+        UserError: a row is in none of the schemas, or cannot be encoded; it is named.
+    """
+    report, options = DataReport(), encoder.options
+    preferences: list[Preference] = []
     first: tuple[str, bool] | None = None
     for where, row in rows:
         preference = parse_preference(row, where)
@@ -119,113 +136,109 @@ def encode_rows(rows: Iterable[Row], encoder: PairEncoder, options: DataOptions)
         else:
             kept.append((preference, cut))
     pairs = _pairs(kept)
-    digests = [_digest(pairs, i) for i in range(len(pairs))] if options.duplicates == "drop" else []
-    scores = [[np.nan if score is None else score for score in preference.scores] for preference, _ in kept]
     return EncodedRows(
         pairs=pairs,
-        row=np.array([row_number(preference.where) for preference, _ in kept], np.int64),
-        scores=np.array(scores, np.float32).reshape(-1, 2),
-        prompt_cut=np.array([pair.prompt_cut for _, pair in kept], bool),
         merges=np.array([pair.boundary_merges for _, pair in kept], np.uint8),
-        digest=np.array(digests, np.uint64),
+        digest=_digests(pairs) if options.duplicates == "drop" else None,
         report=report,
         first=first,
     )
 
 
 class CrossBlockFilter:
-    """Drops duplicates across blocks and sums their reports. Blocks must arrive in order."""
+    """Drops duplicates across blocks and sums their reports. Blocks must arrive in order.
 
-    def __init__(self, options: DataOptions) -> None:
+    Attributes:
+        report: of all blocks so far, the pairs that are kept included.
+    """
+
+    def __init__(self) -> None:
         self.report = DataReport()
-        self._seen: set[int] | None = set() if options.duplicates == "drop" else None
+        self._seen: set[int] = set()
         self._first: tuple[str, bool] | None = None
 
     def __call__(self, encoded: EncodedRows) -> EncodedRows:
-        """The block without pairs that stood in an earlier row. Raises UserError for a schema that changes."""
+        """The block without pairs that an earlier row holds, where it has digests.
+
+        Raises:
+            UserError: the schema is another than that of earlier blocks.
+        """
         if encoded.first is not None:
             self._first = self._first or encoded.first
             check_schema(self._first, encoded.first)
-        if self._seen is not None:
-            encoded = self._without_duplicates(encoded, self._seen)
+        if encoded.digest is not None:
+            encoded = self._without_duplicates(encoded, encoded.digest)
         self.report.add(encoded.report)
+        columns = encoded.pairs.columns
         for name, values in {
-            "pairs": np.ones(len(encoded.row)),
-            "ties_kept": encoded.scores[:, 0] == encoded.scores[:, 1],
-            "truncated_prompts": encoded.prompt_cut,
-            "truncated_chosen": encoded.pairs.truncated & CHOSEN_CUT != 0,
-            "truncated_rejected": encoded.pairs.truncated & REJECTED_CUT != 0,
+            "pairs": np.ones(len(encoded.pairs)),
+            "ties_kept": columns["score_chosen"] == columns["score_rejected"],
+            "truncated_prompts": columns["prompt_cut"],
+            "truncated_chosen": columns["truncated"] & CHOSEN_CUT != 0,
+            "truncated_rejected": columns["truncated"] & REJECTED_CUT != 0,
             "boundary_merges": encoded.merges,
         }.items():
             setattr(self.report, name, getattr(self.report, name) + int(values.sum()))
         return encoded
 
-    @staticmethod
-    def _without_duplicates(encoded: EncodedRows, seen: set[int]) -> EncodedRows:
-        keep = np.ones(len(encoded.row), bool)
-        for i, digest in enumerate(encoded.digest.tolist()):
-            keep[i] = digest not in seen
-            seen.add(digest)
+    def _without_duplicates(self, encoded: EncodedRows, digest: np.ndarray) -> EncodedRows:
+        keep = np.ones(len(digest), bool)
+        for i, value in enumerate(digest.tolist()):
+            keep[i] = value not in self._seen
+            self._seen.add(value)
         encoded.report.dropped["duplicate"] += int((~keep).sum())
-        return EncodedRows(
-            pairs=encoded.pairs.take(keep),
-            row=encoded.row[keep],
-            scores=encoded.scores[keep],
-            prompt_cut=encoded.prompt_cut[keep],
-            merges=encoded.merges[keep],
-            digest=encoded.digest[keep],
-            report=encoded.report,
-            first=encoded.first,
-        )
+        return replace(encoded, pairs=encoded.pairs.take(keep), merges=encoded.merges[keep], digest=digest[keep])
 
 
 def load_preferences(
     path: str | Path,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     options: DataOptions,
     *,
     eos_token_ids: Iterable[int] = (),
     progress: bool = False,
 ) -> tuple[InMemoryPairs, DataReport]:
-    """Read and tokenize the preference pairs of a source (see `reading.py`), in its order.
+    """Reads and tokenizes the pairs of a source, in its order.
 
-    `eos_token_ids` are ids that end a response besides tokenizer.eos_token_id. `progress` shows a bar on stderr.
-    Raises UserError for a file or row that cannot be read, and when no pair is left.
+    Args:
+        path: the source, see `reading.py`.
+        tokenizer: of the model.
+        options: how to tokenize and to truncate, and which pairs to keep.
+        eos_token_ids: ids that end a response besides tokenizer.eos_token_id.
+        progress: show a bar on stderr.
+
+    Returns:
+        The pairs, and the counts of what became of the rows.
+
+    Raises:
+        UserError: the source or a row cannot be read, or no pair is left.
     """
-    encoder, gate = PairEncoder(tokenizer, options, eos_token_ids), CrossBlockFilter(options)
+    encoder, cross_block_filter = PairEncoder(tokenizer, options, eos_token_ids), CrossBlockFilter()
     rows = read_rows(path)
     shown = with_progress(rows, f"Tokenizing {path}") if progress else rows
-    parts = [gate(encode_rows(block, encoder, options)).pairs for block in row_blocks(shown)]
-    if not gate.report.pairs:
-        raise nothing_left(path, gate.report)
-    return concatenate(parts), gate.report
+    parts = [cross_block_filter(encode_rows(block, encoder)).pairs for block in row_blocks(shown)]
+    report = cross_block_filter.report
+    if not report.pairs:
+        raise nothing_left(path, report)
+    return concatenate(parts), report
 
 
 def nothing_left(path: str | Path, report: DataReport) -> UserError:
-    """The error of a source all of whose rows were dropped."""
-    return UserError(f"{path}: no pair is left of {report.rows} rows: dropped {report.drops()}; mend the data.")
-
-
-def row_blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows in lists of BLOCK_ROWS, the last one shorter."""
-    iterator = iter(rows)
-    while block := list(islice(iterator, BLOCK_ROWS)):
-        yield block
-
-
-def row_number(where: str) -> int:
-    """The number a place ends with: "pairs.jsonl:7" and "pairs.parquet row 7" are 7; 0 without one."""
-    digits = where[len(where.rstrip("0123456789")) :]
-    return int(digits) if digits else 0
+    """The error for a source without a pair that is kept."""
+    return UserError(f"{path}: no pair is left of {report.rows} rows: dropped {report.drops()}; fix the data")
 
 
 def check_schema(first: tuple[str, bool], other: tuple[str, bool]) -> None:
-    """Raises UserError where one row is a conversation and another is not: two sources, or a broken export."""
+    """Compares the schemas of two rows; each is given by its place and whether it is a conversation.
+
+    Raises:
+        UserError: one is a conversation and the other is not: the file mixes two sources, or its export is broken.
+    """
     if first[1] != other[1]:
         kinds = {True: "a conversation (lists of messages)", False: "plain strings"}
         raise UserError(
-            f"{other[0]}: the row is {kinds[other[1]]}, but {first[0]} is {kinds[first[1]]}; give rows of one schema, or "
-            "two files as a blend."
+            f"{other[0]}: the row is {kinds[other[1]]}, but {first[0]} is {kinds[first[1]]}; give rows of one "
+            "schema, or two files as a blend"
         )
 
 
@@ -241,14 +254,14 @@ def _unusable(preference: Preference, options: DataOptions) -> str | None:
     chosen, rejected = preference.scores
     if chosen is None or rejected is None:
         raise UserError(
-            f"{preference.where}: no `score_chosen` and `score_rejected`, which --min-score-gap compares; add them or drop "
-            "the flag."
+            f"{preference.where}: no `score_chosen` and `score_rejected`, which --min-score-gap compares; add them or "
+            "drop the flag"
         )
     return "low_gap" if not preference.tie and chosen - rejected < options.min_score_gap else None
 
 
 def _untrainable(pair: EncodedPair, cut: EncodedPair, options: DataOptions) -> str | None:
-    if not pair.chosen or not pair.rejected:  # the tokenizer's normalizer removed all of the text
+    if not pair.chosen or not pair.rejected:  # the tokenizer's normalizer removed the whole text
         return "empty"
     if pair.chosen == pair.rejected:
         return "identical"
@@ -259,35 +272,31 @@ def _untrainable(pair: EncodedPair, cut: EncodedPair, options: DataOptions) -> s
 
 
 def _pairs(kept: list[tuple[Preference, EncodedPair]]) -> InMemoryPairs:
-    lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for _, p in kept], np.int32).reshape(-1, 3)
-    ids = chain.from_iterable(part for _, p in kept for part in (p.prompt, p.chosen, p.rejected))
-    margins = [0.0 if preference.tie else preference.margin for preference, _ in kept]
-    return InMemoryPairs(
-        tokens=np.fromiter(ids, np.int32, count=int(lengths.sum())),
-        offsets=np.concatenate([[0], np.cumsum(lengths.sum(axis=1, dtype=np.int64))]),
-        prompt_length=lengths[:, 0].copy(),
-        chosen_length=lengths[:, 1].copy(),
-        rejected_length=lengths[:, 2].copy(),
-        weight=np.array([preference.weight for preference, _ in kept], np.float32),
-        margin=np.array([np.nan if margin is None else margin for margin in margins], np.float32),
-        truncated=np.array([CHOSEN_CUT * p.chosen_cut | REJECTED_CUT * p.rejected_cut for _, p in kept], np.uint8),
-    )
+    """Pairs in memory. A column of `pairs.COLUMNS` that is not filled here holds its default."""
+    preferences, pairs = [preference for preference, _ in kept], [pair for _, pair in kept]
+    lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs], np.int32).reshape(-1, 3)
+    ids = chain.from_iterable(part for p in pairs for part in (p.prompt, p.chosen, p.rejected))
+    columns = {
+        "row": [row_number(p.where) for p in preferences],
+        "weight": [p.weight for p in preferences],
+        "margin": [_or_nan(0.0 if p.tie else p.margin) for p in preferences],
+        "score_chosen": [_or_nan(p.scores[0]) for p in preferences],
+        "score_rejected": [_or_nan(p.scores[1]) for p in preferences],
+        "truncated": [CHOSEN_CUT * p.chosen_cut | REJECTED_CUT * p.rejected_cut for p in pairs],
+        "prompt_cut": [p.prompt_cut for p in pairs],
+    }
+    return InMemoryPairs.build(np.fromiter(ids, np.int32, count=int(lengths.sum())), lengths, columns)
 
 
-def _digest(pairs: InMemoryPairs, i: int) -> int:
-    """64 bits of the ids of a pair: of 10 million pairs two that differ meet with a chance of 3 in a million."""
-    found = hashlib.blake2b(pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]].tobytes(), digest_size=8)
-    found.update(np.array([pairs.prompt_length[i], pairs.chosen_length[i]]).tobytes())
-    return int.from_bytes(found.digest(), "little")
+def _or_nan(value: float | None) -> float:
+    return np.nan if value is None else value
 
 
-def with_progress(rows: Iterable[Any], description: str) -> Iterator[Any]:
-    """The rows, counted in a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
-    # Off a terminal it would leave a line among the errors.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield from bar.track(rows, total=None, description=description)
+def _digests(pairs: InMemoryPairs) -> np.ndarray:
+    """uint64 [P]. Among 10 million pairs, two different ones have the same digest with a chance of 3 in a million."""
+    found = np.empty(len(pairs), np.uint64)
+    for i in range(len(pairs)):
+        digest = hashlib.blake2b(pairs.tokens[pairs.offsets[i] : pairs.offsets[i + 1]].tobytes(), digest_size=8)
+        digest.update(np.array([pairs.prompt_length[i], pairs.chosen_length[i]]).tobytes())
+        found[i] = int.from_bytes(digest.digest(), "little")
+    return found

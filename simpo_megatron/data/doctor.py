@@ -1,8 +1,10 @@
-"""What a preference set would do to training: every fault by name, counted, with examples and the flag that mends it.
+"""Counts the faults of a preference set (`checks.py`), with examples and fixes; `tools/inspect_data.py` runs it.
 
-A source is read as training reads it; a prepared set is read back from its ids. A finding spoils training when more than its
-share of the pairs has it (`CHECKS`): some faults at the first pair, others (a cut response, a duplicate) only in numbers.
+A source is read as training reads it. A prepared set is read back from its ids. Some faults block training at the first
+pair, others (a response that is cut, a duplicate) only when many pairs have them.
 """
+
+from __future__ import annotations
 
 import hashlib
 import re
@@ -12,61 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from simpo_megatron.data.clean import Row, row_blocks
+from simpo_megatron.data.checks import CHECKS
 from simpo_megatron.data.encode import EncodedPair, PairEncoder, TemplateError, truncate
 from simpo_megatron.data.options import DataOptions
-from simpo_megatron.data.packing import pack_rows
 from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT
-from simpo_megatron.data.prepared_set import PreparedPairs, is_prepared
-from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.prepared_format import is_prepared
+from simpo_megatron.data.prepared_set import PreparedPairs
+from simpo_megatron.data.reading import Row, read_rows, row_blocks
 from simpo_megatron.data.schema import Preference, parse_preference
 
 EXAMPLES = 5
-BATCH = 128  # pairs of a global batch, for the figures of packing
 # Control characters other than tab and line ends, the replacement character (a wrong encoding), non-characters.
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffd-\uffff]")
 
 
-@dataclass(frozen=True)
-class Check:
-    """A fault: its name, what mends it, and the share of pairs from which it spoils training (None: never)."""
-
-    title: str
-    mend: str
-    spoils: float | None = None
-
-
-CHECKS = {
-    "template": Check(
-        "the template writes the prompt differently before a response",
-        "--assistant-header response, or the template",
-        0,
-    ),
-    "double_bos": Check("two BOS at the start", "remove one from the template, and prepare again", 0),
-    "missing_bos": Check("no BOS, though the tokenizer has one", "right for some models; else add it to the template"),
-    "missing_eos": Check("a whole response that does not end with EOS", "give the tokenizer an eos_token", 0),
-    "eos_lost": Check("responses cut, their EOS lost", "--max-length", 0.1),
-    "prompt_cut": Check("prompts cut", "--max-length or --max-prompt-length"),
-    "too_long": Check("pairs that may outgrow a row", "--seq-length, or prepare with a smaller --max-length", 0),
-    "boundary": Check("a token straddles prompt and response", "no space at the end of prompts", 0.1),
-    "special": Check(
-        "special tokens written out inside the texts", "strip chat markup from prompts and responses", 0.05
-    ),
-    "empty": Check("an empty response (dropped)", "fill or remove the rows", 0.2),
-    "identical": Check("identical responses (dropped)", "remove the rows", 0.2),
-    "tie": Check("equal scores", "--tie-policy drop or zero-margin"),
-    "inverted": Check("the rejected response has the higher score", "--min-score-gap 0", 0.01),
-    "duplicate": Check("pairs that repeat an earlier row", "--duplicates drop", 0.1),
-    "contradictory": Check("the same two responses preferred the other way round", "remove both rows", 0.01),
-    "odd_text": Check("control, replacement or non-characters", "save the source as UTF-8 and clean it", 0.05),
-    "leak": Check("prompts of the validation data that stand here too", "remove those rows", 0),
-    "length_bias": Check("chosen responses far longer than rejected ones", "--max-length-ratio, or other pairs"),
-}
-
-
 @dataclass
 class Finding:
-    """Where a fault was seen."""
+    """A fault that was found: in how many rows, and in which ones (the first `EXAMPLES`)."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -74,7 +38,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class View:
-    """A pair as the loss sees it: (text, kind) of every token of both sequences; kind is prompt, scored or eos."""
+    """A pair as the loss sees it.
+
+    Attributes:
+        where: place of its row, and the faults it is an example of.
+        chosen: (text, kind) of every token of prompt and chosen response; the kind is prompt, scored or eos.
+        rejected: as `chosen`.
+    """
 
     where: str
     chosen: list[tuple[str, str]]
@@ -82,18 +52,28 @@ class View:
 
 
 class Doctor:
-    """Examines pairs one after the other.
+    """Examines pairs one after the other. Call `finish` at the end.
 
     Attributes:
         findings: by the names of `CHECKS`.
-        rows: rows seen.
-        lengths: (prompt, chosen, rejected) tokens of every pair that would be trained on, cut as `options` says.
-        views: of the pair asked for, and of one example of every fault that is seen in ids.
+        rows: rows examined.
+        lengths: (prompt, chosen, rejected) tokens of every pair that training would use, after truncation.
+        whole: tokens of the longer sequence of each of these pairs, before truncation.
+        views: first of the pair that was asked for, then of one example of every fault that is found in ids.
     """
 
     def __init__(
         self, tokenizer: Any, options: DataOptions, eos_ids: Sequence[int], seq_length: int, show: int = 1
     ) -> None:
+        """A doctor for one model.
+
+        Args:
+            tokenizer: of the model.
+            options: of the training run.
+            eos_ids: ids that end a response besides tokenizer.eos_token_id.
+            seq_length: tokens of a packed row.
+            show: number of the pair to show token by token, from 1.
+        """
         self.options, self.seq_length, self.show = options, seq_length, show
         self.encoder = PairEncoder(tokenizer, options, eos_ids)
         self.tokenizer, self.bos = tokenizer, self.encoder.bos
@@ -101,22 +81,22 @@ class Doctor:
         self.findings = {name: Finding() for name in CHECKS}
         self.rows = 0
         self.lengths: list[tuple[int, int, int]] = []
-        self.whole: list[int] = []  # tokens of the longer member of every pair before it was cut
+        self.whole: list[int] = []
         self.views: list[View] = []
-        self._shown: set[str] = set()
+        self._shown: set[str] = set()  # faults that have a view
         self._seen: set[bytes] = set()
         self._leaks: set[bytes] = set()
         self._special = [token for token in map(str, tokenizer.all_special_tokens) if len(token) > 2]
 
     def note(self, name: str, where: str) -> None:
-        """Counts a fault."""
+        """Counts a fault of the row at `where`."""
         finding = self.findings[name]
         finding.count += 1
         if len(finding.examples) < EXAMPLES:
             finding.examples.append(where)
 
     def remember_prompts(self, source: str) -> None:
-        """The prompts of the validation data, raw or prepared, which must not stand in what is examined next."""
+        """Reads the prompts of the validation data, raw or prepared. Pairs examined later must not have them."""
         if is_prepared(source):
             pairs = PreparedPairs(source)
             self._leaks |= {_digest(pairs.pair(i)[0].tolist()) for i in range(len(pairs))}
@@ -126,7 +106,11 @@ class Doctor:
             self._leaks |= {_digest(pair.prompt) for pair in encoded}
 
     def examine_rows(self, rows: Iterator[Row]) -> None:
-        """Reads rows as training would. Raises UserError for one that training would refuse for more than its template."""
+        """Reads rows as training does.
+
+        Raises:
+            UserError: training would refuse a row, for another reason than its template.
+        """
         for block in row_blocks(rows):
             preferences = [parse_preference(row, where) for where, row in block]
             try:
@@ -145,25 +129,25 @@ class Doctor:
         """Reads a prepared set back from its ids."""
         self.options = DataOptions(**pairs.about["options"])
         for i in range(len(pairs)):
-            where = f"{pairs.prefix} row {int(pairs.records['row'][i])}"
+            numbers = {name: column[i] for name, column in pairs.columns.items()}
+            where = f"{pairs.prefix} row {int(numbers['row'])}"
             prompt, chosen, rejected = (ids.tolist() for ids in pairs.pair(i))
-            bits = int(pairs.truncated[i])
+            bits = int(numbers["truncated"])
             pair = EncodedPair(
                 prompt,
                 chosen,
                 rejected,
-                prompt_cut=bool(pairs.records["prompt_cut"][i]),
+                prompt_cut=bool(numbers["prompt_cut"]),
                 chosen_cut=bool(bits & CHOSEN_CUT),
                 rejected_cut=bool(bits & REJECTED_CUT),
             )
             self.rows += 1
-            scores = float(pairs.records["score_chosen"][i]), float(pairs.records["score_rejected"][i])
-            self._look_at_scores(where, *scores)
+            self._look_at_scores(where, float(numbers["score_chosen"]), float(numbers["score_rejected"]))
             self._look_at_texts(where, str(self.tokenizer.decode(prompt)), self._texts(chosen, rejected), special=False)
             self._look_at_pair(where, pair, pair, usable=True)
 
     def finish(self) -> None:
-        """What only all pairs together tell. Call it once, last."""
+        """Looks for faults of the whole set. Call it once, last."""
         table = np.array(self.lengths, np.int64).reshape(-1, 3)
         if len(table) >= 20 and np.median(table[:, 1]) > 1.5 * np.median(table[:, 2]):
             share = int((table[:, 1] > table[:, 2]).sum())
@@ -171,21 +155,21 @@ class Doctor:
                 share, [f"{share} of {len(table)} chosen responses are the longer one"]
             )
 
-    def spoils(self, name: str) -> bool:
-        """Whether the fault is frequent enough to spoil training."""
-        limit, count = CHECKS[name].spoils, self.findings[name].count
+    def blocks(self, name: str) -> bool:
+        """Whether so many rows have the fault that training should not start."""
+        limit, count = CHECKS[name].limit, self.findings[name].count
         return limit is not None and count > limit * max(self.rows, 1)
 
-    def mend(self, name: str) -> str:
-        """What mends a fault, with a number where there is one."""
+    def fix(self, name: str) -> str:
+        """What fixes a fault; for truncation with the length that is needed."""
         if name in ("eos_lost", "prompt_cut") and self.whole:
             needed = int(np.percentile(self.whole, 99, method="higher"))
             if needed > self.options.max_length:
-                return f"{CHECKS[name].mend} {needed} (99 % of the pairs fit)"
+                return f"{CHECKS[name].fix} {needed} (99 % of the pairs fit)"
             if max(self.whole) > self.options.max_length:
-                return f"{CHECKS[name].mend} {max(self.whole)} (all pairs fit)"
-            return f"{CHECKS[name].mend} above {self.options.max_length}"
-        return CHECKS[name].mend
+                return f"{CHECKS[name].fix} {max(self.whole)} (all pairs fit)"
+            return f"{CHECKS[name].fix} above {self.options.max_length}"
+        return CHECKS[name].fix
 
     def _encode_alone(self, preference: Preference) -> EncodedPair | None:
         try:
@@ -211,25 +195,15 @@ class Doctor:
             self.note("inverted", where)
 
     def _look_at_texts(self, where: str, prompt: str, responses: tuple[str, str], special: bool) -> None:
-        # Prompts given as plain strings may hold markup by right: somebody else applied the template.
-        texts = (prompt, *responses) if special else responses
-        if any(token in text for text in texts for token in self._special) and special:
+        # A prompt that is a plain string may hold special tokens: the template may have been applied before.
+        texts = (prompt, *responses)
+        if special and any(token in text for text in texts for token in self._special):
             self.note("special", where)
-        if any(_ODD.search(text) for text in (prompt, *responses)):
+        if any(_ODD.search(text) for text in texts):
             self.note("odd_text", where)
 
     def _look_at_pair(self, where: str, pair: EncodedPair, cut: EncodedPair, usable: bool) -> None:
-        lost = (cut.chosen_cut, cut.rejected_cut)
-        whole = [ids for ids, gone in zip((cut.chosen, cut.rejected), lost, strict=True) if not gone]
-        faults = {
-            "double_bos": self.bos is not None and cut.prompt[:2] == [self.bos] * 2,
-            "missing_bos": self.bos is not None and cut.prompt[:1] != [self.bos] and not cut.prompt_cut,
-            "missing_eos": usable and any(ids[-1:] and ids[-1] not in self.eos for ids in whole),
-            "eos_lost": any(lost),
-            "prompt_cut": cut.prompt_cut,
-            "boundary": bool(pair.boundary_merges),
-            "too_long": 2 * (len(cut.prompt) + max(len(cut.chosen), len(cut.rejected))) > self.seq_length,
-        }
+        faults = self._faults_of_ids(cut, usable) | {"boundary": bool(pair.boundary_merges)}
         key = [_digest(ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
         faults["leak"] = key[0] in self._leaks
         if usable:
@@ -244,7 +218,21 @@ class Doctor:
         new = set(seen) - self._shown
         if self.rows == self.show or new:
             self._shown |= new
-            self.views.append(self._view(where + "".join(f", {CHECKS[name].title}" for name in sorted(new)), cut))
+            view = self._view(where + "".join(f", {CHECKS[name].title}" for name in sorted(new)), cut)
+            self.views.insert(0 if self.rows == self.show else len(self.views), view)
+
+    def _faults_of_ids(self, cut: EncodedPair, usable: bool) -> dict[str, bool]:
+        """Whether a pair, after truncation, has each of the faults that its own ids show."""
+        lost = (cut.chosen_cut, cut.rejected_cut)
+        whole = [ids for ids, gone in zip((cut.chosen, cut.rejected), lost, strict=True) if not gone]
+        return {
+            "double_bos": self.bos is not None and cut.prompt[:2] == [self.bos] * 2,
+            "missing_bos": self.bos is not None and cut.prompt[:1] != [self.bos] and not cut.prompt_cut,
+            "missing_eos": usable and any(ids[-1:] and ids[-1] not in self.eos for ids in whole),
+            "eos_lost": any(lost),
+            "prompt_cut": cut.prompt_cut,
+            "too_long": 2 * (len(cut.prompt) + max(len(cut.chosen), len(cut.rejected))) > self.seq_length,
+        }
 
     def _texts(self, chosen: list[int], rejected: list[int]) -> tuple[str, str]:
         return str(self.tokenizer.decode(chosen)), str(self.tokenizer.decode(rejected))
@@ -260,36 +248,6 @@ class Doctor:
     def _text(self, token: int) -> str:
         text = str(self.tokenizer.decode([token]))
         return str(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text or not text else text
-
-
-def packing_figures(lengths: np.ndarray, seq_length: int, batch: int = BATCH) -> dict[str, float]:
-    """What packing makes of pairs in their order, a global batch at a time.
-
-    lengths: int [P, 3], tokens of prompt, chosen and rejected; none longer than a row with its pair. Shares are of all
-    positions computed: rows of `seq_length`; sequences padded to the longest of every four pairs, as without packing.
-    """
-    if not len(lengths):
-        return {}
-    members = np.stack([lengths[:, 0] + lengths[:, 1], lengths[:, 0] + lengths[:, 2]], axis=1)
-    pairs = members.sum(axis=1)
-    fit = np.minimum(pairs, seq_length)
-    rows = sum(len(pack_rows(fit[start : start + batch], seq_length)) for start in range(0, len(fit), batch))
-    padded = sum(
-        members[start : start + 4].max() * members[start : start + 4].size for start in range(0, len(members), 4)
-    )
-    tokens = int(pairs.sum())
-    return {
-        "pairs": len(pairs),
-        "tokens": tokens,
-        "rows": rows,
-        "fewest_rows": sum(
-            -(-int(fit[start : start + batch].sum()) // seq_length) for start in range(0, len(fit), batch)
-        ),
-        "tokens_per_row": int(fit.sum()) / rows,
-        "padding_packed": 1 - int(fit.sum()) / (rows * seq_length),
-        "padding_unpacked": 1 - tokens / float(padded),
-        "saved_by_shared_prompts": float(lengths[:, 0].sum()) / tokens,
-    }
 
 
 def _prompt_text(preference: Preference) -> str:

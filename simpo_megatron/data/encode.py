@@ -1,10 +1,12 @@
 """Preferences -> token ids: chat template, prompt/response boundary, BOS, EOS and truncation.
 
-One prompt, tokenized once, serves both members of a pair, so the boundary is at the same place in both:
+The prompt of a pair is tokenized once and used with both responses, so the boundary is at the same place in both:
 
     text    prompt = template(messages, generation prompt)     response = template(messages + answer)[len(prompt):]
     ids     [BOS] prompt                                       response EOS
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,32 +22,55 @@ if TYPE_CHECKING:
 
 
 class TemplateError(UserError):
-    """The chat template writes a prompt in two ways."""
+    """The chat template writes a prompt differently when a response follows."""
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of one pair. A response without a single token before EOS is left empty."""
+    """Token ids of one pair.
+
+    Attributes:
+        prompt: with BOS where there is one.
+        chosen: with EOS; empty where the response has no other token.
+        rejected: as `chosen`.
+        boundary_merges: responses (0 to 2) that were tokenized alone, because one token spanned their boundary with the
+            prompt.
+        prompt_cut: the prompt was cut.
+        chosen_cut: the chosen response was cut and lost its EOS.
+        rejected_cut: the rejected response was cut and lost its EOS.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     boundary_merges: int = 0
-    """Responses tokenized on their own because a token straddles their boundary with the prompt."""
     prompt_cut: bool = False
     chosen_cut: bool = False
     rejected_cut: bool = False
 
 
 class PairEncoder:
-    """Tokenizes preferences the way `options` says; a response ends with one of the EOS ids, once."""
+    """Tokenizes preferences. Every response ends with one EOS id.
+
+    Attributes:
+        tokenizer: of the model.
+        options: of the user.
+        bos: id that begins a sequence, or None.
+        eos_ids: ids that end a response.
+    """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", options: DataOptions, eos_token_ids: Iterable[int] = ()
+        self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, eos_token_ids: Iterable[int] = ()
     ) -> None:
-        """`eos_token_ids`: ids that end a response besides tokenizer.eos_token_id (those of generation_config.json)."""
+        """An encoder for one model.
+
+        Args:
+            tokenizer: of the model.
+            options: how to tokenize and to truncate, and which pairs to keep.
+            eos_token_ids: ids that end a response besides tokenizer.eos_token_id (`files.end_of_turn_ids`).
+        """
         self.tokenizer = tokenizer
-        self._options = options
+        self.options = options
         self._name = tokenizer.name_or_path or "in use"
         self.bos = cast("int | None", tokenizer.bos_token_id)
         self._eos = cast("int | None", tokenizer.eos_token_id)
@@ -54,11 +79,16 @@ class PairEncoder:
         self._is_blank = lru_cache(maxsize=None)(lambda token: not str(tokenizer.decode([token])).strip())
 
     def encode(self, preferences: Sequence[Preference]) -> list[EncodedPair]:
-        """Token ids of each preference, at full length. Raises UserError naming the row that cannot be encoded."""
+        """Token ids of each preference, not truncated.
+
+        Raises:
+            UserError: a row cannot be encoded; it is named.
+        """
         texts = [self._texts(preference) for preference in preferences]
         flat = [text for prompt, chosen, rejected in texts for text in (prompt, prompt + chosen, prompt + rejected)]
         ids = self._ids(flat)
-        # ids[3n] is the prompt of pair n. Where its tokens do not begin a member's, one token straddles the boundary.
+        # ids[3n] is the prompt of pair n, ids[3n + 1] and ids[3n + 2] are the prompt with a response. Where these do
+        # not begin with the prompt's ids, one token spans the boundary.
         merged = [i for i, full in enumerate(ids) if full[: len(ids[i - i % 3])] != ids[i - i % 3]]
         alone = dict(zip(merged, self._alone([texts[i // 3][i % 3] for i in merged]), strict=True))
 
@@ -76,10 +106,10 @@ class PairEncoder:
         ]
 
     def _texts(self, preference: Preference) -> tuple[str, str, str]:
-        """(prompt, chosen response, rejected response) as strings, through the chat template for conversations."""
+        """Prompt, chosen and rejected response as strings; those of a conversation are written by the chat template."""
         if isinstance(preference.prompt, str):
             return preference.prompt, *preference.texts
-        header_in_prompt = self._options.assistant_header == "prompt"
+        header_in_prompt = self.options.assistant_header == "prompt"
         prompt = self._render(preference.prompt, header_in_prompt, preference.where)
         responses = []
         for answer in (preference.chosen, preference.rejected):
@@ -93,7 +123,7 @@ class PairEncoder:
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{where}: the row is a conversation but the tokenizer {self._name} has no chat template; add "
-                "chat_template.jinja to its folder, or give `prompt`, `chosen` and `rejected` as strings."
+                "chat_template.jinja to its folder, or give `prompt`, `chosen` and `rejected` as strings"
             )
         try:
             return str(
@@ -101,25 +131,25 @@ class PairEncoder:
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
-        except Exception as error:  # a template may raise anything: its own refusals, but also type errors
+        except Exception as error:  # a template raises errors of its own, and type errors
             raise UserError(
                 f"{where}: the chat template of {self._name} refuses the conversation ({error}); "
-                "change the row's messages or the template."
+                "change the row's messages or the template"
             ) from error
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
-            return []  # transformers has no empty batches
+            return []  # transformers refuses an empty batch
         backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
-        if hasattr(backend, "encode_batch_fast"):  # the same ids without their offsets in the text
+        if hasattr(backend, "encode_batch_fast"):  # the same ids, without offsets in the text
             backend.no_truncation()
             backend.no_padding()
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        # verbose=False: no warning about model_max_length; lengths are the caller's `max_length`.
+        # verbose=False: no warning about model_max_length; `truncate` cuts to our own `max_length`.
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _alone(self, responses: list[str]) -> list[list[int]]:
-        """Ids of responses by themselves, without the word-start marker that SentencePiece puts before a text."""
+        """Ids of responses alone, without the mark of a word's start that SentencePiece puts before a text."""
         (newline,) = self._ids(["\n"])
         after = self._ids(["\n" + text for text in responses])
         return [
@@ -128,19 +158,23 @@ class PairEncoder:
         ]
 
     def _open(self, prompt: list[int], where: str) -> list[int]:
-        """The prompt with one BOS where the template or the tokenizer wants one, and at least one token long."""
+        """The prompt with one BOS where the template or the tokenizer adds one. It has at least one token.
+
+        Raises:
+            UserError: the prompt is empty and the tokenizer has no BOS.
+        """
         if self.bos is None:
             if not prompt:
                 raise UserError(
                     f"{where}: the prompt is empty and the tokenizer {self._name} has no BOS token, so nothing "
-                    "predicts the first token of the response; give the row a `prompt`."
+                    "predicts the first token of the response; give the row a `prompt`"
                 )
             return prompt
         start = next((i for i, token in enumerate(prompt) if token != self.bos), len(prompt))
         return [self.bos, *prompt[start:]] if start or self._adds_bos or not prompt else prompt
 
     def _close(self, response: list[int]) -> list[int]:
-        """The response up to the first EOS of those that end it (whitespace may follow), or with EOS appended."""
+        """The response up to the first of the EOS ids at its end (whitespace may follow them), or with EOS appended."""
         end = None
         for i in range(len(response) - 1, -1, -1):
             if response[i] in self.eos_ids:
@@ -153,9 +187,14 @@ class PairEncoder:
 
 
 def truncate(pair: EncodedPair, options: DataOptions, bos: int | None) -> EncodedPair:
-    """The pair within options.max_length: first the prompt is cut, the same for both, then each response on its own.
+    """Cuts a pair to options.max_length: first the prompt, the same for both responses, then each response alone.
 
-    A cut response has lost its EOS; none is emptied, because max_prompt_length < max_length.
+    A response that is cut loses its EOS. It keeps at least one token, because max_prompt_length < max_length.
+
+    Args:
+        pair: at full length.
+        options: the lengths, and the part of the prompt that is kept.
+        bos: id that stays at the start of the prompt under `keep_end`, or None.
     """
     prompt = pair.prompt
     longest = max(len(pair.chosen), len(pair.rejected))
@@ -182,10 +221,10 @@ def _cut_prompt(prompt: list[int], length: int, keep: str, bos: int | None) -> l
 
 def _differing_prompt(where: str, prompt: str, full: str, header_in_prompt: bool) -> str:
     at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
-    mend = "make the template write the prompt the same way in both"
+    fix = "make the template write the prompt the same way in both"
     if header_in_prompt:
-        mend += ", or use --assistant-header response if only the generation prompt differs"
+        fix += ", or use --assistant-header response if only the generation prompt differs"
     return (
         f"{where}: the chat template renders the prompt differently when a response follows: {prompt[at : at + 40]!r} "
-        f"became {full[at : at + 40]!r} at character {at + 1}; {mend}."
+        f"became {full[at : at + 40]!r} at character {at + 1}; {fix}"
     )

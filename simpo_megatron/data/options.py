@@ -1,4 +1,4 @@
-"""How preference rows become token ids, and which of them are kept: what the user can set, and what a prepared set records."""
+"""How rows become token ids and which rows are kept: settings of the user, recorded in every prepared set."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from simpo_megatron.settings import Group, require, setting
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions(Group):
-    """The options whose defaults do not depend on the length of a row."""
+    """The options whose defaults do not depend on other settings."""
 
     prompt_truncation: Literal["keep_end", "keep_start"] = setting(
-        "keep_end", "the part of a cut prompt that stays; keep_end keeps a leading BOS too"
+        "keep_end", "the part of a prompt that is kept when it is cut; keep_end keeps the BOS at its start too"
     )
     assistant_header: Literal["prompt", "response"] = setting(
         "prompt",
-        "where the assistant's header counts; response is the SimPO repository's way: it is scored",
+        "what the assistant's header belongs to; response: it is scored, as in the SimPO repository",
     )
     tie_policy: Literal["drop", "zero-margin"] = setting(
-        "drop", "pairs with equal scores: drop them, or keep them with target margin 0"
+        "drop", "pairs with equal scores: drop them, or keep them with a target margin of 0"
     )
-    duplicates: Literal["keep", "drop"] = setting("keep", "pairs that repeat an earlier row: keep or drop them")
-    min_score_gap: float | None = setting(None, "drop pairs whose chosen score exceeds the rejected one by less")
+    duplicates: Literal["keep", "drop"] = setting("keep", "pairs that repeat an earlier pair: keep or drop them")
+    min_score_gap: float | None = setting(None, "drop pairs whose chosen score exceeds the rejected score by less")
     max_length_ratio: float | None = setting(
-        None, "drop pairs whose longer response has more than this many times the tokens of the shorter one"
+        None, "drop pairs whose longer response has more than this many times the tokens of the shorter"
     )
 
     def __post_init__(self) -> None:
@@ -39,11 +39,11 @@ class PairOptions(Group):
 
 @dataclass(frozen=True)
 class DataOptions(PairOptions):
-    """All options, lengths in tokens.
+    """All options.
 
     Attributes:
-        max_length: prompt and response together, each response on its own.
-        max_prompt_length: what a prompt is cut to, only when it and the longer response do not fit into max_length.
+        max_length: tokens of the prompt and one response.
+        max_prompt_length: tokens that a prompt is cut to where it and the longer response do not fit into max_length.
     """
 
     max_length: int = 2048
@@ -54,6 +54,6 @@ class DataOptions(PairOptions):
         self.positive("max_length", "max_prompt_length")
         require(
             self.max_prompt_length < self.max_length,
-            f"--max-prompt-length {self.max_prompt_length} must be less than --max-length {self.max_length}: a prompt that "
-            "long leaves no token for the response; lower the first or raise the second",
+            f"--max-prompt-length {self.max_prompt_length} must be less than --max-length {self.max_length}: a prompt "
+            "that long leaves no token for the response; lower the first or raise the second",
         )

@@ -1,14 +1,16 @@
-"""Which pairs of a global batch stand in which row of which rank: a pure function of their lengths.
+"""Which pairs of a global batch are in which packed row of which rank: a pure function of their lengths.
 
-A row takes whole pairs. As few rows are used as best fit decreasing needs, the same number on every data-parallel rank; the
-pairs are then spread over them so that all rows cost alike, because ranks wait for each other at every step and pipeline stages
-at every row. The cost of a sequence of L tokens is taken as
+A packed row takes whole pairs. There are as few rows as best fit decreasing needs, and the same number on every
+data-parallel rank. The pairs are then spread over the rows so that all rows cost about the same, because ranks wait for
+each other at every step and pipeline stages at every row. The cost of a sequence of L tokens is estimated as
 
     L + L^2 / (12 * hidden_size)
 
-the matrix products and the causal attention of a transformer layer (24 h^2 and 2 L h floating-point operations a token, h the
-hidden size).
+which stands for the matrix products and the causal attention of a transformer layer: 24 h^2 and 2 L h floating-point
+operations a token, where h is the hidden size.
 """
+
+from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -20,9 +22,16 @@ import numpy as np
 def pair_costs(
     prompt: np.ndarray, responses: Sequence[np.ndarray], hidden_size: int, shared: bool = False
 ) -> np.ndarray:
-    """Estimated cost float64 [n] of pairs, in tokens of a linear layer.
+    """Estimated cost of pairs.
 
-    prompt: int [n] tokens; responses: int [n] tokens of each member; shared: the prompt is computed once.
+    Args:
+        prompt: int [n], tokens of the prompts.
+        responses: int [n] each, tokens of the responses that are scored.
+        hidden_size: of the model.
+        shared: the prompt of a pair is computed once.
+
+    Returns:
+        float64 [n], in tokens of a linear layer.
     """
     again = (len(responses) - 1) * prompt.astype(np.float64) if shared else np.zeros(len(prompt))
     sequences = [prompt.astype(np.float64) + response for response in responses]
@@ -32,10 +41,17 @@ def pair_costs(
 
 
 def pack_rows(lengths: np.ndarray, seq_length: int) -> list[list[int]]:
-    """Pack whole pairs into rows of at most `seq_length` tokens: best fit decreasing, or an even spread if that is optimal.
+    """Packs whole pairs into rows, by best fit decreasing, or by an even spread where only that needs the fewest rows.
 
-    lengths: int [n], tokens of each pair. Returns the positions into `lengths` of each row. Raises ValueError for a
-    pair longer than a row.
+    Args:
+        lengths: int [n], tokens of each pair.
+        seq_length: most tokens of a row.
+
+    Returns:
+        For each row, the positions of its pairs in `lengths`.
+
+    Raises:
+        ValueError: a pair is longer than a row.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and lengths.max() > seq_length:
@@ -64,12 +80,24 @@ def pack_batch(
     microbatch_multiple: int = 1,
     costs: np.ndarray | None = None,
 ) -> list[list[list[int]]]:
-    """The packs of a batch: plan[dp_rank][microbatch] is a list of positions into `lengths`.
+    """Packs a global batch into the microbatches of all ranks; a microbatch is one packed row.
 
-    lengths: int [n], tokens of each pair; costs: float [n], by default the lengths. Every rank gets the same number of
-    microbatches, a positive multiple of `microbatch_multiple`; those it has no pairs for are empty lists, at the end.
-    Rows are dealt dearest first, back and forth over the ranks, so the k-th microbatches of all ranks cost alike and so
-    do the ranks' sums. Raises ValueError as `pack_rows` does.
+    Every rank gets the same number of microbatches. Where there are too few pairs, its last ones are empty lists. Rows
+    go to the ranks in order of falling cost, forth and back over the ranks, so the k-th microbatches of all ranks cost
+    about the same, and so do the sums of the ranks.
+
+    Args:
+        lengths: int [n], tokens of each pair.
+        seq_length: most tokens of a row.
+        data_parallel_size: number of ranks.
+        microbatch_multiple: the number of microbatches of a rank is a multiple of it.
+        costs: float [n], of each pair; None: the lengths.
+
+    Returns:
+        Positions in `lengths`: result[rank][microbatch] is a list of them.
+
+    Raises:
+        ValueError: a pair is longer than a row.
     """
     lengths = np.asarray(lengths)
     costs = lengths.astype(np.float64) if costs is None else np.asarray(costs, np.float64)
@@ -79,15 +107,19 @@ def pack_batch(
     per_rank = -(-per_rank // microbatch_multiple) * microbatch_multiple
     rows = _spread(lengths, costs, seq_length, ranks * per_rank) or fewest
     rows = sorted((row for row in rows if row), key=lambda row: -costs[row].sum())
-    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
+    of_rank: list[list[list[int]]] = [[] for _ in range(ranks)]
     for i, row in enumerate(rows):
         turn, place = divmod(i, ranks)
-        plan[place if turn % 2 == 0 else ranks - 1 - place].append(row)
-    return [packs + [[] for _ in range(per_rank - len(packs))] for packs in plan]
+        of_rank[place if turn % 2 == 0 else ranks - 1 - place].append(row)
+    return [microbatches + [[] for _ in range(per_rank - len(microbatches))] for microbatches in of_rank]
 
 
 def _spread(lengths: np.ndarray, costs: np.ndarray, seq_length: int, num_rows: int) -> list[list[int]] | None:
-    """`num_rows` rows of like cost: the dearest pair left goes to the cheapest row it fits; None where it fits none."""
+    """`num_rows` rows of about the same cost: pairs in order of falling cost go to the cheapest row with room.
+
+    Returns:
+        As `pack_rows`; None where a pair finds no row with room.
+    """
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     room = [seq_length] * num_rows
     cheapest = [(0.0, row) for row in range(num_rows)]
@@ -105,3 +137,41 @@ def _spread(lengths: np.ndarray, costs: np.ndarray, seq_length: int, num_rows: i
         for entry in full:
             heappush(cheapest, entry)
     return rows
+
+
+def packing_figures(lengths: np.ndarray, seq_length: int, batch: int = 128) -> dict[str, float]:
+    """What packing does to pairs in their order, one global batch after the other.
+
+    Args:
+        lengths: int [P, 3], tokens of prompt, chosen and rejected response.
+        seq_length: most tokens of a row. A longer pair is counted as a full row.
+        batch: pairs of a global batch.
+
+    Returns:
+        By name: `pairs`; `tokens`, prompts counted twice; `rows` and `fewest_rows`, the least that can hold the tokens;
+        `tokens_per_row`; `padding_packed`, the share of all positions of rows of `seq_length`; `padding_unpacked`, the
+        share where the sequences of every four pairs are padded to the longest of them; `saved_by_shared_prompts`, the
+        share of tokens. Nothing without pairs.
+    """
+    if not len(lengths):
+        return {}
+    sequences = np.stack([lengths[:, 0] + lengths[:, 1], lengths[:, 0] + lengths[:, 2]], axis=1)
+    pairs = sequences.sum(axis=1)
+    fit = np.minimum(pairs, seq_length)
+    rows = sum(len(pack_rows(fit[start : start + batch], seq_length)) for start in range(0, len(fit), batch))
+    padded = sum(
+        sequences[start : start + 4].max() * sequences[start : start + 4].size for start in range(0, len(sequences), 4)
+    )
+    tokens = int(pairs.sum())
+    return {
+        "pairs": len(pairs),
+        "tokens": tokens,
+        "rows": rows,
+        "fewest_rows": sum(
+            -(-int(fit[start : start + batch].sum()) // seq_length) for start in range(0, len(fit), batch)
+        ),
+        "tokens_per_row": int(fit.sum()) / rows,
+        "padding_packed": 1 - int(fit.sum()) / (rows * seq_length),
+        "padding_unpacked": 1 - tokens / float(padded),
+        "saved_by_shared_prompts": float(lengths[:, 0].sum()) / tokens,
+    }

@@ -1,4 +1,6 @@
-"""Scored responses to a prompt -> preference pairs."""
+"""Several scored responses to a prompt -> preference pairs; `tools/build_pairs.py` runs it."""
+
+from __future__ import annotations
 
 import json
 import random
@@ -8,41 +10,52 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from simpo_megatron.data.clean import Row
+from simpo_megatron.data.reading import Row
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path
 
+# best-worst: one pair a prompt, as in the paper; best-random: the best response and any other; all: every two of them.
 Strategy = Literal["best-worst", "best-random", "all"]
-"""best-worst: the paper's, one pair a prompt; best-random: the best one and any other; all: every two responses."""
 
 
 @dataclass
 class PairingReport:
-    """What became of the prompts."""
+    """Counts of what became of the prompts.
+
+    Attributes:
+        prompts: read.
+        pairs: built.
+        too_few: prompts with fewer than two responses.
+        no_gap: prompts without a pair of the score gap.
+    """
 
     prompts: int = 0
     pairs: int = 0
     too_few: int = 0
-    """Prompts with fewer than two responses."""
     no_gap: int = 0
-    """Prompts none of whose pairs has the gap."""
 
     def summary(self, path: str | Path) -> str:
-        """One line."""
+        """The counts in one line; `path` is the file that was written."""
         return (
-            f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self.no_gap} prompts without the score gap, "
-            f"{self.too_few} with fewer than two responses"
+            f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self.no_gap} prompts without the score "
+            f"gap, {self.too_few} with fewer than two responses"
         )
 
 
 def build_pairs(
     rows: Iterable[Row], report: PairingReport, strategy: Strategy, min_score_gap: float, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows with `prompt` (string or messages) and `responses` ({"content": str, "score": number, ...}) -> rows of pairs in
-    the UltraFeedback-binarized schema, counted in `report`.
+    """Builds rows of pairs in the UltraFeedback-binarized schema.
 
-    A pair's scores differ by more than 0 and by `min_score_gap` at least. `best-random` draws from (seed, row). Raises
-    UserError naming the row that is of another form.
+    Args:
+        rows: with `prompt` (string or messages) and `responses` ({"content": str, "score": number, ...}).
+        report: counts are added to it.
+        strategy: which responses make a pair.
+        min_score_gap: least difference of the two scores; scores that are equal make no pair in any case.
+        seed: `best-random` draws from (seed, row).
+
+    Raises:
+        UserError: a row is of another form; its place is named.
     """
     for number, (where, row) in enumerate(rows):
         prompt, responses = _read(row, where)
@@ -70,7 +83,11 @@ def build_pairs(
 
 
 def write_pairs(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Writes JSON Lines beside `path` and moves them there at the end. Raises UserError where it cannot."""
+    """Writes JSON Lines beside `path` and moves them there at the end.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -83,7 +100,7 @@ def write_pairs(rows: Iterable[dict[str, Any]], path: Path) -> None:
 def _candidates(
     responses: list[tuple[str, float]], strategy: Strategy
 ) -> Iterable[tuple[tuple[str, float], tuple[str, float]]]:
-    """Best first within a pair; equal scores keep the order of the row."""
+    """Pairs of (text, score), the better response first; responses with equal scores keep the order of the row."""
     ranked = sorted(responses, key=lambda response: -response[1])
     if strategy == "best-worst":
         return [(ranked[0], ranked[-1])]
@@ -97,17 +114,17 @@ def _read(row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[t
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
-        raise UserError(f"{where}: `prompt` is neither a text nor a list of messages; mend the row.")
+        raise UserError(f"{where}: `prompt` is neither a text nor a list of messages; fix the row")
     if not isinstance(responses, list):
-        raise UserError(f"{where}: no list `responses` of {{content, score}}; mend the row.")
+        raise UserError(f"{where}: no list `responses` of {{content, score}}; fix the row")
     found = []
     for number, response in enumerate(responses, start=1):
         content = response.get("content") if isinstance(response, dict) else None
         score = response.get("score") if isinstance(response, dict) else None
         if not isinstance(content, str):
-            raise UserError(f"{where}: response {number} has no text `content`; mend the row.")
+            raise UserError(f"{where}: response {number} has no text `content`; fix the row")
         if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < float("inf"):
-            raise UserError(f"{where}: response {number} has the `score` {score!r}; it must be a finite number.")
+            raise UserError(f"{where}: response {number} has the `score` {score!r}; it must be a finite number")
         found.append((content, float(score)))
     return prompt, found
 

@@ -1,7 +1,10 @@
-"""Source -> prepared set, on several processes; the files are the same whatever their number.
+"""Source -> prepared set, on one or several processes. The files are the same for any number of them.
 
-Chunks of rows go out to the workers in order and come back in order, a bounded number at a time: memory grows with neither.
+Blocks of rows go to the processes in order and their results come back in order. The number of blocks under way is
+limited, so memory does not grow with the source.
 """
+
+from __future__ import annotations
 
 import multiprocessing
 import os
@@ -12,24 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.data.clean import (
-    CrossBlockFilter,
-    DataReport,
-    EncodedRows,
-    Row,
-    encode_rows,
-    nothing_left,
-    row_blocks,
-    with_progress,
-)
+from simpo_megatron.data.clean import CrossBlockFilter, DataReport, EncodedRows, encode_rows, nothing_left
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
-from simpo_megatron.data.prepared_set import Writer
-from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.prepared_writer import Writer
+from simpo_megatron.data.reading import Row, read_rows, row_blocks, with_progress
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.files import end_of_turn_ids
 
-_AHEAD = 3  # blocks of rows a worker has waiting
+_AHEAD = 3  # blocks of rows that wait, per process
 
 
 def prepare(
@@ -41,41 +35,50 @@ def prepare(
     workers: int = 1,
     progress: bool = False,
 ) -> DataReport:
-    """Tokenizes the pairs of a source into a prepared set (`prepared.py`).
+    """Tokenizes the pairs of a source into a prepared set (`prepared_format.py`).
 
-    `checkpoint` is the model's folder, of which only the tokenizer and the ids that end a turn are read. `progress` shows a
-    bar on stderr. Raises UserError for a row that cannot be read, naming it, for a source that keeps no pair, and for a prefix
-    that cannot be written; an earlier set of that prefix is then still there.
+    Args:
+        source: the rows, see `reading.py`.
+        checkpoint: folder of the model. Only the tokenizer and the ids that end a turn are read.
+        prefix: of the files to write. Where preparing fails, an earlier set of this prefix stays.
+        options: how to tokenize and to truncate, and which pairs to keep.
+        workers: processes.
+        progress: show a bar on stderr.
+
+    Returns:
+        Counts of what became of the rows.
+
+    Raises:
+        UserError: the source or a row cannot be read, no pair is left, or the files cannot be written.
     """
     eos_ids = end_of_turn_ids(checkpoint)
     encoder = PairEncoder(load_tokenizer(checkpoint), options, eos_ids)
-    gate = CrossBlockFilter(options)
-    with encoding(encoder, options, workers) as encode, Writer(prefix) as writer:
+    cross_block_filter = CrossBlockFilter()
+    report = cross_block_filter.report
+    with encoding(encoder, workers) as encode, Writer(prefix) as writer:
         rows = read_rows(source)
         for encoded in encode(row_blocks(with_progress(rows, f"Preparing {source}") if progress else rows)):
-            writer.add(gate(encoded))
-        if not gate.report.pairs:
-            raise nothing_left(source, gate.report)
-        writer.finish(str(source), options, fingerprint(encoder.tokenizer, eos_ids), gate.report)
-    return gate.report
+            writer.add(cross_block_filter(encoded).pairs)
+        if not report.pairs:
+            raise nothing_left(source, report)
+        writer.finish(str(source), options, fingerprint(encoder.tokenizer, eos_ids), report)
+    return report
 
 
 @contextmanager
-def encoding(
-    encoder: PairEncoder, options: DataOptions, workers: int
-) -> Iterator[Callable[[Iterable[list[Row]]], Iterator[EncodedRows]]]:
-    """Gives a function that encodes lists of rows in order, here (`workers` 1) or on processes of its own."""
+def encoding(encoder: PairEncoder, workers: int) -> Iterator[Callable[[Iterable[list[Row]]], Iterator[EncodedRows]]]:
+    """Gives a function that encodes blocks of rows in order, in this process (`workers` 1) or in others."""
     if workers == 1:
-        yield lambda lists: (encode_rows(rows, encoder, options) for rows in lists)
+        yield lambda blocks: (encode_rows(rows, encoder) for rows in blocks)
         return
-    # Forked, a worker has its tokenizer at once; its threads would only compete with the other workers.
+    # A forked process has the tokenizer at once. Threads of the tokenizer would only compete with the other processes.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _Worker.encoder, _Worker.options = encoder, options
+    _Worker.encoder = encoder
     executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
     try:
         executor.submit(os.getpid).result()  # fork now, before a progress bar starts a thread
-        yield lambda lists: _in_order(executor, lists, _AHEAD * workers)
+        yield lambda blocks: _in_order(executor, blocks, _AHEAD * workers)
     finally:
         executor.shutdown(cancel_futures=True)
         if before is None:
@@ -85,19 +88,18 @@ def encoding(
 
 
 class _Worker:
-    """What a forked process finds."""
+    """What a forked process inherits."""
 
     encoder: Any = None
-    options: Any = None
 
 
 def _encode(rows: list[Row]) -> EncodedRows:
-    return encode_rows(rows, _Worker.encoder, _Worker.options)
+    return encode_rows(rows, _Worker.encoder)
 
 
-def _in_order(executor: ProcessPoolExecutor, lists: Iterable[list[Row]], ahead: int) -> Iterator[EncodedRows]:
+def _in_order(executor: ProcessPoolExecutor, blocks: Iterable[list[Row]], ahead: int) -> Iterator[EncodedRows]:
     waiting: deque[Future[EncodedRows]] = deque()
-    for rows in lists:
+    for rows in blocks:
         waiting.append(executor.submit(_encode, rows))
         if len(waiting) > ahead:
             yield waiting.popleft().result()

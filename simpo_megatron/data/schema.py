@@ -3,12 +3,14 @@
     prompt    chosen, rejected       read as
     str       str                    prompt and completions, as they are
     -         str                    the common prefix is the prompt
-    list      list of messages       the conversation; turns of the prompt repeated in the members are not doubled
+    list      list of messages       a conversation; turns of the prompt that a response repeats are not doubled
     - or str  list of messages       the lists hold the conversation (UltraFeedback-binarized)
     str       one assistant message  the string is the user's turn
 
-Of a conversation only the last turn, the assistant's, is the response; all before it is the prompt.
+The response is the last turn of a conversation, the assistant's. All earlier turns are the prompt.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +20,25 @@ import numpy as np
 
 from simpo_megatron.errors import UserError
 
+# {"role": str, "content": str, ...}. Other keys are passed to the chat template; keys that are null are left out.
 Message = dict[str, Any]
-"""{"role": str, "content": str, ...}; further keys reach the chat template, keys that are null are left out."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt: three strings, or a list of messages and two assistant messages."""
+    """Two responses to one prompt: three strings, or a list of messages and two assistant messages.
+
+    Attributes:
+        where: place of the row, for errors.
+        prompt: a string, or the messages before the response.
+        chosen: the preferred response.
+        rejected: the other response.
+        weight: factor of the pair's loss.
+        margin: target reward margin of this pair, in place of gamma.
+        scores: of the chosen and of the rejected response.
+    """
 
     where: str
     prompt: str | list[Message]
@@ -34,43 +46,50 @@ class Preference:
     rejected: str | Message
     weight: float = 1.0
     margin: float | None = None
-    """This pair's target reward margin, in place of gamma."""
     scores: tuple[float | None, float | None] = (None, None)
-    """Of the chosen and the rejected response."""
 
     @property
     def tie(self) -> bool:
-        """The row's two scores are equal."""
+        """Whether the two scores are equal."""
         return self.scores[0] is not None and self.scores[0] == self.scores[1]
 
     @property
     def conversational(self) -> bool:
+        """Whether the prompt is a list of messages."""
         return isinstance(self.prompt, list)
 
     @property
     def texts(self) -> tuple[str, str]:
-        """What the chosen and the rejected response say, without template."""
-        chosen, rejected = (m if isinstance(m, str) else m["content"] for m in (self.chosen, self.rejected))
+        """The text of the chosen and of the rejected response, without the chat template."""
+        chosen, rejected = (r if isinstance(r, str) else r["content"] for r in (self.chosen, self.rejected))
         return chosen, rejected
 
 
 def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
-    """Read one row. `where` names it in errors. Raises UserError for a row that is in none of the schemas."""
+    """Reads one row.
+
+    Args:
+        row: its columns.
+        where: place of the row, for errors.
+
+    Raises:
+        UserError: the row is in none of the schemas, or a number in it cannot be used.
+    """
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
-            raise UserError(f"{where}: no `{name}`; a row needs `chosen` and `rejected`, this one has {_keys(row)}.")
-    members = row["chosen"], row["rejected"]
-    if all(isinstance(member, str) for member in members):
+            raise UserError(f"{where}: no `{name}`; a row needs `chosen` and `rejected`, this one has {_keys(row)}")
+    responses = row["chosen"], row["rejected"]
+    if all(isinstance(response, str) for response in responses):
         prompt, chosen, rejected = _from_text(row, where)
-    elif all(isinstance(member, list) for member in members):
+    elif all(isinstance(response, list) for response in responses):
         prompt, chosen, rejected = _from_messages(row, where)
     else:
-        kinds = " and ".join(f"`{n}` is {_kind(m)}" for n, m in zip(("chosen", "rejected"), members, strict=True))
-        raise UserError(f"{where}: {kinds}; both must be strings or both lists of messages.")
+        kinds = " and ".join(f"`{name}` is {_kind(row[name])}" for name in ("chosen", "rejected"))
+        raise UserError(f"{where}: {kinds}; both must be strings or both lists of messages")
 
     weight = _number(row, "weight", where)
     if weight is not None and weight < 0:
-        raise UserError(f"{where}: `weight` is {weight:g}; it must be zero or more.")
+        raise UserError(f"{where}: `weight` is {weight:g}; it must be zero or more")
     return Preference(
         where=where,
         prompt=prompt,
@@ -91,15 +110,15 @@ def _from_text(row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
     if not isinstance(prompt, str):
         raise UserError(
             f"{where}: `prompt` is {_kind(prompt)} but `chosen` and `rejected` are strings; make all three strings or "
-            "all three lists of messages."
+            "all three lists of messages"
         )
     return _text(prompt, f"{where}: `prompt`"), chosen, rejected
 
 
 def _common_prefix(chosen: str, rejected: str) -> int:
-    """Length of the implicit prompt: the common prefix, less its last space (tokenizers join it to the next word).
+    """Length of the implicit prompt: the common prefix without a space at its end, which belongs to the next word.
 
-    As TRL does, the last character of the shorter member is always left to the response.
+    The last character of the shorter text always belongs to the response, as in TRL's `extract_prompt`.
     """
     longest = max(min(len(chosen), len(rejected)) - 1, 0)
     split = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
@@ -114,7 +133,7 @@ def _from_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message], M
     elif isinstance(prompt, str):
         prompt = _text(prompt, f"{where}: `prompt`")
     elif prompt is not None:
-        raise UserError(f"{where}: `prompt` is {_kind(prompt)}; it must be a string or a list of messages.")
+        raise UserError(f"{where}: `prompt` is {_kind(prompt)}; it must be a string or a list of messages")
 
     before, chosen = _split_last(prompt, row["chosen"], f"{where}: `chosen`")
     other, rejected = _split_last(prompt, row["rejected"], f"{where}: `rejected`")
@@ -123,17 +142,17 @@ def _from_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message], M
         turn = (min(len(before), len(other)) if same is None else same) + 1
         raise UserError(
             f"{where}: `chosen` and `rejected` differ at message {turn}, before the last; they must answer the same "
-            "conversation, so give both the same earlier messages."
+            "conversation, so give both the same earlier messages"
         )
     return before, chosen, rejected
 
 
-def _split_last(prompt: str | list[Message] | None, member: list[Any], what: str) -> tuple[list[Message], Message]:
-    """A member's (messages before the response, response)."""
-    messages = _messages(member, what)
+def _split_last(prompt: str | list[Message] | None, value: list[Any], what: str) -> tuple[list[Message], Message]:
+    """The messages before the response, and the response."""
+    messages = _messages(value, what)
     if not messages or messages[-1]["role"] != "assistant":
         last = f"ends with a {messages[-1]['role']!r} message" if messages else "is an empty list"
-        raise UserError(f"{what} {last}; the last message must be the assistant's response.")
+        raise UserError(f"{what} {last}; the last message must be the assistant's response")
     before, response = messages[:-1], messages[-1]
     if isinstance(prompt, list):
         if not before or prompt[-len(before) :] == before:
@@ -143,7 +162,7 @@ def _split_last(prompt: str | list[Message] | None, member: list[Any], what: str
     elif isinstance(prompt, str) and not before:
         before = [{"role": "user", "content": prompt}]
     if not before:
-        raise UserError(f"{what} is a response without a prompt; add `prompt` or the messages before the response.")
+        raise UserError(f"{what} is a response without a prompt; add `prompt` or the messages before the response")
     return before, response
 
 
@@ -158,12 +177,12 @@ def _messages(value: list[Any], what: str) -> list[Message]:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{what} is {_kind(value)}; it must be a string.")
+        raise UserError(f"{what} is {_kind(value)}; it must be a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON; tokenizers cannot encode it
         raise UserError(
-            f"{what} has half a surrogate pair ({value[error.start]!a}) at character {error.start + 1}; remove it."
+            f"{what} has half a surrogate pair ({value[error.start]!a}) at character {error.start + 1}; remove it"
         ) from None
     return value
 
@@ -173,7 +192,7 @@ def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise UserError(f"{where}: `{name}` is {value!r}; it must be a finite number, or be left out.")
+        raise UserError(f"{where}: `{name}` is {value!r}; it must be a finite number, or be left out")
     return float(value)
 
 

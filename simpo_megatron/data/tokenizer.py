@@ -1,4 +1,6 @@
-"""The tokenizer of a checkpoint, the ids that end its turns, and a fingerprint that tells two of them apart."""
+"""The tokenizer of a checkpoint, and a fingerprint by which a prepared set recognizes it."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -12,16 +14,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint folder; nothing is downloaded, no code of the folder runs.
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder. Nothing is downloaded, and no code of the folder runs.
 
     Raises:
-        UserError: there is none that transformers can load.
+        UserError: transformers can load none.
     """
     from transformers import AutoTokenizer
 
     if not path.is_dir():
-        raise UserError(f"--hf-checkpoint {path} is not a folder; give that of a Hugging Face checkpoint")
+        raise UserError(f"--hf-checkpoint {path} is not a folder; give the folder of a Hugging Face checkpoint")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -29,13 +31,21 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {reason}") from error
 
 
-def fingerprint(tokenizer: "PreTrainedTokenizerBase", eos_ids: Iterable[int]) -> dict[str, str]:
-    """Digests of what turns a row into ids: `tokenizer` (vocabulary, merges, normalizer, special ids) and `template`."""
+def fingerprint(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> dict[str, str]:
+    """Digests of everything in a checkpoint that decides how a row becomes ids.
+
+    Args:
+        tokenizer: of the checkpoint.
+        eos_ids: ids that end a response besides the tokenizer's EOS (`files.end_of_turn_ids`).
+
+    Returns:
+        `tokenizer`: of vocabulary, merges, normalizer and special ids; `template`: of the chat template.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = sorted(tokenizer.get_vocab().items())
     else:
-        # Padding and truncation are settings of a call, not of the vocabulary.
+        # Padding and truncation are left out: they are set by the last call of the tokenizer.
         rules = {
             key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")
         }

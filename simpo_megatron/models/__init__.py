@@ -1,14 +1,19 @@
-"""Hugging Face checkpoints as Megatron-Core models: one file a family, loading, and the way back.
+"""Hugging Face checkpoints as Megatron-Core models: reading, building, loading, and the way back. See README.md.
 
-hf.py        reads a checkpoint directory: config, tensor names and shapes. No torch, no Megatron
-family.py    what a family is: its transformer arguments and its weight table. No torch, no Megatron
-llama.py mistral.py qwen2.py qwen3.py, on dense.py, listed in registry.py: the families
-rope.py      rotary embeddings as the config states them
-spec.py      Megatron's layers on plain torch: RMSNorm and packed attention
-build.py     the TransformerConfig and the GPTModels of this rank
-place.py     the parameters of a built model and their rows of the weight table
-layout.py    Hugging Face tensors <-> one rank's Megatron parameter
-load.py      Hugging Face weights -> the parameters of this rank
-forward_check.py  a converted checkpoint against its source in fp32, layer by layer
-export.py    the parameters of all ranks -> a Hugging Face checkpoint
+families/         one file for each family, and the registry
+architecture.py   what a model computes, and what a family is. No torch, no Megatron
+weight_table.py   which Hugging Face tensors form which Megatron parameter. No torch, no Megatron
+part_layout.py    how Hugging Face tensors form one parameter, and its slices on tensor-parallel ranks
+rope.py           rotary frequencies as the config asks for them
+megatron_args.py  an architecture under Megatron-LM's argument names, and back. No torch, no Megatron
+hf_checkpoint.py  a checkpoint directory: its config, and names, shapes and files of its tensors. No torch, no Megatron
+spec.py           the layers: Transformer Engine's, or Megatron's on plain torch with RMSNorm and packed attention
+attention.py      attention over packed rows on plain torch, also under context parallelism
+shared_prompts.py what attention and rotary embedding need for rows in which a pair's prompt stands once
+build.py          the TransformerConfig and the GPTModels of this rank
+placement.py      the parameters of a built model, each with its entry of the weight table
+load.py           Hugging Face weights -> the parameters of this rank
+export.py         the parameters of all ranks -> a Hugging Face checkpoint
 """
+
+from __future__ import annotations

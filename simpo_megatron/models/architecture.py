@@ -2,14 +2,16 @@
 
     architecture = family_of(config).architecture(config)     # config: the content of a config.json
 
-`Architecture` is read from a config.json alone; the folder with the weights is `hf_checkpoint.HFCheckpoint`. A family is one
-file in `families/`, and a line in its registry.
+An `Architecture` is read from a config.json alone. The folder with the weights is `hf_checkpoint.HFCheckpoint`. A
+family is one file in `families/` and one line in `families/registry.py`; `README.md` in this folder says how to add
+one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simpo_megatron.errors import UserError
@@ -19,7 +21,7 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 
 def default_layer_spec(*args: Any, **kwargs: Any) -> Any:
-    """`spec.layer_spec`, imported when a model is built: this module stays free of torch and Megatron."""
+    """Calls `spec.layer_spec`, which is imported here so that this module needs neither torch nor Megatron."""
     from simpo_megatron.models.spec import layer_spec
 
     return layer_spec(*args, **kwargs)
@@ -27,18 +29,18 @@ def default_layer_spec(*args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family.
+    """A model family: how its config.json and its tensors become a Megatron model, and how they come back.
 
     Attributes:
-        name: for messages.
-        model_types: values of `model_type` in config.json.
-        transformer_kwargs: config.json -> arguments of Megatron's TransformerConfig that describe the architecture;
-            raises UserError for what Megatron would compute differently.
-        weights: config.json -> the weight table, embedding first, output last.
-        layer_spec: Megatron's layers of a model; arguments as `spec.layer_spec`.
-        megatron_args: the architecture under Megatron-LM's argument names, primitives alone.
-        config_from_megatron_args: those arguments -> config.json without its vocabulary size, None where they describe
-            another family.
+        name: used in messages.
+        model_types: the values of `model_type` in config.json that belong to it.
+        transformer_kwargs: makes the arguments of Megatron's TransformerConfig that describe the architecture from the
+            config.json. It raises UserError for what Megatron would compute differently.
+        weights: makes the weight table from the config.json: the embedding first, the output layer last.
+        config_from_megatron_args: makes a config.json without its vocabulary size from Megatron-LM's arguments by name.
+            It returns None where they describe another family.
+        megatron_args: makes Megatron-LM's arguments by name from the architecture. Their values are primitives.
+        layer_spec: makes the layers that Megatron builds; takes the arguments of `spec.layer_spec`.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Family:
         """Reads a config.json of this family.
 
         Raises:
-            UserError: it lacks a value, or sets one that changes the computation and is not supported.
+            UserError: the config lacks a value, or sets one that changes the computation and is not supported.
         """
         return Architecture(
             family=self,
@@ -72,14 +74,14 @@ class Architecture:
     """What a model computes.
 
     Attributes:
-        family: what `model_type` names.
+        family: the family that `model_type` names.
         transformer: arguments of Megatron's TransformerConfig.
         weights: the weight table.
         num_layers: transformer layers.
         vocab_size: rows of the embedding, without Megatron's padding.
         max_position_embeddings: positions the model was made for; 0 where config.json does not say.
-        tied: the output layer is the embedding.
-        rope: rotary frequencies.
+        tied: whether the output layer is the embedding.
+        rope: the rotary frequencies.
     """
 
     family: Family
@@ -96,24 +98,48 @@ class Architecture:
         """Experts of a layer; None for a dense model."""
         return self.transformer.get("num_moe_experts")
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, without padding and without a second copy of a tied embedding."""
+        return sum(
+            sum(map(math.prod, entry.shapes)) * sum(1 for _ in entry.instances(self.num_layers))
+            for entry in self.weights
+        )
+
+    def with_layers(self, num_layers: int) -> Architecture:
+        """The same model with another number of layers."""
+        return replace(self, num_layers=num_layers, transformer={**self.transformer, "num_layers": num_layers})
+
 
 def required(config: dict[str, Any], key: str) -> int:
-    """The size that `key` gives in config.json.
+    """The size that config.json gives under `key`.
 
     Raises:
-        UserError: it is absent, or no positive integer.
+        UserError: it is absent, or not a positive integer.
     """
     if config.get(key) is None:
         raise UserError(
             f"config.json has no {key!r}, which a {config.get('model_type')!r} model needs; is the file complete?"
         )
     if type(config[key]) is not int or config[key] < 1:
-        raise UserError(f"config.json sets {key} to {config[key]!r}, which is no positive integer; copy the file again")
+        raise UserError(
+            f"config.json sets {key} to {config[key]!r}, which is not a positive integer; copy the file again"
+        )
     return config[key]
 
 
 def refuse(config: dict[str, Any], key: str, *accepted: Any, fix: str) -> None:
-    """Raises UserError where config.json sets `key` to something else than `accepted`; absent is accepted."""
+    """Refuses a value of config.json that would change what is computed.
+
+    Args:
+        config: config.json.
+        key: of the value; a config without it is accepted.
+        *accepted: the values that are accepted.
+        fix: what the user can do, for the error.
+
+    Raises:
+        UserError: the value is another.
+    """
     value = config.get(key, accepted[0])
     if value not in accepted:
         raise UserError(f"config.json sets {key} to {value!r}, which is not supported; {fix}")

@@ -1,11 +1,14 @@
 """Causal attention within each sequence of a packed row, on plain torch, also under context parallelism.
 
-It stands in for Megatron's `DotProductAttention`, which refuses packed sequences and context parallelism. Under context
-parallelism every rank gathers all keys and values of the row and attends with the queries of its zig-zag slices
-(`context_parallel.py`): one all-gather in the forward pass, one reduce-scatter in the backward pass of every layer.
+It replaces Megatron's `DotProductAttention`, which refuses packed sequences and context parallelism. Under context
+parallelism every rank gathers all keys and values of the row and attends with the queries of its own slices
+(`parallel/context.py`).
 
-Shapes: T tokens of this rank, n of one sequence, S positions and B sequences where nothing is packed, H query heads and G key
-heads of this rank, D head width.
+Collectives of one layer under context parallelism: one all-gather in the forward pass, one reduce-scatter in the
+backward pass.
+
+Shapes: T tokens of this rank; n tokens of one sequence; S positions and B sequences where nothing is packed; H query
+heads and G key heads of this rank; D width of a head.
 """
 
 from __future__ import annotations
@@ -24,23 +27,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from simpo_megatron.batch.shared_prompts import SharedPromptParams
 from simpo_megatron.errors import UserError
-from simpo_megatron.parallel.context import chunks, positions
+from simpo_megatron.models.shared_prompts import SharedPromptParams
+from simpo_megatron.parallel.context import positions, zigzag_slices
 
-_BLOCK = 1024  # queries under one explicit mask
+_BLOCK = 1024  # queries that share one explicit mask
 
 
 class PackedAttention(torch.nn.Module):
-    """The signature of Megatron's DotProductAttention.
+    """Attention with the signature of Megatron's DotProductAttention.
 
-    One call of torch's scaled dot-product attention a sequence: the cost grows with the sequences, not with the row. The
-    attention mask is ignored, as Transformer Engine ignores it for causal attention. All layers have the window of `config`:
-    `layer_number`, the mask's type and `cp_comm_type` change nothing. A keyword that Megatron's layers come to pass besides is
-    an error, because ignoring it could change what is computed.
+    Torch's scaled dot-product attention is called once for every sequence, so the cost grows with the lengths of the
+    sequences, not with the length of the row. The attention mask is ignored, as Transformer Engine ignores it for
+    causal attention. All layers have the window of `config`: `layer_number`, `attn_mask_type` and `cp_comm_type`
+    change nothing. Any other keyword is an error, because ignoring it could change what is computed.
 
-    Raises (when built):
-        UserError: attention dropout or cross attention, which this attention does not have.
+    Raises:
+        UserError: when built, for attention dropout or cross attention, which this attention does not have.
     """
 
     def __init__(
@@ -49,14 +52,13 @@ class PackedAttention(torch.nn.Module):
         layer_number: int = 1,
         attn_mask_type: Any = None,
         attention_type: str = "self",
-        attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        if dropout := config.attention_dropout if attention_dropout is None else attention_dropout:
-            raise UserError(f"attention_dropout {dropout} needs Transformer Engine; set it to 0")
+        if config.attention_dropout:
+            raise UserError(f"attention_dropout {config.attention_dropout} needs Transformer Engine; set it to 0")
         if attention_type != "self":
             raise UserError(f"attention_type {attention_type!r} is not supported; only self attention runs here")
         self.scale = softmax_scale
@@ -75,18 +77,23 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attends.
+        """Every query attends to the keys before it in its own sequence.
 
         Args:
-            query: [T, H, D] packed, [S, B, H, D] otherwise, any float dtype; key and value with G heads.
-            packed_seq_params: where the sequences of the whole row start; padded offsets win, as they do for the rotary
+            query: [T, H, D] packed, [S, B, H, D] otherwise, any float dtype.
+            key: the same with G heads.
+            value: the same with G heads.
+            attention_mask: ignored.
+            attn_mask_type: ignored.
+            attention_bias: ignored.
+            packed_seq_params: where the sequences of the whole row start. Padded offsets win, as they do for the rotary
                 embedding.
 
         Returns:
             [T, H * D] packed, [S, B, H * D] otherwise, in the dtype of query.
 
         Raises:
-            ValueError: the offsets do not fit the row, or context parallelism without a packed row.
+            ValueError: the offsets do not fit the row, or there is no packed row under context parallelism.
         """
         size, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
         if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
@@ -97,7 +104,7 @@ class PackedAttention(torch.nn.Module):
             return out_BHSD.permute(2, 0, 1, 3).flatten(2)
         offsets, order = _row_layout(packed_seq_params, size)
         if offsets[-1] != size * query.shape[0]:
-            raise ValueError(f"cu_seqlens end at {offsets[-1]}, but the pack has {size * query.shape[0]} tokens")
+            raise ValueError(f"cu_seqlens end at {offsets[-1]}, but the row has {size * query.shape[0]} tokens")
         if size > 1:
             gathered: Any = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
             key, value = gathered.index_select(0, order.to(gathered.device)).unbind(1)
@@ -115,7 +122,21 @@ class PackedAttention(torch.nn.Module):
     def _attend_pairs(
         self, q: Tensor, k: Tensor, v: Tensor, offsets: list[int], splits: tuple[tuple[int, int], ...]
     ) -> list[Tensor]:
-        """Prompt and chosen response as one sequence, then the rejected response on the same prompt; of every pair."""
+        """Attention in rows with shared prompts.
+
+        For every pair, prompt and chosen response are one sequence. Then the rejected response attends to the same
+        prompt.
+
+        Args:
+            q: [1, H, T, D].
+            k: [1, G, T, D].
+            v: [1, G, T, D].
+            offsets: where the pairs start, and the end of the last.
+            splits: as in `SharedPromptParams`.
+
+        Returns:
+            Pieces [1, n, H, D] of the output, in the order of the row.
+        """
         outs = []
         for i, (start, stop) in enumerate(pairwise(offsets)):
             prompt, chosen = splits[i] if i < len(splits) else (0, stop - start)
@@ -127,15 +148,25 @@ class PackedAttention(torch.nn.Module):
         return [out.transpose(1, 2) for out in outs]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, at: int) -> Tensor:
-        """Causal attention of the n queries at positions `at` .. on the at + n keys before them: [B, H, n, D]."""
+        """Causal attention of n queries at the positions from `at` on to the at + n keys from position 0 on.
+
+        Args:
+            q: [B, H, n, D].
+            k: [B, G, at + n, D].
+            v: [B, G, at + n, D].
+            at: position of the first query.
+
+        Returns:
+            [B, H, n, D].
+        """
         n, window = q.shape[2], self.window
         gqa = q.shape[1] != k.shape[1]
         if at == 0 and (window is None or n <= window):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=gqa)
-        # Block by block: no mask of all queries and keys, and under a window time linear in n.
-        blocks, step = [], window or _BLOCK
-        for start in range(0, n, step):
-            stop = min(start + step, n)
+        # Block by block, so that no mask covers all queries and keys. Under a window the time is then linear in n.
+        blocks, size = [], window or _BLOCK
+        for start in range(0, n, size):
+            stop = min(start + size, n)
             first = max(0, at + start - window + 1) if window else 0
             of_query = torch.arange(at + start, at + stop, device=q.device)
             distance = of_query[:, None] - torch.arange(first, at + stop, device=q.device)
@@ -154,12 +185,22 @@ class PackedAttention(torch.nn.Module):
 
 
 def _pieces(offsets: list[int], size: int, rank: int) -> Iterator[tuple[slice, slice, int]]:
-    """What a rank attends with: its queries, in its own order, the keys they see in the row, the first one's position."""
+    """Which of a rank's queries attend to which keys.
+
+    Args:
+        offsets: where the sequences of the row start, and the end of the last.
+        size: context-parallel ranks.
+        rank: this one.
+
+    Yields:
+        A slice of the rank's own tokens, the slice of the row with the keys up to the last of these tokens, and the
+        position of the first of them in its sequence.
+    """
     done = 0
     for start, stop in pairwise(offsets):
         if stop == start:
             continue
-        for piece in chunks(start, stop, size, rank) if size > 1 else (slice(start, stop),):
+        for piece in zigzag_slices(start, stop, size, rank) if size > 1 else (slice(start, stop),):
             length = piece.stop - piece.start
             yield slice(done, done + length), slice(start, piece.stop), piece.start - start
             done += length
@@ -169,9 +210,16 @@ _rows = WeakTensorKeyDictionary()
 
 
 def _row_layout(packed: PackedSeqParams, size: int) -> tuple[list[int], Tensor]:
-    """The offsets on the host, and where each token of the row stands once the slices of all ranks are gathered.
+    """Where the sequences of a row start, and where the gathered slices of all ranks hold its tokens.
 
-    Copied once for all layers of a microbatch: on a GPU each copy is a wait.
+    Computed once for all layers of a microbatch: on a GPU every copy to the host waits for the device.
+
+    Args:
+        packed: of the row.
+        size: context-parallel ranks.
+
+    Returns:
+        The offsets, and for every token of the row its index in the concatenated slices of all ranks.
     """
     cu_seqlens = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
     version, *layout = _rows.get(cu_seqlens) or (None,)

@@ -1,14 +1,14 @@
-"""The TransformerConfig of a Hugging Face checkpoint and the GPTModels of this rank, with weights still to be loaded.
+"""The TransformerConfig of a Hugging Face checkpoint, and the GPTModels of this rank. `load.py` then fills the weights.
 
 hf = read_hf_checkpoint(path)
 config = transformer_config(hf, bf16=True, tensor_model_parallel_size=8, sequence_parallel=True)
-models = build_model(hf, config)          # one a virtual pipeline stage; parallel_state is initialised
+models = build_model(hf, config)          # one for every model chunk; parallel_state is initialised
 load_hf_weights(models, hf)
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,15 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
-from simpo_megatron.batch.shared_prompts import PairRotary
 from simpo_megatron.compat import have_fused_weight_gradient
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
-from simpo_megatron.models.rope import Rope
+from simpo_megatron.models.rope import inverse_frequencies
+from simpo_megatron.models.shared_prompts import PairRotary
 from simpo_megatron.models.spec import use_transformer_engine
+from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.limits import check_layout
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 
@@ -39,14 +38,16 @@ def transformer_config(
     gradient_accumulation_fusion: bool | None = None,
     **parallel: Any,
 ) -> TransformerConfig:
-    """Megatron's config of a model and its layout.
+    """Megatron's config of a model and its parallel layout.
 
     Args:
         hf: the checkpoint.
-        bf16: parameters and activations in bfloat16, else float32.
+        bf16: parameters and activations in bfloat16, else in float32.
         transformer_impl: "auto" (Transformer Engine where it is installed), "local" or "transformer_engine".
-        gradient_accumulation_fusion: weight gradients straight into fp32; None where Apex's extension is installed.
-        **parallel: fields of TransformerConfig: parallel sizes, recomputation, communication; they win.
+        gradient_accumulation_fusion: accumulate weight gradients directly in fp32 with Apex's kernel; None for where
+            Apex's extension is installed.
+        **parallel: fields of TransformerConfig for parallel sizes, recomputation and communication. They win over the
+            values set here.
 
     Raises:
         UserError: the layout does not divide the model, Megatron refuses it, or what is asked for is not installed.
@@ -56,7 +57,7 @@ def transformer_config(
     grouped = use_transformer_engine(transformer_impl)
     if grouped and "window_size" in model and parallel.get("context_parallel_size", 1) > 1:
         raise UserError(
-            "Transformer Engine's context parallelism knows no sliding window; use --transformer-impl local, or "
+            "Transformer Engine has no sliding window under context parallelism; use --transformer-impl local, or "
             "--context-parallel-size 1"
         )
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -64,7 +65,8 @@ def transformer_config(
     fusable = on_gpu and have_fused_weight_gradient()
     if gradient_accumulation_fusion and not fusable:
         raise UserError(
-            "--gradient-accumulation-fusion needs a GPU and Apex's extension fused_weight_gradient_mlp_cuda; drop the flag"
+            "--gradient-accumulation-fusion needs a GPU and Apex's extension fused_weight_gradient_mlp_cuda; "
+            "drop the flag"
         )
     fields: dict[str, Any] = {
         "bf16": bf16,
@@ -77,14 +79,14 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,  # every weight is loaded
-        "bias_activation_fusion": on_gpu,  # these two are compiled, which pays on a GPU alone
+        "bias_activation_fusion": on_gpu,  # these two are compiled, which is slower on a CPU
         "bias_dropout_fusion": on_gpu,
-        "masked_softmax_fusion": False,  # of an attention that is not used here
+        "masked_softmax_fusion": False,  # belongs to an attention that is not used here
         "persist_layer_norm": False,
-        "moe_token_dispatcher_type": "alltoall",  # Megatron asks for it with variable_seq_lengths, experts or not
-        "moe_router_dtype": "fp32",  # which experts are chosen turns on small differences
-        "moe_grouped_gemm": "num_moe_experts" in model and grouped,
-        "cuda_graph_scope": [],  # the default is deprecated, and says so
+        "moe_token_dispatcher_type": "alltoall",  # Megatron requires it with variable_seq_lengths, even without experts
+        "moe_router_dtype": "fp32",  # small differences decide which experts are chosen
+        "moe_grouped_gemm": hf.architecture.num_experts is not None and grouped,
+        "cuda_graph_scope": [],  # the default is deprecated, and Megatron warns about it
         "gradient_accumulation_fusion": fusable
         if gradient_accumulation_fusion is None
         else gradient_accumulation_fusion,
@@ -104,9 +106,10 @@ def build_model(
     transformer_impl: str = "auto",
     make_vocab_size_divisible_by: int = VOCAB_DIVISOR,
 ) -> list[GPTModel]:
-    """Builds what this rank holds of the model, on its device, with uninitialised weights in `config.params_dtype`.
+    """Builds this rank's part of the model on its device, with uninitialised weights in `config.params_dtype`.
 
-    Collectives: where embedding and output are tied and on different stages, one all-reduce over the embedding group.
+    Collectives: one all-reduce over the embedding group where a tied embedding and output layer are on different
+    stages.
 
     Args:
         hf: the checkpoint.
@@ -115,7 +118,7 @@ def build_model(
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this times the tensor-parallel size.
 
     Returns:
-        One model for every virtual pipeline stage of this rank; one where there are none.
+        One model for every virtual pipeline stage of this rank; one model where the schedule is not interleaved.
 
     Raises:
         UserError: Transformer Engine is asked for and not installed.
@@ -138,46 +141,36 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        # Megatron knows one of the scalings, with three of its four values fixed: set the frequencies themselves.
         rotary: Any = model.rotary_pos_emb
         rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-        model.rotary_pos_emb.inv_freq = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
-        _mark_parameters(model, hf.architecture)
+        # Megatron can express one of the scalings, and fixes three of its four values. So the frequencies are replaced.
+        frequencies = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
+        rotary.inv_freq = frequencies.to(torch.cuda.current_device())
+        mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         models.append(model)
     return models
 
 
-def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
-    """The rotary frequencies in radians a token, [dim / 2] float32 on this rank's device.
+def mark_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tied: bool) -> None:
+    """Sets the attributes that tell Megatron how a parameter is split and shared, where Megatron has not set them.
 
-    Computed on the CPU in float32, as transformers does (`modeling_rope_utils.py`): at long contexts another rounding of
-    the frequencies turns the angles measurably.
+    Megatron's layers mark the parameters that are split over the tensor-parallel ranks while they initialise them,
+    which is turned off here (`tensor_parallel/layers.py`). Without the marks the gradient norm would count only the
+    first rank's share of a split parameter.
+
+    Megatron also takes experts for dense weights where expert_model_parallel_size is 1. Where the
+    expert-tensor-parallel size differs from the tensor-parallel size, it would then average gradients of different
+    shards.
+
+    Args:
+        model: a GPTModel of this rank.
+        table: the weight table, with an entry for every parameter.
+        tied: whether the output layer is the embedding.
     """
-    frequency = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if rope.kind == "linear":
-        frequency = frequency / rope.factor
-    elif rope.kind == "llama3":
-        wavelength = 2 * math.pi / frequency
-        turns = rope.original_max_position_embeddings / wavelength
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        between = (1 - keep) * frequency / rope.factor + keep * frequency
-        scaled = torch.where(turns < rope.low_freq_factor, frequency / rope.factor, between)
-        frequency = torch.where(turns > rope.high_freq_factor, frequency, scaled)
-    return frequency.to(torch.cuda.current_device())
-
-
-def _mark_parameters(model: GPTModel, architecture: Architecture) -> None:
-    """Says how parameters are split and shared, where Megatron did not (`tensor_parallel/layers.py`).
-
-    Its layers say which are split over the tensor-parallel ranks while they initialise, which is turned off; unsaid, the
-    gradient norm would leave out the split parameters of every rank but the first. And they take experts for dense weights
-    where expert_model_parallel_size is 1: with another expert-tensor than tensor size, gradients of different shards would
-    then be averaged.
-    """
-    for place in place_parameters(model, architecture.weights, tied=architecture.tied):
+    for place in place_parameters(model, table, tied=tied):
         parameter: Any = place.parameter
-        if place.weight.tp_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
-            weight = place.weight
-            set_tensor_model_parallel_attributes(parameter, True, weight.tp_dim, weight.part_layout.stride)
-        if place.weight.experts:
+        entry = place.entry
+        if entry.tp_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, entry.tp_dim, entry.part_layout.stride)
+        if entry.experts:
             parameter.allreduce = False

@@ -1,7 +1,10 @@
-"""A Hugging Face checkpoint directory: its config and the names, shapes and files of its tensors.
+"""A Hugging Face checkpoint directory: its config, and the names, shapes and files of its tensors.
 
-Reads JSON and safetensors headers, never a weight; no torch, no Megatron. The checks run on names and shapes alone, so
-what is missing or mis-shaped is known before anything is built or written.
+    hf = read_hf_checkpoint(path)
+    check_tensors(hf)
+
+Only JSON and the headers of safetensors files are read, never a weight, without torch and Megatron. So a missing or
+mis-shaped tensor is known before anything is built or written.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,14 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids, read_json
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.families.registry import family_of
+from simpo_megatron.models.weight_table import WeightEntry
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_FILE_BYTES = 5 * 2**30  # of the files this package writes
 
-# What a checkpoint has besides weights; copied as it is, because saving a tokenizer again loses templates and flags.
+# Files of a checkpoint besides its weights. They are copied unchanged: saving a tokenizer again loses templates and
+# flags.
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -38,12 +43,19 @@ COPIED = (
 
 
 def file_names(count: int) -> list[str]:
-    """The names transformers gives to `count` files."""
+    """The names that transformers gives to `count` files of weights."""
     return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def split_files(sizes: Sequence[int], max_bytes: int) -> list[list[int]]:
-    """Positions in `sizes`, cut in order into files of at most `max_bytes`; a larger tensor has a file of its own.
+    """Cuts tensors, in order, into files of at most `max_bytes`; a larger tensor gets a file for itself.
+
+    Args:
+        sizes: bytes of the tensors.
+        max_bytes: of a file.
+
+    Returns:
+        For every file the positions of its tensors in `sizes`.
 
     >>> split_files([3, 3, 9, 1], 6)
     [[0, 1], [2], [3]]
@@ -64,21 +76,28 @@ def index_text(files: Mapping[str, str], total_bytes: int) -> str:
 
     Args:
         files: the file of every tensor, by the tensor's name.
-        total_bytes: of all tensors.
+        total_bytes: bytes of all tensors.
     """
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}
     return json.dumps(index, indent=2) + "\n"
 
 
 def copied_files(path: Path) -> list[Path]:
-    """The files of a checkpoint directory that go with every copy of it."""
+    """The files of a checkpoint directory that every copy of it gets unchanged."""
     return sorted({file for pattern in COPIED for file in path.glob(pattern) if file.is_file()})
 
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of a checkpoint. `dtype` is safetensors' name of it, such as "BF16"; `start` its first byte in the
-    file, `length` the bytes that the file's header gives it."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        file: the file that holds it.
+        shape: its shape.
+        dtype: its dtype as safetensors names it, such as "BF16".
+        start: its first byte in the file.
+        length: its bytes according to the file's header; None where nothing is on disk.
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -89,14 +108,14 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """A checkpoint directory that has been looked at, made by `read_hf_checkpoint`.
+    """What is known of a checkpoint directory, from `read_hf_checkpoint`.
 
     Attributes:
         path: the directory.
-        config: config.json.
-        architecture: what it describes.
-        eos_token_ids: every token that ends a turn, see `end_of_turn_ids`.
-        tensors: by name, what the weight files hold.
+        config: the content of config.json.
+        architecture: the model that it describes.
+        eos_token_ids: every token that ends a turn, see `files.end_of_turn_ids`.
+        tensors: the tensors in the weight files, by name.
     """
 
     path: Path
@@ -107,7 +126,7 @@ class HFCheckpoint:
 
     @property
     def num_parameters(self) -> int:
-        """Of the tensors on disk."""
+        """Numbers in the tensors on disk."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
@@ -116,11 +135,11 @@ def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTe
 
     Args:
         path: the directory.
-        read_tensors: finds its tensors; by default those of the safetensors files.
+        read_tensors: finds its tensors; None for those of the safetensors files.
 
     Raises:
-        UserError: a file is missing, truncated or not JSON, the weights are not safetensors, or the model is not one
-            that runs.
+        UserError: a file is missing, truncated or not JSON, the weights are not safetensors, or the model is not
+            supported.
     """
     path = Path(path)
     if not path.is_dir():
@@ -129,13 +148,13 @@ def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTe
 
 
 def read_hf_config(path: Path) -> HFCheckpoint:
-    """A checkpoint without its weights: `tensors` is empty.
+    """Reads a checkpoint without its weights: `tensors` is empty.
 
     Args:
-        path: a checkpoint directory, or a config.json by whatever name.
+        path: a checkpoint directory, or a config.json of any name.
 
     Raises:
-        UserError: the config is missing or not JSON, or the model is not one that runs.
+        UserError: the config is missing or not JSON, or the model is not supported.
     """
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
@@ -143,10 +162,14 @@ def read_hf_config(path: Path) -> HFCheckpoint:
 
 
 def read_architecture(path: Path, config: dict[str, Any]) -> Architecture:
-    """The architecture of a config.json; `path` names it in errors.
+    """The architecture that a config.json describes.
+
+    Args:
+        path: names the config in errors.
+        config: its content.
 
     Raises:
-        UserError: the model is not one that runs.
+        UserError: the model is not supported.
     """
     try:
         return family_of(config).architecture(config)
@@ -156,18 +179,21 @@ def read_architecture(path: Path, config: dict[str, Any]) -> Architecture:
         raise UserError(f"{path}: config.json holds a value of the wrong kind ({error}); copy it again") from error
 
 
-def check_tensors(hf: HFCheckpoint) -> None:
-    """Compares the checkpoint with the weight table of its family, by name and shape.
+def check_tensors(hf: HFCheckpoint, table: Iterable[WeightEntry] | None = None) -> None:
+    """Compares the names and shapes of a checkpoint's tensors with the weight table.
+
+    Args:
+        hf: the checkpoint.
+        table: the weight table; None for that of its architecture.
 
     Raises:
-        UserError: a tensor is missing or has another shape than config.json implies, or nothing would use it.
+        UserError: a tensor is missing, has another shape than config.json implies, or would not be used.
     """
-    expected = dict(expected_tensors(hf))
+    expected = dict(expected_tensors(hf, table))
     for name, shape in expected.items():
         if name not in hf.tensors:
-            raise UserError(
-                f"{hf.path} has no tensor {name}, which {hf.architecture.family.name} needs; is the checkpoint complete?"
-            )
+            family = hf.architecture.family.name
+            raise UserError(f"{hf.path} has no tensor {name}, which {family} needs; is the checkpoint complete?")
         found = hf.tensors[name]
         if found.shape != shape:
             raise UserError(
@@ -184,21 +210,27 @@ def check_tensors(hf: HFCheckpoint) -> None:
         )
 
 
-def expected_tensors(hf: HFCheckpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor the weight table asks for, with its shape."""
-    for weight in hf.architecture.weights:
-        for where in weight.instances(hf.architecture.num_layers):
-            for name, shape in zip(weight.hf, weight.shapes, strict=True):
+def expected_tensors(
+    hf: HFCheckpoint, table: Iterable[WeightEntry] | None = None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and the shape of every tensor in the weight table; arguments as for `check_tensors`."""
+    for entry in hf.architecture.weights if table is None else table:
+        for where in entry.instances(hf.architecture.num_layers):
+            for name, shape in zip(entry.hf, entry.shapes, strict=True):
                 yield name.format(**where), shape
 
 
 def _ignored(name: str, tied: bool) -> bool:
-    """Tensors without information: rotary frequencies, which config.json implies, and a copy of the tied embedding."""
+    """Whether a tensor repeats what is known: rotary frequencies, or a copy of the tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
 def read_safetensors(path: Path) -> dict[str, HFTensor]:
-    """The tensors of model.safetensors, or of the shards the index names."""
+    """The tensors of model.safetensors, or of the files that the index names.
+
+    Raises:
+        UserError: a file is missing or broken, or the index does not match the files.
+    """
     if (path / INDEX).exists():
         index = read_json(path / INDEX).get("weight_map") or {}
         if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
@@ -230,10 +262,10 @@ def read_safetensors(path: Path) -> dict[str, HFTensor]:
 
 
 def read_safetensors_header(file: Path) -> dict[str, HFTensor]:
-    """The tensors of one safetensors file: eight bytes of header length, a JSON header, the data.
+    """The tensors of one safetensors file, which is eight bytes of header length, a JSON header and the data.
 
     Raises:
-        UserError: the file is shorter than its header says, or has no header.
+        UserError: the file has no header, or is shorter than the header says.
     """
     try:
         return _read_header(file)

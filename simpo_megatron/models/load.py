@@ -1,4 +1,4 @@
-"""Hugging Face weights into the parameters of this rank: every rank reads its own slices, and nothing else."""
+"""Hugging Face weights -> the parameters of this rank. Every rank reads only its own slices of the tensors."""
 
 from __future__ import annotations
 
@@ -15,24 +15,31 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
 from simpo_megatron.models.part_layout import rank_slice
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
+from simpo_megatron.models.weight_table import WeightEntry
 
 
-def load_hf_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, progress: bool = False) -> None:
-    """Fills every parameter of this rank's models, in its dtype and on its device; padded vocabulary rows become zero.
+def load_hf_weights(
+    models: Sequence[torch.nn.Module],
+    hf: HFCheckpoint,
+    progress: bool = False,
+    table: Sequence[WeightEntry] | None = None,
+) -> None:
+    """Fills every parameter of this rank's models, in its dtype and on its device. Rows of padding become zero.
 
-    No collectives: tied copies of the embedding on two stages are read twice.
+    No collectives: where an embedding is tied, the first and the last stage both read it.
 
     Args:
         models: from `build_model`, in order; wrapped by DDP or Float16Module or not.
-        hf: the checkpoint they were built from.
+        hf: the checkpoint that they were built from.
         progress: show a progress bar.
+        table: the weight table, with an entry for every parameter of the models; None for that of the architecture.
 
     Raises:
-        UserError: a tensor is missing, mis-shaped or unused; before the first weight is written.
-        ValueError: the models were not built from `hf`.
+        UserError: a tensor is missing, mis-shaped or unused. Nothing has been loaded then.
+        ValueError: the models were not built from this table.
     """
-    check_tensors(hf)
-    table = hf.architecture.weights
+    table = hf.architecture.weights if table is None else table
+    check_tensors(hf, table)
     placed = [place for model in models for place in place_parameters(model, table, tied=hf.architecture.tied)]
     tensors = {name: hf.tensors[name].file for place in placed for name in place.hf}
     with ExitStack() as stack, torch.no_grad():
@@ -42,22 +49,27 @@ def load_hf_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, progres
 
 
 def _fill(place: PlacedParameter, slices: dict[str, Any]) -> None:
-    """Reads a rank's slices of the parts and copies them into its parameter."""
-    weight, parameter, dim = place.weight, place.parameter, place.weight.tp_dim
+    """Reads this rank's slices of the parts and copies them into its parameter.
+
+    Args:
+        place: the parameter.
+        slices: safetensors' lazily read tensors, by name.
+    """
+    entry, parameter, dim = place.entry, place.parameter, place.entry.tp_dim
     rank, ranks = place.group.rank(), place.group.size()
     parts = []
-    for name, shape in zip(place.hf, weight.shapes, strict=True):
+    for name, shape in zip(place.hf, entry.shapes, strict=True):
         index = [slice(None)] * len(shape)
         if dim is not None:
-            padded = parameter.shape[0] * ranks if weight.is_vocabulary else shape[dim]
+            padded = parameter.shape[0] * ranks if entry.is_vocabulary else shape[dim]
             index[dim] = rank_slice(shape[dim], padded, rank, ranks)
         parts.append(slices[name][tuple(index)])
-    if weight.is_vocabulary:
+    if entry.is_vocabulary:
         rows = parts[0].shape[0]
         parameter[:rows].copy_(parts[0])
         parameter[rows:].zero_()
     else:
-        parameter.copy_(weight.part_layout.join(parts, ranks))
+        parameter.copy_(entry.part_layout.join(parts, ranks))
 
 
 def _open(file: Path) -> Any:

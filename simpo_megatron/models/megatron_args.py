@@ -1,7 +1,7 @@
 """An architecture under Megatron-LM's argument names, and back: what most families share. No torch, no Megatron.
 
-Megatron-LM's arguments cannot say everything (`checkpoint/megatron_args.py` lists what a model asks for besides). What they
-lack stands under names of ours, so that the way back loses nothing.
+Megatron-LM's arguments cannot express everything (`checkpoint/saved_args.py`, `not_expressible`). What they cannot
+express is stored under names of this package, so that the way back to a config.json loses nothing.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from simpo_megatron.errors import UserError
 if TYPE_CHECKING:
     from simpo_megatron.models.architecture import Architecture
 
-# Megatron-Core fixes these of its llama3 scaling (`rotary_pos_embedding.py`); a flag exists for the factor alone.
+# Megatron-Core computes its llama3 scaling with these values (`rotary_pos_embedding.py`). Only the factor has a flag.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def _number(value: float) -> int | float:
-    """Whole where it can be: Megatron-LM's flags take whole numbers."""
+    """The value as an integer where it is whole: Megatron-LM's flags take whole numbers."""
     return int(value) if value == int(value) else value
 
 
 def default_megatron_args(architecture: Architecture) -> dict[str, Any]:
-    """The architecture under Megatron-LM's names: primitives alone, as its loader wants `args`."""
+    """Megatron-LM's arguments by name. Their values are primitives, because Megatron-LM's loader accepts no others."""
     kwargs, rope = dict(architecture.transformer), architecture.rope
     args: dict[str, Any] = {
         "num_layers": kwargs.pop("num_layers"),
@@ -63,12 +63,12 @@ def default_megatron_args(architecture: Architecture) -> dict[str, Any]:
 
 
 def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dict[str, Any]:
-    """What the config.json of every family has, but for the vocabulary size.
+    """What the config.json of every family contains, without the vocabulary size.
 
     Args:
         args: Megatron-LM's arguments by name.
         model_type: of config.json.
-        prefix: of the class in transformers, such as "Llama".
+        prefix: of the family's classes in transformers, such as "Llama".
 
     Raises:
         UserError: an argument is missing, or has a value that no family here has.
@@ -100,19 +100,35 @@ def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dic
 
 
 def need(args: Mapping[str, Any], name: str) -> Any:
-    """An argument that must be there. Raises UserError where it is not."""
+    """An argument that the config.json needs.
+
+    Raises:
+        UserError: it is absent.
+    """
     if args.get(name) is None:
         raise UserError(f"it lacks {name}; give --hf-reference")
     return args[name]
 
 
 def sliding_window(args: Mapping[str, Any]) -> dict[str, int]:
-    """The entry of config.json; Hugging Face counts the token itself, Megatron what is left of it."""
+    """The sliding window in config.json, empty without one.
+
+    Hugging Face counts the token itself, Megatron only the tokens on its left.
+    """
     return {"sliding_window": args["window_size"][0] + 1} if args.get("window_size") else {}
 
 
 def expert_config(args: Mapping[str, Any], *, number: str, width: str) -> dict[str, Any]:
-    """What a model with experts has besides; `number` and `width` are its names in config.json."""
+    """What the config.json of a model with experts contains besides `default_config`.
+
+    Args:
+        args: Megatron-LM's arguments by name.
+        number: the name in config.json of the number of experts.
+        width: the name of the intermediate size of one expert.
+
+    Raises:
+        UserError: an argument is missing.
+    """
     return {
         number: args["num_experts"],
         "num_experts_per_tok": need(args, "moe_router_topk"),

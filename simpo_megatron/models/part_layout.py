@@ -1,10 +1,12 @@
-"""How Hugging Face tensors form one Megatron parameter: an object an entry of the weight table, with all that depends on it.
+"""How Hugging Face tensors form one Megatron parameter: the part layout of an entry of the weight table.
 
-The parts of a parameter are Hugging Face tensors. A tensor-parallel rank holds whole query groups, and the same rows of gate
-and up. So its slices of the parts along `WeightEntry.tp_dim` make its parameter (`join`), and the parameter makes the slices
-(`split`): the two are inverse to each other at any tensor-parallel size, and gathering is concatenating slices.
+The parts of a parameter are Hugging Face tensors. A tensor-parallel rank holds whole query groups, and the same rows
+of gate and of up. So the rank's slices of the parts along `WeightEntry.tp_dim` form its parameter (`join`), and its
+parameter gives back the slices (`split`). The two are inverse to each other at every tensor-parallel size, and whole
+parts are the concatenated slices of all ranks.
 
-A new way to form a parameter is a class here. No torch is imported: the families, the converter and its workers read this.
+A new way to form a parameter is a new class here. The families, the converter and its worker processes import this
+module, so torch is imported by `join` alone.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """Rows of a parameter that one part holds in order.
+    """Consecutive rows of a parameter that are consecutive rows of one part.
 
     Attributes:
         part: index of the part.
         offset: first row in the parameter.
-        first, last: the rows of the part, `last` not included.
+        first: first row in the part.
+        last: the row of the part behind the last one.
     """
 
     part: int
@@ -33,79 +36,104 @@ class Run(NamedTuple):
 
 
 class PartLayout(Protocol):
-    """How parts form a parameter. `rows` are the rows of each whole part."""
+    """How parts form a parameter. In all methods `rows` are the rows of each whole part."""
 
     @property
     def stride(self) -> int:
-        """Blocks of rows that tensor parallelism splits one by one (`set_tensor_model_parallel_attributes`)."""
+        """How many blocks of rows tensor parallelism splits one by one (`set_tensor_model_parallel_attributes`)."""
         ...
 
     def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
-        """A rank's parameter from its slices of the parts, any dtype and device."""
+        """A rank's parameter, from its slices of the parts; any dtype and device.
+
+        Args:
+            parts: this rank's slice of every part.
+            ranks: tensor-parallel ranks that the parameter is split over.
+        """
         ...
 
     def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
-        """A rank's slices of the parts from its parameter; views where the layout allows."""
+        """A rank's slices of the parts, from its parameter; views where the layout allows it.
+
+        Args:
+            parameter: of this rank.
+            rows: of each whole part.
+            ranks: tensor-parallel ranks that the parameter is split over.
+        """
         ...
 
     def runs(self, rows: Sequence[int]) -> Iterator[Run]:
-        """The whole parameter from its first row to its last."""
+        """The whole parameter from its first row to its last, as runs of rows of the parts."""
         ...
 
     def divided(self, rows: Sequence[int]) -> Sequence[int]:
-        """The numbers that the tensor-parallel size must divide where tensor parallelism splits rows."""
+        """The numbers of rows that the tensor-parallel size must divide, where tensor parallelism splits rows."""
         ...
 
     def blocks(self, rows: Sequence[int]) -> Sequence[int]:
-        """Rows of the blocks that tensor parallelism splits one by one; `torch_dist` may keep each under a key of its own."""
+        """Rows of each block that tensor parallelism splits; `torch_dist` may keep each block under its own key."""
         ...
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One part, as it is."""
+    """One part, unchanged."""
 
     @property
     def stride(self) -> int:
+        """One block."""
         return 1
 
     def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+        """The only part."""
         return parts[0]
 
     def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+        """The parameter as the only part."""
         return (parameter,)
 
     def runs(self, rows: Sequence[int]) -> Iterator[Run]:
+        """One run over all rows."""
         yield Run(0, 0, 0, rows[0])
 
     def divided(self, rows: Sequence[int]) -> Sequence[int]:
+        """The rows of the part."""
         return rows
 
     def blocks(self, rows: Sequence[int]) -> Sequence[int]:
+        """One block of all rows."""
         return (sum(rows),)
 
 
 @dataclass(frozen=True)
 class QKV:
-    """q, k and v interleaved by query group: `[q_0 .. q_{n-1}, k, v]` for every group."""
+    """q, k and v, interleaved by query group: `[q_0 .. q_{n-1}, k, v]` for every group.
+
+    Attributes:
+        groups: query groups of the whole model, the key and value heads.
+    """
 
     groups: int
 
     @property
     def stride(self) -> int:
+        """One block: every rank holds whole groups, which are consecutive."""
         return 1
 
     def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+        """Interleaves q, k and v of this rank's groups."""
         import torch
 
         return torch.cat([part.unflatten(0, (self.groups // ranks, -1)) for part in parts], dim=1).flatten(0, 1)
 
     def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+        """q, k and v of this rank's groups, each a copy."""
         grouped = parameter.unflatten(0, (self.groups // ranks, -1))
         sizes = [size * grouped.shape[1] // sum(rows) for size in rows]
         return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
 
     def runs(self, rows: Sequence[int]) -> Iterator[Run]:
+        """Three runs for every group."""
         offset = 0
         for group in range(self.groups):
             for part, size in enumerate(rows):
@@ -114,9 +142,11 @@ class QKV:
                 offset += share
 
     def divided(self, rows: Sequence[int]) -> Sequence[int]:
+        """The rows of all parts together."""
         return (sum(rows),)
 
     def blocks(self, rows: Sequence[int]) -> Sequence[int]:
+        """One block of all rows."""
         return (sum(rows),)
 
 
@@ -126,35 +156,55 @@ class GateUp:
 
     @property
     def stride(self) -> int:
+        """Two blocks: every rank holds a slice of gate and a slice of up."""
         return 2
 
     def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+        """This rank's slice of gate, then its slice of up."""
         import torch
 
         return torch.cat(list(parts))
 
     def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+        """The two halves, as views."""
         return tuple(parameter.chunk(2))
 
     def runs(self, rows: Sequence[int]) -> Iterator[Run]:
+        """One run over gate, one over up."""
         yield Run(0, 0, 0, rows[0])
         yield Run(1, rows[0], 0, rows[1])
 
     def divided(self, rows: Sequence[int]) -> Sequence[int]:
+        """The rows of gate and those of up."""
         return rows
 
     def blocks(self, rows: Sequence[int]) -> Sequence[int]:
+        """A block of gate and a block of up."""
         return rows
 
 
 def rank_slice(size: int, padded: int, rank: int, ranks: int) -> slice:
-    """The rows of a dimension of `size`, padded to `padded`, that a rank holds; short or empty where the padding is."""
+    """What a rank holds of a dimension of `size` that is padded to `padded`; short or empty where the padding is.
+
+    >>> rank_slice(5, 8, 0, 2), rank_slice(5, 8, 1, 2)
+    (slice(0, 4, None), slice(4, 5, None))
+    """
     share = padded // ranks
     return slice(min(rank * share, size), min((rank + 1) * share, size))
 
 
 def rank_rows(layout: PartLayout, rows: Sequence[int], rank: int, ranks: int) -> list[tuple[int, int]]:
-    """First row and number of rows of the whole parameter that a rank holds, in the order of its own parameter."""
+    """Which rows of the whole parameter a rank holds.
+
+    Args:
+        layout: of the parameter.
+        rows: of each whole part.
+        rank: the tensor-parallel rank.
+        ranks: how many there are.
+
+    Returns:
+        First row and number of rows, in the order of the rank's own parameter.
+    """
     found, start = [], 0
     for size in layout.blocks(rows):
         share = size // ranks
@@ -164,7 +214,7 @@ def rank_rows(layout: PartLayout, rows: Sequence[int], rank: int, ranks: int) ->
 
 
 def part_rows(layout: PartLayout, rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Rows `start` to `stop` of the whole parameter as `(part, first, last)` ranges of rows of its parts, in order."""
+    """Rows `start` to `stop` of the whole parameter, as `(part, first, last)` ranges of rows of its parts, in order."""
     for run in layout.runs(rows):
         low, high = max(start, run.offset), min(stop, run.offset + run.last - run.first)
         if low < high:
@@ -174,7 +224,7 @@ def part_rows(layout: PartLayout, rows: Sequence[int], start: int, stop: int) ->
 def parameter_rows(
     layout: PartLayout, rows: Sequence[int], part: int, start: int, stop: int
 ) -> Iterator[tuple[int, int]]:
-    """Rows `start` to `stop` of a part as ranges of rows of the whole parameter, in order: the inverse of `part_rows`."""
+    """Rows `start` to `stop` of a part, as ranges of rows of the whole parameter, in order; inverse of `part_rows`."""
     for run in layout.runs(rows):
         low, high = max(start, run.first), min(stop, run.last)
         if run.part == part and low < high:

@@ -1,4 +1,4 @@
-"""Which entry of the weight table each parameter of a built model belongs to."""
+"""The parameters of a built model, each with its entry of the weight table."""
 
 from __future__ import annotations
 
@@ -18,51 +18,59 @@ _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class PlacedParameter:
-    """A parameter of this rank, its entry of the table, and its global layer and expert (None where it has none)."""
+    """A parameter of this rank.
+
+    Attributes:
+        name: in the model.
+        parameter: the parameter itself.
+        entry: its entry of the weight table.
+        layer: its global layer index; None outside the layers.
+        expert: its global expert index; None where it does not belong to an expert.
+    """
 
     name: str
     parameter: torch.nn.Parameter
-    weight: WeightEntry
+    entry: WeightEntry
     layer: int | None
     expert: int | None
 
     @property
     def hf(self) -> tuple[str, ...]:
         """The names of its parts in the checkpoint."""
-        return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.weight.hf)
+        return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.entry.hf)
 
     @property
     def group(self) -> Any:
-        """The tensor-parallel ranks among which it is split: those of the experts for an expert's weight."""
-        if self.weight.experts:
+        """The ranks that it is split over: the tensor-parallel, for an expert the expert-tensor-parallel ones."""
+        if self.entry.experts:
             return parallel_state.get_expert_tensor_parallel_group()
         return parallel_state.get_tensor_model_parallel_group()
 
 
 def place_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tied: bool) -> Iterator[PlacedParameter]:
-    """Pairs every parameter of a model, wrapped or not, with its entry.
+    """Finds the entry of every parameter of a model.
 
     Args:
-        model: a GPTModel of this rank.
-        table: the weight table; a longer one where the model has more than its architecture says.
-        tied: the output layer is the embedding. With pipeline stages the last one holds a copy.
+        model: a GPTModel of this rank, wrapped by DDP or Float16Module or not.
+        table: the weight table; longer than the architecture's where the model has adapters.
+        tied: whether the output layer is the embedding. The last of several pipeline stages then holds a copy of it.
 
     Raises:
-        ValueError: a parameter without an entry, an entry of these layers without a parameter, or a shape that the entry
-            does not give: the model was not built from this table.
+        ValueError: the model was not built from this table: a parameter has no entry, an entry of these layers has no
+            parameter, or a shape differs.
     """
     gpt = unwrap(model)
-    entries = {weight.megatron: weight for weight in table}
+    entries = {entry.megatron: entry for entry in table}
     if tied:
         entries[OUTPUT] = entries[EMBEDDING]
     decoder: Any = gpt.decoder
     layers = [layer.layer_number - 1 for layer in decoder.layers]
     missing = {
         (name, layer, expert)
-        for name, weight in entries.items()
-        if weight.per_layer
+        for name, entry in entries.items()
+        if entry.per_layer
         for layer in layers
-        for expert in (_local_experts(weight) if weight.experts else (None,))
+        for expert in (_local_experts(entry) if entry.experts else (None,))
     }
     for name, parameter in gpt.named_parameters():
         key, layer, expert = canonical_name(name), None, None
@@ -82,10 +90,10 @@ def place_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, ti
         raise ValueError(f"the model has no parameter for {sorted(missing, key=str)}; was it built from this table?")
 
 
-def _local_experts(weight: WeightEntry) -> range:
-    """The global indices of the experts this rank holds: expert parallelism cuts them into equal runs."""
-    share = weight.experts // parallel_state.get_expert_model_parallel_world_size()
-    return range(share * parallel_state.get_expert_model_parallel_rank(), weight.experts)[:share]
+def _local_experts(entry: WeightEntry) -> range:
+    """The global indices of this rank's experts: expert parallelism gives every rank as many consecutive ones."""
+    share = entry.experts // parallel_state.get_expert_model_parallel_world_size()
+    return range(share * parallel_state.get_expert_model_parallel_rank(), entry.experts)[:share]
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
@@ -96,11 +104,11 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
 
 
 def _check_shape(place: PlacedParameter) -> None:
-    """Compares a parameter with the sizes of its parts over the tensor-parallel ranks."""
-    weight = place.weight
-    whole = [sum(weight.rows), *weight.shapes[0][1:]]
-    if weight.tp_dim is not None:
-        whole[weight.tp_dim] //= place.group.size()
+    """Compares the shape of a parameter with the shapes of its parts, divided over the tensor-parallel ranks."""
+    entry = place.entry
+    expected = [sum(entry.rows), *entry.shapes[0][1:]]
+    if entry.tp_dim is not None:
+        expected[entry.tp_dim] //= place.group.size()
     found = list(place.parameter.shape)
-    if found != whole and not (weight.is_vocabulary and found[0] >= whole[0] and found[1:] == whole[1:]):
-        raise ValueError(f"{place.name} has shape {found} on this rank, but config.json gives {whole}")
+    if found != expected and not (entry.is_vocabulary and found[0] >= expected[0] and found[1:] == expected[1:]):
+        raise ValueError(f"{place.name} has shape {found} on this rank, but config.json gives {expected}")

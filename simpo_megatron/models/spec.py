@@ -1,7 +1,7 @@
-"""Megatron's transformer layers on plain torch, for machines without Transformer Engine.
+"""The layers that a family builds unless it brings its own: Transformer Engine's, or Megatron's on plain torch.
 
-Megatron's local layers lack two things this package needs: a norm that works under sequence parallelism, which is here, and
-attention over packed sequences (`attention.py`). Everything else is Megatron's.
+Megatron's local layers lack two things that this package needs: a norm that works under sequence parallelism, which is
+here, and attention over packed sequences, which is in `attention.py`. Everything else in them is Megatron's.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from simpo_megatron.models.attention import PackedAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as Megatron builds and trains it.
+    """torch's RMSNorm with the arguments with which Megatron builds a norm; any other argument is an error.
 
-    Under sequence parallelism every tensor-parallel rank sees other tokens, so Megatron sums the gradients of parameters
-    that carry `sequence_parallel` over the ranks (`distributed/finalize_model_grads.py`).
+    Under sequence parallelism every tensor-parallel rank sees other tokens. Megatron therefore sums the gradients of
+    parameters with the attribute `sequence_parallel` over the ranks (`distributed/finalize_model_grads.py`).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -36,7 +36,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
-    """What "auto", "local" or "transformer_engine" means on this machine.
+    """Whether the layers are Transformer Engine's.
+
+    Args:
+        transformer_impl: "auto" (where it is installed), "local" or "transformer_engine".
 
     Raises:
         UserError: Transformer Engine is asked for and not installed.
@@ -56,7 +59,7 @@ def layer_spec(
     Args:
         config: of the model; `parallel_state` is initialised.
         transformer_impl: "auto" (Transformer Engine where it is installed), "local" or "transformer_engine".
-        vp_stage: the virtual pipeline stage of this rank the model is for.
+        vp_stage: the virtual pipeline stage of this rank that the model is for; None where there is one.
 
     Raises:
         UserError: Transformer Engine is asked for and not installed.
@@ -75,7 +78,7 @@ def layer_spec(
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # A bare layer spec would get Megatron's own final norm, which refuses sequence parallelism.
+    # With a layer spec alone Megatron would build its own final norm, which refuses sequence parallelism.
     return TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage),
         layer_norm=RMSNorm,  # type: ignore[arg-type]

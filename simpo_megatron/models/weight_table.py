@@ -1,7 +1,7 @@
 """The weight table: which Hugging Face tensors form which Megatron parameter. Data only, without torch and Megatron.
 
-Loading, export, the checkpoint converter, the verifier and the planner read the same table. A caller may pass a longer one:
-an adapter is entries more.
+Loading, export, the checkpoint converter, the verifier and the planner read the same table. `Architecture.weights` is
+the table of a model as its config.json describes it. A caller may pass a longer one: an adapter adds entries.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ class WeightEntry:
     """One Megatron parameter and the Hugging Face tensors it is made of.
 
     Attributes:
-        megatron: canonical name (Transformer Engine spec, torch_dist keys); `{layer}` is the global layer index,
-            `{expert}` the global expert index.
-        hf: names of its parts, with the same `{layer}` and `{expert}`.
-        shapes: the whole shape of each part, in the order of `hf`.
+        megatron: the canonical name, which is that of Megatron's Transformer Engine spec and of `torch_dist` keys;
+            `{layer}` stands for the global layer index, `{expert}` for the global expert index.
+        hf: the names of its parts, with the same `{layer}` and `{expert}`.
+        shapes: the shape of each whole part, in the order of `hf`.
         part_layout: how the parts form the parameter.
-        tp_dim: the dimension tensor parallelism splits, of the parameter and of every part; None for replicated.
-            The weights of experts are split over the expert-tensor-parallel ranks instead.
-        experts: how many experts have one in every layer; 0 where it belongs to none.
+        tp_dim: the dimension that tensor parallelism splits, of the parameter and of every part; None where every rank
+            holds all of it. The weights of experts are split over the expert-tensor-parallel ranks instead.
+        experts: how many experts of a layer have such a parameter; 0 where it does not belong to an expert.
+        trained: whether training changes it. A parameter that it does not change has no gradient and no optimizer
+            state: the base weights under an adapter.
     """
 
     megatron: str
@@ -34,6 +36,7 @@ class WeightEntry:
     part_layout: PartLayout
     tp_dim: int | None
     experts: int = 0
+    trained: bool = True
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -51,7 +54,7 @@ class WeightEntry:
         return self.megatron in (EMBEDDING, OUTPUT)
 
     def instances(self, num_layers: int) -> Iterator[dict[str, int]]:
-        """What `{layer}` and `{expert}` stand for, once for every parameter of this entry."""
+        """The values of `{layer}` and `{expert}`, once for every parameter of this entry."""
         for layer in range(num_layers) if self.per_layer else (0,):
             for expert in range(self.experts or 1):
                 yield {"layer": layer, "expert": expert}
@@ -60,8 +63,8 @@ class WeightEntry:
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
-# Local-spec names of parameters whose canonical name differs. There, norms are separate modules. Before experts they are in
-# both specs, and the table keeps the dense name, which is the torch_dist key of the local spec.
+# Names in Megatron's local spec that differ from the canonical ones: there, norms are separate modules. The norm before
+# experts is a separate module in both specs. Its entry keeps the dense name, which is the local spec's torch_dist key.
 _LOCAL_TO_CANONICAL = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
@@ -70,7 +73,9 @@ _GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 def canonical_name(parameter: str) -> str:
-    """The canonical name of a parameter of a model built with either spec; grouped experts get the sequential names.
+    """The canonical name of a parameter of a model that was built with either spec.
+
+    Experts that are grouped into one module get the names of experts that are modules of their own.
 
     >>> canonical_name("decoder.layers.3.input_layernorm.weight")
     'decoder.layers.3.self_attention.linear_qkv.layer_norm_weight'

@@ -1,4 +1,4 @@
-"""The parallel layout that the user asks for, checked as far as it can be without the model."""
+"""The parallel layout that the user asks for. It is checked here without the model, and in `limits.py` with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from simpo_megatron.settings import Group, require, setting
 
 @dataclass(frozen=True)
 class ParallelConfig(Group):
-    """parallel layout"""
+    """Parallel layout."""
 
     tensor_model_parallel_size: int = setting(1, "ranks that share every layer")
     pipeline_model_parallel_size: int = setting(1, "stages the layers are cut into")
@@ -61,7 +61,8 @@ class ParallelConfig(Group):
         full = self.recompute_granularity == "full"
         require(
             all((given is not None) == full for given in (self.recompute_method, self.recompute_num_layers)),
-            "--recompute-granularity full goes with --recompute-method and --recompute-num-layers, and they with it",
+            "--recompute-granularity full goes with --recompute-method and --recompute-num-layers; give all three, or "
+            "leave out the last two",
         )
         uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
         require(

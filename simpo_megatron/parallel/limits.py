@@ -1,6 +1,6 @@
-"""Layouts that a model cannot have, each refused with the nearest values that it can.
+"""Layouts that a model cannot have, each refused with the nearest values that it can have.
 
-Some of them Megatron would refuse in its own words, some it would train on with wrong numbers.
+Megatron would refuse some of them with an assertion, and would train others with wrong numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def layout_arguments(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
-    """A layout as arguments of TransformerConfig, for a model of this many layers.
+    """A parallel layout as arguments of Megatron's TransformerConfig.
+
+    Args:
+        parallel: the layout.
+        num_layers: of the model.
 
     Raises:
         UserError: virtual stages, or the blocks of recomputation, do not divide the layers.
@@ -28,8 +32,8 @@ def layout_arguments(parallel: ParallelConfig, num_layers: int) -> dict[str, Any
     layers = num_layers // (stages * virtual)
     if parallel.recompute_method == "uniform" and layers % (parallel.recompute_num_layers or 1):
         raise UserError(
-            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {layers} layers of a virtual stage; "
-            "choose a number that does, or --recompute-method block"
+            f"--recompute-num-layers {parallel.recompute_num_layers} does not divide the {layers} layers of a virtual "
+            f"stage; use {join_or(divisors(layers))}, or --recompute-method block"
         )
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -53,20 +57,33 @@ def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
 
     Args:
         model: the arguments of TransformerConfig that describe the architecture (`Architecture.transformer`).
-        parallel: those that describe the layout; absent is Megatron's default.
+        parallel: the arguments that describe the layout; one that is absent has Megatron's default.
 
     Raises:
         UserError: the layout does not divide the model, or Megatron would train it wrongly.
     """
     _check_tensor_parallel(model, parallel)
-    _check_experts(model, parallel)
-    _check_pipeline(model["num_layers"], parallel)
+    if model.get("num_moe_experts") is None:
+        _check_no_experts(parallel)
+    else:
+        _check_experts(model, parallel)
+    _check_interleaving(parallel)
+    if parallel.get("pipeline_model_parallel_layout") is None:  # else Megatron checks it
+        stage_layers(
+            model["num_layers"],
+            parallel.get("pipeline_model_parallel_size", 1),
+            parallel.get("virtual_pipeline_model_parallel_size") or 1,
+            parallel.get("num_layers_in_first_pipeline_stage"),
+            parallel.get("num_layers_in_last_pipeline_stage"),
+        )
 
 
 def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     tp = parallel.get("tensor_model_parallel_size", 1)
     keys = ["num_query_groups", "num_attention_heads"]
-    sizes = {key: model[key] for key in (keys if "num_moe_experts" in model else [*keys, "ffn_hidden_size"])}
+    if model.get("num_moe_experts") is None:  # experts have a size of their own: `_check_experts`
+        keys.append("ffn_hidden_size")
+    sizes = {key: model[key] for key in keys}
     for key, size in sizes.items():
         if size % tp:
             listed = join_or(divisors(math.gcd(*sizes.values())))
@@ -75,56 +92,51 @@ def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> N
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; drop it, or split the tensors")
 
 
+def _check_no_experts(parallel: dict[str, Any]) -> None:
+    """Refuses what needs experts, for a dense model."""
+    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        if (size := parallel.get(name) or 1) > 1:
+            raise UserError(f"{flag(name)} {size} needs a model with experts; this one is dense, drop the flag")
+    if coefficient := parallel.get("moe_aux_loss_coeff", 0):
+        raise UserError(f"--moe-aux-loss-coeff {coefficient:g} needs a model with experts; this one is dense, drop it")
+
+
 def _check_experts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
-    experts, ep = model.get("num_moe_experts"), parallel.get("expert_model_parallel_size", 1)
-    tp = parallel.get("tensor_model_parallel_size", 1)
-    etp = parallel.get("expert_tensor_parallel_size")
-    if experts is None:
-        for name, size in (("--expert-model-parallel-size", ep), ("--expert-tensor-parallel-size", etp or 1)):
-            if size > 1:
-                raise UserError(f"{name} {size} needs a model with experts; this one is dense, drop the flag")
-        if coefficient := parallel.get("moe_aux_loss_coeff", 0):
-            raise UserError(
-                f"--moe-aux-loss-coeff {coefficient:g} needs a model with experts; this one is dense, drop it"
-            )
-        return
-    if experts % ep:
+    experts, ffn = model["num_moe_experts"], model["moe_ffn_hidden_size"]
+    size, tensor = parallel.get("expert_model_parallel_size", 1), parallel.get("tensor_model_parallel_size", 1)
+    given = parallel.get("expert_tensor_parallel_size")
+    ranks = given or tensor  # that an expert is split over
+    if experts % size:
         raise UserError(
-            f"--expert-model-parallel-size {ep} does not divide the {experts} experts of a layer; use "
+            f"--expert-model-parallel-size {size} does not divide the {experts} experts of a layer; use "
             f"{join_or(divisors(experts))}"
         )
-    ffn = model["moe_ffn_hidden_size"]
-    if ffn % (etp or tp):
-        name = "--expert-tensor-parallel-size" if etp else "--tensor-model-parallel-size, which splits experts too,"
+    if ffn % ranks:
+        name = "--expert-tensor-parallel-size" if given else "--tensor-model-parallel-size, which splits experts too,"
         raise UserError(
-            f"{name} {etp or tp} does not divide moe_ffn_hidden_size {ffn}; give --expert-tensor-parallel-size "
-            f"{join_or(n for n in divisors(ffn) if n <= max(tp, etp or 1))}"
+            f"{name} {ranks} does not divide moe_ffn_hidden_size {ffn}; give --expert-tensor-parallel-size "
+            f"{join_or(n for n in divisors(ffn) if n <= max(tensor, ranks))}"
         )
-    if tp > 1 and not parallel.get("sequence_parallel"):
+    if tensor > 1 and not parallel.get("sequence_parallel"):
         raise UserError(
-            f"--tensor-model-parallel-size {tp} of a model with experts needs --sequence-parallel: without it Megatron "
-            "does not train experts; add it"
+            f"--tensor-model-parallel-size {tensor} of a model with experts needs --sequence-parallel: without it "
+            "Megatron does not train experts; add it"
         )
 
 
-def _check_pipeline(num_layers: int, parallel: dict[str, Any]) -> None:
-    pp = parallel.get("pipeline_model_parallel_size", 1)
-    virtual = parallel.get("virtual_pipeline_model_parallel_size")
-    if virtual and pp == 1:
+def _check_interleaving(parallel: dict[str, Any]) -> None:
+    """Refuses virtual stages where Megatron cannot run them."""
+    if not parallel.get("virtual_pipeline_model_parallel_size"):
+        return
+    stages = parallel.get("pipeline_model_parallel_size", 1)
+    overlapped = parallel.get("overlap_p2p_comm", True) and not parallel.get("batch_p2p_comm", False)
+    if stages == 1:
         raise UserError("virtual pipeline stages need --pipeline-model-parallel-size above 1; drop them, or add stages")
-    if (
-        virtual
-        and pp == 2
-        and not (parallel.get("overlap_p2p_comm", True) and not parallel.get("batch_p2p_comm", False))
-    ):
+    if stages == 2 and not overlapped:
         raise UserError(
             "virtual pipeline stages on 2 pipeline ranks need overlap_p2p_comm and no batch_p2p_comm: Megatron would "
             "swap the tensors of the two directions; leave both unset"
         )
-    if parallel.get("pipeline_model_parallel_layout") is not None:
-        return  # Megatron checks it
-    first, last = (parallel.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last"))
-    stage_layers(num_layers, pp, virtual or 1, first, last)
 
 
 def check_shared_prompts(responses: int, context_parallel_size: int, transformer_engine: bool) -> None:
@@ -133,10 +145,10 @@ def check_shared_prompts(responses: int, context_parallel_size: int, transformer
     Args:
         responses: scored responses of a pair.
         context_parallel_size: ranks that share every sequence.
-        transformer_engine: its layers are used, not Megatron's own.
+        transformer_engine: whether the layers are Transformer Engine's.
 
     Raises:
-        UserError: they cannot; it names what to drop.
+        UserError: they cannot; the error names what to drop.
     """
     for conflict, why in (
         (responses == 1, "the objective scores the chosen response alone, so there is nothing to share; drop it"),
@@ -146,8 +158,8 @@ def check_shared_prompts(responses: int, context_parallel_size: int, transformer
         ),
         (
             transformer_engine,
-            "Transformer Engine's attention cannot let two responses see one prompt; use --transformer-impl local, or drop "
-            "--share-prompts",
+            "Transformer Engine's attention cannot let two responses see one prompt; use --transformer-impl local, or "
+            "drop --share-prompts",
         ),
     ):
         if conflict:
@@ -155,12 +167,16 @@ def check_shared_prompts(responses: int, context_parallel_size: int, transformer
 
 
 def check_rows(seq_length: int, parallel: ParallelConfig) -> None:
-    """Checks that context and sequence parallelism can cut rows of this many tokens.
+    """Checks that context and sequence parallelism can cut packed rows of this length.
+
+    Args:
+        seq_length: tokens of a packed row.
+        parallel: the layout.
 
     Raises:
-        UserError: they cannot.
+        UserError: they cannot; the error names the nearest lengths that they can.
     """
-    # Under context parallelism each half of a row must take the longest sequence, padded to its multiple.
+    # Under context parallelism half of a row must hold a sequence of any length, padded to `sequence_multiple`.
     context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     multiple, why = 2 * sequence_multiple(context), f"4 x --context-parallel-size {context}"
     if context == 1:
@@ -175,7 +191,7 @@ def check_rows(seq_length: int, parallel: ParallelConfig) -> None:
 
 
 def _cuts(experts: bool, parallel: dict[str, Any]) -> list[dict[str, int]]:
-    """The sizes Megatron cuts the processes into: for attention, and again for the experts."""
+    """The sizes whose product divides the processes: those of the dense layers, and those of the experts."""
     tensor, pipeline = parallel["tensor_model_parallel_size"], parallel["pipeline_model_parallel_size"]
     cuts = [
         {
@@ -196,20 +212,25 @@ def _cuts(experts: bool, parallel: dict[str, Any]) -> list[dict[str, int]]:
 
 
 def processes_needed(experts: bool, parallel: dict[str, Any]) -> int:
-    """The number of processes a run needs a multiple of.
+    """The number that divides the number of processes of a run.
 
     Args:
-        experts: whether the model has them.
-        parallel: as `check_layout` takes it.
+        experts: whether the model has experts.
+        parallel: from `layout_arguments`.
     """
     return math.lcm(*(math.prod(cut.values()) for cut in _cuts(experts, parallel)))
 
 
 def check_processes(world_size: int, experts: bool, parallel: dict[str, Any]) -> None:
-    """Checks a number of processes against a layout; arguments as for `processes_needed`.
+    """Checks that a number of processes can be divided as a layout asks.
+
+    Args:
+        world_size: the number of processes.
+        experts: whether the model has experts.
+        parallel: from `layout_arguments`.
 
     Raises:
-        UserError: they cannot be cut so.
+        UserError: it cannot; the error names the number that it must be a multiple of.
     """
     for cut in _cuts(experts, parallel):
         if world_size % math.prod(cut.values()):

@@ -1,6 +1,7 @@
-"""Which layers a pipeline stage holds, and how many rows Megatron's embedding has. Plain arithmetic, each once.
+"""Which layers a pipeline stage holds, and how many rows Megatron's embedding has.
 
-Megatron-Core's own is `transformer_block.get_num_layers_to_build` and `transformer_layer.get_transformer_layer_offset`.
+The layers are those of Megatron-Core's `transformer_block.get_num_layers_to_build` and
+`transformer_layer.get_transformer_layer_offset`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ VOCAB_DIVISOR = 128  # Megatron-LM's default of --make-vocab-size-divisible-by
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int, divisible_by: int = VOCAB_DIVISOR) -> int:
-    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of `divisible_by * tensor_parallel_size`.
+    """Rows of Megatron's embedding: the vocabulary, rounded up to a multiple of `divisible_by * tensor_parallel_size`.
+
+    Args:
+        vocab_size: rows without padding.
+        tensor_parallel_size: tensor-parallel ranks.
+        divisible_by: `--make-vocab-size-divisible-by`.
 
     >>> padded_vocab_size(32000, 2), padded_vocab_size(32001, 2)
     (32000, 32256)
@@ -23,7 +29,12 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int, divisible_by: 
 
 
 def virtual_stages(num_layers: int, stages: int, layers_per_virtual_stage: int | None) -> int:
-    """Virtual stages of a pipeline rank; 1 where nothing is interleaved.
+    """Virtual stages of a pipeline rank; 1 where the schedule is not interleaved.
+
+    Args:
+        num_layers: of the model.
+        stages: pipeline_model_parallel_size.
+        layers_per_virtual_stage: `--num-layers-per-virtual-pipeline-stage`.
 
     Raises:
         UserError: stages and virtual stages do not divide the layers.
@@ -31,9 +42,13 @@ def virtual_stages(num_layers: int, stages: int, layers_per_virtual_stage: int |
     if layers_per_virtual_stage is None:
         return 1
     if num_layers % (stages * layers_per_virtual_stage):
+        if num_layers % stages:
+            fix = f"use --pipeline-model-parallel-size {join_or(divisors(num_layers))}"
+        else:
+            fix = f"use --num-layers-per-virtual-pipeline-stage {join_or(divisors(num_layers // stages))}"
         raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage {layers_per_virtual_stage} x --pipeline-model-parallel-size {stages} "
-            f"does not divide the model's {num_layers} layers; choose numbers that do"
+            f"--num-layers-per-virtual-pipeline-stage {layers_per_virtual_stage} x --pipeline-model-parallel-size "
+            f"{stages} does not divide the model's {num_layers} layers; {fix}"
         )
     return num_layers // (stages * layers_per_virtual_stage)
 
@@ -41,23 +56,31 @@ def virtual_stages(num_layers: int, stages: int, layers_per_virtual_stage: int |
 def stage_layers(
     num_layers: int, stages: int, virtual: int = 1, first: int | None = None, last: int | None = None
 ) -> list[list[range]]:
-    """The global layers of every pipeline rank: one range a virtual stage, through which the layers run in turn.
+    """The global layers of every pipeline rank: one range for each of its virtual stages.
 
     Args:
         num_layers: of the model.
         stages: pipeline_model_parallel_size.
         virtual: virtual stages of a rank.
-        first, last: layers of the first and the last stage over all their virtual stages; None for as many as the others.
+        first: layers of the first stage, over all its virtual stages; None for as many as the middle stages.
+        last: layers of the last stage, in the same way.
 
     Raises:
-        UserError: the layers cannot be cut so; it names the flags and values that can.
+        UserError: the layers cannot be divided so; it names the flags and values that can.
 
     >>> stage_layers(8, 2, virtual=2)
     [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]
     >>> stage_layers(7, 3, first=2, last=1)
     [[range(0, 2)], [range(2, 6)], [range(6, 7)]]
     """
-    counts = _counts(num_layers, stages, virtual, first, last)
+    ends = [count for count in (first, last) if count is not None]
+    if not _fits(num_layers, stages, virtual, sum(ends), len(ends)) or any(count % virtual for count in ends):
+        raise _does_not_fit(num_layers, stages, virtual, first, last)
+    middle = stages - len(ends)
+    share = (num_layers - sum(ends)) // (middle * virtual) if middle else 0
+    head = [first // virtual] if first is not None else []
+    tail = [last // virtual] if last is not None else []
+    counts = [*head, *[share] * middle, *tail]  # layers of one virtual stage of every rank
     found: list[list[range]] = [[] for _ in range(stages)]
     start = 0
     for _ in range(virtual):
@@ -67,44 +90,58 @@ def stage_layers(
     return found
 
 
-def _counts(num_layers: int, stages: int, virtual: int, first: int | None, last: int | None) -> list[int]:
-    """Layers of one virtual stage of every pipeline rank."""
-    ends = [count for count in (first, last) if count is not None]
-    middle, left = stages - len(ends), num_layers - sum(ends)
-    share = left // (middle * virtual) if middle > 0 else 0
-    if left != share * max(middle, 0) * virtual or (middle and share < 1) or any(count % virtual for count in ends):
-        raise _cannot_cut(num_layers, stages, virtual, first, last)
-    head = [first // virtual] if first is not None else []
-    tail = [last // virtual] if last is not None else []
-    return [*head, *[share] * middle, *tail]
+def _fits(num_layers: int, stages: int, virtual: int, ends: int, given: int) -> bool:
+    """Whether the layers outside the `given` end stages, which hold `ends` layers, divide over the other stages."""
+    middle, left = stages - given, num_layers - ends
+    return left == 0 if middle == 0 else middle > 0 and left > 0 and left % (middle * virtual) == 0
 
 
-def _cannot_cut(num_layers: int, stages: int, virtual: int, first: int | None, last: int | None) -> UserError:
-    """The error of a cut that does not come out even."""
-    given = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
-    named = " and ".join(f"{name} {count}" for name, count in given.items() if count is not None)
-    middle = stages - sum(count is not None for count in given.values())
-    of = f"{middle} pipeline stages" + (f" of {virtual} virtual stages each" if virtual > 1 else "")
-    left = num_layers - (first or 0) - (last or 0)
-    if named:
+def _does_not_fit(num_layers: int, stages: int, virtual: int, first: int | None, last: int | None) -> UserError:
+    """The error for layers that do not divide over the stages, with values that fit."""
+    flags = {"--decoder-first-pipeline-num-layers": first, "--decoder-last-pipeline-num-layers": last}
+    given = {name: count for name, count in flags.items() if count is not None}
+    in_virtual = f" of {virtual} virtual stages each" if virtual > 1 else ""
+    if not given:
+        sizes = [size // virtual for size in divisors(num_layers) if size % virtual == 0]
         return UserError(
-            f"{named}: that leaves {left} of the model's {num_layers} layers for {of}; choose numbers that leave a positive "
-            f"multiple of {max(middle * virtual, 1)}"
+            f"the model's {num_layers} layers do not divide into {stages} pipeline stages{in_virtual}; use "
+            f"--pipeline-model-parallel-size {join_or(sizes or [1])}, or give the first and the last stage another "
+            "number of layers"
         )
-    fitting = [size // virtual for size in divisors(num_layers) if size % virtual == 0]
+    ends = sum(given.values())
+    named = " and ".join(f"{name} {count}" for name, count in given.items()) + (
+        " leaves" if len(given) == 1 else " leave"
+    )
+    totals = [
+        total
+        for total in range(len(given) * virtual, num_layers + 1, virtual)
+        if _fits(num_layers, stages, virtual, total, len(given))
+    ]
+    nearest = [*[total for total in totals if total <= ends][-1:], *[total for total in totals if total > ends][:1]]
+    if not nearest:
+        fix = "use another --pipeline-model-parallel-size"
+    elif len(given) == 1:
+        fix = f"use {join_or(nearest)}"
+    else:
+        multiples = f", each a multiple of {virtual}" if virtual > 1 else ""
+        fix = f"choose two numbers with the sum {join_or(nearest)}{multiples}"
     return UserError(
-        f"{left} of the model's {num_layers} layers do not divide into {of}; use --pipeline-model-parallel-size "
-        f"{join_or(fitting or [1])}, or give the first and the last stage another number of layers"
+        f"{named} {num_layers - ends} of the model's {num_layers} layers for the other {max(0, stages - len(given))} "
+        f"pipeline stages{in_virtual}; {fix}"
     )
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
+    """All divisors, ascending.
+
+    >>> divisors(6)
+    [1, 2, 3, 6]
+    """
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def join_or(values: Iterable[int]) -> str:
-    """A list for people.
+    """Values as a list in words.
 
     >>> join_or([1, 2, 4])
     '1, 2 or 4'

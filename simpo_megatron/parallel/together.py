@@ -1,4 +1,4 @@
-"""Ranks that fail together: an error of one rank is raised on all, so that none waits in a collective for one that left."""
+"""An error of one rank becomes an error of all ranks, so that none waits in a collective for a rank that stopped."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from simpo_megatron.errors import UserError
 
 @contextlib.contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Turns a UserError of any rank inside the block into the same UserError on every rank.
+    """Raises a UserError on every rank where the block raises one on any rank: that of the lowest such rank.
 
-    Collectives: one all-gather of a string at the end of the block. The block itself must not hold collectives that a
+    Collectives: one all-gather of a string at the end of the block. The block itself must contain no collective that a
     failing rank would miss.
+
+    Raises:
+        UserError: see above.
     """
     message = None
     try:

@@ -1,13 +1,19 @@
-"""The layouts of a model on a number of GPUs, with memory and idle time, best first.
+"""The parallel layouts of a model on a number of GPUs, with their memory and idle time, best first.
 
-Only layouts that `models/limits.py` accepts are listed. Tried are tensor parallelism within a node, always with sequence
-parallelism; even pipeline stages, or a first and a last stage of their own where the layers do not divide; 1, 2 or 4 virtual
-stages a rank; whole experts or experts cut as the other tensors are; activations kept, or recomputed whole (recomputing the
-attention alone saves next to nothing where a fused attention keeps its output only).
+Only layouts that `parallel/limits.py` accepts are listed. These are tried:
 
-Best is the smallest `slowdown`: the time of a step against that of a pipeline that is never idle, of data-parallel ranks that
-all have the same number of rows, and of activations that are kept. Communication has no number here: of layouts within 5 % of
-each other the one that cuts tensors and sequences over fewer ranks comes first.
+* tensor parallelism within a node, always with sequence parallelism;
+* context parallelism within a node;
+* even pipeline stages, with 1, 2 or 4 virtual stages a rank; a smaller first and last stage where the layers do not
+  divide;
+* whole experts, or experts divided like the other tensors;
+* all activations kept, or all recomputed. Recomputing the attention alone is not tried: it saves next to nothing where
+  a fused attention keeps only its output.
+
+The best layout has the smallest `slowdown`, which is the time of a step divided by the time of an ideal one. In an
+ideal step no pipeline stage waits, all data-parallel ranks have the same number of packed rows, and no activation is
+recomputed. Communication is not estimated. Instead, of layouts within 5 % of each other, the one that divides tensors
+and sequences over fewer ranks comes first.
 """
 
 from __future__ import annotations
@@ -20,7 +26,8 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.parallel.config import ParallelConfig
-from simpo_megatron.parallel.limits import check_layout, check_processes, check_rows, divisors, layout_arguments
+from simpo_megatron.parallel.limits import check_layout, check_processes, check_rows, layout_arguments
+from simpo_megatron.parallel.stages import divisors
 from simpo_megatron.planning.memory import Memory, Workload, estimate
 
 GPUS_PER_NODE = 8
@@ -30,14 +37,14 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan for.
+    """The run that layouts are wanted for.
 
     Attributes:
         gpu_bytes: memory of a GPU that a run may fill.
-        seq_length: tokens of a row.
-        packed_rows: of a step, over all ranks.
-        slab_bytes: of the head.
-        reference: a frozen reference model stays on the GPUs.
+        seq_length: tokens of a packed row.
+        packed_rows: packed rows of a step, over all ranks.
+        slab_bytes: bytes of the logits that the fused head holds at a time.
+        reference: whether a frozen reference model stays on the GPUs.
     """
 
     gpu_bytes: int
@@ -48,14 +55,15 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Planned:
+class LayoutCost:
     """A layout and what it costs.
 
     Attributes:
-        data_parallel_size: of the layout.
-        microbatches: rows of a step a data-parallel rank runs.
+        parallel: the layout.
+        data_parallel_size: data-parallel ranks.
+        microbatches: packed rows of a step on each data-parallel rank.
         bubble: share of a step in which a pipeline stage waits for the others.
-        slowdown: see the head of the module.
+        slowdown: time of a step divided by the time of an ideal one, see above.
         memory: of the rank that needs most.
     """
 
@@ -75,27 +83,27 @@ class Planned:
         return round(self.slowdown * 20), cut, p.pipeline_model_parallel_size, experts, self.memory.total
 
 
-def fitting(architecture: Architecture, gpus: int, request: Request) -> list[Planned]:
-    """The layouts of a model on this many GPUs whose memory suffices, best first."""
-    found = [plan(architecture, parallel, gpus, request) for parallel in legal(architecture, gpus, request.seq_length)]
-    return sorted((one for one in found if one.memory.total <= request.gpu_bytes), key=lambda one: one.order)
+def fitting(architecture: Architecture, gpus: int, request: Request) -> list[LayoutCost]:
+    """The layouts of a model on this many GPUs that fit into their memory, best first."""
+    costs = [cost(architecture, parallel, gpus, request) for parallel in legal(architecture, gpus, request.seq_length)]
+    return sorted((one for one in costs if one.memory.total <= request.gpu_bytes), key=lambda one: one.order)
 
 
-def fewest(architecture: Architecture, request: Request) -> tuple[int, Planned] | None:
-    """The smallest number of GPUs on which a layout fits (1, 2, 4, or whole nodes) and the best layout there."""
+def fewest(architecture: Architecture, request: Request) -> tuple[int, LayoutCost] | None:
+    """The smallest number of GPUs on which a layout fits (1, 2, 4 or whole nodes), and the best layout there."""
     for gpus in (1, 2, 4, *range(GPUS_PER_NODE, MOST_GPUS + 1, GPUS_PER_NODE)):
         if found := fitting(architecture, gpus, request):
             return gpus, found[0]
     return None
 
 
-def plan(architecture: Architecture, parallel: ParallelConfig, gpus: int, request: Request) -> Planned:
+def cost(architecture: Architecture, parallel: ParallelConfig, gpus: int, request: Request) -> LayoutCost:
     """What a layout costs on this many GPUs."""
     layout = layout_arguments(parallel, architecture.num_layers)
     stages, virtual = parallel.pipeline_model_parallel_size, layout["virtual_pipeline_model_parallel_size"] or 1
     data = gpus // (parallel.tensor_model_parallel_size * parallel.context_parallel_size * stages)
     microbatches = max(1, math.ceil(request.packed_rows / data))
-    if virtual > 1:  # the interleaved schedule takes a multiple of the stages: the rest are empty rows
+    if virtual > 1:  # the interleaved schedule needs a multiple of the stages; the missing rows are empty ones
         microbatches = math.ceil(microbatches / stages) * stages
     waiting = (stages - 1) / virtual
     recompute = 4 / 3 if parallel.recompute_granularity == "full" else 1
@@ -106,10 +114,10 @@ def plan(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
         slab_bytes=request.slab_bytes,
         reference=request.reference,
     )
-    return Planned(
-        parallel,
-        data,
-        microbatches,
+    return LayoutCost(
+        parallel=parallel,
+        data_parallel_size=data,
+        microbatches=microbatches,
         bubble=waiting / (microbatches + waiting),
         slowdown=(microbatches + waiting) * recompute / (request.packed_rows / data),
         memory=estimate(architecture, layout, work),
@@ -117,7 +125,7 @@ def plan(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
 
 
 def legal(architecture: Architecture, gpus: int, seq_length: int) -> Iterator[ParallelConfig]:
-    """The layouts of a model on this many GPUs that the limits allow."""
+    """The tried layouts of a model on this many GPUs that `parallel/limits.py` accepts."""
     model = architecture.transformer
     for base in _dense(architecture.num_layers, gpus):
         for parallel in _with_experts(base, architecture.num_experts):
@@ -132,7 +140,7 @@ def legal(architecture: Architecture, gpus: int, seq_length: int) -> Iterator[Pa
 
 
 def _dense(num_layers: int, gpus: int) -> Iterator[ParallelConfig]:
-    """Tensor, pipeline, virtual and context sizes and recomputation; the GPUs that are left are data-parallel."""
+    """The tried sizes of tensor, pipeline and context parallelism, with and without recomputation."""
     for tensor in divisors(math.gcd(gpus, GPUS_PER_NODE)):
         for stages in (n for n in divisors(gpus // tensor) if n <= num_layers):
             for context in divisors(math.gcd(gpus // (tensor * stages), GPUS_PER_NODE)):
@@ -148,7 +156,7 @@ def _dense(num_layers: int, gpus: int) -> Iterator[ParallelConfig]:
 
 
 def _pipelines(num_layers: int, stages: int) -> Iterator[dict[str, Any]]:
-    """Ways to cut the layers into stages."""
+    """The tried ways to divide the layers into stages."""
     sizes: dict[str, Any] = {"pipeline_model_parallel_size": stages}
     if num_layers % stages == 0:
         yield sizes
@@ -167,7 +175,7 @@ def _pipelines(num_layers: int, stages: int) -> Iterator[dict[str, Any]]:
 
 
 def _with_experts(base: ParallelConfig, experts: int | None) -> Iterator[ParallelConfig]:
-    """The layout with every way to spread the experts; as it is for a dense model."""
+    """A layout with every tried way to divide the experts; unchanged for a dense model."""
     if experts is None:
         yield base
         return

@@ -1,10 +1,11 @@
 """Checkpoints in Megatron-LM's directory layout, written and read by Megatron's dist_checkpointing (`torch_dist`).
 
-    SAVE/latest_checkpointed_iteration.txt      "100", replaced last
+    SAVE/latest_checkpointed_iteration.txt      the tracker: "100"; replaced last
     SAVE/iter_0000100/                          .metadata, common.pt, metadata.json, __RANK_THREAD.distcp
 
-The tracker changes only after the new directory is complete on all ranks, so a killed or failed save leaves the previous
-checkpoint as the latest one. `args` holds primitives alone, under Megatron-LM's names, for its `--load`.
+The tracker is replaced only after the new folder is complete on all ranks. So after a save that failed or was killed,
+the previous checkpoint is still the latest one. The `args` in common.pt are primitives under Megatron-LM's names, which
+its `--load` reads; `checkpoint/megatron_args.py` makes them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_step, write_tracker
 from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 from simpo_megatron.checkpoint.manifest import check_manifest
-from simpo_megatron.checkpoint.megatron_args import megatron_args, namespace
+from simpo_megatron.checkpoint.saved_args import megatron_args, namespace
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
@@ -42,7 +43,15 @@ FAILURES = (Exception, CheckpointException)  # torch derives CheckpointException
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: with the seed, all that the data order needs to go on."""
+    """Where a run stands. The data order is a function of the seed and the position, so no more state is needed.
+
+    Attributes:
+        step: optimizer steps taken.
+        consumed_pairs: pairs trained on, repeats counted.
+        num_pairs: pairs of the training data.
+        tokens_crc32: fingerprint of the training data (`Pairs.fingerprint`).
+        seed: of the data order.
+    """
 
     step: int = 0
     consumed_pairs: int = 0
@@ -52,10 +61,14 @@ class Progress:
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """Writes a probe where the folder is, or where it would be created, and removes it again.
+    """Checks that a folder can be written to, by a probe file in it or in its nearest existing parent.
+
+    Args:
+        flag: that names the folder, for the error.
+        folder: perhaps not there yet; it is not created.
 
     Raises:
-        UserError: it cannot be written to.
+        UserError: the folder cannot be written to.
     """
     try:
         parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -67,10 +80,14 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def check_new_run(save: Path | None, load: Path | None) -> None:
-    """Keeps a new run from writing between the checkpoints of another.
+    """Keeps a new run from writing into the folder of another run.
+
+    Args:
+        save: the folder of --save.
+        load: the folder of --load.
 
     Raises:
-        UserError: `save` holds a run and is not resumed.
+        UserError: `save` holds a run, and this run does not resume it.
     """
     if save is None or (load is not None and load.resolve() == save.resolve()):
         return
@@ -88,7 +105,10 @@ def _sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
 
 
 def _rng_state() -> ShardedObject:
-    """Megatron-LM's loader asks for it. Nothing here draws random numbers: no dropout, and a data order by formula."""
+    """The random state that Megatron-LM's loader asks for.
+
+    Training here draws no random numbers: there is no dropout, and the data order is a formula.
+    """
     tracker: Any = tensor_parallel.get_cuda_rng_tracker()
     state = {
         "random_rng_state": random.getstate(),
@@ -124,10 +144,15 @@ def _args(engine: Engine, progress: Progress) -> Namespace:
 
 
 def save(engine: Engine, root: Path, progress: Progress) -> None:
-    """Writes a checkpoint and then points the tracker at it.
+    """Writes a checkpoint and then points the tracker at it. Every rank calls it.
+
+    Args:
+        engine: with the model, the optimizer and the schedule.
+        root: the folder of --save.
+        progress: where the run stands.
 
     Raises:
-        UserError: the file system refused (full disk, no permission); the latest complete checkpoint stays the latest.
+        UserError: a file cannot be written (full disk, no permission); the latest complete checkpoint stays the latest.
     """
     directory = iteration_folder(root, progress.step)
     engine.sync_parameters()
@@ -160,22 +185,30 @@ def save(engine: Engine, root: Path, progress: Progress) -> None:
 
 
 def _save_error(error: BaseException, directory: Path, root: Path) -> UserError:
-    """Says what stopped a save, on rank 0, which gets the failures of all ranks."""
+    """The error of a failed save; rank 0, which knows the failures of all ranks, removes the unfinished folder."""
     if dist.get_rank() == 0:
         shutil.rmtree(directory, ignore_errors=True)
     latest = latest_step(root)
     kept = "no checkpoint was complete yet" if latest is None else f"{iteration_folder(root, latest)} is still complete"
-    return UserError(f"saving {directory} failed: {_reason(error)}; {kept}. Free space there, or choose another --save")
+    return UserError(f"saving {directory} failed: {_reason(error)}; {kept}; free space there, or choose another --save")
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on the first rank that failed; rank 0 knows of all ranks, the others may have no details."""
+    """What went wrong on the first rank that failed. Ranks other than 0 may have no details."""
     failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
     return " ".join(str(failures[0] if failures else error).split())[:400] or type(error).__name__
 
 
 def load(engine: Engine, root: Path, step: int) -> Progress:
-    """Fills model, optimizer and scheduler from the checkpoint of a step, at any layout.
+    """Fills model, optimizer and schedule from the checkpoint of a step. The layout may differ from that of the save.
+
+    Args:
+        engine: to fill.
+        root: the folder of --load.
+        step: from `setup.step_to_resume`.
+
+    Returns:
+        Where the saved run stood.
 
     Raises:
         UserError: the checkpoint does not hold exactly the tensors of this model, or cannot be read.
@@ -188,16 +221,18 @@ def load(engine: Engine, root: Path, step: int) -> Progress:
         engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["opt_param_scheduler"])
     if "progress" not in state:
-        raise UserError(f"{directory} was not saved by this program: it does not say where the data stood")
+        raise UserError(
+            f"{directory} was not saved by this program: it has no position in the data; start from its weights instead"
+        )
     return Progress(**state["progress"])
 
 
 def load_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, directory: Path) -> None:
-    """Fills the models from a checkpoint without optimizer state, at any layout; padded vocabulary rows become zero.
+    """Fills the models from a checkpoint without optimizer state, in any layout. Padded vocabulary rows become zero.
 
     Args:
-        models: of this rank, one a virtual pipeline stage.
-        hf: what they were built from; a converted checkpoint must say that it was made from the same.
+        models: of this rank, one for each virtual pipeline stage.
+        hf: the checkpoint that they were built from; a converted checkpoint must have been made from the same.
         directory: from `release_folder`.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Where the numbers go: one line a step under a progress bar, `SAVE/metrics.jsonl`, TensorBoard, Weights & Biases.
+"""What a run reports: lines and a progress bar on the terminal, `SAVE/metrics.jsonl`, TensorBoard, Weights & Biases.
 
-Rank 0 alone writes; on the other ranks every method does nothing.
+Rank 0 alone writes. On the other ranks every method does nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from simpo_megatron.files import atomic_write
 
 
 class Logger:
-    """Writes rows and lines.
-
-    Raises a UserError where a file cannot be written or wandb cannot start.
+    """Reports metrics and messages.
 
     Args:
-        config: where to.
-        total_steps, first_step: of the progress bar; a resumed run starts in the middle.
+        config: of the run; it names the files and services.
+        total_steps: of the whole run, for the progress bar.
+        first_step: the step that the run starts from; records of later steps are removed from metrics.jsonl.
+
+    Raises:
+        UserError: a file cannot be written, or Weights & Biases cannot start.
     """
 
     def __init__(self, config: Config, total_steps: int, first_step: int) -> None:
@@ -50,65 +52,36 @@ class Logger:
         )
         self.task = self.progress.add_task("", total=total_steps, completed=first_step)
         try:
-            self.rows = self._rows(config.checkpoint.save, first_step)
-            self.tensorboard = self._tensorboard(config)
+            self.metrics_file = _open_metrics_file(config.checkpoint.save, first_step)
+            self.tensorboard = _tensorboard_writer(config)
         except OSError as error:
             raise UserError(
-                f"{error.filename} cannot be written: {error.strerror}; mend it, or choose another --save"
+                f"{error.filename} cannot be written: {error.strerror}; make it writable, or choose another --save"
             ) from error
-        self.wandb = self._wandb(config)
-
-    def _rows(self, save: Path | None, first_step: int) -> TextIO | None:
-        if save is None:
-            return None
-        save.mkdir(parents=True, exist_ok=True)
-        path = save / "metrics.jsonl"
-        _drop_rows_after(path, first_step)
-        return path.open("a", encoding="utf-8")
-
-    def _tensorboard(self, config: Config) -> Any:
-        save = config.checkpoint.save
-        directory = config.log.tensorboard_dir or (save / "tensorboard" if save else None)
-        if directory is None:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(directory))
-
-    def _wandb(self, config: Config) -> Any:
-        if config.log.wandb_project is None:
-            return None
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--wandb-project needs wandb: pip install 'simpo-megatron[wandb]'") from error
-        try:
-            return wandb.init(project=config.log.wandb_project, config=flat(config))
-        except wandb.Error as error:
-            raise UserError(f"--wandb-project {config.log.wandb_project}: {error}") from error
+        self.wandb = _start_wandb(config)
 
     def start(self) -> None:
         """Shows the progress bar."""
         if self.enabled:
             self.progress.start()
 
-    def say(self, text: str) -> None:
-        """One line for the person who watches."""
+    def message(self, text: str) -> None:
+        """Prints a line above the progress bar."""
         if self.enabled:
             self.console.print(text, markup=False)
 
     def advance(self, step: int) -> None:
-        """Moves the bar to a step."""
+        """Moves the progress bar to a step."""
         if self.enabled:
             self.progress.update(self.task, completed=step)
 
-    def row(self, step: int, metrics: dict[str, float]) -> None:
-        """One row for machines: `step` and the metrics, to every file."""
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of a step, under their full names, to metrics.jsonl, TensorBoard and Weights & Biases."""
         if not self.enabled:
             return
-        if self.rows is not None:
-            self.rows.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.rows.flush()
+        if self.metrics_file is not None:
+            self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.metrics_file.flush()
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -116,19 +89,19 @@ class Logger:
             self.wandb.log(metrics, step=step)
 
     def step_line(self, step: int, metrics: dict[str, float]) -> None:
-        """The readable line of a training step."""
+        """Prints the line of a training step."""
         if self.enabled:
-            self.say(
+            self.message(
                 f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {_readable(metrics, STEP_COLUMNS)}"
             )
 
     def eval_line(self, step: int, metrics: dict[str, float]) -> None:
-        """The readable line of an evaluation."""
+        """Prints the line of an evaluation."""
         if self.enabled:
-            self.say(f"eval at step {step}  {_readable(metrics, EVAL_COLUMNS)}")
+            self.message(f"eval at step {step}  {_readable(metrics, EVAL_COLUMNS)}")
 
     def summary(self, before: dict[str, float], after: dict[str, float]) -> None:
-        """A table of the held-out metrics before and after training."""
+        """Prints a table of the metrics of the held-out pairs, before and after training."""
         if not self.enabled or not before:
             return
         table = Table("held-out pairs", "before", "after")
@@ -137,17 +110,18 @@ class Logger:
         self.console.print(table)
 
     def close(self) -> None:
-        """Ends the bar and closes the files."""
+        """Removes the progress bar and closes the files."""
         if not self.enabled:
             return
         self.progress.stop()
-        for sink in (self.rows, self.tensorboard):
+        for sink in (self.metrics_file, self.tensorboard):
             if sink is not None:
                 sink.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
+# Metric, its short name on the terminal, and its format.
 EVAL_COLUMNS = (
     ("loss", "loss", ".4f"),
     ("rewards/margins", "margin", "+.4f"),
@@ -167,8 +141,41 @@ def _readable(metrics: dict[str, float], columns: Iterable[tuple[str, str, str]]
     return "  ".join(f"{label} {metrics[name]:{form}}" for name, label, form in columns if name in metrics)
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Takes back what a killed run logged beyond the checkpoint it resumes from."""
+def _open_metrics_file(save: Path | None, first_step: int) -> TextIO | None:
+    """Opens SAVE/metrics.jsonl to append to it; None without --save."""
+    if save is None:
+        return None
+    save.mkdir(parents=True, exist_ok=True)
+    path = save / "metrics.jsonl"
+    _remove_records_after(path, first_step)
+    return path.open("a", encoding="utf-8")
+
+
+def _tensorboard_writer(config: Config) -> Any:
+    save = config.checkpoint.save
+    directory = config.log.tensorboard_dir or (save / "tensorboard" if save else None)
+    if directory is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory))
+
+
+def _start_wandb(config: Config) -> Any:
+    if config.log.wandb_project is None:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb-project needs wandb; install it with pip install 'simpo-megatron[wandb]'") from error
+    try:
+        return wandb.init(project=config.log.wandb_project, config=flat(config))
+    except wandb.Error as error:
+        raise UserError(f"--wandb-project {config.log.wandb_project}: {error}") from error
+
+
+def _remove_records_after(path: Path, step: int) -> None:
+    """Removes the records that a killed run wrote after the checkpoint it now resumes from."""
     if not path.is_file():
         return
     kept = []

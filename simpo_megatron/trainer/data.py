@@ -1,4 +1,4 @@
-"""The pairs of a run on every rank: prepared sets mapped by each, raw files tokenized by rank 0 and sent to the others."""
+"""The pairs of a run on every rank: all map prepared sets; rank 0 tokenizes raw files and sends their pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch.distributed as dist
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.data import InMemoryPairs, Pairs, load_preferences
 from simpo_megatron.data.blend import Blend, parse_blend
-from simpo_megatron.data.prepared_set import PreparedPairs, is_prepared
+from simpo_megatron.data.prepared_format import is_prepared
+from simpo_megatron.data.prepared_set import PreparedPairs
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
@@ -18,9 +19,17 @@ from simpo_megatron.trainer.distributed import broadcast_pairs
 
 
 def load_data(data: DataConfig, hf: HFCheckpoint) -> tuple[Pairs, Pairs | None, list[str]]:
-    """The training and the validation pairs, and what to say about them (on rank 0).
+    """Loads the training and the validation pairs.
 
-    Collectives: one broadcast of which sources are prepared; what `together` and `broadcast_pairs` need, for each source.
+    Collectives: for each source one broadcast (whether it is prepared), and those of `raise_on_all_ranks` and
+    `broadcast_pairs`.
+
+    Args:
+        data: the settings.
+        hf: the model, whose tokenizer is used.
+
+    Returns:
+        The training pairs, the validation pairs or None, and one message on each source (on rank 0; none elsewhere).
 
     Raises:
         UserError: a source cannot be read, or was prepared for another model; the same on every rank.
@@ -46,7 +55,7 @@ class _Loader:
     def _load(self, source: str) -> Pairs:
         first = dist.get_rank() == 0
         prepared = [is_prepared(source)]
-        dist.broadcast_object_list(prepared, src=0)  # a node that does not see the files must say so, not wait
+        dist.broadcast_object_list(prepared, src=0)  # all take rank 0's answer: a node without the files fails
         pairs: Pairs | None = None
         with raise_on_all_ranks():
             if prepared[0]:
@@ -71,26 +80,37 @@ def open_prepared(prefix: str, data: DataConfig, hf: HFCheckpoint, tokenizer: An
 
     Args:
         prefix: of its files.
-        data, hf: of the run.
-        tokenizer: to compare the set with what it was prepared for; None to map it unchecked.
+        data: the settings of the run.
+        hf: the model of the run.
+        tokenizer: of the model; None: neither the model nor the checksums are compared (ranks other than 0).
 
     Raises:
-        UserError: it cannot be read, was prepared for another model or otherwise, or holds a sequence too long for a row.
+        UserError: the set cannot be read, was prepared for another model or with other options than those given, or
+            holds a sequence that is too long for a packed row.
     """
     pairs = PreparedPairs(prefix, verify=tokenizer is not None)
     if tokenizer is not None:
         pairs.check(fingerprint(tokenizer, hf.eos_token_ids), data.given_options, hf.path)
     if 2 * pairs.longest_sequence > data.seq_length:
         raise UserError(
-            f"{prefix} holds a sequence of {pairs.longest_sequence} tokens, and a row of --seq-length {data.seq_length} "
-            f"takes pairs of at most {data.seq_length // 2} a sequence; raise --seq-length to at least "
+            f"{prefix} holds a sequence of {pairs.longest_sequence} tokens, but a packed row of --seq-length "
+            f"{data.seq_length} takes sequences of at most {data.seq_length // 2}; raise --seq-length to at least "
             f"{2 * pairs.longest_sequence}, or prepare the set with --max-length {data.seq_length // 2}"
         )
     return pairs
 
 
 def check_ids(pairs: Pairs, hf: HFCheckpoint, source: str) -> None:
-    """Raises UserError where a source holds a token id that the model does not have."""
+    """Compares the largest token id with the vocabulary.
+
+    Args:
+        pairs: of a source.
+        hf: the model.
+        source: its name, for the error.
+
+    Raises:
+        UserError: the model does not have the id.
+    """
     if pairs.largest_token >= hf.architecture.vocab_size:
         raise UserError(
             f"the tokenizer of {hf.path} gives token id {pairs.largest_token} for {source}, but the model's "

@@ -1,4 +1,4 @@
-"""Processes: start them, cut them into Megatron's groups, and let them fail together."""
+"""The processes of a run: the device, Megatron's process groups, and sending pairs from rank 0 to all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from simpo_megatron.parallel.limits import check_processes
 
 
 def resolve_device(device: str) -> str:
-    """`cuda` or `cpu` for `--device auto|cpu|cuda`; on `cpu` Megatron is told so (`cpu.enable`)."""
+    """Chooses the device and prepares it: selects this rank's GPU, or lets Megatron run on the CPU (`cpu.enable`).
+
+    Args:
+        device: `--device`: auto, cpu or cuda.
+
+    Returns:
+        `cuda` or `cpu`.
+
+    Raises:
+        UserError: --device cuda, and there is no GPU.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda finds no CUDA device; use --device cpu")
     if device == "auto":
@@ -31,11 +41,17 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def initialize(layout: TransformerConfig, timeout_minutes: int, device: str, seed: int) -> None:
-    """Joins the processes torchrun started (or runs as one) and builds Megatron's process groups for the layout.
+def initialize(transformer: TransformerConfig, timeout_minutes: int, device: str, seed: int) -> None:
+    """Joins the processes that torchrun started, or runs as one, and builds Megatron's process groups.
+
+    Args:
+        transformer: holds the parallel transformer.
+        timeout_minutes: of a collective.
+        device: from `resolve_device`; it decides between NCCL and gloo.
+        seed: of Megatron's random number generators.
 
     Raises:
-        UserError: the number of processes does not fit the layout.
+        UserError: the number of processes does not fit the transformer.
     """
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device == "cuda" else "gloo"
@@ -46,14 +62,14 @@ def initialize(layout: TransformerConfig, timeout_minutes: int, device: str, see
     else:
         alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
-    check_processes(dist.get_world_size(), layout.num_moe_experts is not None, vars(layout))
+    check_processes(dist.get_world_size(), transformer.num_moe_experts is not None, vars(transformer))
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        tensor_model_parallel_size=transformer.tensor_model_parallel_size,
+        pipeline_model_parallel_size=transformer.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=transformer.virtual_pipeline_model_parallel_size,
+        context_parallel_size=transformer.context_parallel_size,
+        expert_model_parallel_size=transformer.expert_model_parallel_size,
+        expert_tensor_parallel_size=transformer.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -66,12 +82,15 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def broadcast_pairs(store: InMemoryPairs | None) -> InMemoryPairs:
+def broadcast_pairs(pairs: InMemoryPairs | None) -> InMemoryPairs:
     """Rank 0's tokenized pairs on every rank.
 
-    Collectives: one broadcast of the shapes, one of each array.
+    Collectives: one broadcast of names, types and shapes, and one of each array.
+
+    Args:
+        pairs: those to send, on rank 0; None on the other ranks.
     """
-    arrays: dict[str, np.ndarray] = store.arrays() if store is not None else {}
+    arrays: dict[str, np.ndarray] = {} if pairs is None else pairs.arrays()
     header: list[Any] = [{name: (array.dtype.str, array.shape) for name, array in arrays.items()}]
     dist.broadcast_object_list(header, src=0)
     received = {}

@@ -1,4 +1,4 @@
-"""Model, DDP, optimizer and scheduler of one run, all Megatron's, behind two calls: `train_step` and `evaluate`."""
+"""Megatron's DDP, optimizer and learning-rate schedule behind two calls: `train_step` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from simpo_megatron.batch.packer import GlobalBatch, RowPacker
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
-from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.step import PreferenceStep
@@ -29,13 +28,14 @@ class Engine:
     """Trains and evaluates.
 
     Args:
-        config: the run.
-        hf: what the models were built from.
-        models: one GPTModel a virtual pipeline stage of this rank, weights loaded; the last one's output layer becomes a head.
-        transformer: their TransformerConfig; its schedule hooks are set here.
+        config: of the run.
+        hf: the checkpoint that the models were built from.
+        models: one GPTModel for each virtual pipeline stage of this rank, from `setup.prepare_models`.
+        transformer: their TransformerConfig. The hooks that Megatron's schedule calls are set in it.
         train_iters: steps of the whole run, for the learning-rate schedule.
 
     Attributes:
+        chunks: the models wrapped by DDP: Megatron's model chunks.
         packer: makes the global batches that the methods take (`packer.pack`).
     """
 
@@ -48,10 +48,6 @@ class Engine:
         train_iters: int,
     ) -> None:
         self.config, self.hf, self.models, self.transformer = config, hf, models, transformer
-        if config.model.head == "fused":
-            for model in models:
-                if model.post_process:
-                    LogProbHead.install(model, config.model.slab_bytes)
         self.chunks: list[Any] = self._wrap()
         self.optimizer = self._build_optimizer()
         self.scheduler = self._build_scheduler(train_iters)
@@ -59,7 +55,7 @@ class Engine:
         self.run_schedule = get_forward_backward_func()
 
     def _wrap(self) -> list[DistributedDataParallel]:
-        # DDP wraps the bare GPTModel: it is built in bf16 already, and Float16Module would upcast all logits to fp32.
+        # DDP wraps the bare GPTModel, which is built in bf16 already. Float16Module would upcast all logits to fp32.
         parallel, hooks = self.config.parallel, self.transformer
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -119,17 +115,19 @@ class Engine:
         measure = optimizer.get_grad_norm
 
         def finite_grad_norm() -> float:
-            # Megatron asks for the norm before it updates: the last moment to keep a NaN out of the weights.
+            # Megatron asks for the norm before the update. An error here keeps a NaN out of the weights.
             norm = float(measure())
             if not math.isfinite(norm):
-                raise UserError(f"the gradient norm is {norm}; no weight was changed. Lower --lr or look at the data")
+                raise UserError(
+                    f"the gradient norm is {norm} and no weight was changed; lower --lr, or look at the data"
+                )
             return norm
 
         optimizer.get_grad_norm = finite_grad_norm
         return optimizer
 
     def _build_scheduler(self, train_iters: int) -> OptimizerParamScheduler:
-        # Counted in pairs, as Megatron-LM counts samples: one step is --global-batch-size of them.
+        # The schedule counts pairs, as Megatron-LM counts samples: one step is --global-batch-size pairs.
         settings, pairs = self.config.optimizer, self.config.train.global_batch_size
         total = train_iters * pairs
         return OptimizerParamScheduler(
@@ -137,7 +135,7 @@ class Engine:
             init_lr=0.0,
             max_lr=settings.lr,
             min_lr=settings.min_lr,
-            # In whole steps: a shorter warm-up would only rob the first step of its learning rate.
+            # Whole steps: a warm-up that is a fraction of a step would only set the first learning rate to 0.
             lr_warmup_steps=int(settings.lr_warmup_fraction * train_iters) * pairs,
             lr_decay_steps=total,
             lr_decay_style=settings.lr_decay_style,
@@ -165,11 +163,14 @@ class Engine:
         return reduce_metrics(sums, objective.metrics)
 
     def compute_gradients(self, batch: GlobalBatch, on_sums: Any = None) -> dict[str, float]:
-        """Fills the gradient buffers with the gradient of the batch alone and returns its metrics.
+        """Fills the gradient buffers with the gradient of this batch.
 
         Args:
             batch: from `packer.pack`.
             on_sums: see `PreferenceStep`.
+
+        Returns:
+            The metrics of the batch.
         """
         for chunk in self.chunks:
             chunk.train()
@@ -178,14 +179,20 @@ class Engine:
         return self._run(batch, forward_only=False, on_sums=on_sums)
 
     def train_step(self, batch: GlobalBatch) -> dict[str, float]:
-        """One optimizer step: metrics of the batch before it, with `grad_norm` (before clipping) and `learning_rate`.
+        """Takes one optimizer step.
+
+        Args:
+            batch: from `packer.pack`.
+
+        Returns:
+            The metrics of the batch before the step, with `grad_norm` (before clipping) and `learning_rate`.
 
         Raises:
-            UserError: loss or gradient norm is not finite; the weights are as they were.
+            UserError: the loss or the gradient norm is not finite; the weights are unchanged.
         """
         metrics = self.compute_gradients(batch)
         if not math.isfinite(metrics["loss"]):
-            raise UserError(f"the loss is {metrics['loss']}; no weight was changed. Lower --lr or look at the data")
+            raise UserError(f"the loss is {metrics['loss']} and no weight was changed; lower --lr, or look at the data")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         _, metrics["grad_norm"], _ = self.optimizer.step()
         self.scheduler.step(increment=self.config.train.global_batch_size)
@@ -193,13 +200,21 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: GlobalBatch, on_sums: Any = None) -> dict[str, float]:
-        """Metrics of a batch of any size, by the formula of training; arguments as for `compute_gradients`."""
+        """Measures a batch of any size, by the formula of training.
+
+        Args:
+            batch: from `packer.pack`.
+            on_sums: see `PreferenceStep`.
+
+        Returns:
+            The metrics of the batch.
+        """
         for chunk in self.chunks:
             chunk.eval()
         return self._run(batch, forward_only=True, on_sums=on_sums)
 
     def sync_parameters(self) -> None:
-        """Gathers the parameters that an overlapped gather would fetch only in the next forward pass."""
+        """Completes the parameters of this rank: --overlap-param-gather leaves them to the next forward pass."""
         if self.config.parallel.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)

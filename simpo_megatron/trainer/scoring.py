@@ -1,6 +1,6 @@
-"""The summed log-probs of a data set under the model of an engine: for the verifier, and for whoever needs them of a set.
+"""The summed log-probs of the responses of a data set, under the model of an engine.
 
-    sums_PM = score_pairs(engine, pairs)         # every rank calls it, every rank gets all of them
+    sums_PM = score_pairs(engine, pairs)         # every rank calls it, and every rank gets the sums of all pairs
 
 Shapes: P pairs, M scored responses of a pair.
 """
@@ -24,26 +24,36 @@ from simpo_megatron.trainer.engine import Engine
 
 @dataclass
 class SeenSums:
-    """An `on_sums` of the engine: keeps what this rank sees; nothing on the stages before the last."""
+    """An `on_sums` callback of the engine that keeps what this rank sees. Only the last pipeline stage sees sums.
+
+    Attributes:
+        seen: the microbatches of this rank, each with its sums [P, M].
+    """
 
     seen: list[tuple[PreferenceBatch, Tensor]] = field(default_factory=list)
 
     def __call__(self, batch: PreferenceBatch, sums_PM: Tensor) -> None:
+        """Keeps a microbatch and its sums."""
         self.seen.append((batch, sums_PM))
 
     def by_pair(self) -> Iterator[tuple[int, list[float], list[int]]]:
-        """Index, sums and lengths of every pair that this rank has seen."""
+        """Yields the index, the sums and the lengths of every pair that this rank has seen."""
         for batch, sums_PM in self.seen:
             lengths_PM = batch.lengths.view(-1, batch.responses)
             yield from zip(batch.pairs, sums_PM.tolist(), lengths_PM.tolist(), strict=True)
 
 
 def score_pairs(engine: Engine, pairs: Pairs) -> np.ndarray:
-    """Summed log-probs of the scored responses of all pairs of a set, chosen first: [P, M] fp32, the same on all ranks.
-
-    The set is scored --global-batch-size pairs at a time, in its order.
+    """Scores a whole data set, --global-batch-size pairs at a time, in its order.
 
     Collectives: those of an evaluation for every batch, and one all-reduce of the sums.
+
+    Args:
+        engine: with the model.
+        pairs: the data set.
+
+    Returns:
+        [P, M] fp32: the summed log-probs of the scored responses, chosen first. The same on all ranks.
     """
     size, total = engine.config.train.global_batch_size, len(pairs)
     indices = pairs.order(0, total, seed=0, shuffle=False)
@@ -51,7 +61,8 @@ def score_pairs(engine: Engine, pairs: Pairs) -> np.ndarray:
     for start in range(0, total, size):
         engine.evaluate(engine.packer.pack(pairs, indices[start : start + size]), found)
     sums_PM = torch.zeros(total, engine.packer.responses, device=torch.cuda.current_device())
-    # Tensor- and context-parallel ranks see the same pairs: one of them tells, so that the sum over ranks is exact.
+    # All tensor- and context-parallel ranks see the same pairs. Only one of them adds its sums, so that each counts
+    # once.
     if parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0:
         seen = list(chain.from_iterable(batch.pairs for batch, _ in found.seen))
         if seen:

@@ -1,20 +1,22 @@
-"""From a configuration to an engine: the TransformerConfig of a run, and the model before DDP wraps it.
+"""From a configuration to an engine: the TransformerConfig of a run, its models, and what is done to them before DDP.
 
     transformer = build_transformer_config(config, hf)       # needs no process group
     initialize(transformer, ...)                             # `distributed.py`
     engine = build_engine(config, hf, transformer, train_iters)
 
-Between building the models and wrapping them is the place where a model may be changed, by adapters for example.
+`prepare_models` is the one place where a model is changed between building it and wrapping it. An adapter goes there.
 """
 
 from __future__ import annotations
 
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron.checkpoint.folder import TRACKER, latest_step, release_folder
 from simpo_megatron.config.run import CheckpointConfig, Config
 from simpo_megatron.errors import UserError
+from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.load import load_hf_weights
@@ -26,10 +28,14 @@ from simpo_megatron.trainer.engine import Engine
 
 
 def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerConfig:
-    """Megatron's config of the model in the layout of the run; needs no process group.
+    """Megatron's config of the model in the layout of the run. Needs no process group.
+
+    Args:
+        config: of the run.
+        hf: the Hugging Face checkpoint.
 
     Raises:
-        UserError: the layout does not divide the model.
+        UserError: the layout does not divide the model, or --share-prompts does not work with these settings.
     """
     if config.data.share_prompts:
         fused = use_transformer_engine(config.model.transformer_impl)
@@ -45,9 +51,11 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
 
 
 def build_engine(config: Config, hf: HFCheckpoint, transformer: TransformerConfig, train_iters: int) -> Engine:
-    """The engine of a run, with the weights that it starts from; those of a step that it resumes are loaded later.
+    """The engine of a run, with the weights that the run starts from.
 
-    Collectives: those of `build_model`, and one gather of errors.
+    The weights of a run that is resumed are loaded later, with its optimizer (`checkpointing.load`).
+
+    Collectives: those of `build_model` and of `prepare_models`.
 
     Args:
         config: of the run.
@@ -64,6 +72,23 @@ def build_engine(config: Config, hf: HFCheckpoint, transformer: TransformerConfi
         transformer_impl=config.model.transformer_impl,
         make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
     )
+    prepare_models(models, config, hf)
+    return Engine(config, hf, models, transformer, train_iters)
+
+
+def prepare_models(models: list[GPTModel], config: Config, hf: HFCheckpoint) -> None:
+    """Loads the weights and installs the head: all that is done to models after building and before DDP wraps them.
+
+    Collectives: one gather of errors; for a converted checkpoint also those of `load_weights`.
+
+    Args:
+        models: of this rank, one for each virtual pipeline stage.
+        config: of the run.
+        hf: the Hugging Face checkpoint they were built from.
+
+    Raises:
+        UserError: the weights cannot be read, or are of another model; on every rank.
+    """
     with raise_on_all_ranks():
         load = config.checkpoint.load
         converted = None if load is None else release_folder(load)
@@ -71,19 +96,22 @@ def build_engine(config: Config, hf: HFCheckpoint, transformer: TransformerConfi
             load_weights(models, hf, converted)
         elif step_to_resume(config.checkpoint) is None:
             load_hf_weights(models, hf, progress=dist.get_rank() == 0)
-    return Engine(config, hf, models, transformer, train_iters)
+    if config.model.head == "fused":
+        for model in models:
+            if model.post_process:
+                LogProbHead.install(model, config.model.slab_bytes)
 
 
 def step_to_resume(settings: CheckpointConfig) -> int | None:
-    """The step that --load resumes from; None where the run starts from weights without a run.
+    """The step that --load resumes from; None if the run starts from weights alone, with a new optimizer.
 
     Raises:
-        UserError: --load names a folder without a complete checkpoint.
+        UserError: --load names a folder without a complete checkpoint, and it is not the folder of --save.
     """
     load = settings.load
     if load is None or release_folder(load) is not None:
         return None
     step = latest_step(load)
     if step is None and load != settings.save:
-        raise UserError(f"--load {load} has no {TRACKER}; give a folder some --save wrote to, or drop --load")
+        raise UserError(f"--load {load} has no {TRACKER}; give the --save folder of another run, or drop --load")
     return step

@@ -1,9 +1,12 @@
-"""Loading Megatron's optimizer checkpoints into torch's Adam, which it uses where neither Apex nor Transformer Engine is.
+"""Loads Megatron's optimizer checkpoints into torch's Adam, which Megatron uses without Apex and Transformer Engine.
 
-torch's Adam keeps a `step` tensor a parameter; the other two keep one a group. Megatron-Core 0.16 saves it right and loads it
-wrong, in three ways this module mends: its loader looks for `step` before the first step has made it, asks the saved state of
-each parameter for a `step` it does not hold (`distrib_optimizer.py`, _set_main_param_and_optimizer_states), and hands one
-tensor to all parameters, which then counts every step once a parameter.
+torch's Adam keeps a `step` tensor for each parameter; the other two keep one for each group. Megatron-Core 0.16 saves
+`step` correctly, but loads it wrongly in three ways. This module works around them:
+
+* The loader looks for `step` before the first optimizer step has created it.
+* It asks the saved state of each parameter for a `step` that is not there (`distrib_optimizer.py`,
+  `_set_main_param_and_optimizer_states`).
+* It hands one tensor to all parameters, which then counts every step once for each parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +20,11 @@ import torch
 
 @contextlib.contextmanager
 def loadable(optimizer: Any) -> Iterator[None]:
-    """Makes a ChainedOptimizer ready to load, and its steps whole after it has loaded; nothing for the fused Adams."""
+    """Inside the block, a checkpoint can be loaded into the optimizer. The fused Adams need no change and get none.
+
+    Args:
+        optimizer: Megatron's ChainedOptimizer.
+    """
     own = [
         part
         for part in optimizer.chained_optimizers

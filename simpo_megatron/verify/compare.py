@@ -1,12 +1,12 @@
-"""One batch through the layout of a run and through the reference: sums, lengths, rewards, loss, every gradient.
+"""Runs one batch through the layout of a run and through the reference, and compares them.
 
-Tolerances are relative. In fp32: sums, rewards and loss 1e-5, the gradient of a tensor 1e-4. In bf16 the reference stays in
-fp32 on the rounded weights, and transformers runs once more in bf16 to show what rounding alone costs: the gradient of a
-tensor may be off by twice as much as there or by 2e-2, sums, rewards and loss by twice as much or by 5e-3. All gradients as one
-vector, and the gradient norm the optimizer clips by, may be off by 1e-5 in fp32, in bf16 by 1.5 times as much as there or by
-1e-2. Nothing may be off by more than 0.3.
+Compared are: summed log-probs, response lengths, rewards, loss, gradient norm, and the gradient of every tensor.
 
-The pairs are cut into at least two microbatches a data-parallel rank, and two for every pipeline stage, where there are enough.
+The largest errors that pass are the table `TOLERANCE`. The reference is always in fp32. If the layout runs in bf16,
+transformers also runs once in bf16: the error of that run shows what rounding alone costs. Lengths must be equal, and
+every tensor of the checkpoint must be compared.
+
+Each data-parallel rank gets at least two microbatches for each pipeline stage, if there are enough pairs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,14 +33,38 @@ from simpo_megatron.trainer.scoring import SeenSums
 from simpo_megatron.verify.reference import Reference
 from simpo_megatron.verify.shards import ShardErrors, complete_gradients
 
-# What is allowed in fp32; at least in bf16; and in bf16 times the error of transformers in bf16.
-TOLERANCE = {"sums": (1e-5, 5e-3, 2.0), "gradient": (1e-4, 2e-2, 2.0), "all gradients": (1e-5, 1e-2, 1.5)}
-CAP = 0.3
+
+class Tolerance(NamedTuple):
+    """The largest relative error that passes.
+
+    Attributes:
+        fp32: if the layout runs in fp32.
+        bf16: in bf16, if `times` gives less.
+        times: in bf16, this many times the error of transformers in bf16; never more than `CAP`.
+    """
+
+    fp32: float
+    bf16: float
+    times: float
+
+
+TOLERANCE = {
+    "sums": Tolerance(fp32=1e-5, bf16=5e-3, times=2.0),  # summed log-probs, rewards, loss
+    "gradient": Tolerance(fp32=1e-4, bf16=2e-2, times=2.0),  # of one tensor
+    "all gradients": Tolerance(fp32=1e-5, bf16=1e-2, times=1.5),  # as one vector; also for their norm
+}
+CAP = 0.3  # the largest error that passes in bf16, however far off transformers in bf16 is
 
 
 @dataclass
 class Difference:
-    """One compared number or tensor: how far off, relative to the reference, and how far it may be."""
+    """One compared number or tensor.
+
+    Attributes:
+        name: what is compared; of a gradient, the tensor's name in the checkpoint.
+        error: relative to the reference.
+        allowed: the largest error that passes.
+    """
 
     name: str
     error: float
@@ -48,22 +72,33 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.allowed  # a NaN does not pass
+        """Whether the error is small enough. A NaN does not pass."""
+        return self.error <= self.allowed
 
 
 @dataclass
 class Report:
-    """What a comparison found; `gradients` worst first."""
+    """What a comparison found.
+
+    Attributes:
+        values: sums, rewards, loss, all gradients as one vector, gradient norm.
+        gradients: one entry for each tensor, the worst first.
+        wrong_lengths: indices of pairs that no rank scored, or whose scored tokens are not those of the data.
+        uncompared: tensors of the checkpoint for which the layout or the reference has no gradient.
+        microbatches: of a data-parallel rank.
+        pairs: of each pair its index, the sums of the reference, and the sums and lengths of every rank that scored it.
+    """
 
     values: list[Difference]
     gradients: list[Difference]
     wrong_lengths: list[int]
-    uncompared: list[str]  # tensors of the checkpoint that the layout or the reference has no gradient for
+    uncompared: list[str]
     microbatches: int
     pairs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
+        """Whether everything was compared and passed."""
         return (
             not self.wrong_lengths
             and not self.uncompared
@@ -72,13 +107,22 @@ class Report:
 
 
 def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> Report | None:
-    """Runs both and compares; the report on rank 0, None on the others. Every rank calls it.
+    """Runs layout and reference, and compares them. Every rank calls it.
 
-    Collectives: those of a training step; a gather of the sums; for every tensor of the checkpoint a broadcast of its
-    reference gradient in fp32.
+    Collectives: those of a training step; a gather of the sums; for each tensor of the checkpoint a broadcast of its
+    reference gradient in fp32; a gather of the errors.
+
+    Args:
+        engine: of the layout.
+        hf: the checkpoint.
+        pairs: of the data; the first global batch of their order is used.
+        config: of the run.
+
+    Returns:
+        The report on rank 0, None on the others.
 
     Raises:
-        UserError: the checkpoint holds no finite answer for this batch.
+        UserError: the reference's loss of this batch is not finite.
     """
     indices = pairs.order(0, min(config.train.global_batch_size, len(pairs)), config.train.seed)
     packer, seen = replace(engine.packer, seq_length=_row_capacity(engine, pairs, indices)), SeenSums()
@@ -101,7 +145,7 @@ def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> R
 
 
 def _row_capacity(engine: Engine, pairs: Pairs, indices: np.ndarray) -> int:
-    """Tokens of a row such that every data-parallel rank accumulates over several."""
+    """Tokens of a packed row, so few that every data-parallel rank gets several microbatches."""
     parallel = engine.config.parallel
     rows = 2 * parallel.pipeline_model_parallel_size * parallel_state.get_data_parallel_world_size()
     responses = pairs.chosen_length[indices].astype(np.int64) + pairs.rejected_length[indices]
@@ -110,7 +154,7 @@ def _row_capacity(engine: Engine, pairs: Pairs, indices: np.ndarray) -> int:
 
 
 def _gather(seen: SeenSums) -> dict[int, list[tuple[list[float], list[int]]]]:
-    """Sums and lengths of every pair, from every rank that saw it, by index. Collectives: one gather of objects."""
+    """By index of the pair: sums and lengths from every rank that scored it. Collectives: one gather of objects."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, list(seen.by_pair()))
     found: dict[int, list[tuple[list[float], list[int]]]] = {}
@@ -120,7 +164,7 @@ def _gather(seen: SeenSums) -> dict[int, list[tuple[list[float], list[int]]]]:
 
 
 class _Expected:
-    """The reference's side, on rank 0."""
+    """The side of the reference, on rank 0 alone."""
 
     def __init__(self, hf: HFCheckpoint, pairs: Pairs, indices: list[int], config: Config) -> None:
         self.pairs, self.indices, self.config = pairs, indices, config
@@ -135,7 +179,9 @@ class _Expected:
         if self.rounded is not None:
             self.rounded_sums, self.rounded_loss, self.rounded_slopes = self._loss(self.rounded)
         if not math.isfinite(self.loss):
-            raise UserError(f"the loss of {hf.path} on these pairs is {self.loss} in fp32; the checkpoint is broken")
+            raise UserError(
+                f"the loss of {hf.path} on these pairs is {self.loss} in fp32; the checkpoint is broken, use another"
+            )
 
     def _loss(self, reference: Reference) -> tuple[Tensor, float, Tensor]:
         objective = self.config.objective
@@ -144,7 +190,7 @@ class _Expected:
         return sums.detach(), loss.item(), torch.autograd.grad(loss, sums)[0]
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and gradients of the fp32 reference; beside each, what bf16 makes of it is noted."""
+        """Yields names and gradients of the fp32 reference, and notes how far transformers in bf16 is off."""
         rounded_stream = None if self.rounded is None else self.rounded.gradients(self.rounded_slopes)
         for name, exact in self.reference.gradients(self.slopes):
             self.reference_names.add(name)
@@ -161,7 +207,15 @@ class _Expected:
     def report(
         self, found: dict[int, Any], loss: float, norm: float, everyone: list[dict[str, Tensor]], microbatches: int
     ) -> Report:
-        """Judges what the ranks found."""
+        """Compares what the ranks found with the reference.
+
+        Args:
+            found: sums and lengths, from `_gather`.
+            loss: of the layout.
+            norm: of the layout's gradient.
+            everyone: the `ShardErrors.of_rank` of every rank.
+            microbatches: of a data-parallel rank.
+        """
         lengths = reference_scores(self.pairs, self.indices, self.sums).lengths_PM.tolist()
         observed = [(i, *seen) for i, index in enumerate(self.indices) for seen in found.get(index, [])]
         wrong = [index for index in self.indices if not found.get(index)]
@@ -198,20 +252,20 @@ class _Expected:
         return _largest_error(found.sums_PM, exact.sums_PM), _largest_error(rewards(found), rewards(exact))
 
     def _rounded(self) -> tuple[float, float, float]:
-        """The errors of transformers in bf16 in sums, rewards and loss; zeros where the layout runs in fp32."""
+        """The errors of transformers in bf16: sums, rewards and loss. Zeros if the layout runs in fp32."""
         if self.rounded is None:
             return 0.0, 0.0, 0.0
         off_loss = abs(self.rounded_loss - self.loss) / max(abs(self.loss), 1e-30)
         return *self._errors(self.indices, self.rounded_sums, self.sums), off_loss
 
     def _allowed(self, kind: str, rounded: float) -> float:
-        fp32, bf16, times = TOLERANCE[kind]
-        return fp32 if self.rounded is None else min(max(bf16, times * rounded), CAP)
+        limit = TOLERANCE[kind]
+        return limit.fp32 if self.rounded is None else min(max(limit.bf16, limit.times * rounded), CAP)
 
     def _judge_gradients(
         self, everyone: list[dict[str, Tensor]], norm: float
     ) -> tuple[list[Difference], list[Difference]]:
-        """All gradients as one vector, their norm, and each of them, worst first."""
+        """Two lists: all gradients as one vector and their norm; then each gradient, the worst first."""
         totals: dict[str, Tensor] = {}
         for name, squares in (entry for errors in everyone for entry in errors.items()):
             totals[name] = totals.get(name, torch.zeros(3, dtype=torch.float64)) + squares
@@ -223,7 +277,9 @@ class _Expected:
             Difference("all gradients", _ratio(off.sqrt(), exact.sqrt()), allowed),
             Difference("gradient norm", _ratio((reference_norm - norm).abs(), reference_norm), allowed),
         ]
-        floor = 1e-6 * exact / count  # of the mean square: a tensor with next to no gradient is rounding alone
+        # A tensor with next to no gradient holds only rounding: its error is measured against a floor, which is 1e-6 of
+        # the mean square of all gradients.
+        floor = 1e-6 * exact / count
         found = [
             Difference(
                 name,
@@ -238,7 +294,7 @@ class _Expected:
 
 
 def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tensor]]:
-    """The reference's gradients on every rank, one after the other. Collectives: two broadcasts a tensor."""
+    """Yields the reference's gradients on every rank. Collectives: two broadcasts for each tensor."""
     stream = iter(()) if expected is None else expected.gradients()
     while True:
         name, tensor = next(stream, (None, torch.empty(0)))
@@ -254,27 +310,36 @@ def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tens
 
 
 def reference_scores(pairs: Pairs, indices: list[int], sums_PM: Tensor) -> PairScores:
-    """What the objective sees of these pairs, in float64; lengths are counted in the data, not in a row."""
+    """The scores of these pairs in float64, for the objective.
+
+    Args:
+        pairs: of the data.
+        indices: of the pairs.
+        sums_PM: their summed log-probs.
+
+    Returns:
+        Scores whose lengths are counted in the data, not in a packed row.
+    """
     responses, known = sums_PM.shape[1], pairs.reference_sums
     lengths = [[len(response) for response in pairs.pair(index)[1 : 1 + responses]] for index in indices]
     return PairScores(
         sums_PM=sums_PM,
         lengths_PM=torch.tensor(lengths, dtype=torch.float64),
-        margin_P=torch.from_numpy(pairs.margin[indices]).double(),
-        weight_P=torch.from_numpy(pairs.weight[indices]).double(),
+        margin_P=torch.from_numpy(pairs.columns["margin"][indices]).double(),
+        weight_P=torch.from_numpy(pairs.columns["weight"][indices]).double(),
         reference_sums_PM=None if known is None else torch.from_numpy(known[indices, :responses]).double(),
     )
 
 
 def reference_loss(objective: Objective, scores: PairScores) -> Tensor:
-    """The loss of a batch from whole sums, on one process; float64."""
+    """The loss of a whole batch in float64, in one process."""
     loss = -objective.nll_weight * scores.sums_PM[:, 0].sum() / scores.lengths_PM[:, 0].sum()
     losses_P = objective.pair_losses(scores)
     return loss if losses_P is None else loss + (scores.weight_P * losses_P).mean()
 
 
 def _largest_error(found_PM: Tensor, exact_PM: Tensor) -> float:
-    """The largest error of a pair, relative to the larger of its exact numbers; NaN where one is."""
+    """The largest error of any pair, relative to the larger of its exact numbers; NaN if any number is NaN."""
     errors_P = (found_PM - exact_PM).abs().amax(1) / exact_PM.abs().amax(1).clamp_min(1e-30)
     return errors_P.max().item() if len(errors_P) else math.nan
 

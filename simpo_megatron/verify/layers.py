@@ -1,7 +1,10 @@
-"""Runs a Hugging Face checkpoint and a Megatron checkpoint in fp32, layer by layer, and compares what every layer computes.
+"""Compares a Megatron checkpoint with its Hugging Face source, layer by layer, in fp32.
 
-Each layer runs on the hidden states that transformers computed below it, so an error shows in the layer that makes it. One
-layer of either side is held at a time; Megatron's is a model of one layer in this process, built for one rank.
+Both run every layer on the hidden states that transformers computed for the layer below. So an error shows in the layer
+that makes it. Only one layer of each side is in memory at a time. Megatron's side is a model of one layer in this
+process.
+
+Shapes: n tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,22 +22,25 @@ from torch import Tensor
 from simpo_megatron import cpu
 from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.parameters import StoredModel, StoredParameter
-from simpo_megatron.checkpoint.transfer.cut import stored_rects
+from simpo_megatron.checkpoint.transfer.cut import whole_parameter
 from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
 TOLERANCE = 1e-5  # relative to the largest value, in fp32
-TOKENS = 48
-SHOWN = 5
+TOKENS = 48  # random ids that run through both
+SHOWN = 5  # layers in the table if all agree
 
 
 def compare_forward(hf: HFCheckpoint, saved: StoredModel, tolerance: float = TOLERANCE) -> int:
-    """Compares and prints; 0 where every layer and the logits agree, else 1. Needs no process group and makes one.
+    """Compares, and prints a table. It makes a process group of one process for Megatron and removes it again.
 
     Args:
-        hf: the source; its layers are run by transformers.
-        saved: the checkpoint.
-        tolerance: the largest difference allowed, divided by the largest value.
+        hf: the source, which transformers runs.
+        saved: the Megatron checkpoint.
+        tolerance: the largest difference that passes, divided by the largest value.
+
+    Returns:
+        0 if the embedding, every layer and the logits agree, else 1.
     """
     errors = [
         (name, error)
@@ -55,7 +61,7 @@ def compare_forward(hf: HFCheckpoint, saved: StoredModel, tolerance: float = TOL
 
 @torch.no_grad()
 def _errors(hf: HFCheckpoint, saved: StoredModel) -> Iterator[tuple[str, float]]:
-    """Name and relative difference of the embedding, of every layer and of the logits."""
+    """Yields name and relative difference of the embedding, of every layer and of the logits."""
     from simpo_megatron.verify.reference import Reference
 
     cpu.enable()
@@ -87,7 +93,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 class _OneLayer:
-    """Megatron's model with one layer, whose weights are read when it runs."""
+    """Megatron's model with one layer. The weights of a layer are read when it runs."""
 
     def __init__(self, hf: HFCheckpoint, saved: StoredModel) -> None:
         from dataclasses import replace
@@ -98,40 +104,38 @@ class _OneLayer:
 
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        config = {**hf.config, "num_hidden_layers": 1}
-        if config.get("layer_types"):
-            config["layer_types"] = config["layer_types"][:1]
-        self.hf = replace(hf, config=config, architecture=hf.architecture.family.architecture(config))
+        self.hf = replace(hf, architecture=hf.architecture.with_layers(1))
         self.stored = {
-            (stored.item.weight.megatron, stored.item.layer, stored.item.expert): stored for stored in saved.parameters
+            (stored.parameter.entry.megatron, stored.parameter.layer, stored.parameter.expert): stored
+            for stored in saved.parameters
         }
         [model] = build_model(self.hf, transformer_config(self.hf, bf16=False), transformer_impl="local")
         self.model: Any = model.eval()
 
     def _fill(self, layer: int | None) -> None:
-        """Reads the parameters of a layer, or those outside the layers."""
+        """Reads the parameters of a layer into the model; None: those outside the layers."""
         from simpo_megatron.models.placement import place_parameters
 
         table, tied = self.hf.architecture.weights, self.hf.architecture.tied
         for place in place_parameters(self.model, table, tied=tied):
             if (place.layer is None) == (layer is None):
-                stored = self.stored[place.weight.megatron, layer or 0, place.expert or 0]
+                stored = self.stored[place.entry.megatron, layer or 0, place.expert or 0]
                 _read_into(stored, place.parameter)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[n] -> [1, n, H]"""
+        """The embedding of ids [n]: [1, n, H]."""
         self._fill(None)
         return self.model.embedding(ids[None], torch.arange(len(ids))[None]).transpose(0, 1)
 
     def layer(self, layer: int, hidden: Tensor) -> Tensor:
-        """[1, n, H] -> [1, n, H]"""
+        """The output [1, n, H] of a layer for hidden states [1, n, H]."""
         self._fill(layer)
         rotary = self.model.rotary_pos_emb(hidden.shape[1])
         above = self.model.decoder.layers[0](hidden.transpose(0, 1).contiguous(), None, rotary_pos_emb=rotary)
         return above[0].transpose(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[1, n, H] -> [1, n, V]"""
+        """The logits [1, n, V] of the last hidden states [1, n, H]."""
         normed = self.model.decoder.final_layernorm(hidden.transpose(0, 1).contiguous())
         weight = self.model.shared_embedding_or_output_weight() if self.hf.architecture.tied else None
         logits, _ = self.model.output_layer(normed, weight=weight)
@@ -141,10 +145,10 @@ class _OneLayer:
 def _read_into(stored: StoredParameter, parameter: torch.nn.Parameter) -> None:
     import numpy as np
 
-    item, files = stored.item, Files(None)
+    item, files = stored.parameter, Files(None)
     buffer = np.zeros(item.size, np.uint8)
     try:
-        for rect in stored_rects(stored):
+        for rect in whole_parameter(stored):
             read_rect(files, rect, buffer)
     finally:
         files.close()

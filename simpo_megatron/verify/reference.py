@@ -1,9 +1,15 @@
-"""Sums of log-probs and gradients of a Hugging Face checkpoint, by transformers on one device, one layer at a time.
+"""The reference: summed log-probs and gradients of a Hugging Face checkpoint, by transformers, one layer at a time.
 
-Every sequence runs alone, unpadded. Layers are transformers' own: each becomes a model of one layer, loaded when it is needed,
-so that one layer, the embedding or the output layer, and the hidden states between layers are all that is held. The backward
-pass runs every layer again, last to first, from the hidden states it was given. The embedding is a plain lookup: transformers
-gives the row of `pad_token_id` no gradient even where that token is text (an end of text that is padding too).
+    reference = Reference(hf, torch.float32, "cpu")
+    sums_PM = reference.forward(pairs, indices, num_responses=2)
+    for name, gradient in reference.gradients(slopes_PM): ...      # slopes: the derivative of the loss by each sum
+
+Every sequence runs alone, without padding. Each layer is transformers' own code: a model of one layer, loaded when it
+is needed. So only one layer (or the embedding, or the output layer) is in memory, and the hidden states between layers.
+The backward pass runs every layer again, from the last to the first.
+
+The embedding is a plain lookup, because transformers gives the row of `pad_token_id` no gradient, even where that token
+is text (an end of text that also serves as padding).
 
 Shapes: n tokens of a sequence, H hidden size, V vocabulary, P pairs, M scored responses of a pair.
 """
@@ -31,8 +37,12 @@ class Reference:
 
     Args:
         hf: the checkpoint.
-        dtype: of weights and activations; log-softmax and sums are float32 at least.
-        device: where layers run; hidden states stay on the CPU.
+        dtype: of weights and activations; log-softmax and sums are at least fp32.
+        device: where the layers run; hidden states are kept on the CPU.
+
+    Attributes:
+        sequences: of each sequence its ids and the position where the response starts.
+        hidden: inputs of each layer and then the output of the last one, [1, n, H] for each sequence.
     """
 
     def __init__(self, hf: HFCheckpoint, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -42,17 +52,15 @@ class Reference:
         self.config = transformers.AutoConfig.from_pretrained(hf.path, local_files_only=True)
         with torch.device("meta"):
             self.model_class: Any = type(transformers.AutoModelForCausalLM.from_config(self._one_layer_config()))
-        self.sequences: list[tuple[Tensor, int]] = []  # ids and where the response starts
-        self.hidden: list[
-            list[Tensor]
-        ] = []  # by layer, by sequence [1, n, H]: what went into it; then what came out last
+        self.sequences: list[tuple[Tensor, int]] = []
+        self.hidden: list[list[Tensor]] = []
 
     def embed(self, ids: Tensor) -> Tensor:
         """The embedding of ids [n]: [1, n, H]."""
         return F.embedding(ids.to(self.device), self._tensor(EMBEDDING))[None]
 
     def layer(self, layer: int, hidden: Tensor) -> Tensor:
-        """What a layer makes of [1, n, H]."""
+        """The output [1, n, H] of a layer for hidden states [1, n, H]."""
         return self._run(self._layer(layer), hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -60,7 +68,16 @@ class Reference:
         return F.linear(self._norm()(hidden.to(self.device)), self._tensor(self._head_name))
 
     def forward(self, pairs: Pairs, indices: list[int], num_responses: int) -> Tensor:
-        """Summed log-probs of the responses: [P, M] float64, chosen first."""
+        """Scores pairs, and keeps the hidden states that `gradients` needs.
+
+        Args:
+            pairs: of the data.
+            indices: of the pairs.
+            num_responses: M: 2, or 1 for the chosen response alone.
+
+        Returns:
+            [P, M] float64: the summed log-probs of the responses, chosen first.
+        """
         self.sequences = [
             (torch.tensor([*prompt.tolist(), *response.tolist()]), len(prompt))
             for prompt, *responses in map(pairs.pair, indices)
@@ -78,10 +95,10 @@ class Reference:
         return torch.stack(sums).view(-1, num_responses).double().cpu()
 
     def gradients(self, of_sums_PM: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The gradient of every tensor of the checkpoint by its name, output layer first; after `forward`.
+        """Yields name and gradient of every tensor of the checkpoint, the output layer first. Call it after `forward`.
 
         Args:
-            of_sums_PM: derivative of the loss by each sum that `forward` returned.
+            of_sums_PM: the derivative of the loss by each sum that `forward` returned.
         """
         scales = of_sums_PM.flatten().tolist()
         norm, head = self._norm(), self._tensor(self._head_name).requires_grad_()
@@ -104,7 +121,7 @@ class Reference:
         yield EMBEDDING, embedding
 
     def _layer_gradients(self, layer: int, above: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Gradients of one layer's tensors; replaces those of its outputs in `above` by those of its inputs."""
+        """Yields the gradients of a layer's tensors; in `above`, its inputs' gradients replace its outputs'."""
         model = self._layer(layer)
         total = _Total(dict(model.model.layers[0].named_parameters(prefix="model.layers.0")))
         for i, hidden in enumerate(self.hidden.pop()):
@@ -124,7 +141,7 @@ class Reference:
         config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = 1, 1, False
         config.pad_token_id = None
         if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:1]  # the families that run have one type
+            config.layer_types = config.layer_types[:1]  # all layers of the supported families have the same type
         return config
 
     def _tensor(self, name: str) -> Tensor:
@@ -132,7 +149,7 @@ class Reference:
             return file.get_tensor(name).to(self.device, self.dtype)
 
     def _layer(self, layer: int) -> Any:
-        """A causal model whose one layer is this one, and whose final norm does nothing."""
+        """A causal model of this one layer, with a final norm that does nothing."""
         prefix = f"model.layers.{layer}."
         state = {
             name.replace(prefix, "model.layers.0.", 1): self._tensor(name)
@@ -143,7 +160,7 @@ class Reference:
             None, config=self._one_layer_config(), state_dict=state, dtype=self.dtype
         )
         model.model.norm = torch.nn.Identity()
-        return model.to(self.device).eval()  # no dropout: training has none
+        return model.to(self.device).eval()  # without dropout, as in training
 
     def _norm(self) -> Any:
         """The final norm, as transformers computes it."""
@@ -165,13 +182,18 @@ class Reference:
 
 
 class _Total:
-    """Sums gradients in float32 over the sequences, whatever the dtype of the parameters."""
+    """Adds up the gradients of the sequences in fp32, for parameters of any dtype.
+
+    Attributes:
+        sums: the gradients so far, by name.
+    """
 
     def __init__(self, parameters: dict[str, Tensor]) -> None:
         self.parameters = parameters
         self.sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
 
     def add(self) -> None:
+        """Adds the gradients that the parameters hold now, and clears them."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:  # an expert that got no token
                 self.sums[name] += parameter.grad
@@ -179,5 +201,5 @@ class _Total:
 
 
 def _gradient(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None, "a backward pass has just reached it"
+    assert tensor.grad is not None, "no backward pass has reached this tensor"
     return tensor.grad

@@ -1,4 +1,4 @@
-"""The gradients a rank holds, whole after the distributed optimizer, and how far its shards are from a reference."""
+"""The gradients that a rank holds, completed after the distributed optimizer, and how far they are from a reference."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from simpo_megatron.trainer.engine import Engine
 
 
 def complete_gradients(engine: Engine) -> None:
-    """Gives every rank the whole reduced gradient where the distributed optimizer left each its shard.
+    """Completes the reduced gradients on every rank: the distributed optimizer leaves a rank only its part of them.
 
-    Collectives: one all-gather for every gradient bucket over the ranks that share it.
+    Collectives: one all-gather for each gradient bucket, over the ranks that share it.
     """
     if not engine.config.parallel.use_distributed_optimizer:
         return
@@ -30,7 +30,16 @@ def complete_gradients(engine: Engine) -> None:
 
 
 class ShardErrors:
-    """On every rank: how far its shards of the gradients are from the reference."""
+    """How far this rank's shards of the gradients are from the reference.
+
+    Args:
+        engine: with complete gradients (`complete_gradients`).
+        hf: the checkpoint.
+
+    Attributes:
+        of_rank: by tensor, three sums over this rank's shards, float64: squares of the error, squares of the reference,
+            and number of elements.
+    """
 
     def __init__(self, engine: Engine, hf: HFCheckpoint) -> None:
         table = hf.architecture.weights
@@ -40,13 +49,13 @@ class ShardErrors:
         ):
             for part, name in enumerate(place.hf):
                 self.places.setdefault(name, []).append((place, part))
-        self.of_rank: dict[str, Tensor] = {}  # summed squares of the error and of the reference, and their number
+        self.of_rank: dict[str, Tensor] = {}
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """Compares this rank's shards of a tensor with the whole gradient."""
+        """Compares this rank's shards of a tensor with its whole reference gradient."""
         for place, part in self.places.get(name, []):
             parameter: Any = place.parameter
-            weight, rank, ranks = place.weight, place.group.rank(), place.group.size()
+            weight, rank, ranks = place.entry, place.group.rank(), place.group.size()
             mine = weight.part_layout.split(parameter.main_grad, weight.rows, ranks)[part].double()
             exact = gradient.double()
             if weight.tp_dim is not None:

@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from simpo_megatron.checkpoint import to_hf
-from simpo_megatron.checkpoint.formats import torch_dist_writer as torch_dist
-from simpo_megatron.checkpoint.transfer import cut as slabs
-from simpo_megatron.checkpoint.transfer import execute as work
+from simpo_megatron.checkpoint.formats import torch_dist_writer
+from simpo_megatron.checkpoint.transfer import cut, execute
 from tests.support import families as tiny
 from tests.support.checkpoints import PROGRAMS, argv, same_bits, tensors
 from tools import verify_checkpoint
 
 CALLS = ("pwrite", "preadv", "fdatasync", "fsync", "rename", "replace", "truncate", "unlink", "rmdir")
-LEGACY = {"format": "torch", "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+RANK_FILES = {"format": "torch", "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +34,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many files, chunks, slabs and journal lines, although the model is tiny."""
-    monkeypatch.setattr(torch_dist, "FILE_BYTES", 100_000)
-    monkeypatch.setattr(torch_dist, "CHUNK_BYTES", 2048)
-    monkeypatch.setattr(slabs, "LARGEST_SLAB", 1500)
-    monkeypatch.setattr(slabs, "SMALLEST_SLAB", 100)
-    monkeypatch.setattr(work, "SYNC_BYTES", 30_000)
-    monkeypatch.setattr(to_hf.plan_export, "__defaults__", (None, 100_000))
+    """Many files, chunks, pieces and journal lines, although the model is tiny."""
+    monkeypatch.setattr(torch_dist_writer, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(torch_dist_writer, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(cut, "LARGEST_PIECE", 1500)
+    monkeypatch.setattr(cut, "SMALLEST_PIECE", 100)
+    monkeypatch.setattr(execute, "SYNC_BYTES", 30_000)
+    monkeypatch.setattr(to_hf.plan_to_hf, "__defaults__", (None, 100_000))
 
 
 def in_child(action: Callable[[], Any], die_at: int | None = None) -> tuple[int, int]:
@@ -82,13 +81,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def flags_for(direction: str, source: Path, folder: Path) -> tuple[str, dict[str, Any]]:
     if direction != "to_hf":
-        return "to_megatron", {"hf_checkpoint": source, **(LEGACY if direction == "legacy" else {})}
+        return "to_megatron", {"hf_checkpoint": source, **(RANK_FILES if direction == "rank_files" else {})}
     if not (folder / "megatron").exists():
         assert PROGRAMS["to_megatron"](argv(hf_checkpoint=source, save=folder / "megatron")) == 0
     return "to_hf", {"load": folder / "megatron", "hf_reference": source}
 
 
-@pytest.mark.parametrize("direction", ["torch_dist", "legacy", "to_hf"])
+@pytest.mark.parametrize("direction", ["torch_dist", "rank_files", "to_hf"])
 def test_killed_anywhere_and_resumed(direction: str, source: Path, tmp_path: Path) -> None:
     program, flags = flags_for(direction, source, tmp_path)
     status, calls = in_child(lambda: PROGRAMS[program](argv(**flags, save=tmp_path / "whole")))

@@ -33,7 +33,7 @@ def test_layer_by_layer(tmp_path: Path) -> None:
         pairs.append(f"{tmp_path / name}:{release}")
     last = read_checkpoint(release, read_source(tmp_path / name))
     stored = next(
-        stored for stored in last.parameters if stored.item.name.endswith("layers.2.self_attention.linear_proj.weight")
+        one for one in last.parameters if one.parameter.name.endswith("layers.2.self_attention.linear_proj.weight")
     )
     twin = tmp_path / "changed"
     twin.mkdir()

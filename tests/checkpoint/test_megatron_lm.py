@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     not MEGATRON_LM, reason="set MEGATRON_LM_PATH to a checkout of Megatron-LM core_v0.16.1"
 )
 
-# One rank: parses the flags of every bundle, restores arguments from the checkpoint, loads it, computes logits.
+# One rank: parses the flags in megatron_args.yaml, restores arguments from the checkpoint, loads it, computes logits.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -41,7 +41,8 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 from tests.support.checkpoints import IDS, build_empty
 from tests.support import families as tiny
 sys.path.append(megatron_lm)  # last: it has a package named tools, too
-for absent in ("six", "megatron.core.transformer.custom_layers.batch_invariant_kernels"):  # BERT's tokenizer, triton kernels
+# BERT's tokenizer, and Triton kernels
+for absent in ("six", "megatron.core.transformer.custom_layers.batch_invariant_kernels"):
     sys.modules.setdefault(absent, MagicMock())
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
@@ -55,9 +56,9 @@ for hf_path, out, flags in json.loads(Path(jobs).read_text()):
     global_vars.set_args(args)
     init_num_microbatches_calculator(0, None, 1, 1, 1)
     _, config, models = build_empty(Path(hf_path), {})
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-                 "add_qkv_bias", "qk_layernorm", "moe_router_topk", "moe_ffn_hidden_size", "window_size", "add_bias_linear",
-                 "moe_router_pre_softmax", "layernorm_epsilon"):
+    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                 "kv_channels", "add_qkv_bias", "qk_layernorm", "moe_router_topk", "moe_ffn_hidden_size", "window_size",
+                 "add_bias_linear", "moe_router_pre_softmax", "layernorm_epsilon"):
         if config.num_moe_experts or not name.startswith("moe"):
             assert getattr(args, name) == getattr(config, name), (hf_path, name)
     assert args.num_experts == config.num_moe_experts
@@ -70,10 +71,10 @@ NAMES = ("llama_tied", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe_plain"
 
 
 def command_line(load: Path, kind: str) -> list[str]:
-    """What a user adds to the flags of the bundle."""
-    bundle = yaml.safe_load((load / "release" / "megatron_args.yaml").read_text())
+    """What a user adds to the flags in megatron_args.yaml."""
+    saved = yaml.safe_load((load / "release" / "megatron_args.yaml").read_text())
     return [
-        *shlex.split(bundle["flags"]),
+        *shlex.split(saved["flags"]),
         *("--load", str(load), "--use-checkpoint-args", "--ckpt-format", kind, "--transformer-impl", "local"),
         *(
             "--seq-length",

@@ -16,14 +16,11 @@ MIB = 2**20
 # Prints the peak resident bytes before and after the work itself.
 PROGRAM = """
 import resource, sys
-from simpo_megatron.checkpoint import manifest, to_hf, to_megatron, verify
-from simpo_megatron.checkpoint.formats import torch_dist_reader as dist_reader
-from simpo_megatron.checkpoint.formats import rank_files_reader as legacy_reader
-from simpo_megatron.checkpoint import estimate as plan
-from simpo_megatron.checkpoint.transfer import cut as slabs
-from simpo_megatron.checkpoint.formats import torch_save_file as zips
+from simpo_megatron.checkpoint import estimate, to_hf, to_megatron, verify
+from simpo_megatron.checkpoint.formats.torch_save_file import skeleton_of
+from simpo_megatron.checkpoint.transfer import progress
 import torch
-zips.lay_out(lambda: torch.empty(4))
+skeleton_of(lambda: torch.empty(4))
 from torch.distributed.checkpoint import filesystem
 from tools import hf_to_megatron, megatron_to_hf, verify_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -89,11 +86,11 @@ def test_peak_memory_follows_the_flag_and_not_the_model(tmp_path: Path) -> None:
     assert size > 5 * limit
     slack = 24 * MIB  # the plan, and what Python keeps
     flags = {"max_memory": "32MiB"}
-    hf, dist, legacy, back = (tmp_path / name for name in ("hf", "dist", "legacy", "back"))
+    hf, dist, ranks, back = (tmp_path / name for name in ("hf", "dist", "ranks", "back"))
     assert growth("to_megatron", hf_checkpoint=hf, save=dist, **flags) < limit + slack
     layout = {"format": "torch", "tensor_model_parallel_size": 2, "transformer_impl": "local"}
-    assert growth("to_megatron", hf_checkpoint=hf, save=legacy, **layout, **flags) < limit + slack
+    assert growth("to_megatron", hf_checkpoint=hf, save=ranks, **layout, **flags) < limit + slack
     assert growth("to_hf", load=dist, hf_reference=hf, save=back, dtype="float32", **flags) < limit + slack
-    assert growth("verify", load=legacy, hf_checkpoint=hf, **flags) < limit + slack
+    assert growth("verify", load=ranks, hf_checkpoint=hf, **flags) < limit + slack
     with safe_open(back / "model.safetensors", framework="pt") as file:
         assert file.get_slice("lm_head.weight").get_shape() == [64000, 512]

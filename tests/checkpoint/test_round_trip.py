@@ -1,4 +1,4 @@
-"""Every family there and back bit for bit, and converted weights in Megatron-Core at several layouts against transformers."""
+"""Every family there and back bit for bit; converted weights in Megatron-Core, at several layouts, as transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support import families as tiny
 from tests.support.checkpoints import (
     IDS,
     dist_logits,
-    legacy_logits,
+    rank_file_logits,
     same_bits,
     save_dist,
     tensors,
@@ -27,14 +27,18 @@ PP2 = {"pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 PP4_VPP2 = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}
 UNEVEN = {**PP2, "num_layers_in_first_pipeline_stage": 1}
-LEGACY = {
+RANK_FILES = {
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "pp2vpp2": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
-    "uneven": {"pipeline_model_parallel_size": 3, "decoder_first_pipeline_num_layers": 1, "tensor_model_parallel_size": 4,
-               "decoder_last_pipeline_num_layers": 1},
+    "uneven": {
+        "pipeline_model_parallel_size": 3,
+        "decoder_first_pipeline_num_layers": 1,
+        "tensor_model_parallel_size": 4,
+        "decoder_last_pipeline_num_layers": 1,
+    },
     "local": {"transformer_impl": "local"},
-}  # fmt: skip
+}
 MOE = [name for name in tiny.MODELS if "mo" in name or "mixtral" in name]
 
 
@@ -61,10 +65,10 @@ def test_torch_dist_and_back(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain"])
-@pytest.mark.parametrize("layout", LEGACY)
-def test_legacy_and_back(name: str, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", RANK_FILES)
+def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
     tiny.make(name, tmp_path / "hf", torch.bfloat16)
-    flags = LEGACY[layout] | ({"expert_model_parallel_size": 2} if name in MOE and layout != "uneven" else {})
+    flags = RANK_FILES[layout] | ({"expert_model_parallel_size": 2} if name in MOE and layout != "uneven" else {})
     if name in MOE and layout == "tp2":
         flags |= {"moe_grouped_gemm": True}
     load = to_megatron(tmp_path / "hf", tmp_path / "megatron", format="torch", **flags)
@@ -93,19 +97,19 @@ def test_megatron_computes_what_transformers_does(name: str, layout: dict[str, A
 @pytest.mark.parametrize(
     ("name", "flags", "layout"),
     [
-        ("qwen3", {**LEGACY["tp2pp2"]}, {**TP2, **PP2}),
-        ("qwen2_tied", {**LEGACY["pp2vpp2"]}, {**PP2, "virtual_pipeline_model_parallel_size": 2}),
+        ("qwen3", {**RANK_FILES["tp2pp2"]}, {**TP2, **PP2}),
+        ("qwen2_tied", {**RANK_FILES["pp2vpp2"]}, {**PP2, "virtual_pipeline_model_parallel_size": 2}),
         ("llama3", {**PP2, "decoder_first_pipeline_num_layers": 1}, UNEVEN),
         ("qwen3_moe", {**EP2, **PP2}, {**EP2, **PP2}),
     ],
     ids=str,
 )
-def test_megatron_loads_legacy_strictly(
+def test_megatron_loads_rank_files_strictly(
     name: str, flags: dict[str, Any], layout: dict[str, Any], pool: Any, tmp_path: Path
 ) -> None:
     model = tiny.make(name, tmp_path / "hf")
     load = to_megatron(tmp_path / "hf", tmp_path / "megatron", format="torch", transformer_impl="local", **flags)
-    found = pool.run(world(layout), legacy_logits, tmp_path / "hf", load / "release", layout)
+    found = pool.run(world(layout), rank_file_logits, tmp_path / "hf", load / "release", layout)
     with torch.no_grad():
         assert_logits(found, model(IDS).logits[0])
 

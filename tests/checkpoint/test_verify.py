@@ -35,8 +35,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def verify(capsys: pytest.CaptureFixture[str], **flags: Path) -> tuple[int, str]:
     capsys.readouterr()
     code = verify_checkpoint.main(argv(**flags))
-    said = capsys.readouterr()
-    return code, said.out + said.err
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
 
 
 def flip(path: Path, at: int) -> None:
@@ -59,9 +59,9 @@ def test_a_flipped_bit_of_any_tensor_is_named(pair: tuple[Path, Path], capsys: p
         for block in (stored.tiles[-1], *stored.replicas[-1:]):
             path = Path(block.file)
             flip(path, block.offset)
-            code, said = verify(capsys, load=megatron)
+            code, output = verify(capsys, load=megatron)
             assert code == 1
-            assert any(name in said for name in stored.item.hf), said
+            assert any(name in output for name in stored.parameter.hf), output
             flip(path, block.offset)
     assert verify(capsys, load=megatron)[0] == 0
 
@@ -72,10 +72,12 @@ def test_a_flipped_bit_of_any_file_is_found(pair: tuple[Path, Path], capsys: pyt
         size = path.stat().st_size
         for at in sorted({0, 1, size // 3, size // 2, size - 30, size - 1} & set(range(size))):
             flip(path, at)
-            code, said = verify(capsys, hf_checkpoint=hf, load=megatron)
+            code, output = verify(capsys, hf_checkpoint=hf, load=megatron)
             assert code in (1, 2), (path, at)
-            assert any(name in said for name in (path.name, "model.layers", "decoder.layers", str(path.parent))), said
-            assert "Traceback" not in said
+            assert any(name in output for name in (path.name, "model.layers", "decoder.layers", str(path.parent))), (
+                output
+            )
+            assert "Traceback" not in output
             flip(path, at)
     assert verify(capsys, hf_checkpoint=hf, load=megatron)[0] == 0
 
@@ -89,8 +91,8 @@ def test_another_source_and_no_manifest(
     name = "model.layers.1.self_attn.k_proj.weight"
     tensors[name][3, 5] += 1
     save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
-    code, said = verify(capsys, hf_checkpoint=tmp_path / "hf", load=megatron)
-    assert code == 1 and name in said and "1 differences" in said
+    code, output = verify(capsys, hf_checkpoint=tmp_path / "hf", load=megatron)
+    assert code == 1 and name in output and "1 differences" in output
     shutil.copytree(megatron, tmp_path / "megatron")
     (tmp_path / "megatron" / "release" / "conversion.json").unlink()
     assert verify(capsys, hf_checkpoint=hf, load=tmp_path / "megatron")[0] == 0
@@ -103,8 +105,8 @@ def test_zeros_do_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     megatron = to_megatron(tmp_path / "hf", tmp_path / "megatron")
     save_file({name: tensor * 0 for name, tensor in tensors.items()}, tmp_path / "hf" / "model.safetensors")
-    code, said = verify(capsys, hf_checkpoint=tmp_path / "hf", load=megatron)
-    assert code == 1 and f"{len(tensors)} differences" in said
+    code, output = verify(capsys, hf_checkpoint=tmp_path / "hf", load=megatron)
+    assert code == 1 and f"{len(tensors)} differences" in output
 
 
 def test_the_manifest_is_compared_with_the_model(tmp_path: Path) -> None:

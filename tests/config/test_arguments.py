@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo_megatron.config.arguments import GROUPS, build_parser, flat, parse, settable
+from simpo_megatron.config.arguments import GROUPS, build_parser, flat, heading, parse, settable
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES
@@ -152,10 +152,10 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--head", "eager"], "argument --head: invalid choice: 'eager'"),
         (
             ["--head-slab-bytes", "256 megs"],
-            "--head-slab-bytes 256 megs is no size; give bytes, or e.g. 256MiB or 1.5GB",
+            "--head-slab-bytes 256 megs is not a size; give a number of bytes, or a size such as 256MiB or 1.5GB",
         ),
-        (["--head-slab-bytes", "9" * 400], "9 is no size; give bytes"),
-        (["--head-slab-bytes", "0"], "--head-slab-bytes 0 is no size"),
+        (["--head-slab-bytes", "9" * 400], "9 is not a size; give a number of bytes"),
+        (["--head-slab-bytes", "0"], "--head-slab-bytes 0 is not a size"),
         (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0 must be greater than 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be greater than 0"),
         (["--pipeline-model-parallel-size", "-1"], "--pipeline-model-parallel-size -1 must be greater than 0"),
@@ -184,8 +184,8 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--context-parallel-size", "2", "--seq-length", "5"], "use 8"),
         (
             [*SP2, "--no-variable-seq-lengths", "--context-parallel-size", "3", "--seq-length", "90"],
-            "multiple of 12 (4 x --context-parallel-size 3 and --tensor-model-parallel-size 2, which cuts rows of fixed "
-            "length); use 84 or 96",
+            "multiple of 12 (4 x --context-parallel-size 3 and --tensor-model-parallel-size 2, which cuts rows of "
+            "fixed length); use 84 or 96",
         ),
         (["--context-parallel-size", "0"], "--context-parallel-size 0 must be greater than 0"),
         (["--expert-model-parallel-size", "0"], "--expert-model-parallel-size 0 must be greater than 0"),
@@ -216,8 +216,8 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         ),
         (["--simpo-sft-weight", "-1"], "--simpo-sft-weight -1.0 must not be negative"),
         # training
-        (["--fp16"], "--fp16 is not supported: a response's log-prob sum leaves fp16's range"),
-        (["--no-bf16"], "--no-bf16 leaves no precision; say --fp32"),
+        (["--fp16"], "--fp16 is not supported: the log-prob sum of a response leaves fp16's range"),
+        (["--no-bf16"], "--no-bf16 leaves no precision; give --fp32"),
         (["--global-batch-size", "0"], "--global-batch-size 0 must be greater than 0"),
         (["--train-iters", "0"], "--train-iters 0 must be greater than 0"),
         (["--train-epochs", "1"], "give one of --train-iters and --train-epochs, not both"),
@@ -237,7 +237,7 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         # checkpoints and logging
         (["--save-interval", "5"], "--save-interval needs --save"),
         (["--save", "out", "--save-interval", "0"], "--save-interval 0 must be greater than 0"),
-        (["--save", "out", "--export-hf", "out"], "--export-hf out is the --save folder too"),
+        (["--save", "out", "--export-hf", "out"], "--export-hf out is also the folder of --save"),
         (["--log-interval", "0"], "--log-interval 0 must be greater than 0"),
         (["--eval-interval", "0"], "--eval-interval 0 must be greater than 0"),
     ],
@@ -315,9 +315,9 @@ def test_help_is_grouped_and_complete(capsys: pytest.CaptureFixture[str], monkey
     sections = capsys.readouterr().out.strip().split("\n\n")[2:]  # usage and description come first
     shown = {title: lines for section in sections for title, *lines in [section.split("\n")]}
     groups = [cls for cls in (*OBJECTIVES.values(), *GROUPS.values()) if settable(cls)]
-    assert list(shown) == ["options:", "objective:", *(f"{cls.__doc__}:" for cls in groups)]
+    assert list(shown) == ["options:", "objective:", *(f"{heading(cls)}:" for cls in groups)]
     for cls in groups:
-        lines = shown[f"{cls.__doc__}:"]
+        lines = shown[f"{heading(cls)}:"]
         flags = [line.split()[0].rstrip(",") for line in lines if line.startswith("  --")]
         assert flags == ["--" + field.name.replace("_", "-") for field in settable(cls)]
         for field in settable(cls):

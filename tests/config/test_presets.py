@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.config.arguments import flat, parse
-from simpo_megatron.config.presets import describe
+from simpo_megatron.config.presets import PRESETS, describe
 from simpo_megatron.errors import UserError
+from tests.support.distributed import WorkerPool
 from tests.support.runs import Inputs, flags, run_main
 
+ROOT = Path(__file__).parents[2]
 NEEDED = ["--hf-checkpoint", "model", "--train-data", "pairs.jsonl"]
 
 
@@ -38,13 +40,13 @@ def test_preset_then_file_then_flags(tmp_path: Path) -> None:
     file.write_text("preset: mistral-base\nlr: 4e-7\nsimpo_beta: 3\n")
     config = parse([*NEEDED, "--config", str(file), "--simpo-beta", "4"])
     assert (config.objective.simpo_beta, config.objective.gamma, config.optimizer.lr) == (4.0, 3.2, 4e-7)
-    said = describe("mistral-base", flat(config))
-    assert said.startswith("preset mistral-base: simpo_gamma_beta_ratio 0.8, train_epochs 1.0")
-    assert said.endswith("set otherwise: simpo_beta 4.0 (preset 2.0), lr 4e-07 (preset 3e-07)")
+    line = describe("mistral-base", flat(config))
+    assert line.startswith("preset mistral-base: simpo_gamma_beta_ratio 0.8, train_epochs 1.0")
+    assert line.endswith("set otherwise: simpo_beta 4.0 (preset 2.0), lr 4e-07 (preset 3e-07)")
     assert parse([*NEEDED, "--config", str(file), "--preset", "llama3-base"]).objective.gamma == 1.5
 
 
-def test_the_other_way_to_say_it_takes_the_preset_back() -> None:
+def test_the_other_way_to_set_it_drops_the_presets_value() -> None:
     config = parse(
         [*NEEDED, "--preset", "llama3-base", "--simpo-gamma", "0.7", "--train-iters", "9", "--max-length", "512"]
     )
@@ -62,7 +64,7 @@ def test_an_unknown_preset_lists_those_there_are(tmp_path: Path) -> None:
         parse([*NEEDED, "--train-iters", "1", "--config", str(file)])
 
 
-def test_a_run_says_what_the_preset_set(pool, inputs: Inputs) -> None:
+def test_a_run_says_what_the_preset_set(pool: WorkerPool, inputs: Inputs) -> None:
     settings = {"train_iters": 1, "max_length": 256, "global_batch_size": 4, "lr": 3e-7}
     [(code, out, _)] = pool.run(
         1, run_main, flags(inputs.checkpoint, inputs.data, preset="llama3-instruct", **settings)
@@ -71,3 +73,14 @@ def test_a_run_says_what_the_preset_set(pool, inputs: Inputs) -> None:
     [line] = [line for line in out.splitlines() if line.startswith("preset ")]
     assert "simpo_beta 2.5, simpo_gamma_beta_ratio 0.55" in line and "lr 3e-07 (preset 1e-06)" in line
     assert "SimPO: beta 2.5, gamma 1.375" in out
+
+
+def test_the_table_of_the_users_guide_is_that_of_the_presets() -> None:
+    text = (ROOT / "simpo_megatron" / "trainer" / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    start = next(i for i, row in enumerate(rows) if row[0] == "setting")
+    names = rows[start][1:]
+    assert names == list(PRESETS)
+    settings = list(PRESETS[names[0]])
+    shown = {row[0]: row[1:] for row in rows[start + 2 : start + 2 + len(settings)]}
+    assert shown == {setting: [str(PRESETS[name][setting]) for name in names] for setting in settings}

@@ -1,0 +1,1 @@
+"""Tests of `simpo_megatron.data`, one file a module."""

@@ -1,10 +1,15 @@
 """Token ids against TRL's CPO tokenization and the tokenizers themselves."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from simpo_megatron.data.encode import EncodedPair, PairEncoder, truncate
 from simpo_megatron.data.options import DataOptions
@@ -32,22 +37,27 @@ CHAT = {
 TEXT = {"prompt": "What color is the sky? Answer:", "chosen": " It is blue.", "rejected": " 日本, not you."}
 
 
-def encode(tokenizer, row, options=OPTIONS, eos_token_ids=()):
+def encode(
+    tokenizer: PreTrainedTokenizerFast,
+    row: dict[str, Any],
+    options: DataOptions = OPTIONS,
+    eos_token_ids: Sequence[int] = (),
+) -> EncodedPair:
     (pair,) = PairEncoder(tokenizer, options, eos_token_ids).encode([parse_preference(row, "f.jsonl:3")])
     return pair
 
 
-def error_of(tokenizer, row, options=OPTIONS) -> str:
+def error_of(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], options: DataOptions = OPTIONS) -> str:
     with pytest.raises(UserError) as caught:
         encode(tokenizer, row, options)
     return str(caught.value)
 
 
-def ids(tokenizer, text):
+def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def trl_row(tokenizer, row):
+def trl_row(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> dict[str, list[int]]:
     """What TRL's CPO trainer, whose loss SimPO is one of, makes of the row."""
     from trl.data_utils import maybe_apply_chat_template
     from trl.experimental.cpo import CPOTrainer
@@ -66,7 +76,7 @@ def trl_row(tokenizer, row):
     # TRL appends a second EOS after Qwen's and Zephyr's "EOS newline"; those are compared with the templates below.
     [("llama3", CHAT), ("mistral", CHAT), *((family, TEXT) for family in FAMILIES)],
 )
-def test_same_ids_as_trl(family, row):
+def test_same_ids_as_trl(family: str, row: dict[str, Any]) -> None:
     tokenizer = toy(family)
     pair, expected = encode(tokenizer, row), trl_row(tokenizer, row)
     assert pair.boundary_merges == 0
@@ -77,7 +87,7 @@ def test_same_ids_as_trl(family, row):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_conversation_is_the_rendered_one_up_to_eos(family):
+def test_conversation_is_the_rendered_one_up_to_eos(family: str) -> None:
     tokenizer = toy(family)
     pair = encode(tokenizer, CHAT)
     for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -91,7 +101,7 @@ def test_conversation_is_the_rendered_one_up_to_eos(family):
 
 @pytest.mark.parametrize("row", [CHAT, TEXT])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_bos_or_none(family, row):
+def test_one_bos_or_none(family: str, row: dict[str, Any]) -> None:
     tokenizer = toy(family)
     prompt = encode(tokenizer, row).prompt
     if family == "qwen":
@@ -101,14 +111,14 @@ def test_one_bos_or_none(family, row):
         assert prompt.count(tokenizer.bos_token_id) == 1
 
 
-def test_doubled_bos_collapses():
+def test_doubled_bos_collapses() -> None:
     tokenizer = with_template("mistral", "{{ bos_token }}" + MISTRAL)
     assert encode(tokenizer, CHAT) == encode(toy("mistral"), CHAT)
     assert encode(toy("mistral"), {**TEXT, "prompt": "<s>[INST]"}).prompt.count(1) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_assistant_header_in_the_response(family):
+def test_assistant_header_in_the_response(family: str) -> None:
     tokenizer = toy(family)
     usual = encode(tokenizer, CHAT)
     pair = encode(tokenizer, CHAT, DataOptions(assistant_header="response"))
@@ -120,23 +130,23 @@ def test_assistant_header_in_the_response(family):
 @pytest.mark.parametrize(
     "ending", ["", "</s>", "</s>\n", "</s> \n </s>\n", "</s></s>"], ids=["none", "eos", "newline", "spaced", "twice"]
 )
-def test_eos_exactly_once(ending):
+def test_eos_exactly_once(ending: str) -> None:
     tokenizer = toy("mistral")
     response = encode(tokenizer, {**TEXT, "chosen": " Blue." + ending}).chosen
     assert response == encode(tokenizer, {**TEXT, "chosen": " Blue."}).chosen
     assert response.count(tokenizer.eos_token_id) == 1
 
 
-def test_eos_inside_a_response_does_not_end_it():
+def test_eos_inside_a_response_does_not_end_it() -> None:
     pair = encode(toy("mistral"), {**TEXT, "chosen": " It</s> is"})
     assert toy("mistral").decode(pair.chosen) == "It</s> is</s>"
 
 
-def test_whitespace_that_no_eos_follows_stays():
+def test_whitespace_that_no_eos_follows_stays() -> None:
     assert toy("llama3").decode(encode(toy("llama3"), {**TEXT, "chosen": " It \n"}).chosen) == " It \n<|eot_id|>"
 
 
-def test_extra_eos_ids_end_a_response():
+def test_extra_eos_ids_end_a_response() -> None:
     tokenizer = toy("llama3")
     base = with_template("llama3", tokenizer.chat_template)
     base.eos_token = "<|end_of_text|>"  # as base models have it; turns still end with <|eot_id|>
@@ -145,7 +155,7 @@ def test_extra_eos_ids_end_a_response():
     assert encode(base, CHAT, eos_token_ids=both) == encode(tokenizer, CHAT)
 
 
-def test_no_eos_token_appends_none():
+def test_no_eos_token_appends_none() -> None:
     tokenizer = with_template("qwen", None)
     tokenizer.eos_token = None
     assert encode(tokenizer, TEXT).chosen == ids(tokenizer, TEXT["chosen"])
@@ -155,7 +165,7 @@ def test_no_eos_token_appends_none():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merge_across_the_boundary_keeps_one_prompt(family):
+def test_merge_across_the_boundary_keeps_one_prompt(family: str) -> None:
     tokenizer = toy(family)
     row = {"prompt": "No, the ", "chosen": "sky is blue.", "rejected": "dog. What"}
     full, prompt = ids(tokenizer, row["prompt"] + row["chosen"]), ids(tokenizer, row["prompt"])
@@ -168,7 +178,7 @@ def test_merge_across_the_boundary_keeps_one_prompt(family):
     assert tokenizer.decode(pair.prompt + pair.rejected, skip_special_tokens=True) == "No, the dog. What"
 
 
-def test_merge_of_one_member_only():
+def test_merge_of_one_response_only() -> None:
     tokenizer = toy("llama3")
     pair = encode(tokenizer, {"prompt": "No, the ", "chosen": "sky", "rejected": "\nsky"})
     assert pair.boundary_merges == 1
@@ -182,7 +192,7 @@ words = st.lists(st.text(max_size=5) | st.sampled_from([" the", "\n", "blue", " 
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["llama3", "qwen"]), words, words, words)
-def test_any_conversation_is_reproduced(family, question, chosen, rejected):
+def test_any_conversation_is_reproduced(family: str, question: str, chosen: Any, rejected: Any) -> None:
     tokenizer = toy(family)
     row = {
         "prompt": [{"role": "user", "content": question}],
@@ -198,7 +208,7 @@ def test_any_conversation_is_reproduced(family, question, chosen, rejected):
         assert sum(token == tokenizer.eos_token_id for token in response) == 1
 
 
-def test_a_batch_equals_its_rows():
+def test_a_batch_equals_its_rows() -> None:
     tokenizer = toy("mistral")
     rows = [CHAT, TEXT, {**TEXT, "chosen": " No."}]
     preferences = [parse_preference(row, "f") for row in rows]
@@ -225,7 +235,9 @@ def pair_of(prompt: int, chosen: int, rejected: int) -> EncodedPair:
     ],
 )
 @pytest.mark.parametrize("keep", ["keep_end", "keep_start"])
-def test_truncation(lengths, expected, cut, keep):
+def test_truncation(
+    lengths: tuple[int, int, int], expected: tuple[int, int, int], cut: tuple[bool, bool, bool], keep: str
+) -> None:
     options = DataOptions(max_length=10, max_prompt_length=4, prompt_truncation=keep)
     whole = pair_of(*lengths)
     pair = truncate(whole, options, bos=None)
@@ -237,7 +249,7 @@ def test_truncation(lengths, expected, cut, keep):
     assert pair.rejected == whole.rejected[: expected[2]]
 
 
-def test_keep_end_keeps_bos():
+def test_keep_end_keeps_bos() -> None:
     options = DataOptions(max_length=10, max_prompt_length=3)
     assert truncate(pair_of(8, 5, 5), options, bos=0).prompt == [0, 6, 7]
     assert truncate(pair_of(8, 5, 5), options, bos=9).prompt == [5, 6, 7]
@@ -245,7 +257,9 @@ def test_keep_end_keeps_bos():
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(2, 30), st.data())
-def test_truncated_pairs_fit_and_are_never_empty(prompt, chosen, rejected, max_length, data):
+def test_truncated_pairs_fit_and_are_never_empty(
+    prompt: int, chosen: Any, rejected: Any, max_length: int, data: st.DataObject
+) -> None:
     options = DataOptions(max_length, data.draw(st.integers(1, max_length - 1)))
     pair = truncate(pair_of(prompt, chosen, rejected), options, bos=0)
     for response, length in ((pair.chosen, chosen), (pair.rejected, rejected)):
@@ -258,44 +272,44 @@ def test_truncated_pairs_fit_and_are_never_empty(prompt, chosen, rejected, max_l
 # Errors and empty prompts
 
 
-def test_empty_prompt_is_bos_where_there_is_one():
+def test_empty_prompt_is_bos_where_there_is_one() -> None:
     assert encode(toy("llama3"), {**TEXT, "prompt": ""}).prompt == [toy("llama3").bos_token_id]
     tokenizer = with_template("qwen", None)
     row = {"chosen": "Yes", "rejected": "No"}
     assert error_of(tokenizer, row) == (
         "f.jsonl:3: the prompt is empty and the tokenizer models/toy has no BOS token, so nothing predicts the first "
-        "token of the response; give the row a `prompt`."
+        "token of the response; give the row a `prompt`"
     )
 
 
-def test_no_chat_template():
+def test_no_chat_template() -> None:
     assert error_of(with_template("qwen", None), CHAT) == (
         "f.jsonl:3: the row is a conversation but the tokenizer models/toy has no chat template; add "
-        "chat_template.jinja to its folder, or give `prompt`, `chosen` and `rejected` as strings."
+        "chat_template.jinja to its folder, or give `prompt`, `chosen` and `rejected` as strings"
     )
 
 
-def test_template_that_refuses():
+def test_template_that_refuses() -> None:
     row = {**CHAT, "prompt": [{"role": "tool", "content": "x"}]}
     assert error_of(with_template("mistral", MISTRAL), row) == (
         "f.jsonl:3: the chat template of models/toy refuses the conversation (only user and assistant roles are "
-        "supported); change the row's messages or the template."
+        "supported); change the row's messages or the template"
     )
 
 
-def test_template_whose_generation_prompt_is_not_in_the_conversation():
+def test_template_whose_generation_prompt_is_not_in_the_conversation() -> None:
     tokenizer = with_template("qwen", THINKING)
     row = {**CHAT, "prompt": [{"role": "user", "content": "q"}]}
     assert error_of(tokenizer, row) == (
         "f.jsonl:3: the chat template renders the prompt differently when a response follows: '<think>\\n' became "
         "'It is blue.\\n\\nThank you 🤝<|im_end|>\\n' at character 93; make the template write the prompt the same way "
-        "in both, or use --assistant-header response if only the generation prompt differs."
+        "in both, or use --assistant-header response if only the generation prompt differs"
     )
-    # The mend works.
+    # The fix works.
     assert encode(tokenizer, row, DataOptions(assistant_header="response")).chosen[-1] == tokenizer.eos_token_id
 
 
-def test_template_that_changes_the_prompt_itself():
+def test_template_that_changes_the_prompt_itself() -> None:
     tokenizer = with_template("qwen", "{{ messages | length }}")
     message = error_of(tokenizer, CHAT, DataOptions(assistant_header="response"))
-    assert message.endswith("'3' became '4' at character 1; make the template write the prompt the same way in both.")
+    assert message.endswith("'3' became '4' at character 1; make the template write the prompt the same way in both")

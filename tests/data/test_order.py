@@ -1,4 +1,6 @@
-"""The data order and the plan of a batch: every pair exactly once, whatever the sizes."""
+"""The data order: every pair exactly once in an epoch, whatever the sizes."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
@@ -10,14 +12,16 @@ from simpo_megatron.data.order import blended_order
 
 
 @given(st.integers(1, 30), st.integers(0, 2**40), st.integers(0, 4))
-def test_epochs_are_permutations(num_pairs, seed, epoch):
+def test_epochs_are_permutations(num_pairs: int, seed: int, epoch: int) -> None:
     order = pairs_of_batch(epoch * num_pairs, num_pairs, num_pairs, seed)
     assert order.dtype == np.int64
     assert sorted(order) == list(range(num_pairs))
 
 
 @given(st.integers(1, 20), st.integers(0, 100), st.lists(st.integers(0, 45), max_size=5), st.booleans())
-def test_batches_of_any_size_are_slices_of_one_order(num_pairs, start, sizes, shuffle):
+def test_batches_of_any_size_are_slices_of_one_order(
+    num_pairs: int, start: int, sizes: list[int], shuffle: bool
+) -> None:
     whole = pairs_of_batch(0, start + sum(sizes), num_pairs, seed=7, shuffle=shuffle)
     position = start
     for size in sizes:
@@ -26,8 +30,8 @@ def test_batches_of_any_size_are_slices_of_one_order(num_pairs, start, sizes, sh
         position += size
 
 
-def test_orders_differ_between_seeds_and_epochs_and_repeat():
-    def order(seed, epoch):
+def test_orders_differ_between_seeds_and_epochs_and_repeat() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
         return pairs_of_batch(100 * epoch, 100, 100, seed).tolist()
 
     assert order(1, 0) == order(1, 0)
@@ -37,12 +41,12 @@ def test_orders_differ_between_seeds_and_epochs_and_repeat():
     assert sorted(order(1, 0)) == list(range(100))
 
 
-def test_file_order_without_shuffling():
+def test_file_order_without_shuffling() -> None:
     assert pairs_of_batch(3, 6, 5, seed=1, shuffle=False).tolist() == [3, 4, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("position, batch, num_pairs", [(-1, 1, 1), (0, -1, 1), (0, 1, 0)])
-def test_out_of_range(position, batch, num_pairs):
+def test_out_of_range(position: int, batch: int, num_pairs: int) -> None:
     with pytest.raises(
         ValueError, match=f"position {position}, batch {batch} or num_pairs {num_pairs} is out of range"
     ):
@@ -53,7 +57,9 @@ parts = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, ma
 
 
 @given(parts, st.integers(0, 2**20), st.booleans())
-def test_a_source_of_a_blend_repeats_no_pair_before_all_were_seen(parts, seed, shuffle):
+def test_a_source_of_a_blend_repeats_no_pair_before_all_were_seen(
+    parts: list[tuple[int, int]], seed: int, shuffle: bool
+) -> None:
     sizes, counts = zip(*parts, strict=True)
     epochs = 3
     source, index = blended_order(0, epochs * sum(counts), sizes, counts, seed, shuffle)
@@ -68,13 +74,13 @@ def test_a_source_of_a_blend_repeats_no_pair_before_all_were_seen(parts, seed, s
 
 
 @given(parts, st.integers(0, 40), st.integers(0, 40), st.integers(0, 2**20))
-def test_a_blend_is_a_function_of_the_position(parts, start, count, seed):
+def test_a_blend_is_a_function_of_the_position(parts: list[tuple[int, int]], start: int, count: int, seed: int) -> None:
     sizes, counts = zip(*parts, strict=True)
     source, index = blended_order(0, start + count, sizes, counts, seed)
     later = blended_order(start, count, sizes, counts, seed)
     assert [source[start:].tolist(), index[start:].tolist()] == [part.tolist() for part in later]
 
 
-def test_a_blend_out_of_range():
+def test_a_blend_out_of_range() -> None:
     with pytest.raises(ValueError, match="out of range"):
         blended_order(-1, 1, [3], [3], 0)

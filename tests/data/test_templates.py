@@ -1,12 +1,16 @@
 """Whole templates of model families, and any conversation in them: ids, boundary, BOS, EOS and mask."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpo_megatron.batch.row import BatchCounts, RowFormat, pack_row
-from simpo_megatron.data import DataOptions
+from simpo_megatron.data import DataOptions, InMemoryPairs
 from simpo_megatron.data.clean import encode_rows
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.errors import UserError
@@ -20,20 +24,20 @@ def chat(*turns: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def encoded(name, prompt, chosen, rejected):
+def encoded(name: str, prompt: Any, chosen: str, rejected: str) -> InMemoryPairs:
     row = {"chosen": [*prompt, *chat("", chosen)[1:]], "rejected": [*prompt, *chat("", rejected)[1:]]}
     encoder = PairEncoder(tokenizer_of(name), OPTIONS, ends_of(name))
-    return encode_rows([("f:1", row)], encoder, OPTIONS).pairs
+    return encode_rows([("f:1", row)], encoder).pairs
 
 
-def text_of(name, ids):
+def text_of(name: str, ids: np.ndarray) -> str:
     return tokenizer_of(name).decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_conversation_written_out(name):
-    store = encoded(name, chat(QUESTION, REPLY, FINAL), ANSWER, "No.")
-    prompt, chosen, _ = store.pair(0)
+def test_a_conversation_written_out(name: str) -> None:
+    pairs = encoded(name, chat(QUESTION, REPLY, FINAL), ANSWER, "No.")
+    prompt, chosen, _ = pairs.pair(0)
     family, tokenizer = FAMILIES[name], tokenizer_of(name)
     # The marker of a word's start that sentencepiece puts before a text decodes to a space.
     assert text_of(name, prompt).replace("<s> ", "<s>") == family.prompt
@@ -47,7 +51,7 @@ def test_a_conversation_written_out(name):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
-def test_roles_that_a_template_refuses(name):
+def test_roles_that_a_template_refuses(name: str) -> None:
     with pytest.raises(UserError, match=r"f:1: the chat template of .* refuses the conversation"):
         encoded(name, [{"role": "system", "content": "Be brief."}, *chat(QUESTION)], ANSWER, "No.")
 
@@ -64,11 +68,13 @@ texts = st.text(
     texts,
     texts,
 )
-def test_prompt_and_response_are_the_rendered_conversation(name, turns, chosen, rejected):
+def test_prompt_and_response_are_the_rendered_conversation(
+    name: str, turns: list[str], chosen: str, rejected: str
+) -> None:
     if tokenizer_of(name)(chosen.strip())["input_ids"] == tokenizer_of(name)(rejected.strip())["input_ids"]:
         return
-    store = encoded(name, chat(*turns), chosen, rejected)
-    prompt, *responses = store.pair(0)
+    pairs = encoded(name, chat(*turns), chosen, rejected)
+    prompt, *responses = pairs.pair(0)
     tokenizer, ends = tokenizer_of(name), {*ends_of(name), tokenizer_of(name).eos_token_id}
     for answer, response in zip((chosen, rejected), responses, strict=True):
         rendered = tokenizer.apply_chat_template(chat(*turns, answer), tokenize=False)
@@ -77,14 +83,14 @@ def test_prompt_and_response_are_the_rendered_conversation(name, turns, chosen, 
             chat(*turns), tokenize=False, add_generation_prompt=True
         )
         assert response[-1] in ends and not ends & set(response[:-1].tolist()), "EOS once, at the end"
-    check_mask(store, prompt, responses)
+    check_mask(pairs, prompt, responses)
 
 
-def check_mask(store, prompt, responses):
+def check_mask(pairs: InMemoryPairs, prompt: Any, responses: list[np.ndarray]) -> None:
     """What is scored in a plain and in a shared row: the response and its EOS, each by the token before it."""
     wanted = np.concatenate(responses).tolist()
     for shared in (False, True):
-        batch = pack_row(store, [0], BatchCounts(1, 1, 1), RowFormat(share_prompts=shared))
+        batch = pack_row(pairs, [0], BatchCounts(1, 1, 1), RowFormat(share_prompts=shared))
         assert batch.scored.targets_R.tolist() == wanted
         assert batch.lengths.tolist() == [len(response) for response in responses]
         tokens = batch.tokens[0].tolist()

@@ -14,7 +14,7 @@ import pytest
 from simpo_megatron.config.arguments import read_yaml
 from simpo_megatron.models.hf_checkpoint import read_hf_config
 from simpo_megatron.parallel.config import ParallelConfig
-from simpo_megatron.planning.layouts import Request, legal, plan
+from simpo_megatron.planning.layouts import Request, cost, legal
 from tests.support.distributed import free_environment
 from tests.support.tiny import make_checkpoint, make_rows, write_rows
 from tools.verify_layout import parse_arguments
@@ -126,7 +126,7 @@ def test_the_stated_memory_is_the_planned_one(name: str) -> None:
     hf = read_hf_config(EXAMPLES.parent / command[1])
     request = Request(72 * 2**30, seq_length, packed_rows=64, slab_bytes=256 * 2**20)
     assert parallel in list(legal(hf.architecture, gpus, seq_length))
-    planned = plan(hf.architecture, parallel, gpus, request)
+    planned = cost(hf.architecture, parallel, gpus, request)
     assert f"{planned.memory.total / 2**30:.1f}" == stated[1]
     assert planned.memory.total < request.gpu_bytes
 

@@ -1,4 +1,4 @@
-"""The quick start's data are what they claim to be, and its report measures what it says."""
+"""The quick start's data are right, and its report measures what it says."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_own_rows_are_split_by_prompt(tmp_path: Path) -> None:
 def test_report_equals_one_sequence_at_a_time(output: Path) -> None:
     checkpoint = report.Checkpoint(output / "model", max_length=64)
     rows = read(output / "data" / "heldout.jsonl")[:5]
-    sequences = [member for row in rows for member in checkpoint.members(row)]
+    sequences = [response for row in rows for response in checkpoint.responses(row)]
     batched = checkpoint.average_logprobs(sequences)
     for (prompt, answer), value in zip(sequences, batched, strict=True):
         with torch.no_grad():
@@ -90,7 +90,7 @@ def test_report_equals_one_sequence_at_a_time(output: Path) -> None:
         alone = [logits[len(prompt) + i - 1, token] for i, token in enumerate(answer)]
         assert torch.stack(alone).mean().item() == pytest.approx(value.item(), rel=1e-5)
     long = {**rows[0], "prompt": [{"role": "user", "content": "Which number? " * 80}]}
-    assert [len(prompt) for prompt, _ in checkpoint.members(long)] == [32, 32]
+    assert [len(prompt) for prompt, _ in checkpoint.responses(long)] == [32, 32]
 
 
 def test_report_prints_a_table_and_draws(output: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packed attention equals attention under a mask, written out."""
+"""Packed attention equals plain attention under an explicit mask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from simpo_megatron.models.spec import PackedAttention
+from simpo_megatron.models.attention import PackedAttention
+from simpo_megatron.models.spec import RMSNorm
 from tests.support.families import pack
 
 LENGTHS = [1, 40, 7, 16, 3]
@@ -77,5 +78,22 @@ def test_offsets_are_read_again_when_they_change() -> None:
 
 def test_tokens_outside_every_segment_are_an_error() -> None:
     q, k, v = (torch.randn(12, heads, 8) for heads in (4, 2, 2))
-    with pytest.raises(ValueError, match="cu_seqlens end at 9, but the pack has 12 tokens"):
+    with pytest.raises(ValueError, match="cu_seqlens end at 9, but the row has 12 tokens"):
         attention()(q, k, v, packed_seq_params=pack([4, 5]))
+
+
+@pytest.mark.parametrize("keyword", ["window_size", "softcap", "k_channels"])
+def test_a_keyword_that_is_not_known_is_an_error(keyword: str) -> None:
+    config: Any = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, window_size=None)
+    with pytest.raises(TypeError, match=keyword):
+        PackedAttention(config, **{keyword: 1})
+    q = torch.randn(12, 4, 8)
+    with pytest.raises(TypeError, match=keyword):
+        attention()(q, q, q, **{keyword: 1})
+
+
+@pytest.mark.parametrize("keyword", ["zero_centered_gamma", "bias"])
+def test_a_keyword_of_a_norm_that_is_not_known_is_an_error(keyword: str) -> None:
+    config: Any = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)
+    with pytest.raises(TypeError, match=keyword):
+        RMSNorm(config, 8, **{keyword: True})

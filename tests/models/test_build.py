@@ -1,4 +1,4 @@
-"""What is not available is refused; parameters carry what Megatron's optimizer looks for; padding is empty."""
+"""What is not available is refused, parameters have the attributes that Megatron's optimizer reads, padding is zero."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import families as tiny
 
 
 def refusals(path: Path) -> list[str]:
-    """On a rank: the sentences for what only Megatron or Transformer Engine decides."""
+    """On a rank: the errors for what only Megatron or Transformer Engine decides."""
     from simpo_megatron.models.build import build_model
 
     hf, config, _ = tiny.build(path)
@@ -40,7 +40,7 @@ def test_what_is_not_available_is_refused(pool: Any, tmp_path: Path) -> None:
 
 
 def parameters(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """On a rank: what is known of every parameter."""
+    """On a rank: dtype, value and attributes of every parameter."""
     _, _, models = tiny.build(path, bf16=True, **layout)
     return {
         name: {

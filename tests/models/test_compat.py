@@ -1,4 +1,4 @@
-"""The version gate, and quiet imports."""
+"""The check of Megatron-Core's version, the choice of optional packages, and imports without warnings."""
 
 from __future__ import annotations
 

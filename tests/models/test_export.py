@@ -1,4 +1,4 @@
-"""Export is the inverse of loading, in every layout, and a failed one leaves nothing behind."""
+"""Export is the inverse of loading in every layout, and a failed export leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 
 
 def _needs(name: str) -> dict[str, Any]:
-    """What a family cannot do without under tensor parallelism."""
+    """Settings that a family needs under tensor parallelism."""
     return {"sequence_parallel": True} if name in tiny.WITH_EXPERTS else {}
 
 
@@ -32,7 +32,7 @@ def load_and_export(source: Path, target: Path, bf16: bool, layout: dict[str, An
 
 
 def fail_to_export(source: Path, target: Path, layout: dict[str, Any]) -> str:
-    """On a rank: the disk is full for the second pipeline stage; returns the error every rank raises."""
+    """On a rank: exports while the disk of the second pipeline stage is full; returns the error that is raised."""
     from megatron.core import parallel_state
 
     from simpo_megatron.models import export

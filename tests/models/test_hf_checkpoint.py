@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is one sentence, before anything is built."""
+"""What is wrong with a checkpoint is reported in one sentence, before anything is built."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def world(layout: dict[str, Any]) -> int:
 
 
 def packed_reference(model: Any) -> Tensor:
-    """The logits [T, V] of the sequences of the pack, each on its own."""
+    """The logits [T, V] of the sequences of the packed row, each computed alone."""
     return torch.cat([model(ids[None]).logits[0] for ids in IDS[0].split(LENGTHS)])
 
 
@@ -42,7 +42,7 @@ def test_every_family_equals_transformers(name: str, pool: Any, tmp_path: Path) 
         assert error(plain, model(IDS).logits[0]) < 1e-5
         [packed] = pool.run(1, tiny.logits, tmp_path, IDS, LENGTHS, {})
         assert error(packed, packed_reference(model)) < 1e-5
-        assert error(packed, plain) > 1e-2  # the test would see sequences that look at each other
+        assert error(packed, plain) > 1e-2  # so the test would see it if sequences attended to each other
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "llama3", "mistral", "qwen2", "qwen3"])
@@ -89,5 +89,5 @@ def test_gradients_equal_transformers(name: str, layout: dict[str, Any], pool: A
     expected = tiny.on_disk(model, {name: parameter.grad for name, parameter in model.named_parameters()})
     assert found.keys() == expected.keys()
     for parameter in expected:
-        # Megatron's schedule divides the loss by the microbatches, of which there are two alike.
+        # Megatron's schedule divides the loss by the number of microbatches, which are all the same here.
         assert error(found[parameter], expected[parameter]) < 1e-5, parameter

@@ -216,7 +216,7 @@ class Expected:
 def oracle(checkpoint: Path) -> Expected:
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     pairs = pairs_with_reference()
-    weight, known = torch.from_numpy(pairs.weight).double(), torch.from_numpy(pairs.reference_sums).double()
+    weight, known = torch.from_numpy(pairs.columns["weight"]).double(), torch.from_numpy(pairs.reference_sums).double()
     with one_thread():
         every = [
             [response_logps(model, p, response) for response in both] for p, *both in map(pairs.pair, range(len(pairs)))

@@ -1,4 +1,4 @@
-"""The zig-zag slices written out, and attention over them against attention on one rank."""
+"""The zig-zag slices of small rows, and attention over them against attention on one rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from simpo_megatron.models import attention
 from simpo_megatron.models.attention import PackedAttention
-from simpo_megatron.parallel.context import chunks, positions, round_up, sequence_multiple
+from simpo_megatron.parallel.context import positions, round_up, sequence_multiple, zigzag_slices
 from tests.models.test_attention import masked
 from tests.support.distributed import Collectives
 from tests.support.families import pack
@@ -23,7 +23,7 @@ def test_slices_written_out() -> None:
     assert positions([0, 8], 2, 1).tolist() == [2, 3, 4, 5]
     assert positions([0, 4, 12], 2, 1).tolist() == [1, 2, 6, 7, 8, 9]
     assert positions([0, 3, 7], 1, 0).tolist() == list(range(7))
-    assert chunks(10, 22, 3, 2) == (slice(14, 16), slice(16, 18))
+    assert zigzag_slices(10, 22, 3, 2) == (slice(14, 16), slice(16, 18))
     assert (sequence_multiple(1), sequence_multiple(4)) == (1, 8)
     assert (round_up(9, 4), round_up(8, 4), round_up(0, 4)) == (12, 8, 0)
 
@@ -61,7 +61,7 @@ def attend(window: int | None, block: int) -> tuple[Tensor, list[Tensor], dict[s
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
-def test_attention_over_slices_equals_one_rank(pool, world: int, window: int | None) -> None:
+def test_attention_over_slices_equals_one_rank(pool: Any, world: int, window: int | None) -> None:
     qkv, weights = problem()
     for x in qkv:
         x.requires_grad_()
@@ -88,7 +88,7 @@ def refuse() -> list[str]:
     return found
 
 
-def test_rows_that_cannot_be_sliced_are_an_error(pool) -> None:
+def test_rows_that_cannot_be_sliced_are_an_error(pool: Any) -> None:
     for unpacked, uneven in pool.run(2, refuse):
         assert "needs a packed row" in unpacked
         assert "multiple of 4 tokens, but cu_seqlens are [0, 6, 12]" in uneven

@@ -1,4 +1,4 @@
-"""Layouts that a model cannot have are refused with the nearest values that it can."""
+"""Layouts that a model cannot have are refused with the nearest values that it can have."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import transformer_config
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.parallel.limits import check_layout
+from simpo_megatron.parallel.stages import stage_layers, virtual_stages
 from tests.support import families as tiny
 
 SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -29,18 +30,18 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         (
             "llama",
             {"pipeline_model_parallel_size": 3},
-            "4 of the model's 4 layers do not divide into 3 pipeline stages; use --pipeline-model-parallel-size 1, 2 or 4",
+            "the model's 4 layers do not divide into 3 pipeline stages; use --pipeline-model-parallel-size 1, 2 or 4",
         ),
         ("llama", {"pipeline_model_parallel_size": 8}, "do not divide into 8 pipeline stages; use .* 1, 2 or 4"),
         (
             "llama",
             {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 1},
-            "--decoder-first-pipeline-num-layers 1: that leaves 3 of the model's 4 layers for 2 .* multiple of 2",
+            "--decoder-first-pipeline-num-layers 1 leaves 3 of the model's 4 layers for the other 2 .*; use 2$",
         ),
         (
             "llama",
             {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 4},
-            "--decoder-first-pipeline-num-layers 4: that leaves 0 of the model's 4 layers for 2",
+            "--decoder-first-pipeline-num-layers 4 leaves 0 of the model's 4 layers for the other 2 .*; use 2$",
         ),
         (
             "llama",
@@ -88,3 +89,40 @@ def test_the_nearest_values_are_accepted(tmp_path: Path) -> None:
         {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1, "context_parallel_size": 2},
     ):
         check_layout(hf.architecture.transformer, layout)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (
+            (10, 4, 1, 3, None),
+            "--decoder-first-pipeline-num-layers 3 leaves 7 .* the other 3 pipeline stages; use 1 or 4$",
+        ),
+        (
+            (10, 4, 1, None, 2),
+            "--decoder-last-pipeline-num-layers 2 leaves 8 .* the other 3 pipeline stages; use 1 or 4$",
+        ),
+        (
+            (10, 4, 1, 2, 3),
+            "first.* 2 and .*last.* 3 leave 5 .* 2 pipeline stages; choose two numbers with the sum 4 or 6$",
+        ),
+        ((10, 2, 1, 2, 3), "leave 5 of the model's 10 layers for the other 0 .* choose two numbers with the sum 10$"),
+        ((12, 4, 2, 1, 3), "2 virtual stages each; choose two numbers with the sum 4 or 8, each a multiple of 2$"),
+        ((2, 4, 1, 1, None), "leaves 1 .* the other 3 .*; use another --pipeline-model-parallel-size$"),
+    ],
+)
+def test_layers_that_do_not_divide_are_refused_with_the_nearest_that_do(cut: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        stage_layers(*cut)
+
+
+@pytest.mark.parametrize(
+    ("cut", "fix"),
+    [
+        ((8, 2, 3), "use --num-layers-per-virtual-pipeline-stage 1, 2 or 4$"),
+        ((8, 3, 1), "use --pipeline-model-parallel-size 1, 2, 4 or 8$"),
+    ],
+)
+def test_virtual_stages_that_do_not_divide_are_refused(cut: tuple[int, int, int], fix: str) -> None:
+    with pytest.raises(UserError, match=fix):
+        virtual_stages(*cut)

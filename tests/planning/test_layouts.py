@@ -1,4 +1,4 @@
-"""Which layouts are listed, and in what order; the memory of one: `test_memory.py`."""
+"""Which layouts are listed, and in what order. The memory of a layout is tested in `test_memory.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_layout, check_processes, layout_arguments
-from simpo_megatron.planning.layouts import FULL, Request, fewest, fitting, legal, plan
+from simpo_megatron.planning.layouts import FULL, Request, cost, fewest, fitting, legal
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 REQUEST = Request(72 * 2**30, seq_length=4096, packed_rows=64, slab_bytes=2**28)
@@ -32,13 +32,13 @@ def test_listed_layouts_pass_the_limits_and_fit(name: str, gpus: int) -> None:
     for one in found:
         layout = layout_arguments(one.parallel, hf.architecture.num_layers)
         check_layout(model, layout)
-        check_processes(gpus, "num_moe_experts" in model, layout)
+        check_processes(gpus, hf.architecture.num_experts is not None, layout)
         assert one.memory.total <= REQUEST.gpu_bytes
     assert [one.order for one in found] == sorted(one.order for one in found)
 
 
 def test_layouts_that_the_limits_refuse_are_left_out(llama_70b: HFCheckpoint) -> None:
-    """8 key heads allow TP 8 at most; 80 layers in 3 stages need edges; rows of 4098 tokens cannot be cut by CP."""
+    """8 key heads allow TP 8 at most, 3 stages do not divide 80 layers, and CP cannot cut rows of 4098 tokens."""
     found = list(legal(llama_70b.architecture, 48, 4098))
     assert {p.context_parallel_size for p in found} == {1}
     assert all(p.expert_model_parallel_size == 1 for p in found)
@@ -47,19 +47,19 @@ def test_layouts_that_the_limits_refuse_are_left_out(llama_70b: HFCheckpoint) ->
 
 
 def test_the_bubble_by_hand(llama_70b: HFCheckpoint) -> None:
-    """4 stages, 8 rows a rank: 3 rows long the pipeline fills and empties; cut in 2, half of that."""
+    """4 stages, 8 rows a rank: filling and emptying takes as long as 3 rows; half of it with 2 virtual stages."""
     sizes = {"tensor_model_parallel_size": 8, "sequence_parallel": True, "pipeline_model_parallel_size": 4}
-    plain = plan(llama_70b.architecture, ParallelConfig(**sizes), 256, REQUEST)
+    plain = cost(llama_70b.architecture, ParallelConfig(**sizes), 256, REQUEST)
     assert (plain.data_parallel_size, plain.microbatches) == (8, 8)
     assert math.isclose(plain.bubble, 3 / 11) and math.isclose(plain.slowdown, 11 / 8)
     virtual = ParallelConfig(**sizes, num_layers_per_virtual_pipeline_stage=10)
-    assert math.isclose(plan(llama_70b.architecture, virtual, 256, REQUEST).bubble, 1.5 / 9.5)
-    full = plan(llama_70b.architecture, ParallelConfig(**sizes, **FULL), 256, REQUEST)
+    assert math.isclose(cost(llama_70b.architecture, virtual, 256, REQUEST).bubble, 1.5 / 9.5)
+    full = cost(llama_70b.architecture, ParallelConfig(**sizes, **FULL), 256, REQUEST)
     assert math.isclose(full.slowdown, 11 / 8 * 4 / 3) and full.memory.activations < plain.memory.activations
 
 
 def test_70b_needs_its_bytes(llama_70b: HFCheckpoint) -> None:
-    """18 bytes a parameter for SimPO, 20 with a reference, spread over the GPUs, are the floor; whole nodes the steps."""
+    """At least 18 bytes a parameter for SimPO, and 20 with a reference, over all GPUs, which are whole nodes."""
     parameters = 70_553_706_496  # of Llama-3-70B
     for request, state in ((REQUEST, 18), (DPO, 20)):
         found = fewest(llama_70b.architecture, request)
@@ -70,7 +70,7 @@ def test_70b_needs_its_bytes(llama_70b: HFCheckpoint) -> None:
         assert one.memory.total * gpus >= state * parameters
         assert not fitting(llama_70b.architecture, gpus - 8, request)
     saving = (
-        plan(llama_70b.architecture, one.parallel, gpus, DPO).memory.total
-        - plan(llama_70b.architecture, one.parallel, gpus, REQUEST).memory.total
+        cost(llama_70b.architecture, one.parallel, gpus, DPO).memory.total
+        - cost(llama_70b.architecture, one.parallel, gpus, REQUEST).memory.total
     )
     assert saving >= 2 * parameters / gpus

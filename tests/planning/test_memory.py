@@ -1,7 +1,8 @@
-"""The counts of plan/memory.py against models that are built, and against the tensors autograd keeps of them."""
+"""The counts of planning/ against models that are built, and against the tensors that autograd keeps."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,12 @@ import pytest
 import torch
 
 from simpo_megatron.models.hf_checkpoint import read_hf_config
+from simpo_megatron.models.part_layout import Copy
+from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import layout_arguments
-from simpo_megatron.planning.memory import (
-    Workload,
-    estimate,
-    in_flight,
-    layers_of_stages,
-    saved_bytes,
-    stage_parameters,
-)
+from simpo_megatron.planning.memory import Workload, estimate, in_flight, saved_bytes
+from simpo_megatron.planning.parameters import Parameters, layers_of_stages, stage_parameters
 from tests.support import families as tiny
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -26,7 +23,7 @@ SP2 = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 WHOLE = {"expert_tensor_parallel_size": 1}
-# Tokens enough that what does not grow with them is small: the tolerance is 2 %.
+# So many tokens that what does not grow with them is small. The tolerance is 2 %.
 TOKENS = 256
 NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe_plain")
 
@@ -69,11 +66,14 @@ def count(path: Path, layout: dict[str, Any]) -> tuple[int, int, int]:
         ("qwen3_moe_plain", 4, {**PP2, **EP2}),
     ],
 )
-def test_parameters_are_those_of_the_built_model(pool, checkpoints, name, world, settings) -> None:
+def test_parameters_are_those_of_the_built_model(
+    pool: Any, checkpoints: dict[str, Path], name: str, world: int, settings: dict[str, Any]
+) -> None:
     layout = arguments(checkpoints[name], settings)
     expected = stage_parameters(read_hf_config(checkpoints[name]).architecture, layout)
     for stage, dense, experts in pool.run(world, count, checkpoints[name], layout):
         assert (expected[stage].dense, expected[stage].experts) == (dense, experts)
+        assert (expected[stage].trained_dense, expected[stage].trained_experts) == (dense, experts)
 
 
 def kept(path: Path, layout: dict[str, Any], lengths: list[int], bf16: bool = False) -> int:
@@ -88,13 +88,13 @@ def kept(path: Path, layout: dict[str, Any], lengths: list[int], bf16: bool = Fa
             seen[storage.data_ptr()] = storage
         return tensor
 
-    gpt.decoder.post_process = False  # no final norm, which no layer owns
+    gpt.decoder.post_process = False  # leaves out the final norm, which belongs to no layer
     gpt.decoder.final_layernorm = None
     ids = torch.randint(0, tiny.VOCAB, (1, sum(lengths)))
     hidden, rotary = gpt.embedding(ids, None), gpt.rotary_pos_emb(sum(lengths), packed_seq=True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = gpt.decoder(hidden, None, rotary_pos_emb=rotary, packed_seq_params=tiny.pack(lengths))
-    # Every layer's output is the next one's input; the last one's goes to the next stage, which is counted there.
+    # Every layer's output is the next layer's input. The last one goes to the next stage and is counted there.
     assert output.requires_grad
     return sum(storage.nbytes() for storage in seen.values())
 
@@ -119,19 +119,21 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
         ("mixtral", 4, {**SP2, **EP2}),
     ],
 )
-def test_activations_are_the_tensors_autograd_keeps(pool, checkpoints, name, world, settings) -> None:
-    """Over all ranks: which expert gets how many tokens is the router's, the sum is not."""
+def test_activations_are_the_tensors_autograd_keeps(
+    pool: Any, checkpoints: dict[str, Path], name: str, world: int, settings: dict[str, Any]
+) -> None:
+    """Summed over all ranks: the router decides how many tokens each expert gets, but not how many all get."""
     path, layout = checkpoints[name], arguments(checkpoints[name], settings)
     hf = read_hf_config(path)
     work = Workload(world_size=world, seq_length=TOKENS, microbatches=1, bf16=False, fused=False)
-    expected = saved_bytes(hf.architecture.transformer, layout, hf.architecture.num_layers, TOKENS, work)
+    expected = saved_bytes(hf.architecture, layout, hf.architecture.num_layers, TOKENS, work)
     measured = sum(pool.run(world, kept, path, layout, [TOKENS // 2, TOKENS // 2])) / world
     assert measured == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("virtual, microbatches", [(None, 2), (None, 12), (2, 8), (4, 4)])
 def test_forward_passes_in_flight_are_those_of_the_schedule(virtual: int | None, microbatches: int) -> None:
-    """Megatron's own warm-up, and the forward pass after it."""
+    """Those of Megatron's warm-up, and the forward pass after it."""
     from types import SimpleNamespace
 
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
@@ -157,7 +159,7 @@ def test_uneven_stages_hold_all_layers() -> None:
 
 
 def test_states_of_a_run_by_hand(checkpoints: dict[str, Path]) -> None:
-    """bf16, 8 processes, TP2 x PP1 x CP2: optimizer state is cut over DP x CP; experts over their own replicas."""
+    """bf16, 8 processes, TP2 x PP1 x CP2: optimizer state is divided over DP x CP, that of experts over its copies."""
     hf = read_hf_config(checkpoints["mixtral"])
     layout = arguments(checkpoints["mixtral"], {**SP2, "context_parallel_size": 2, **EP2, **WHOLE})
     [held] = stage_parameters(hf.architecture, layout)
@@ -169,3 +171,19 @@ def test_states_of_a_run_by_hand(checkpoints: dict[str, Path]) -> None:
     whole = estimate(hf.architecture, layout, Workload(8, TOKENS, 1, distributed_optimizer=False, reference=True))
     assert (whole.optimizer, whole.reference) == (12 * held.total, 2 * held.total)
     assert whole.total == memory.total + whole.optimizer - memory.optimizer + whole.reference
+
+
+def test_what_is_not_trained_has_no_gradient_and_no_optimizer_state(checkpoints: dict[str, Path]) -> None:
+    """A table as adapters need it: the base weights do not change, and entries are added."""
+    architecture = read_hf_config(checkpoints["mixtral"]).architecture
+    layout = arguments(checkpoints["mixtral"], EP2)
+    [base] = stage_parameters(architecture, layout)
+    frozen = tuple(replace(entry, trained=False) for entry in architecture.weights)
+    adapter = WeightEntry("decoder.layers.{layer}.adapter.weight", ("adapter",), ((3, 5),), Copy(), None)
+    table = (*frozen, adapter, replace(adapter, experts=4))
+    added, in_experts = 15 * architecture.num_layers, 15 * architecture.num_layers * 4 // 2
+    [held] = stage_parameters(architecture, layout, table=table)
+    assert held == Parameters(base.dense + added, base.experts + in_experts, added, in_experts)
+    memory = estimate(architecture, layout, Workload(2, TOKENS, 1, distributed_optimizer=False), table)
+    assert (memory.weights, memory.gradients) == (2 * held.total, 4 * (added + in_experts))
+    assert memory.optimizer == 12 * (added + in_experts)

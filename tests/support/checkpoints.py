@@ -82,7 +82,7 @@ def dist_logits(path: Path, folder: Path, layout: dict[str, Any]) -> Any:
     return tiny.run_schedule(config, models, IDS, None, None)
 
 
-def legacy_logits(path: Path, folder: Path, layout: dict[str, Any]) -> Any:
+def rank_file_logits(path: Path, folder: Path, layout: dict[str, Any]) -> Any:
     """On a rank: the logits of a torch checkpoint; its file is loaded as Megatron-LM does, and strictly."""
     from megatron.core import parallel_state as mpu
 

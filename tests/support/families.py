@@ -54,7 +54,7 @@ WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain")
 
 
 def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """Saves a random model to `path` and returns it; norms and biases are random too, so a swapped one shows."""
+    """Saves a random model to `path` and returns it. Norms and biases are random too, so that a swapped one is seen."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -70,18 +70,22 @@ def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: 
     model.to(dtype).save_pretrained(path)
     for extra in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (path / extra).write_text(f"the {extra} of {name}\n")
-    return type(model).from_pretrained(path).eval()  # `to` has rounded the rotary frequencies of the other one
+    return type(model).from_pretrained(path).eval()  # not `model`: `to` has rounded its rotary frequencies
 
 
 def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names of a checkpoint: transformers fuses the experts of a layer once they are loaded."""
+    """A model's tensors by their names in a checkpoint: transformers fuses the experts of a layer when loading."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, tensors)
 
 
 def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, list[Any]]:
-    """On a rank: model-parallel groups, then the checkpoint at `path`, built and loaded for `layout`."""
+    """On a rank: makes the model-parallel groups, then builds and loads the checkpoint at `path` for `layout`.
+
+    Returns:
+        The checkpoint, the TransformerConfig and the models.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     from simpo_megatron.models.build import build_model, transformer_config
@@ -100,7 +104,7 @@ def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, l
     models = build_model(hf, config)
     for model in models:
         for parameter in model.parameters():
-            parameter.data.fill_(float("nan"))  # what loading leaves out shows
+            parameter.data.fill_(float("nan"))  # so that a weight that is not loaded is seen
     load_hf_weights(models, hf)
     return hf, config, models
 
@@ -121,15 +125,18 @@ def pack(lengths: list[int]) -> Any:
 
 
 def run_schedule(config: Any, models: list[Any], ids: Tensor, lengths: list[int] | None, weights: Tensor | None) -> Any:
-    """Runs Megatron's schedule on two identical microbatches.
+    """Runs Megatron's schedule on identical microbatches.
 
     Args:
+        config: of the models.
+        models: of this rank.
         ids: [1, T].
-        lengths: of the packed sequences; None for one plain sequence.
-        weights: [T, V], for a backward pass of `sum(weights * logits)`, once a microbatch; None for forward only.
+        lengths: of the packed sequences; None for one sequence that is not packed.
+        weights: [T, V], for a backward pass of `sum(weights * logits)` in every microbatch; None for forward passes
+            only.
 
     Returns:
-        On the last stage the logits [T, V], gathered over the tensor-parallel ranks; None elsewhere.
+        The logits [T, V] on the last stage, gathered over the tensor-parallel ranks; None on the other stages.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -167,7 +174,7 @@ def run_schedule(config: Any, models: list[Any], ids: Tensor, lengths: list[int]
 
 
 def logits(path: Path, ids: Tensor, lengths: list[int] | None, layout: dict[str, Any], bf16: bool = False) -> Any:
-    """On a rank: the logits [T, V] of the checkpoint at `path`; None but on the last stage."""
+    """On a rank: the logits [T, V] of the checkpoint at `path` on the last stage; None on the others."""
     _, config, models = build(path, bf16=bf16, **layout)
     return run_schedule(config, models, ids, lengths, None)
 
@@ -175,12 +182,11 @@ def logits(path: Path, ids: Tensor, lengths: list[int] | None, layout: dict[str,
 def gradients(
     path: Path, ids: Tensor, lengths: list[int], weights: Tensor, layout: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """On a rank: the gradient of `sum(weights * logits)` of this rank's pipeline stage, whole and by Hugging Face name.
+    """On a rank: the whole gradients of `sum(weights * logits)` for its pipeline stage, by Hugging Face name.
 
-    Parameters that see other tokens or heads on every rank are summed over the ranks by the rule of Megatron's
-    `finalize_model_grads`: by their `sequence_parallel` attribute, and query and key norms by name.
+    Parameters that see other tokens or heads on every rank are summed over the ranks, by the rule of Megatron's
+    `finalize_model_grads`: those with the attribute `sequence_parallel`, and the query and key norms by name.
     """
-
     from simpo_megatron.models.placement import place_parameters
 
     hf, config, models = build(path, **layout)
@@ -195,14 +201,14 @@ def gradients(
         assert gradient is not None, place.name
         shards = [torch.empty_like(gradient) for _ in range(ranks)]
         dist.all_gather(shards, gradient, group=group)
-        if place.weight.tp_dim is not None:
+        if place.entry.tp_dim is not None:
             assert place.parameter.tensor_model_parallel, place.name
-            parts = [place.weight.part_layout.split(shard, place.weight.rows, ranks) for shard in shards]
-            wholes = [torch.cat(slices, dim=place.weight.tp_dim) for slices in zip(*parts, strict=True)]
+            parts = [place.entry.part_layout.split(shard, place.entry.rows, ranks) for shard in shards]
+            wholes = [torch.cat(slices, dim=place.entry.tp_dim) for slices in zip(*parts, strict=True)]
         else:
             by_name = config.qk_layernorm and ("q_layernorm" in place.name or "k_layernorm" in place.name)
             summed = by_name or getattr(place.parameter, "sequence_parallel", False)
             wholes = [sum(shards, torch.zeros_like(gradient)) if summed else gradient]
-        for name, shape, whole in zip(place.hf, place.weight.shapes, wholes, strict=True):
+        for name, shape, whole in zip(place.hf, place.entry.shapes, wholes, strict=True):
             found[name] = found.get(name, 0) + whole[: shape[0]]
     return found

@@ -14,13 +14,17 @@ def make_store(
     *,
     vocab_size: int = 50,
     seed: int = 0,
-    weight: Sequence[float] | None = None,
-    margin: Sequence[float] | None = None,
-    truncated: Sequence[int] | None = None,
     planted: Sequence[int] = (),
+    **columns: Sequence[float],
 ) -> InMemoryPairs:
-    """Pairs of (prompt, chosen, rejected) tokens. The first token of every chosen response has id 0, as padding has; the
-    longest chosen response begins with the planted ids.
+    """Pairs of random ids. The first token of every chosen response has id 0, as padding has.
+
+    Args:
+        lengths: (prompt, chosen, rejected) tokens of each pair.
+        vocab_size: ids are below it.
+        seed: of the ids.
+        planted: ids that the longest chosen response begins with.
+        columns: numbers of `COLUMNS`, one a pair; the others hold their default.
     """
     sizes = np.array(lengths, np.int32).reshape(-1, 3)
     offsets = np.concatenate(([0], np.cumsum(sizes.sum(axis=1, dtype=np.int64))))
@@ -29,14 +33,4 @@ def make_store(
     longest = int(sizes[:, 1].argmax())
     start = offsets[longest] + sizes[longest, 0]
     tokens[start : start + len(planted)] = planted
-    count = len(sizes)
-    return InMemoryPairs(
-        tokens=tokens,
-        offsets=offsets,
-        prompt_length=sizes[:, 0].copy(),
-        chosen_length=sizes[:, 1].copy(),
-        rejected_length=sizes[:, 2].copy(),
-        weight=np.array([1.0] * count if weight is None else weight, np.float32),
-        margin=np.array([np.nan] * count if margin is None else margin, np.float32),
-        truncated=np.array([0] * count if truncated is None else truncated, np.uint8),
-    )
+    return InMemoryPairs.build(tokens, sizes, columns)

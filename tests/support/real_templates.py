@@ -1,12 +1,14 @@
-"""Chat templates of model families as their checkpoints carry them, each over a small vocabulary, and one conversation by hand.
+"""Chat templates of model families as their checkpoints have them, over small vocabularies, and one conversation.
 
 llama3    byte-level BPE; BOS once, before the first turn; turns are trimmed and end with <|eot_id|>
 qwen2     byte-level BPE; no BOS; a system turn is added where there is none
 mistral   sentencepiece-like Unigram; nothing between [/INST] and the answer; alternating roles only
 zephyr    sentencepiece-like Unigram; the template is laid out over lines
-gemma     sentencepiece-like BPE with bytes for what it does not know; answers belong to "model" and end with <end_of_turn>,
-          which is not the tokenizer's EOS
+gemma     sentencepiece-like BPE with bytes for unknown characters; answers belong to "model"; turns end with
+          <end_of_turn>, which is not the tokenizer's EOS
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +21,15 @@ from tests.support.toy_tokenizers import CORPUS, with_template
 
 @dataclass(frozen=True)
 class Family:
-    """A template, the `toy` vocabulary it goes with, and what QUESTION, ANSWER, REPLY must become."""
+    """A chat template, and what it must make of one conversation.
+
+    Attributes:
+        base: name of the `toy` tokenizer with its vocabulary.
+        template: the chat template.
+        prompt: text of the prompt of QUESTION, REPLY and FINAL.
+        chosen: text of the response ANSWER.
+        eos_token_ids: tokens that end a turn besides the tokenizer's EOS.
+    """
 
     base: str
     template: str
@@ -34,12 +44,14 @@ FAMILIES = {
     "llama3": Family(
         "llama3",
         "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-        "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+        "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}"
         "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat color is the sky?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nWhich sky?<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nThe sky.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>user<|end_header_id|>\n\nThe "
+        "sky.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         "It is blue.\n\nThank you<|eot_id|>",
     ),
     "qwen2": Family(
@@ -48,7 +60,8 @@ FAMILIES = {
         "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat color is the sky?<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat color is the "
+        "sky?<|im_end|>\n"
         "<|im_start|>assistant\nWhich sky?<|im_end|>\n<|im_start|>user\nThe sky.<|im_end|>\n<|im_start|>assistant\n",
         "It is blue.\n\nThank you<|im_end|>",
     ),
@@ -67,17 +80,21 @@ FAMILIES = {
         "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
         "{{ '<|user|>\n' + message['content'] + eos_token }}\n"
         "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-        "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+        "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+        "{% endif %}\n"
         "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
-        "<s><|user|>\nWhat color is the sky?</s>\n<|assistant|>\nWhich sky?</s>\n<|user|>\nThe sky.</s>\n<|assistant|>\n",
+        "<s><|user|>\nWhat color is the sky?</s>\n<|assistant|>\nWhich sky?</s>\n<|user|>\nThe "
+        "sky.</s>\n<|assistant|>\n",
         "It is blue.\n\nThank you</s>",
     ),
     "gemma": Family(
         "gemma",
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}"
         "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-        "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+        "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
+        "{% endif %}"
         "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}",
         "<bos><start_of_turn>user\nWhat color is the sky?<end_of_turn>\n<start_of_turn>model\nWhich sky?<end_of_turn>\n"
@@ -86,8 +103,7 @@ FAMILIES = {
         ("<end_of_turn>",),
     ),
 }
-LOSSLESS = ("llama3", "qwen2", "gemma")
-"""Families whose vocabulary can write any text."""
+LOSSLESS = ("llama3", "qwen2", "gemma")  # families whose vocabulary can write any text
 
 
 @cache

@@ -106,18 +106,19 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
         for bit, name, values in zip((1, 2), ("chosen", "rejected"), logps, strict=False):
             count(f"logps/{name}", values.mean())
             count(f"response_length/{name}", len(values))
-            count(f"truncated/{name}", bool(store.truncated[i] & bit))
+            count(f"truncated/{name}", bool(store.columns["truncated"][i] & bit))
         if sft:
             continue
         chosen, rejected = beta * logps[0].mean(), beta * logps[1].mean()
-        gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(store.margin[i]) else float(store.margin[i])
+        margin = float(store.columns["margin"][i])
+        gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(margin) else margin
         logit = chosen - rejected - gamma
         if loss.get("simpo_loss_type") == "hinge":
             pair_loss = torch.clamp(1 - logit, min=0)
         else:
             swapped = loss.get("simpo_label_smoothing", 0.0)
             pair_loss = (1 - swapped) * F.softplus(-logit) + swapped * F.softplus(logit)
-        total = total + float(store.weight[i]) * pair_loss / len(case.pairs)
+        total = total + float(store.columns["weight"][i]) * pair_loss / len(case.pairs)
         for name, value in {
             "chosen": chosen,
             "rejected": rejected,
@@ -175,7 +176,7 @@ def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
         for model in engine.models
         for place in place_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
     ):
-        weight, mine, group = place.weight, place.parameter.main_grad, place.group
+        weight, mine, group = place.entry, place.parameter.main_grad, place.group
         shards = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(shards, mine, group=group)
         parts = [weight.part_layout.split(shard, weight.rows, group.size()) for shard in shards]

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-WORDS = "amber birch cedar delta ember fjord grove heron indigo jasper kelp lotus maple north ochre pine quartz reed".split()
+from tools.toy_tokenizer import train_tokenizer
+
+WORDS = (
+    "amber birch cedar delta ember fjord grove heron indigo jasper kelp lotus maple north ochre pine quartz reed"
+).split()
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|h|>{{ m['role'] }}<|/h|>{{ m['content'] }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|h|>assistant<|/h|>{% endif %}"
@@ -21,21 +24,7 @@ CHAT_TEMPLATE = (
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level BPE of about 300 tokens with Llama-3-like control tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=310,
-        special_tokens=["<|bos|>", "<|eot|>", "<|h|>", "<|/h|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eot|>", pad_token="<|eot|>"
-    )
-    fast.chat_template = chat_template
-    return fast
+    return train_tokenizer([" ".join(WORDS)] * 4, 310, ["<|bos|>", "<|eot|>", "<|h|>", "<|/h|>"], chat_template)
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

@@ -6,6 +6,8 @@ mistral   Metaspace Unigram; template and tokenizer both write BOS; only answers
 zephyr    Metaspace Unigram; only the tokenizer writes BOS; turns end with </s> and a newline
 """
 
+from __future__ import annotations
+
 from functools import cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers

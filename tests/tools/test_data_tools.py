@@ -42,7 +42,7 @@ def test_prepare_and_inspect(model: Path, source: Path, tmp_path: Path, capsys: 
     assert run(inspect_data, data=prefix, report=report, **settings) == 0
     assert "<h2>Packing</h2>" in report.read_text()
     assert run(inspect_data, data=source, valid_data=source, **settings) == 1
-    assert "prompts of the validation data" in capsys.readouterr().out
+    assert "prompts that are in the validation data too" in capsys.readouterr().out
 
 
 def test_the_configuration_of_training(model: Path, source: Path, tmp_path: Path) -> None:

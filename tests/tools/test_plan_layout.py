@@ -1,4 +1,4 @@
-"""The command line of tools/plan_layout.py; what it computes: `tests/plan`."""
+"""The command line of tools/plan_layout.py. What it computes is tested in `tests/planning`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--gpus", "8", "--gpu-memory", "80 gigs"], "--gpu-memory 80 gigs is no size"),
+        (["--gpus", "8", "--gpu-memory", "80 gigs"], "--gpu-memory 80 gigs is not a size"),
         (["--gpus", "0"], "--gpus 0 must be greater than 0"),
         (["--gpus", "8", "--pair-tokens", "9000"], "--pair-tokens 9000 exceeds --seq-length 4096"),
         (["--gpus", "8", "--gpu-memory", "80"], "--gpu-memory 80 is 80 bytes; give the unit too"),

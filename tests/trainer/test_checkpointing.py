@@ -1,4 +1,8 @@
-"""Saving and resuming: the same run bit for bit, another layout to rounding, and failures that leave the last checkpoint."""
+"""Saving and resuming.
+
+A resumed run is the uninterrupted one: bit for bit in the same layout, up to rounding in another. A failure leaves the
+last checkpoint intact.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import errno
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from safetensors.torch import load_file
 from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_step
 from simpo_megatron.errors import UserError
 from simpo_megatron.trainer.checkpointing import check_writable
+from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, read_rows, run_and_read, train
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
@@ -38,7 +44,9 @@ def numbers(rows: list[dict[str, float]]) -> list[list[float]]:
         (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "fp32": False, "bf16": True}),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(pool, inputs, tmp_path: Path, world: int, layout: dict) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(
+    pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path, world: int, layout: dict
+) -> None:
     argv = [str(x) for x in flags(*inputs, train_iters=6, save_interval=3, **layout) if x != "False"]
     argv = [x for x in argv if not (x == "--fp32" and "bf16" in layout)]
     whole = run_and_read(pool, world, argv, tmp_path / "whole")
@@ -51,7 +59,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(pool, inputs, tmp_path: Path, wo
     assert numbers(resumed) == numbers(whole)
 
 
-def test_resume_in_another_layout(pool, inputs, tmp_path: Path) -> None:
+def test_resume_in_another_layout(pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     argv = flags(*inputs, train_iters=6, save_interval=3)
     whole = run_and_read(pool, 1, argv, tmp_path / "run")
     (tmp_path / "run" / TRACKER).write_text("3")
@@ -62,7 +70,7 @@ def test_resume_in_another_layout(pool, inputs, tmp_path: Path) -> None:
         assert all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_experts_and_context_parallelism_resume_too(pool, tmp_path: Path) -> None:
+def test_experts_and_context_parallelism_resume_too(pool: WorkerPool, tmp_path: Path) -> None:
     """Saved with experts over 2 ranks, resumed with experts split over tensor-parallel ranks and sequences over two."""
     inputs = (
         make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS),
@@ -94,14 +102,14 @@ def train_on_a_full_disk(argv: list[str]) -> str | None:
 
     original = filesystem_async._write_item
 
-    def full(*args, **kwargs):
+    def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     from simpo_megatron.trainer import checkpointing
 
     save = checkpointing.save
 
-    def save_then_fill(engine, root, progress):
+    def save_then_fill(engine: Any, root: Path, progress: Any) -> None:
         if progress.step > 3:
             filesystem_async._write_item = full
         save(engine, root, progress)
@@ -114,7 +122,7 @@ def train_on_a_full_disk(argv: list[str]) -> str | None:
         checkpointing.save = save
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(pool, inputs, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     argv = flags(*inputs, train_iters=6, save_interval=3, save=tmp_path / "run", tensor_model_parallel_size=2)
     messages = pool.run(2, train_on_a_full_disk, argv)
     assert None not in messages
@@ -125,22 +133,24 @@ def test_a_full_disk_leaves_the_last_checkpoint(pool, inputs, tmp_path: Path) ->
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resuming_on_other_data_is_refused(pool, inputs, tmp_path: Path) -> None:
+def test_resuming_on_other_data_is_refused(pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     argv = flags(*inputs, train_iters=2)
     run_and_read(pool, 1, argv, tmp_path / "run")
     other = write_rows(tmp_path / "other.jsonl", make_rows(31))
     [message] = pool.run(1, train, [*flags(inputs[0], other, train_iters=4), "--load", str(tmp_path / "run")])
-    assert "num_pairs of the training data was 30" in message and "31 now" in message
+    assert "the number of training pairs was 30" in message and "31 now" in message
 
 
-def test_resuming_another_model_is_refused(pool, inputs, tmp_path: Path) -> None:
+def test_resuming_another_model_is_refused(pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     run_and_read(pool, 1, flags(*inputs, train_iters=1), tmp_path / "run")
     wider = make_checkpoint(tmp_path / "wider", num_hidden_layers=6)
     [message] = pool.run(1, train, [*flags(wider, inputs[1]), "--load", str(tmp_path / "run")])
     assert "does not fit this model" in message
 
 
-def test_load_needs_a_checkpoint_unless_it_is_the_save_folder(pool, inputs, tmp_path: Path) -> None:
+def test_load_needs_a_checkpoint_unless_it_is_the_save_folder(
+    pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     argv = flags(*inputs, train_iters=1)
     [message] = pool.run(1, train, [*argv, "--load", str(tmp_path / "nowhere")])
     assert TRACKER in message and "drop --load" in message

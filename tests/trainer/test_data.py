@@ -1,15 +1,21 @@
-"""Runs on prepared sets and blends: the same training as on the raw file, the same pairs at any DP size, clear refusals."""
+"""Runs on prepared sets and blends: trained as the raw file, the same pairs at any DP size, clear refusals."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from simpo_megatron.config.arguments import parse
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.data.prepare import prepare
+from simpo_megatron.data.tokenizer import load_tokenizer
+from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+from simpo_megatron.trainer.data import open_prepared
+from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, run_and_read, train
 from tests.support.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
 
@@ -30,7 +36,9 @@ def losses(rows: list[dict[str, float]]) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_a_prepared_set_trains_as_its_source_does(pool, inputs, tmp_path: Path) -> None:
+def test_a_prepared_set_trains_as_its_source_does(
+    pool: WorkerPool, inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     checkpoint, raw, prepared = inputs
     wanted = run_and_read(pool, 2, flags(checkpoint, raw, valid_data=raw), tmp_path / "raw")
     run = tmp_path / "run"
@@ -67,7 +75,9 @@ def batches(ranks: list[list[list[int]]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("blend", [False, True], ids=["one set", "blend"])
-def test_another_number_of_ranks_takes_the_same_pairs_to_every_step(pool, inputs, tmp_path: Path, blend: bool) -> None:
+def test_another_number_of_ranks_takes_the_same_pairs_to_every_step(
+    pool: WorkerPool, inputs: tuple[Path, Path, Path], tmp_path: Path, blend: bool
+) -> None:
     checkpoint, raw, prepared = inputs
     sources = ["0.75", str(prepared), "0.25", str(raw)] if blend else [str(prepared)]
     argv = flags(checkpoint, prepared, train_iters=6)
@@ -93,7 +103,7 @@ def refused(pool: Any, argv: list[str], world: int = 1) -> str:
     return messages[0]
 
 
-def test_what_was_prepared_for_another_model(pool, inputs, tmp_path: Path) -> None:
+def test_what_was_prepared_for_another_model(pool: WorkerPool, inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     checkpoint, raw, prepared = inputs
     other = make_checkpoint(tmp_path / "other")
     tokenizer = make_tokenizer("{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|eot|>{% endfor %}")
@@ -112,7 +122,25 @@ def test_what_was_prepared_for_another_model(pool, inputs, tmp_path: Path) -> No
     assert "the weight 'x' of" in message
 
 
-def test_a_damaged_set(pool, inputs, tmp_path: Path) -> None:
+def test_an_option_that_is_given_is_compared_though_it_is_the_default(
+    pool: WorkerPool, inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    checkpoint, raw, _ = inputs
+    prefix, config = tmp_path / "set", tmp_path / "run.yaml"
+    prepare(raw, checkpoint, prefix, replace(OPTIONS, tie_policy="zero-margin"))
+    words = f"{prefix}: prepared with --tie-policy zero-margin, not drop; drop the flag, or prepare it again"
+    argv = flags(checkpoint, prefix)
+    assert words in refused(pool, [*argv, "--tie-policy", "drop"])
+    config.write_text("tie_policy: drop\n")
+    assert words in refused(pool, [*argv, "--config", str(config)])
+    config.write_text("tie_policy: zero-margin\n")
+    for given in ([], ["--config", str(config)]):
+        data, hf = parse([*argv, *given]).data, read_hf_checkpoint(checkpoint)
+        assert len(open_prepared(str(prefix), data, hf, load_tokenizer(checkpoint))) == 20
+    assert DataConfig(seq_length=512, tie_policy="zero-margin").given_options == {"tie_policy": "zero-margin"}
+
+
+def test_a_damaged_set(pool: WorkerPool, inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     checkpoint, raw, _ = inputs
     prepare(raw, checkpoint, tmp_path / "set", OPTIONS)
     binary = tmp_path / "set.bin"
@@ -122,7 +150,7 @@ def test_a_damaged_set(pool, inputs, tmp_path: Path) -> None:
     assert about["pairs"] == 20
 
 
-def test_shared_prompts_where_they_cannot_be(pool, inputs) -> None:
+def test_shared_prompts_where_they_cannot_be(pool: WorkerPool, inputs: tuple[Path, Path, Path]) -> None:
     checkpoint, raw, _ = inputs
     message = refused(pool, flags(checkpoint, raw, share_prompts=True, context_parallel_size=2))
     assert "--share-prompts: there is no attention for it under --context-parallel-size 2" in message
@@ -142,6 +170,6 @@ def pretend_transformer_engine(argv: list[str]) -> str | None:
         spec.have_transformer_engine = original
 
 
-def test_shared_prompts_under_transformer_engine(pool, inputs) -> None:
+def test_shared_prompts_under_transformer_engine(pool: WorkerPool, inputs: tuple[Path, Path, Path]) -> None:
     [message] = pool.run(1, pretend_transformer_engine, flags(inputs[0], inputs[1], share_prompts=True))
     assert "--share-prompts: Transformer Engine's attention cannot" in message and "--transformer-impl local" in message

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from simpo_megatron.data import pairs_of_batch
+from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, run_and_read
 from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
@@ -22,6 +23,7 @@ NAMES = (
     "logps/chosen",
     "logps/rejected",
 )
+Setting = tuple[Path, Path, list[dict[str, float]]]  # checkpoint, preferences, and what TRL logged
 
 
 def trl_history(checkpoint: Path, rows: list[dict[str, Any]], output: Path) -> list[dict[str, float]]:
@@ -76,7 +78,7 @@ def trl_history(checkpoint: Path, rows: list[dict[str, Any]], output: Path) -> l
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, float]]]:
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("trl")
     rows = make_rows(PAIRS)
     checkpoint = make_checkpoint(folder / "model")
@@ -84,7 +86,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[
 
 
 @pytest.mark.parametrize("tensor, pipeline", [(1, 1), (2, 2)])
-def test_twenty_steps_equal_trl(pool, setting, tmp_path: Path, tensor: int, pipeline: int) -> None:
+def test_twenty_steps_equal_trl(pool: WorkerPool, setting: Setting, tmp_path: Path, tensor: int, pipeline: int) -> None:
     checkpoint, data, history = setting
     argv = flags(
         checkpoint,

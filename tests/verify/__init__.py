@@ -1,0 +1,1 @@
+"""Tests of `simpo_megatron/verify`."""

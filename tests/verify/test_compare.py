@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+from simpo_megatron.verify.compare import TOLERANCE
 from simpo_megatron.verify.reference import Reference
 from tests.support import families
+from tests.support.distributed import WorkerPool
 from tests.support.pairs import make_store
 from tests.support.planted import PLANTED, planted
 from tests.support.runs import flags
@@ -61,7 +63,9 @@ def command_line(inputs: dict[str, Path], model: str, settings: dict[str, Any]) 
     ],
     ids=str,
 )
-def test_a_right_layout_passes(pool, inputs, tmp_path: Path, model: str, world: int, settings: dict[str, Any]) -> None:
+def test_a_right_layout_passes(
+    pool: WorkerPool, inputs: dict[str, Path], tmp_path: Path, model: str, world: int, settings: dict[str, Any]
+) -> None:
     report = tmp_path / "report.json"
     argv = [*command_line(inputs, model, settings), "--json", str(report)]
     assert pool.run(world, run_verify, argv) == [0] * world
@@ -74,7 +78,9 @@ def test_a_right_layout_passes(pool, inputs, tmp_path: Path, model: str, world: 
 
 
 @pytest.mark.parametrize("mistake", PLANTED)
-def test_a_planted_mistake_does_not(pool, inputs, tmp_path: Path, capfd, mistake: str) -> None:
+def test_a_planted_mistake_does_not(
+    pool: WorkerPool, inputs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], mistake: str
+) -> None:
     world, layout = PLANTED[mistake]
     report = tmp_path / "report.json"
     argv = [*command_line(inputs, "llama", layout), "--json", str(report)]
@@ -88,7 +94,7 @@ def test_a_planted_mistake_does_not(pool, inputs, tmp_path: Path, capfd, mistake
     assert values["loss"] == right_forward and not values["all gradients"]
 
 
-def test_a_tensor_that_nobody_compares_does_not_pass(pool, inputs, tmp_path: Path) -> None:
+def test_a_tensor_that_nobody_compares_does_not_pass(pool: WorkerPool, inputs: dict[str, Path], tmp_path: Path) -> None:
     assert pool.run(1, run_without_a_tensor, command_line(inputs, "llama", {})) == [1]
 
 
@@ -104,7 +110,17 @@ def run_without_a_tensor(argv: list[str]) -> int:
         Whole.gradients = gradients  # type: ignore[method-assign]
 
 
-def test_experts_are_verified_in_fp32(pool, inputs, capfd) -> None:
+def test_the_users_guide_has_these_tolerances() -> None:
+    guide = Path(__file__).parents[2] / "simpo_megatron" / "verify" / "README.md"
+    lines = guide.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| compared |"))
+    rows = [line.strip("|").split("|")[1:] for line in lines[start + 2 : start + 2 + len(TOLERANCE)]]
+    assert [tuple(map(float, row)) for row in rows] == list(TOLERANCE.values())
+
+
+def test_experts_are_verified_in_fp32(
+    pool: WorkerPool, inputs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert pool.run(1, run_verify, command_line(inputs, "mixtral", {"fp32": False})) == [2]
 
 
@@ -116,7 +132,9 @@ def run_planted_case(checkpoint: Path, layout: dict[str, Any], mistake: str, nam
 
 
 @pytest.mark.parametrize("mistake", PLANTED)
-def test_the_grid_sees_it_too(pool, inputs, monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+def test_the_grid_sees_it_too(
+    pool: WorkerPool, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
     """`test_layouts.py` fails where the mistake is planted."""
     world, layout = PLANTED[mistake]
     model = AutoModelForCausalLM.from_pretrained(inputs["llama"], dtype=torch.float32)

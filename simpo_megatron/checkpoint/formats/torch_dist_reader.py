@@ -1,6 +1,7 @@
-"""Finds the parameters of a torch_dist directory: ours, our trainer's or Megatron-LM's, with optimizer state or without.
+"""Finds the parameters of a torch_dist directory that the converter, the trainer or Megatron-LM wrote.
 
-`.metadata` is read by `pickles.py`, so it can name classes of any Megatron version and run none of their code.
+Optimizer state may be there and is left out. `.metadata` is read by safe_pickle.py, so it can name classes of any
+Megatron version, and none of their code runs.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE, Record, StoredTensor, read_pickle
-from simpo_megatron.checkpoint.formats.torch_dist_writer import NORM_BEFORE_EXPERTS, NORM_BEFORE_MLP, axes, key_of
+from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE, PickledTensor, Record, read_pickle
+from simpo_megatron.checkpoint.formats.torch_dist_writer import (
+    LAYERS,
+    NORM_BEFORE_EXPERTS,
+    NORM_BEFORE_MLP,
+    key_of,
+    leading_axes,
+)
 from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.checkpoint.parameters import (
     Block,
@@ -22,17 +29,17 @@ from simpo_megatron.checkpoint.parameters import (
     StoredModel,
     StoredParameter,
     model_parameters,
-    stored,
 )
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
-_LAYERS = "decoder.layers."
 _NO_WEIGHTS = ("optimizer", "rng_state", "rerun_state_machine_state", "opt_param_scheduler", "progress")
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Chunk:
+    """A chunk in `.metadata`: its place in the tensor of its key, and the torch.save file that holds it."""
+
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: Path
@@ -41,7 +48,7 @@ class _Place:
 
 
 def read_common(folder: Path) -> Record | None:
-    """The arguments in common.pt, None without."""
+    """The arguments in common.pt; None where there are none."""
     path = folder / "common.pt"
     content = read_torch_file(path).content if path.exists() else {}
     return content.get("args") if isinstance(content, dict) else None
@@ -57,51 +64,55 @@ def read_torch_dist(folder: Path, hf: HFCheckpoint) -> StoredModel:
     """Finds every parameter of a model.
 
     Raises:
-        UserError: the checkpoint lacks a parameter or a part of one, holds one that the model does not have, or is broken.
+        UserError: the checkpoint is broken, lacks a parameter or a part of one, or has one that the model does not
+        have.
     """
-    chunks, sizes = _read_index(folder)
-    used: set[str] = set()
-    index = _ByLead(chunks)
-    items = model_parameters(hf, defaultdict(lambda: "F32"))
-    parameters = [_find(item, hf.architecture.num_layers, index, sizes, used) for item in items]
-    if unknown := sorted(key for key in chunks if key not in used):
+    index = _Index(*_read_index(folder))
+    found = model_parameters(hf, defaultdict(lambda: "F32"))
+    parameters = [_find(parameter, hf.architecture.num_layers, index) for parameter in found]
+    if unknown := sorted(index.shapes.keys() - index.used):
         raise UserError(
-            f"{folder} holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {hf.architecture.family.name} with this "
-            "config.json does not have; give the model it was trained from"
+            f"{folder} holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {hf.architecture.family.name} "
+            "with this config.json does not have; give the model it was trained from"
         )
     return StoredModel(folder, tuple(parameters), args_of(read_common(folder)))
 
 
-def _read_index(folder: Path) -> tuple[dict[str, list[_Place]], dict[str, tuple[int, ...]]]:
+def _read_index(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chunk]]]:
+    """Shape and chunks of the weights by key."""
     path = folder / ".metadata"
     if not path.is_file():
-        raise UserError(f"{folder} has no .metadata; it is no complete torch_dist checkpoint")
+        raise UserError(f"{folder} has no .metadata; it is not a complete torch_dist checkpoint")
     metadata = read_pickle(path.read_bytes(), path)
     try:
-        sizes = {
-            str(key): tuple(int(size) for size in entry.size)
+        entries = {
+            str(key): entry
             for key, entry in metadata.state_dict_metadata.items()
             if hasattr(entry, "chunks") and not str(key).startswith(_NO_WEIGHTS)
         }
-        chunks: dict[str, list[_Place]] = {key: [] for key in sizes}
-        shapes = {
-            (str(key), tuple(chunk.offsets)): tuple(int(size) for size in chunk.sizes)
-            for key, entry in metadata.state_dict_metadata.items()
-            if str(key) in sizes
+        shapes = {key: _integers(entry.size) for key, entry in entries.items()}
+        sizes = {
+            (key, tuple(chunk.offsets)): _integers(chunk.sizes)
+            for key, entry in entries.items()
             for chunk in entry.chunks
         }
+        chunks: dict[str, list[_Chunk]] = {key: [] for key in entries}
         for index, place in metadata.storage_data.items():
             if index.fqn in chunks:
-                offsets = tuple(int(offset) for offset in index.offset)
-                file = _inside(folder, str(place.relative_path))
-                sizes_here = shapes[index.fqn, offsets]
-                chunks[index.fqn].append(_Place(offsets, sizes_here, file, int(place.offset), int(place.length)))
+                offsets, file = _integers(index.offset), _inside(folder, str(place.relative_path))
+                chunk = _Chunk(offsets, sizes[index.fqn, offsets], file, int(place.offset), int(place.length))
+                chunks[index.fqn].append(chunk)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not describe a checkpoint ({error!r}); copy it again") from None
-    return chunks, sizes
+    return shapes, chunks
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
 
 
 def _inside(folder: Path, name: str) -> Path:
+    """A data file. Raises UserError where it is not in the folder."""
     if Path(name).name != name:
         raise UserError(
             f"{folder / '.metadata'} names the file {name!r}, which is not in that folder; do not use this checkpoint"
@@ -111,96 +122,105 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-class _ByLead:
-    """The chunks of a key by the layer and expert they hold."""
+class _Index:
+    """Shapes and chunks by key, and which keys were asked for."""
 
-    def __init__(self, chunks: dict[str, list[_Place]]) -> None:
-        self.chunks = chunks
-        self.found: dict[tuple[str, int], dict[tuple[int, ...], list[_Place]]] = {}
+    def __init__(self, shapes: dict[str, tuple[int, ...]], chunks: dict[str, list[_Chunk]]) -> None:
+        self.shapes, self.chunks = shapes, chunks
+        self.used: set[str] = set()
+        self._found: dict[tuple[str, int], dict[tuple[int, ...], list[_Chunk]]] = {}
 
-    def of(self, key: str, index: tuple[int, ...]) -> list[_Place]:
+    def chunks_at(self, key: str, index: tuple[int, ...]) -> list[_Chunk]:
+        """The chunks that hold an index of the leading axes; made once for all indices of a key."""
         lead = len(index)
-        if (key, lead) not in self.found:
-            places: dict[tuple[int, ...], list[_Place]] = defaultdict(list)
-            for place in self.chunks[key]:
-                ranges = (range(at, at + size) for at, size in zip(place.offsets[:lead], place.sizes, strict=False))
+        if (key, lead) not in self._found:
+            found: dict[tuple[int, ...], list[_Chunk]] = defaultdict(list)
+            for chunk in self.chunks[key]:
+                ranges = (range(at, at + size) for at, size in zip(chunk.offsets[:lead], chunk.sizes, strict=False))
                 for where in product(*ranges):
-                    places[where].append(place)
-            self.found[key, lead] = places
-        return self.found[key, lead].get(index, [])
+                    found[where].append(chunk)
+            self._found[key, lead] = found
+        return self._found[key, lead].get(index, [])
 
 
-def _candidates(item: MegatronParameter, num_layers: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+def _candidates(parameter: MegatronParameter, num_layers: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
     """Keys that may hold a parameter, or rows of it: key, indices of the leading axes, first row, rows."""
-    stacked = key_of(item.weight)
+    stacked = key_of(parameter.entry)
     keys = [stacked]
-    if stacked == _LAYERS + NORM_BEFORE_MLP:
-        keys.append(_LAYERS + NORM_BEFORE_EXPERTS)
-    index = tuple(index for index, _ in axes(item, num_layers))
+    if stacked == LAYERS + NORM_BEFORE_MLP:
+        keys.append(LAYERS + NORM_BEFORE_EXPERTS)
+    index = tuple(index for index, _ in leading_axes(parameter, num_layers))
     for key in keys:
-        yield from _halves(item, key, index)
-        if item.weight.per_layer:
-            single = key.replace(_LAYERS, f"{_LAYERS}{item.layer}.")
-            yield from _halves(item, single, index[1:])
-            if item.weight.experts:
-                yield from _halves(item, single.replace("experts.experts.", f"experts.experts.{item.expert}."), ())
+        yield from _whole_and_halves(parameter, key, index)
+        if parameter.entry.per_layer:
+            single = key.replace(LAYERS, f"{LAYERS}{parameter.layer}.")
+            yield from _whole_and_halves(parameter, single, index[1:])
+            if parameter.entry.experts:
+                own = single.replace("experts.experts.", f"experts.experts.{parameter.expert}.")
+                yield from _whole_and_halves(parameter, own, ())
 
 
-def _halves(
-    item: MegatronParameter, key: str, index: tuple[int, ...]
+def _whole_and_halves(
+    parameter: MegatronParameter, key: str, index: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    yield key, index, 0, item.rows
-    blocks, row = item.weight.part_layout.blocks(item.weight.rows), 0
+    """The key itself, and those of gate and up, which Megatron keeps apart where layers are not stacked."""
+    yield key, index, 0, parameter.rows
+    blocks, row = parameter.entry.part_layout.blocks(parameter.entry.rows), 0
     for suffix, rows in zip(("_w", "_v"), blocks, strict=False) if len(blocks) > 1 else ():
-        yield f"{key}{suffix}", index, row, rows  # Megatron keeps gate and up apart where layers are not stacked
+        yield f"{key}{suffix}", index, row, rows
         row += rows
 
 
-def _find(
-    item: MegatronParameter, num_layers: int, chunks: _ByLead, sizes: dict[str, tuple[int, ...]], used: set[str]
-) -> StoredParameter:
+def _find(parameter: MegatronParameter, num_layers: int, index: _Index) -> StoredParameter:
     blocks: list[Block] = []
     dtypes: set[str] = set()
-    leading = tuple(size for _, size in axes(item, num_layers))
-    for key, index, row, rows in _candidates(item, num_layers):
-        if key not in sizes:
+    leading = tuple(size for _, size in leading_axes(parameter, num_layers))
+    for key, where, row, rows in _candidates(parameter, num_layers):
+        if key not in index.shapes:
             continue
-        used.add(key)
-        shape = sizes[key][len(index) :]
-        fits = shape[1:] == item.shape[1:] and (
-            shape[:1] == (rows,) or (item.weight.is_vocabulary and shape[0] >= rows)
+        index.used.add(key)
+        found, lead = index.shapes[key], leading[len(leading) - len(where) :]
+        own = found[len(where) :]
+        fits = own[1:] == parameter.shape[1:] and (
+            own[:1] == (rows,) or (parameter.entry.is_vocabulary and own[0] >= rows)
         )
-        lead = leading[len(leading) - len(index) :]
-        if not fits or sizes[key][: len(index)] != lead:
+        if not fits or found[: len(where)] != lead:
             raise UserError(
-                f"{key} has shape {list(sizes[key])} in the checkpoint, but config.json gives "
-                f"{[*lead, rows, *item.shape[1:]]}; give the model it was trained from"
+                f"{key} has shape {list(found)} in the checkpoint, but config.json gives "
+                f"{[*lead, rows, *parameter.shape[1:]]}; give the model it was trained from"
             )
-        blocks += [_block(place, index, row, dtypes) for place in chunks.of(key, index)]
+        for chunk in index.chunks_at(key, where):
+            tensor, start = _tensor_in(chunk)
+            dtypes.add(tensor.dtype)
+            blocks.append(_block(chunk, where, row, start, ITEM_SIZE[tensor.dtype]))
     if not blocks:
         raise UserError(
-            f"the checkpoint has no {item.name}, which config.json asks for; give the model it was trained from"
+            f"the checkpoint has no {parameter.name}, which config.json asks for; give the model it was trained from"
         )
     if len(dtypes) > 1:
-        raise UserError(f"{item.name} is stored in {' and '.join(sorted(dtypes))}; save it in one dtype")
-    return stored(replace(item, dtype=dtypes.pop()), blocks)
+        raise UserError(f"{parameter.name} is stored in {' and '.join(sorted(dtypes))}; save it in one dtype")
+    return StoredParameter.from_blocks(replace(parameter, dtype=dtypes.pop()), blocks)
 
 
-def _block(place: _Place, index: Sequence[int], row: int, dtypes: set[str]) -> Block:
-    """The part of a chunk that belongs to one layer and expert."""
-    lead, inner = len(index), place.sizes[len(index) :]
-    relative = [at - first for at, first in zip(index, place.offsets, strict=False)]
-    file = read_torch_file(place.file, place.start, place.length)
+def _tensor_in(chunk: _Chunk) -> tuple[PickledTensor, int]:
+    """The tensor of a chunk and its first byte in the file."""
+    file = read_torch_file(chunk.file, chunk.start, chunk.length)
     tensor = file.content
-    if not isinstance(tensor, StoredTensor) or tensor.shape != place.sizes:
-        raise UserError(f"{place.file} holds something else at byte {place.start} than .metadata says; copy it again")
+    if not isinstance(tensor, PickledTensor) or tensor.shape != chunk.sizes:
+        raise UserError(
+            f"{chunk.file} holds something else at byte {chunk.start} than .metadata describes; copy it again"
+        )
+    return tensor, file.place(tensor)
 
-    dtypes.add(tensor.dtype)
+
+def _block(chunk: _Chunk, where: Sequence[int], row: int, start: int, item_size: int) -> Block:
+    """The part of a chunk that belongs to the layer and expert at `where`; `row` is the first row of its key."""
+    lead, inner = len(where), chunk.sizes[len(where) :]
     before = 0
-    for at, size in zip(relative, place.sizes, strict=False):
-        before = before * size + at
-    start = file.place(tensor) + before * math.prod(inner) * ITEM_SIZE[tensor.dtype]
-    offsets = place.offsets[lead:]
+    for at, first, size in zip(where, chunk.offsets, chunk.sizes, strict=False):
+        before = before * size + at - first
+    offset = start + before * math.prod(inner) * item_size
+    offsets = chunk.offsets[lead:]
     column = offsets[1] if len(offsets) > 1 else 0
     first, rows = offsets[0] if offsets else 0, inner[0] if inner else 1
-    return Block(str(place.file), start, row + first, rows, column, math.prod(inner[1:]))
+    return Block(str(chunk.file), offset, row + first, rows, column, math.prod(inner[1:]))

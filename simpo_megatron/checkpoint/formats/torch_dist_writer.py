@@ -1,12 +1,13 @@
 """The torch_dist format: a directory that Megatron loads at any tensor, pipeline, expert and context parallelism.
 
-    __N_0.distcp    torch.save blobs one after the other, a chunk of a parameter each
-    .metadata       a pickled torch.distributed.checkpoint Metadata: which chunk lies where
+    __N_0.distcp    torch.save files one after the other, each with a chunk of a parameter
+    .metadata       a pickled torch.distributed.checkpoint Metadata: which chunk is where
     common.pt       arguments and content_metadata
     metadata.json   names the format
 
-All layers of a parameter are one tensor with a leading axis, experts a second one. A chunk is at most `CHUNK_BYTES` of
-consecutive rows, in a power of two of chunks, so that tensor-parallel ranks find theirs without reading the neighbours'.
+All layers of a parameter are one tensor with a leading axis; experts are a second one. A chunk, torch's word, is at
+most `CHUNK_BYTES` of consecutive rows. Each block of rows has a power of two of chunks, so that a tensor-parallel rank
+finds its own without reading its neighbours'.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import math
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,23 @@ from typing import Any
 import torch
 
 from simpo_megatron.checkpoint.formats.dtypes import TORCH
-from simpo_megatron.checkpoint.formats.torch_save_file import Layout, lay_out
-from simpo_megatron.checkpoint.parameters import Block, MegatronParameter
+from simpo_megatron.checkpoint.formats.torch_save_file import Skeleton, skeleton_of
+from simpo_megatron.checkpoint.parameters import Block, FileSet, MegatronParameter
 from simpo_megatron.checkpoint.transfer.moves import OutFile
 from simpo_megatron.models.weight_table import WeightEntry
 
 CHUNK_BYTES = 64 * 2**20
 FILE_BYTES = 2 * 2**30
 OBJECTS = "__objects.distcp"
+FORMAT_FILE = "metadata.json"  # the writer writes it last
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# Megatron's `content_metadata`, in what this package saves and converts. The optimizer state must load at another
-# data-parallel size, and Megatron's default sharding type does not.
+# Megatron's `content_metadata`, for checkpoints of the trainer and of the converter. The optimizer state must load at
+# another data-parallel size, which Megatron's default sharding type does not.
 CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -48,108 +49,88 @@ CONTENT_METADATA = {
 
 # The norm before experts has one name in Transformer Engine's spec and another in the local one; a checkpoint has both.
 NORM_BEFORE_MLP, NORM_BEFORE_EXPERTS = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-_LAYERS, _LOCAL_EXPERTS, _EXPERTS = "decoder.layers.", "mlp.experts.local_experts.{expert}.", "mlp.experts.experts."
+LAYERS = "decoder.layers."
+_LOCAL_EXPERTS, _EXPERTS = "mlp.experts.local_experts.{expert}.", "mlp.experts.experts."
 
 
-def key_of(weight: WeightEntry) -> str:
+def key_of(entry: WeightEntry) -> str:
     """The key of all layers and experts of a parameter."""
-    return weight.megatron.replace("{layer}.", "").replace(_LOCAL_EXPERTS, _EXPERTS)
+    return entry.megatron.replace("{layer}.", "").replace(_LOCAL_EXPERTS, _EXPERTS)
 
 
-def axes(item: MegatronParameter, num_layers: int) -> tuple[tuple[int, int], ...]:
-    """Index and size of the leading axes: the layer and the expert."""
-    layer = ((item.layer, num_layers),) if item.weight.per_layer else ()
-    return layer + (((item.expert, item.weight.experts),) if item.weight.experts else ())
+def leading_axes(parameter: MegatronParameter, num_layers: int) -> tuple[tuple[int, int], ...]:
+    """Index and size of the axes before the parameter's own: the layer and the expert, where it has them."""
+    layer = ((parameter.layer, num_layers),) if parameter.entry.per_layer else ()
+    return layer + (((parameter.expert, parameter.entry.experts),) if parameter.entry.experts else ())
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """One entry of `.metadata`."""
-
-    key: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    offset: int
-    length: int
+def lay_out_files(parameters: Sequence[MegatronParameter]) -> list[FileSet]:
+    """Distributes the parameters over files of about `FILE_BYTES`, in order."""
+    files: list[_DistFile] = []
+    for parameter in parameters:
+        if not files or files[-1].size + parameter.size > FILE_BYTES:
+            files.append(_DistFile(f"__{len(files)}_0.distcp"))
+        files[-1].add(parameter)
+    return [FileSet(file.name, (OutFile(file.name, file.size, tuple(file.fixed)),), file.blocks) for file in files]
 
 
-@dataclass
-class DistFile:
-    """A .distcp file in the making: its parameters, with the blocks of each."""
+class _DistFile:
+    """A .distcp file while parameters are added to it."""
 
-    name: str
-    size: int = 0
-    fixed: list[tuple[int, bytes]] = field(default_factory=list)
-    items: list[tuple[MegatronParameter, list[Block]]] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
+    def __init__(self, name: str) -> None:
+        self.name, self.size = name, 0
+        self.fixed: list[tuple[int, bytes]] = []
+        self.blocks: dict[str, list[Block]] = {}
 
-    def out(self) -> OutFile:
-        return OutFile(self.name, self.size, tuple(self.fixed))
-
-    def add(self, item: MegatronParameter, num_layers: int, norm_before_experts: bool) -> None:
-        """Appends a parameter's chunks."""
-        leading, blocks = axes(item, num_layers), []
-        for row, rows in chunk_rows(item):
-            sizes = (*(1 for _ in leading), rows, *item.shape[1:])
-            blob = _blob(sizes, item.dtype)
-            offsets = (*(index for index, _ in leading), row, *(0 for _ in item.shape[1:]))
-            blocks.append(Block(self.name, self.size + blob.holes[0], row, rows, 0, item.columns))
-            key = key_of(item.weight)
-            keys = [key]
-            if norm_before_experts and key == _LAYERS + NORM_BEFORE_MLP:
-                keys.append(_LAYERS + NORM_BEFORE_EXPERTS)  # the same bytes under both names
-            self.chunks += [Chunk(name, offsets, sizes, self.name, self.size, blob.size) for name in keys]
-            self.fixed += [(self.size + at, data) for at, data in blob.fixed]
-            self.size += blob.size
-        self.items.append((item, blocks))
+    def add(self, parameter: MegatronParameter) -> None:
+        """Appends the chunks of a parameter."""
+        blocks = self.blocks[parameter.name] = []
+        for row, rows in _chunk_rows(parameter):
+            skeleton = _chunk(_chunk_shape(parameter, rows), parameter.dtype)
+            blocks.append(Block(self.name, self.size + skeleton.starts[0], row, rows, 0, parameter.columns))
+            self.fixed += [(self.size + at, data) for at, data in skeleton.fixed]
+            self.size += skeleton.size
 
 
-def lay_out_files(items: Sequence[MegatronParameter], num_layers: int) -> list[DistFile]:
-    """Distributes the parameters over files of about `FILE_BYTES`."""
-    files: list[DistFile] = []
-    experts = any(item.weight.experts for item in items)
-    for item in items:
-        if not files or files[-1].size + item.size > FILE_BYTES:
-            files.append(DistFile(f"__{len(files)}_0.distcp"))
-        files[-1].add(item, num_layers, experts)
-    return files
-
-
-def chunk_rows(item: MegatronParameter) -> Iterator[tuple[int, int]]:
-    """First row and rows of the chunks; gate and up have chunks of their own."""
+def _chunk_rows(parameter: MegatronParameter) -> Iterator[tuple[int, int]]:
+    """First row and rows of each chunk; gate and up have chunks of their own."""
     first = 0
-    for block in item.weight.part_layout.blocks(item.weight.rows):
-        count = 1 << max(0, math.ceil(math.log2(max(1, block * item.row_bytes / CHUNK_BYTES))))
+    for block in parameter.entry.part_layout.blocks(parameter.entry.rows):
+        count = 1 << max(0, math.ceil(math.log2(max(1, block * parameter.row_bytes / CHUNK_BYTES))))
         rows = -(-block // count)
         for row in range(0, block, rows):
             yield first + row, min(rows, block - row)
         first += block
 
 
+def _chunk_shape(parameter: MegatronParameter, rows: int) -> tuple[int, ...]:
+    """Of `rows` rows of one layer and one expert."""
+    return (*(1 for _ in leading_axes(parameter, 1)), rows, *parameter.shape[1:])
+
+
 @cache
-def _blob(sizes: tuple[int, ...], dtype: str) -> Layout:
-    return lay_out(lambda: torch.empty(sizes, dtype=TORCH[dtype]))
+def _chunk(shape: tuple[int, ...], dtype: str) -> Skeleton:
+    return skeleton_of(lambda: torch.empty(shape, dtype=TORCH[dtype]))
 
 
-def extra_states(items: Sequence[MegatronParameter], num_layers: int) -> Iterator[str]:
-    """Keys of the `_extra_state` objects a model may ask for, in either spec.
+def _extra_states(parameters: Sequence[MegatronParameter], num_layers: int) -> Iterator[str]:
+    """Keys of the `_extra_state` objects that a model may ask for, in either spec.
 
-    Transformer Engine keeps fp8 scales there; in bf16 and fp32 they are empty, and the local spec ignores them. Missing ones
-    stop a load, superfluous ones do not.
+    Transformer Engine keeps fp8 scales there. In bf16 and fp32 they are empty, and the local spec ignores them. A
+    missing one stops a load, a superfluous one does not.
     """
     modules: dict[str, int] = {}
-    for item in items:
-        module = key_of(item.weight).rpartition(".")[0]
-        if item.weight.tp_dim is not None or "norm" in module:
-            modules.setdefault(module, item.weight.experts)
+    for parameter in parameters:
+        module = key_of(parameter.entry).rpartition(".")[0]
+        if parameter.entry.tp_dim is not None or "norm" in module:
+            modules.setdefault(module, parameter.entry.experts)
     if any(modules.values()):
-        modules |= {_LAYERS + "pre_mlp_layernorm": 0}
-        modules.pop(_LAYERS + "mlp.linear_fc1", None)
+        modules |= {LAYERS + "pre_mlp_layernorm": 0}
+        modules.pop(LAYERS + "mlp.linear_fc1", None)
     for module, experts in modules.items():
         if not module.startswith("decoder."):
             continue
-        if not module.startswith(_LAYERS):
+        if not module.startswith(LAYERS):
             yield f"{module}._extra_state/shard_0_1"
             continue
         for layer in range(num_layers):
@@ -159,15 +140,31 @@ def extra_states(items: Sequence[MegatronParameter], num_layers: int) -> Iterato
                 yield f"{module}._extra_state/shard_{layer}.{expert}_{num_layers}.{experts}"
 
 
-def write_objects(folder: Path) -> int:
-    """Writes the one object that all `_extra_state` keys share; returns its length."""
+def _write_objects(folder: Path) -> int:
+    """Writes the one object that all `_extra_state` keys share; returns its bytes."""
     with (folder / OBJECTS).open("wb") as stream:
         torch.save([torch.empty(0, dtype=torch.uint8)], stream)
     return (folder / OBJECTS).stat().st_size
 
 
-def write_metadata(folder: Path, files: Sequence[DistFile], num_layers: int, common: dict[str, Any]) -> None:
-    """Writes what makes the data files a checkpoint, metadata.json last."""
+def write_metadata(
+    folder: Path,
+    parameters: Sequence[MegatronParameter],
+    file_sets: Sequence[FileSet],
+    num_layers: int,
+    common: dict[str, Any],
+) -> None:
+    """Writes what makes the data files a checkpoint, metadata.json last.
+
+    The folder has no name that a reader looks for until publish.py has synced all of its files and renamed it.
+
+    Args:
+        folder: with the data files.
+        parameters: all of them.
+        file_sets: from `lay_out_files`.
+        num_layers: of the model.
+        common: the content of common.pt but for `CONTENT_METADATA`.
+    """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         BytesStorageMetadata,
@@ -178,28 +175,36 @@ def write_metadata(folder: Path, files: Sequence[DistFile], num_layers: int, com
         TensorStorageMetadata,
     )
 
-    items = [item for file in files for item, _ in file.items]
-    dtypes = {key_of(item.weight): TORCH[item.dtype] for item in items}
-    dtypes[_LAYERS + NORM_BEFORE_EXPERTS] = dtypes[_LAYERS + NORM_BEFORE_MLP]
-    sizes = {}
-    for item in items:
-        sizes[key_of(item.weight)] = (*(size for _, size in axes(item, num_layers)), *item.shape)
-    sizes[_LAYERS + NORM_BEFORE_EXPERTS] = sizes[_LAYERS + NORM_BEFORE_MLP]
+    by_name = {parameter.name: parameter for parameter in parameters}
+    experts = any(parameter.entry.experts for parameter in parameters)
     state: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
-    for chunk in (chunk for file in files for chunk in file.chunks):
-        if chunk.key not in state:
-            properties = TensorProperties(dtype=dtypes[chunk.key])
-            state[chunk.key] = TensorStorageMetadata(properties, torch.Size(sizes[chunk.key]), [])
-        offsets = torch.Size(chunk.offsets)
-        index = MetadataIndex(chunk.key, offsets, len(state[chunk.key].chunks))
-        state[chunk.key].chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
-        storage[index] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
-    length = write_objects(folder)
-    for key in extra_states(items, num_layers):
+    held = (pair for files in file_sets for pair in files.blocks.items())
+    for parameter, block in ((by_name[name], block) for name, blocks in held for block in blocks):
+        leading, inner = leading_axes(parameter, num_layers), parameter.shape[1:]
+        shape = _chunk_shape(parameter, block.rows)
+        chunk = _chunk(shape, parameter.dtype)
+        for key in _keys(parameter, experts):
+            if key not in state:
+                whole = torch.Size((*(size for _, size in leading), *parameter.shape))
+                state[key] = TensorStorageMetadata(TensorProperties(dtype=TORCH[parameter.dtype]), whole, [])
+            offsets = torch.Size((*(index for index, _ in leading), block.row, *(0 for _ in inner)))
+            index = MetadataIndex(key, offsets, len(state[key].chunks))
+            state[key].chunks.append(ChunkStorageMetadata(offsets, torch.Size(shape)))
+            storage[index] = _StorageInfo(block.file, block.offset - chunk.starts[0], chunk.size)
+    length = _write_objects(folder)
+    for key in _extra_states(parameters, num_layers):
         state[key] = BytesStorageMetadata()
         storage[MetadataIndex(key)] = _StorageInfo(OBJECTS, 0, length)
     torch.save(common | {"content_metadata": CONTENT_METADATA}, folder / "common.pt")
     with (folder / ".metadata").open("wb") as stream:
         pickle.dump(Metadata(state, None, storage), stream)
-    (folder / "metadata.json").write_text(json.dumps(FORMAT))
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
+
+
+def _keys(parameter: MegatronParameter, experts: bool) -> Iterator[str]:
+    """The keys of a parameter. In a model with `experts`, the norm before them has the same bytes under both names."""
+    key = key_of(parameter.entry)
+    yield key
+    if experts and key == LAYERS + NORM_BEFORE_MLP:
+        yield LAYERS + NORM_BEFORE_EXPERTS

@@ -1,10 +1,10 @@
-"""Runs a plan: byte ranges from file to file through a few buffers, hashed on the way and journalled. No torch.
+"""Runs one unit of a plan: byte ranges from file to file through a few buffers, with hashes and a journal. No torch.
 
-A plan is a list of `Unit`s, each with files of its own, so units run in any order, in several processes, on several nodes.
-Within a unit the reading thread fills buffers while one thread hashes and one writes the buffers before.
+Every unit has files of its own, so units run in any order, in several processes and on several nodes. Within a unit,
+one thread reads into a buffer while a second thread hashes and a third writes the buffers read before.
 
-The journal of a unit names the steps whose bytes are on the disk (fdatasync) and the hashes of their tensors. After a
-kill the unit goes on behind the last line; the file it stands in was laid out when the unit began.
+The journal of a unit names the moves whose bytes are on the disk (fdatasync) and the hashes of their tensors. After a
+crash the unit resumes after the last journal line; its files were already allocated at full size.
 """
 
 from __future__ import annotations
@@ -24,27 +24,32 @@ from typing import Any
 
 import numpy as np
 
-from simpo_megatron.checkpoint.transfer.moves import OutFile, Rect, Slab, Step, Unit
+from simpo_megatron.checkpoint.transfer.moves import OutFile, Piece, Rect, TensorMove, Unit
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import sync
 
-SYNC_BYTES = 2 * 2**30  # a journal line at least this often: what a kill costs at most
+SYNC_BYTES = 2 * 2**30  # a journal line at least this often: a crash costs at most so many bytes
 BUFFERS = 3
 OPEN_FILES = 64
+
+ProgressCallback = Callable[[int], None]  # is called with the bytes moved since the last call
 
 
 @dataclass
 class Outcome:
-    """What running a unit found: the SHA-256 of every tensor, and replicas that differ, each as a sentence."""
+    """What running a unit found.
+
+    Attributes:
+        hashes: the SHA-256 of every tensor by its Hugging Face name.
+        differences: replicas that differ, a sentence each.
+    """
 
     hashes: dict[str, str] = field(default_factory=dict)
     differences: list[str] = field(default_factory=list)
 
 
-Report = Callable[[int], None]
-
-
 class Files:
-    """Open files, the least recently used closed first."""
+    """Open files, those to write in `folder`; beyond `OPEN_FILES` the one not read for the longest time is closed."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -53,7 +58,7 @@ class Files:
 
     @contextmanager
     def descriptor(self, name: str, write: bool) -> Iterator[int]:
-        """An open file; only the thread that reads opens files to read, so none is closed while it is in use."""
+        """An open file. Only the thread that reads opens files to read, so none is closed while it is in use."""
         key = (name, write)
         with self.lock:
             if key not in self.open:
@@ -67,18 +72,24 @@ class Files:
         yield handle
 
     def sync(self) -> None:
+        """Waits until what was written is on the disk."""
         for (_, write), handle in self.open.items():
             if write:
                 os.fdatasync(handle)
 
     def close(self) -> None:
+        """Closes all of them."""
         for handle in self.open.values():
             os.close(handle)
         self.open.clear()
 
 
 def read_rect(files: Files, rect: Rect, buffer: np.ndarray) -> None:
-    """Fills the rows of a buffer from a file."""
+    """Fills the rows of a buffer from a file.
+
+    Raises:
+        UserError: the file ends too early or cannot be read.
+    """
     size = rect.rows * rect.row_bytes
     whole = rect.stride == rect.row_bytes
     target = buffer[rect.at : rect.at + size] if whole else np.empty(size, np.uint8)
@@ -96,8 +107,7 @@ def read_rect(files: Files, rect: Rect, buffer: np.ndarray) -> None:
         _rows(buffer, rect)[:] = target.reshape(rect.rows, rect.row_bytes)
 
 
-def write_rect(files: Files, rect: Rect, buffer: np.ndarray) -> None:
-    """Writes the rows of a buffer to a file."""
+def _write_rect(files: Files, rect: Rect, buffer: np.ndarray) -> None:
     size = rect.rows * rect.row_bytes
     whole = rect.stride == rect.row_bytes
     data = buffer[rect.at : rect.at + size] if whole else np.ascontiguousarray(_rows(buffer, rect)).reshape(-1)
@@ -108,80 +118,84 @@ def write_rect(files: Files, rect: Rect, buffer: np.ndarray) -> None:
 
 
 def _rows(buffer: np.ndarray, rect: Rect) -> np.ndarray:
+    """The runs of a rectangle in the buffer, as a view of [rows, row_bytes]."""
     return np.ndarray((rect.rows, rect.row_bytes), np.uint8, buffer, rect.at, (rect.stride, 1))  # type: ignore[call-overload]
 
 
 class _Runner:
     """The pipeline of one unit: three threads and `BUFFERS` buffers."""
 
-    def __init__(self, unit: Unit, files: Files, report: Report) -> None:
-        self.unit, self.files, self.report = unit, files, report
-        self.largest = max((slab.size for step in unit.steps for slab in step.slabs), default=0)
+    def __init__(self, unit: Unit, files: Files, progress: ProgressCallback) -> None:
+        self.unit, self.files, self.progress = unit, files, progress
+        self.largest = max((piece.size for move in unit.moves for piece in move.pieces), default=0)
         self.free: list[np.ndarray] = []
         self.pending: deque[tuple[np.ndarray, int, list[Future[None]]]] = deque()
         self.hashes: dict[str, Any] = {}
         self.differences: list[str] = []
 
     def run(self, first: int, commit: Callable[[int, dict[str, str]], None]) -> None:
-        """Runs the steps from `first`; `commit(done, hashes)` is called when the bytes of `done` steps are written."""
+        """Runs the moves from index `first`.
+
+        Args:
+            first: how many moves an earlier run has finished.
+            commit: called with the number of moves whose bytes are written, and the hashes since the last call.
+        """
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
             since = 0
             try:
-                for index, step in enumerate(self.unit.steps[first:], first + 1):
-                    for slab in step.slabs:
-                        self._submit(step, slab, writer, hasher)
-                    since += step.size
-                    if since >= SYNC_BYTES or index == len(self.unit.steps):
+                for index, move in enumerate(self.unit.moves[first:], first + 1):
+                    for piece in move.pieces:
+                        self._submit(move, piece, writer, hasher)
+                    since += move.size
+                    if since >= SYNC_BYTES or index == len(self.unit.moves):
                         self._drain(0)
                         commit(index, {name: state.hexdigest() for name, state in self.hashes.items()})
                         self.hashes, since = {}, 0
             finally:
-                wait_all(future for _, _, futures in self.pending for future in futures)
+                # Waits without raising: if there is an error, it is being raised already.
+                for future in (future for _, _, futures in self.pending for future in futures):
+                    future.exception()
 
-    def _submit(self, step: Step, slab: Slab, writer: ThreadPoolExecutor, hasher: ThreadPoolExecutor) -> None:
+    def _submit(self, move: TensorMove, piece: Piece, writer: ThreadPoolExecutor, hasher: ThreadPoolExecutor) -> None:
         self._drain(BUFFERS - 1)
         buffer = self.free.pop() if self.free else np.empty(self.largest, np.uint8)
-        for rect in slab.reads:
+        for rect in piece.reads:
             read_rect(self.files, rect, buffer)
-        for rect in slab.checks:
-            self._check(step, rect, buffer)
-        data = buffer[: slab.size] if slab.cast is None else cast(buffer[: slab.size], *slab.cast)
-        futures = [hasher.submit(self._hash, slab, data)] if slab.hashed else []
-        if slab.writes:
-            futures.append(writer.submit(self._write, slab, data))
-        self.pending.append((buffer, slab.size, futures))
+        for rect in piece.checks:
+            self._check(move, rect, buffer)
+        data = buffer[: piece.size] if piece.cast is None else _cast(buffer[: piece.size], *piece.cast)
+        futures = [hasher.submit(self._hash, piece, data)] if piece.hashed else []
+        if piece.writes:
+            futures.append(writer.submit(self._write, piece, data))
+        self.pending.append((buffer, piece.size, futures))
 
     def _drain(self, leave: int) -> None:
+        """Waits until at most `leave` buffers are still being hashed or written."""
         while len(self.pending) > leave:
             buffer, size, futures = self.pending[0]
             for future in futures:
                 future.result()
             self.pending.popleft()
             self.free.append(buffer)
-            self.report(size)
+            self.progress(size)
 
-    def _hash(self, slab: Slab, data: np.ndarray) -> None:
-        for name, at, size in slab.hashed:
+    def _hash(self, piece: Piece, data: np.ndarray) -> None:
+        for name, at, size in piece.hashed:
             self.hashes.setdefault(name, hashlib.sha256()).update(data[at : at + size].data)
 
-    def _write(self, slab: Slab, data: np.ndarray) -> None:
-        for rect in slab.writes:
-            write_rect(self.files, rect, data)
+    def _write(self, piece: Piece, data: np.ndarray) -> None:
+        for rect in piece.writes:
+            _write_rect(self.files, rect, data)
 
-    def _check(self, step: Step, rect: Rect, buffer: np.ndarray) -> None:
+    def _check(self, move: TensorMove, rect: Rect, buffer: np.ndarray) -> None:
+        """Compares a replica with the buffer."""
         copy = np.empty(rect.rows * rect.row_bytes, np.uint8)
         read_rect(self.files, Rect(rect.file, rect.offset, rect.rows, rect.row_bytes, 0, rect.row_bytes), copy)
         if not np.array_equal(_rows(buffer, rect), copy.reshape(rect.rows, rect.row_bytes)):
-            self.differences.append(f"{rect.file} holds another {step.name} than the other ranks' files")
+            self.differences.append(f"{rect.file} holds another {move.name} than the other ranks' files")
 
 
-def wait_all(futures: Iterator[Future[None]]) -> None:
-    """Waits without raising: the first error is on its way already."""
-    for future in futures:
-        future.exception()
-
-
-def cast(data: np.ndarray, source: str, target: str) -> np.ndarray:
+def _cast(data: np.ndarray, source: str, target: str) -> np.ndarray:
     """Bytes of one dtype as bytes of another, rounded to nearest."""
     import torch
 
@@ -190,16 +204,19 @@ def cast(data: np.ndarray, source: str, target: str) -> np.ndarray:
     return torch.from_numpy(data).view(TORCH[source]).to(TORCH[target]).view(torch.uint8).numpy()
 
 
-def read_unit(unit: Unit, report: Report = lambda _: None) -> Outcome:
-    """Runs a unit without files: reads and hashes."""
-    files, outcome = Files(None), Outcome()
-    runner = _Runner(unit, files, report)
+def read_unit(unit: Unit, progress: ProgressCallback = lambda _: None) -> Outcome:
+    """Runs a unit without files: reads and hashes.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    files, hashes = Files(None), {}
+    runner = _Runner(unit, files, progress)
     try:
-        runner.run(0, lambda _, hashes: outcome.hashes.update(hashes))
+        runner.run(0, lambda _, found: hashes.update(found))
     finally:
         files.close()
-    outcome.differences = runner.differences
-    return outcome
+    return Outcome(hashes, runner.differences)
 
 
 def journal_path(folder: Path, unit: str) -> Path:
@@ -208,18 +225,23 @@ def journal_path(folder: Path, unit: str) -> Path:
 
 
 def read_journal(path: Path) -> tuple[int, dict[str, str]]:
-    """Steps that are on the disk, and the hashes of their tensors; a torn last line is dropped."""
-    steps, hashes = 0, {}
+    """How many moves are on the disk, and the hashes of their tensors; a last line that a crash cut off is dropped."""
+    done, hashes = 0, {}
     if path.exists():
         for line in path.read_bytes().split(b"\n")[:-1]:
             entry = json.loads(line)
-            steps = entry["steps"]
+            done = entry["steps"]
             hashes |= entry["sha256"]
-    return steps, hashes
+    return done, hashes
 
 
-def write_unit(unit: Unit, folder: Path, report: Report = lambda _: None) -> Outcome:
+def write_unit(unit: Unit, folder: Path, progress: ProgressCallback = lambda _: None) -> Outcome:
     """Runs a unit from where its journal ends.
+
+    Args:
+        unit: what to write.
+        folder: has `data` for the files and `journal`.
+        progress: is called with the bytes moved.
 
     Raises:
         UserError: a source cannot be read, the target cannot be written, or another process writes the unit.
@@ -228,7 +250,7 @@ def write_unit(unit: Unit, folder: Path, report: Report = lambda _: None) -> Out
     try:
         with path.open("ab") as journal:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return _write_locked(unit, folder, path, journal, report)
+            return _write_locked(unit, folder, path, journal, progress)
     except BlockingIOError:
         raise UserError(f"another process is writing {folder}; wait for it, or end it") from None
     except OSError as error:
@@ -238,34 +260,38 @@ def write_unit(unit: Unit, folder: Path, report: Report = lambda _: None) -> Out
         ) from error
 
 
-def _write_locked(unit: Unit, folder: Path, path: Path, journal: Any, report: Report) -> Outcome:
+def _write_locked(unit: Unit, folder: Path, path: Path, journal: Any, progress: ProgressCallback) -> Outcome:
     done, hashes = read_journal(path)
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    report(sum(step.size for step in unit.steps[:done]))
-    if done == len(unit.steps) and path.stat().st_size:
+    progress(sum(move.size for move in unit.moves[:done]))
+    if done == len(unit.moves) and path.stat().st_size:
         return Outcome(hashes)
     if not done:
         for file in unit.files:
-            _lay_out(folder / "data" / file.name, file)
+            _allocate(folder / "data" / file.name, file)
+        for parent in {(folder / "data" / file.name).parent for file in unit.files} | {folder / "data", path.parent}:
+            sync(parent)  # else a power failure could keep a journal line and lose the name of its file
     files = Files(folder / "data")
 
-    def commit(steps: int, found: dict[str, str]) -> None:
+    def commit(moves: int, found: dict[str, str]) -> None:
         files.sync()
-        journal.write(json.dumps({"steps": steps, "sha256": found}).encode() + b"\n")
+        # "steps": the journal's word for moves since version 1; a run of an earlier version can be resumed.
+        journal.write(json.dumps({"steps": moves, "sha256": found}).encode() + b"\n")
         journal.flush()
         os.fdatasync(journal.fileno())
         hashes.update(found)
 
     try:
-        _Runner(unit, files, report).run(done, commit)
-        if not unit.steps:
+        _Runner(unit, files, progress).run(done, commit)
+        if not unit.moves:
             commit(0, {})
     finally:
         files.close()
     return Outcome(hashes)
 
 
-def _lay_out(path: Path, file: OutFile) -> None:
+def _allocate(path: Path, file: OutFile) -> None:
+    """Makes a file of full size with the bytes that belong to no tensor."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
         stream.truncate(file.size)

@@ -1,4 +1,8 @@
-"""The plan of a conversion as data: rectangles of bytes, in slabs, in steps, in units with files of their own. No torch."""
+"""The plan of a conversion as data. No torch.
+
+A `Unit` of work has files and the `TensorMove`s that fill them. A move is cut into `Piece`s that fit a buffer. The
+bytes of a piece are read and written as `Rect`s.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Rect:
-    """Rows that lie one after the other in a file, and apart by `stride` bytes in a buffer.
+    """`rows` runs of `row_bytes` bytes: contiguous in the file, `stride` bytes apart in the buffer.
 
     Attributes:
         file: a path to read from, or the name of one of the unit's files to write to.
         offset: the first byte in the file.
-        rows, row_bytes: its size; contiguous in the file.
+        rows: how many runs.
+        row_bytes: bytes of one run.
         at: the first byte in the buffer.
-        stride: from row to row in the buffer.
+        stride: bytes from the start of one run to the start of the next in the buffer.
     """
 
     file: str
@@ -26,14 +31,16 @@ class Rect:
 
 
 @dataclass(frozen=True, slots=True)
-class Slab:
-    """One buffer full: filled by `reads`, hashed and emptied by `writes`.
+class Piece:
+    """What one buffer holds: it is filled by `reads`, hashed, and written by `writes`.
 
     Attributes:
-        size: bytes of the buffer.
-        hashed: (tensor, first byte, bytes) in the order in which the tensor's bytes are hashed.
-        checks: replicas that must equal the buffer.
-        cast: (from, to) dtypes; the writes then lie in the converted buffer.
+        size: bytes that are read into the buffer.
+        reads: where its bytes come from.
+        writes: where its bytes go; empty where a tensor is only hashed.
+        hashed: (tensor, first byte, bytes) in the buffer, in the order of the tensor's bytes.
+        checks: copies on other ranks that must equal the buffer.
+        cast: (from, to) dtypes; `hashed` and `writes` then refer to the converted buffer.
     """
 
     size: int
@@ -45,20 +52,34 @@ class Slab:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One tensor's slabs; hashes of tensors begin and end within a step."""
+class TensorMove:
+    """The pieces of one tensor.
+
+    A move hashes whole tensors, so the journal line behind it has the hash of every one of them.
+
+    Attributes:
+        name: of the Megatron parameter that is written, or of the Hugging Face tensor that is written or read.
+        pieces: in order.
+    """
 
     name: str
-    slabs: tuple[Slab, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def size(self) -> int:
-        return sum(slab.size for slab in self.slabs)
+        """Bytes to read."""
+        return sum(piece.size for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class OutFile:
-    """A file to write: its name in the target folder, its size, and the bytes of it that are no tensor's."""
+    """A file to write.
+
+    Attributes:
+        name: in the target folder.
+        size: bytes.
+        fixed: (first byte, bytes) of what belongs to no tensor.
+    """
 
     name: str
     size: int
@@ -67,12 +88,19 @@ class OutFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """Files and the steps that fill them."""
+    """A unit of work: files, and the moves that fill them. No other unit writes to its files.
+
+    Attributes:
+        name: names its journal.
+        files: to write; none where tensors are only hashed.
+        moves: in the order in which they run.
+    """
 
     name: str
     files: tuple[OutFile, ...]
-    steps: tuple[Step, ...]
+    moves: tuple[TensorMove, ...]
 
     @property
     def size(self) -> int:
-        return sum(step.size for step in self.steps)
+        """Bytes to read."""
+        return sum(move.size for move in self.moves)

@@ -1,7 +1,7 @@
-"""A conversion from check to publication: what --resume, --overwrite, --shard and --workers mean.
+"""A conversion from its checks to its publication: what --resume, --overwrite, --shard and --workers mean.
 
-    FOLDER/.NAME.conversion/data/        what becomes FOLDER/NAME, until all of it is there
-                            journal/     what is on the disk (see work.py)
+    FOLDER/.NAME.conversion/data/        becomes FOLDER/NAME when all of it is there
+                            journal/     what is on the disk (see execute.py)
                             plan.json    what is being converted; a resumed run must want the same
 
 One rename of `data` publishes, so a conversion that was cut off never looks complete. With several nodes, the one that
@@ -15,24 +15,32 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simpo_megatron.checkpoint.cli import human
+from simpo_megatron.checkpoint.manifest import MANIFEST
 from simpo_megatron.checkpoint.transfer.execute import journal_path, read_journal
 from simpo_megatron.checkpoint.transfer.moves import Unit
 from simpo_megatron.checkpoint.transfer.processes import run_units
-from simpo_megatron.checkpoint.transfer.progress import transfer_bar
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write, sync
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: see `cli.add_conversion_flags`."""
+    """How to run.
+
+    Attributes:
+        max_memory: bytes of the buffers of all workers together.
+        workers: processes on this node.
+        shard: (i, n) for the share i of n, counted from 0, that this node does.
+        resume: go on with an interrupted conversion.
+        overwrite: replace what an earlier conversion wrote.
+    """
 
     max_memory: int = 2**30
     workers: int = 1
@@ -41,122 +49,137 @@ class Options:
     overwrite: bool = False
 
 
+class PlanLine(NamedTuple):
+    """What --plan prints of one tensor: where it is, where it goes, bytes and dtype."""
+
+    source: str
+    target: str
+    size: int
+    dtype: str
+
+
 @dataclass(frozen=True)
-class Target:
-    """Where a conversion goes.
+class Conversion:
+    """One conversion, planned: what is written, where, and what completes it.
 
     Attributes:
-        root: what --save names.
-        final: the folder to publish, `root` or one in it.
-        publish: called after it is there; writes what points at it.
+        units: all of the work. lines: what --plan prints. root: what --save names. final: the folder to publish:
+        `root`, or one in it. identity: called before the first byte; the `fingerprint` of the plan and its sources.
+        finish: called when all units are written, with the folder, the SHA-256 of every tensor and the identity. It
+        writes
+            the files that are in no unit.
+        publish: called when `final` is complete; writes what points at it.
         replaceable: whether --overwrite may replace what `root` holds.
     """
 
+    units: tuple[Unit, ...]
+    lines: tuple[PlanLine, ...]
     root: Path
     final: Path
+    identity: Callable[[], str]
+    finish: Callable[[Path, dict[str, str], str], None]
     publish: Callable[[], None]
     replaceable: Callable[[], bool]
 
     @property
     def work(self) -> Path:
+        """The folder of the work in progress."""
         return self.final.with_name(f".{self.final.name}.conversion")
 
     @property
     def data(self) -> Path:
+        """What becomes `final`."""
         return self.work / "data"
 
     @property
+    def plan(self) -> Path:
+        """The file with the identity. It exists while somebody works, and is the lock of the publication."""
+        return self.work / "plan.json"
+
+    @property
     def old(self) -> Path:
+        """Where an --overwrite keeps the earlier folder until the new one has its name."""
         return self.final.with_name(f".{self.final.name}.old")
 
 
 def fingerprint(*parts: Any) -> str:
-    """What tells one conversion from another."""
+    """A hash of what distinguishes one conversion from another."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_stamps(files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of source files, so that a resumed run notices new ones."""
+    """Name, size and time of source files, so that a resumed run notices other ones."""
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def run(
-    units: Sequence[Unit],
-    target: Target,
-    options: Options,
-    identity: str,
-    finish: Callable[[Path, dict[str, str]], None],
-    label: str,
-) -> bool:
-    """Runs a plan, or this node's share of it, and publishes when nothing is missing.
-
-    Args:
-        units: the whole plan.
-        target, options: where and how.
-        identity: the `fingerprint` of the plan and its sources.
-        finish: called with the folder and the hashes of all tensors; writes what belongs besides the units' files.
-        label: for the progress bar.
+def run(conversion: Conversion, options: Options) -> bool:
+    """Runs a conversion, or this node's share of it, and publishes when nothing is missing.
 
     Returns:
-        Whether the target is published; with several nodes, the others may still be at work.
+        Whether it is published. With several nodes, the others may still be at work.
 
     Raises:
-        UserError: the target is not empty, the disk is full, or what `work.write_unit` raises.
+        UserError: the target is not empty, the disk is full, or what `run_units` raises.
     """
+    identity = conversion.identity()
     try:
-        if _prepare(target, options, identity):
-            _clean_up(target)
+        if _prepare(conversion, options, identity):
+            _clean_up(conversion)
             return True
         index, count = options.shard
-        mine = units[index::count]
-        _check_space(units, target)
-        with transfer_bar(label, sum(unit.size for unit in mine)) as report:
-            run_units(mine, target.work, options.workers, report)
-        return _publish(units, target, finish)
+        _check_space(conversion)
+        run_units(conversion.units[index::count], conversion.work, options.workers, f"to {conversion.final}")
+        return _publish(conversion, identity)
     except OSError as error:
         raise UserError(
-            f"{error.filename or target.root} cannot be written: {error.strerror}; free space there or give another "
-            "--save, then go on with --resume"
+            f"{error.filename or conversion.root} cannot be written: {error.strerror}; free space there or give "
+            "another --save, then go on with --resume"
         ) from error
 
 
-def _prepare(target: Target, options: Options, identity: str) -> bool:
+def _prepare(conversion: Conversion, options: Options, identity: str) -> bool:
     """Makes the folder to work in; returns whether the target is complete already."""
     if options.overwrite and options.shard[1] > 1:
         raise UserError("--overwrite with --shard would let one node remove what another wrote; empty the folder first")
-    _recover(target)
-    plan = target.work / "plan.json"
-    others = [path for path in _listed(target.root) if path != target.work]
+    _complete_exchange(conversion)
+    root, work = conversion.root, conversion.work
+    others = [path for path in _listed(root) if path != work]
     if options.overwrite:
-        if others and not target.replaceable():
-            raise UserError(f"--overwrite: {target.root} holds more than a conversion wrote; give another --save")
-        shutil.rmtree(target.work, ignore_errors=True)
-    elif options.resume and plan.exists() and not target.data.exists() and others:
-        _same_plan(plan, identity)
-        return True
-    elif options.resume and others and (target.final / "conversion.json").exists():
-        _same_plan(target.final / "conversion.json", identity)
-        return True
+        if others and not conversion.replaceable():
+            raise UserError(f"--overwrite: {root} holds more than a conversion wrote; give another --save")
+        shutil.rmtree(work, ignore_errors=True)
     elif others:
-        raise UserError(f"--save {target.root} is not empty; give a new folder, or --overwrite to replace a conversion")
-    elif target.work.exists() and not options.resume and options.shard[1] == 1:
-        raise UserError(f"{target.work} holds an interrupted conversion; --resume goes on, --overwrite starts again")
-    (target.work / "journal").mkdir(parents=True, exist_ok=True)
-    target.data.mkdir(exist_ok=True)
-    if plan.exists():
-        _same_plan(plan, identity)
+        published = _published_as(conversion) if options.resume else None
+        if published is None:
+            raise UserError(f"--save {root} is not empty; give a new folder, or --overwrite to replace a conversion")
+        _check_identity(published, identity)
+        return True
+    elif work.exists() and not options.resume and options.shard[1] == 1:
+        raise UserError(f"{work} holds an interrupted conversion; --resume goes on, --overwrite starts again")
+    (work / "journal").mkdir(parents=True, exist_ok=True)
+    conversion.data.mkdir(exist_ok=True)
+    if conversion.plan.exists():
+        _check_identity(conversion.plan, identity)
     else:
-        atomic_write(plan, json.dumps({"plan": identity}))
+        atomic_write(conversion.plan, json.dumps({"plan": identity}))
     return False
 
 
-def _recover(target: Target) -> None:
-    """Ends the exchange of an old target for a new one that a kill cut in two."""
-    if target.old.exists():
-        if target.final.exists():
-            shutil.rmtree(target.old)
+def _complete_exchange(conversion: Conversion) -> None:
+    """Completes an --overwrite that was killed between its two renames."""
+    if conversion.old.exists():
+        if conversion.final.exists():
+            shutil.rmtree(conversion.old)
         else:
-            os.rename(target.old, target.final)
+            os.rename(conversion.old, conversion.final)
+
+
+def _published_as(conversion: Conversion) -> Path | None:
+    """The file with the identity of the conversion that has been published; None where none has."""
+    if conversion.plan.exists() and not conversion.data.exists():
+        return conversion.plan  # killed after the rename of `data`
+    manifest = conversion.final / MANIFEST
+    return manifest if manifest.exists() else None
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -165,7 +188,7 @@ def _listed(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.exists() else []
 
 
-def _same_plan(file: Path, identity: str) -> None:
+def _check_identity(file: Path, identity: str) -> None:
     try:
         found = json.loads(file.read_text())["plan"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -176,56 +199,53 @@ def _same_plan(file: Path, identity: str) -> None:
         )
 
 
-def _check_space(units: Sequence[Unit], target: Target) -> None:
-    """Before the first byte: does what is missing fit?"""
-    planned = sum(file.size for unit in units for file in unit.files)
-    there = sum(
-        (target.data / file.name).stat().st_blocks * 512
-        for unit in units
-        for file in unit.files
-        if (target.data / file.name).exists()
-    )
-    free = shutil.disk_usage(target.work).free
-    if planned - there > free:
+def _check_space(conversion: Conversion) -> None:
+    """Before the first byte: makes sure that what is still to be written fits."""
+    files = [file for unit in conversion.units for file in unit.files]
+    written = [conversion.data / file.name for file in files if (conversion.data / file.name).exists()]
+    missing = sum(file.size for file in files) - sum(path.stat().st_blocks * 512 for path in written)
+    free = shutil.disk_usage(conversion.work).free
+    if missing > free:
         raise UserError(
-            f"--save {target.root}: {human(planned - there)} are still to be written, but only {human(free)} are free; "
+            f"--save {conversion.root}: {human(missing)} are still to be written, but only {human(free)} are free; "
             "free space there, or give another folder"
         )
 
 
-def _publish(units: Sequence[Unit], target: Target, finish: Callable[[Path, dict[str, str]], None]) -> bool:
-    with _locked(target.work / "plan.json") as there:
+def _publish(conversion: Conversion, identity: str) -> bool:
+    """Completes and renames the folder if every journal is complete; returns whether it is published."""
+    with _locked(conversion.plan) as there:
         if not there:
-            return True  # another node was faster
+            return True  # another node has published
         hashes: dict[str, str] = {}
-        for unit in units:
-            path = journal_path(target.work, unit.name)
+        for unit in conversion.units:
+            path = journal_path(conversion.work, unit.name)
             done, found = read_journal(path)
-            if done < len(unit.steps) or not path.exists():
+            if done < len(unit.moves) or not path.exists():
                 return False
             hashes |= found
-        for torn in target.data.glob(".*.tmp"):  # of a kill in here
-            torn.unlink()
-        finish(target.data, hashes)
-        for file in (*target.data.rglob("*"), target.data):
+        for cut_off in conversion.data.glob(".*.tmp"):  # by a kill during an earlier `finish`
+            cut_off.unlink()
+        conversion.finish(conversion.data, hashes, identity)
+        for file in (*conversion.data.rglob("*"), conversion.data):
             sync(file)
-        if target.final.exists() and any(target.final.iterdir()):
-            os.rename(target.final, target.old)
-        os.replace(target.data, target.final)
-        sync(target.final.parent)
-        _clean_up(target)
+        if conversion.final.exists() and any(conversion.final.iterdir()):
+            os.rename(conversion.final, conversion.old)
+        os.replace(conversion.data, conversion.final)
+        sync(conversion.final.parent)
+        _clean_up(conversion)
     return True
 
 
-def _clean_up(target: Target) -> None:
-    target.publish()
-    shutil.rmtree(target.old, ignore_errors=True)
-    shutil.rmtree(target.work, ignore_errors=True)
+def _clean_up(conversion: Conversion) -> None:
+    conversion.publish()
+    shutil.rmtree(conversion.old, ignore_errors=True)
+    shutil.rmtree(conversion.work, ignore_errors=True)
 
 
 @contextmanager
-def _locked(path: Path) -> Any:
-    """Holds a lock on a file; yields False where it has vanished."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Holds a lock on a file; yields False where the file is gone."""
     try:
         stream = path.open("rb")
     except FileNotFoundError:

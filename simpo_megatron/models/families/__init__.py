@@ -1,0 +1,14 @@
+"""The families: what each adds to `dense.py` or `moe.py`, and the registry that finds them.
+
+registry.py   the list of families; finds the family of a config.json, and of Megatron-LM's arguments
+dense.py      what the dense families share: RMSNorm, grouped-query attention with RoPE, SwiGLU
+moe.py        what the mixture-of-experts families share: router and experts
+llama.py      Llama 2, 3, 3.1, 3.2
+mistral.py    Mistral, with its optional sliding window
+mixtral.py    Mixtral
+qwen2.py      Qwen2 and Qwen2.5
+qwen3.py      Qwen3, dense
+qwen3_moe.py  Qwen3 with experts
+"""
+
+from __future__ import annotations

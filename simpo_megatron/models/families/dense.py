@@ -1,4 +1,4 @@
-"""What the dense families share: RMSNorm, grouped-query attention with RoPE, and a SwiGLU feed-forward."""
+"""What the dense families share: RMSNorm, grouped-query attention with rotary embeddings, and a SwiGLU feed-forward."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def query_groups(config: dict[str, Any]) -> int:
 
 
 def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of TransformerConfig every dense family has.
+    """The arguments of TransformerConfig that every dense family has.
 
     Raises:
-        UserError: an activation, rope scaling or attention that is not supported, or a value config.json lacks.
+        UserError: an activation, rope scaling or attention is not supported, or config.json lacks a value.
     """
     refuse(config, "hidden_act", "silu", fix="only SwiGLU models (silu) run")
     if other := set(config.get("layer_types") or ()) - {"full_attention"}:
         raise UserError(
             f"config.json lists {', '.join(sorted(other))} in layer_types; only full attention in every layer runs"
         )
-    read_rope(config)  # for its errors; build.py reads the values
+    read_rope(config)  # for its errors; `Family.architecture` keeps the values
     return {
         "num_layers": required(config, "num_hidden_layers"),
         "hidden_size": required(config, "hidden_size"),
@@ -56,13 +56,13 @@ def dense_weights(
     qk_norm: bool = False,
     feed_forward: tuple[WeightEntry, ...] | None = None,
 ) -> tuple[WeightEntry, ...]:
-    """The weight table of a dense model; the output layer is absent where it is tied to the embedding.
+    """The weight table of a dense model, without an output layer where it is tied to the embedding.
 
     Args:
         config: config.json.
-        qkv_bias: the query, key and value projections have biases.
-        qk_norm: queries and keys are normalised head by head.
-        feed_forward: the entries that stand where a dense model has its SwiGLU.
+        qkv_bias: whether the query, key and value projections have biases.
+        qk_norm: whether queries and keys are normalised head by head.
+        feed_forward: entries that replace those of the SwiGLU; None for the SwiGLU.
     """
     hidden, vocab = required(config, "hidden_size"), required(config, "vocab_size")
     head = head_dim(config)

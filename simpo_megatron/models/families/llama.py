@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and what keeps their architecture."""
+"""Llama 2, 3, 3.1, 3.2, and other models with the same architecture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simpo_megatron.models.megatron_args import default_config
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    # Megatron has one switch for the biases of o_proj and the feed-forward: a model with some of them cannot be built.
+    # Megatron has one switch for the biases of o_proj and of the feed-forward. It cannot build a model with only one.
     for key in ("attention_bias", "mlp_bias"):
         refuse(config, key, False, None, fix="only Llama models without biases run")
     return dense_kwargs(config)

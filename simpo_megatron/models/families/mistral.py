@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo and the other dense Mistral models: Llama with an optional sliding window."""
+"""Mistral 7B, Mistral Nemo and the other dense Mistral models: Llama with an optional sliding window."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from simpo_megatron.models.megatron_args import default_config, sliding_window
 
 
 def window_size(sliding_window: int | None) -> dict[str, Any]:
-    """The argument of TransformerConfig; Hugging Face counts the token itself, Megatron what is left of it."""
+    """The argument of TransformerConfig, empty without a window.
+
+    Hugging Face counts the token itself, Megatron only the tokens on its left.
+    """
     return {"window_size": (sliding_window - 1, 0)} if sliding_window else {}
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    # null is no window; absent is Hugging Face's default
+    # null means no window; where the key is absent, transformers takes 4096.
     return {**dense_kwargs(config), **window_size(config.get("sliding_window", 4096))}
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
     if not args.get("window_size") or any(args.get(name) for name in ("num_experts", "qk_layernorm", "add_qkv_bias")):
-        return None  # without a window it is a Llama
+        return None  # without a window the arguments are those of a Llama
     return default_config(args, "mistral", "Mistral") | sliding_window(args)
 
 

@@ -1,4 +1,4 @@
-"""Mixtral 8x7B and 8x22B: Mistral's attention, experts in every layer."""
+"""Mixtral 8x7B and 8x22B: Mistral's attention, and experts in every layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(config, "router_jitter_noise", 0.0, 0, None, fix="set it to 0: the two responses of a pair need one router")
+    refuse(
+        config,
+        "router_jitter_noise",
+        0.0,
+        0,
+        None,
+        fix="set it to 0, so that both responses of a pair are routed alike",
+    )
     kwargs = moe_kwargs(config, ffn=required(config, "intermediate_size"), norm_topk_prob=True)
     return {**kwargs, **window_size(config.get("sliding_window"))}
 

@@ -1,7 +1,8 @@
-"""What the mixture-of-experts families share: the router and the experts in place of the dense feed-forward.
+"""What the mixture-of-experts families share: a router and experts in place of the dense feed-forward.
 
-Hugging Face takes the softmax over all experts and keeps the best k; where it then divides the k weights by their sum, that
-is the softmax over the k logits alone, which Megatron computes at once (`moe_router_pre_softmax=False`).
+transformers takes the softmax over all experts and keeps the k largest probabilities. Where it then divides them by
+their sum (`norm_topk_prob`), the result is the softmax over the k largest logits alone. Megatron computes that
+directly with `moe_router_pre_softmax=False`.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 
 def num_experts(config: dict[str, Any]) -> int:
-    """Experts of a layer; `num_experts` of older configs is `num_local_experts` in newer ones."""
+    """Experts of a layer: `num_experts`, or `num_local_experts`, as some configs name it."""
     key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
     return required(config, key)
 
 
 def moe_kwargs(config: dict[str, Any], *, ffn: int, norm_topk_prob: bool) -> dict[str, Any]:
-    """The arguments of TransformerConfig of a model whose every layer has experts.
+    """The arguments of TransformerConfig of a model with experts in every layer.
 
     Args:
         config: config.json.
         ffn: the intermediate size of one expert.
-        norm_topk_prob: the weights of the chosen experts are divided by their sum.
+        norm_topk_prob: whether the probabilities of the chosen experts are divided by their sum.
 
     Raises:
-        UserError: as `dense_kwargs`, or more experts a token than there are.
+        UserError: as `dense_kwargs`, or a token is sent to more experts than there are.
     """
     experts, topk = num_experts(config), required(config, "num_experts_per_tok")
     if topk > experts:
@@ -52,8 +53,8 @@ def moe_feed_forward(
     Args:
         config: config.json.
         ffn: the intermediate size of one expert.
-        block: what the checkpoint calls the module of router and experts.
-        parts: what it calls gate, up and down.
+        block: the checkpoint's name of the module with router and experts.
+        parts: the checkpoint's names of gate, up and down.
     """
     hidden, experts = required(config, "hidden_size"), num_experts(config)
     gate, up, down = (f"{LAYER}{block}.experts.{{expert}}.{part}.weight" for part in parts)

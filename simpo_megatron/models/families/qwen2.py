@@ -12,7 +12,13 @@ from simpo_megatron.models.megatron_args import default_config
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(config, "use_sliding_window", False, None, fix="set it to false, which is exact up to the window's length")
+    refuse(
+        config,
+        "use_sliding_window",
+        False,
+        None,
+        fix="set it to false, which is exact for sequences up to the window's length",
+    )
     return {**dense_kwargs(config), "add_qkv_bias": True}
 
 

@@ -13,7 +13,13 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(config, "use_sliding_window", False, None, fix="set it to false, which is exact up to the window's length")
+    refuse(
+        config,
+        "use_sliding_window",
+        False,
+        None,
+        fix="set it to false, which is exact for sequences up to the window's length",
+    )
     refuse(config, "attention_bias", False, None, fix="only Qwen3 models without biases run")
     refuse(config, "decoder_sparse_step", 1, fix="only models with experts in every layer run")
     refuse(config, "mlp_only_layers", [], None, fix="only models with experts in every layer run")

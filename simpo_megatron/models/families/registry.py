@@ -1,4 +1,8 @@
-"""The families this package knows."""
+"""The families of this package, and how one is found. A new family is one line in `FAMILIES`.
+
+A config.json names its family. Megatron-LM's arguments do not: the families are asked in the order of `FAMILIES`, and
+the first that recognises the arguments is taken.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,14 @@ FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
 
 
 def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
-    """The config.json of a model that Megatron-LM's arguments describe; None where no family here does.
+    """The config.json of the model that Megatron-LM's arguments describe.
+
+    Args:
+        args: the arguments by name.
+        vocab_size: without Megatron's padding.
+
+    Returns:
+        The content of a config.json; None where no family recognises the arguments.
 
     Raises:
         UserError: an argument is missing.
@@ -34,7 +45,7 @@ def family_of(config: dict[str, Any]) -> Family:
     """The family of a config.json.
 
     Raises:
-        UserError: none has its `model_type`.
+        UserError: no family has its `model_type`.
     """
     for family in FAMILIES:
         if config.get("model_type") in family.model_types:

@@ -1,4 +1,6 @@
-"""The Megatron-LM arguments of a model in a checkpoint: as `args`, as a YAML file and as a line of flags, and read back.
+"""The Megatron-LM arguments in a checkpoint: as `args`, as megatron_args.yaml with a line of flags, and read back.
+
+models/megatron_args.py has the names of the architecture's arguments; this module has what a checkpoint holds of them.
 
 Megatron-LM's `--load --use-checkpoint-args` restores most of them from the checkpoint, but not the norm's epsilon,
 qk-layernorm, rope scaling and its factor, the window or the vocabulary's divisor (`checkpointing.py`,
@@ -22,7 +24,7 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_architecture
 from simpo_megatron.models.megatron_args import LLAMA3_ROPE
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR
 
-# Read from the checkpoint alone: Megatron-LM has no such flag, or sets it otherwise.
+# Arguments without a flag in Megatron-LM, which reads them from the checkpoint or sets them itself.
 _NO_FLAG = (
     "rotary_interleaved",
     "padded_vocab_size",
@@ -32,12 +34,12 @@ _NO_FLAG = (
 
 
 def megatron_args(architecture: Architecture, divisor: int = VOCAB_DIVISOR) -> dict[str, Any]:
-    """The architecture under Megatron-LM's names, primitives alone; `divisor` is `--make-vocab-size-divisible-by`."""
+    """The architecture under Megatron-LM's names, as primitives; `divisor` is `--make-vocab-size-divisible-by`."""
     return {**architecture.family.megatron_args(architecture), "make_vocab_size_divisible_by": divisor}
 
 
 def not_expressible(architecture: Architecture) -> list[str]:
-    """What Megatron-LM's arguments cannot say of this model; this package's trainer can."""
+    """What Megatron-LM's arguments cannot express of this model, a sentence each; the trainer of this package can."""
     rope, found = architecture.rope, []
     if rope.kind == "llama3":
         found += [
@@ -68,7 +70,7 @@ def flags(args: dict[str, Any]) -> list[str]:
 
 
 def yaml_text(architecture: Architecture, args: dict[str, Any]) -> str:
-    """megatron_args.yaml: the arguments by name, the line of flags, and what they cannot say."""
+    """megatron_args.yaml: the arguments by name, the line of flags, and what they cannot express."""
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in args.items()}
     content = {
         "megatron_args": plain,
@@ -83,20 +85,23 @@ def yaml_text(architecture: Architecture, args: dict[str, Any]) -> str:
 
 
 def namespace(args: Mapping[str, Any], **more: Any) -> Namespace:
-    """`args` of a checkpoint, as Megatron-LM reads them; primitives alone, so that weights_only loads them.
+    """`args` of a checkpoint, as Megatron-LM reads them; all are primitives, so that weights_only loads them.
 
     Args:
         args: from `megatron_args`.
-        **more: of the run that saves; the architecture's own values win over `args`, these win over both.
+        **more: of the run that saves; they win over `args`.
+
+    Raises:
+        UserError: a value is not a primitive.
     """
     values = {**args, "use_rotary_position_embeddings": True, "ckpt_format": "torch_dist", **more}
     if not all(isinstance(value, (int, float, str, tuple, type(None))) for value in values.values()):
-        raise UserError("the arguments of this model hold something else than numbers and names")
+        raise UserError("the arguments of this model hold something else than numbers, names and tuples")
     return Namespace(**values)
 
 
 def common_state(args: Namespace) -> dict[str, Any]:
-    """The part of a checkpoint without a run that Megatron-LM's loader asks for besides the weights."""
+    """What Megatron-LM's loader asks for, in a checkpoint without a run, in addition to the weights."""
     return {
         "args": args,
         "checkpoint_version": 3.0,
@@ -106,22 +111,22 @@ def common_state(args: Namespace) -> dict[str, Any]:
 
 
 def checkpoint_of_args(folder: Path, args: Mapping[str, Any], vocab_size: int | None) -> HFCheckpoint:
-    """The model of a Megatron checkpoint, as far as its arguments tell.
+    """The model of a Megatron checkpoint without a Hugging Face reference, from its arguments.
 
     Args:
         folder: of one iteration.
-        args: what it was saved with, by name.
-        vocab_size: without Megatron's padding, which the arguments do not tell from it.
+        args: what it was saved with, by name (`folder.read_args`).
+        vocab_size: without Megatron's padding; None to take it from the arguments, which may only have the padded one.
 
     Raises:
         UserError: there are no arguments, or they do not describe a family this package knows.
     """
     if not args:
-        raise UserError(f"{folder} holds no arguments to make a config.json from; give --hf-reference")
+        raise UserError(f"{folder} has no arguments to make a config.json from; give --hf-reference")
     rows = vocab_size or args.get("vocab_size")
     if rows is None:
         raise UserError(
-            f"the arguments in {folder} tell only the padded vocabulary ({args.get('padded_vocab_size')} rows); give "
+            f"the arguments in {folder} have only the padded vocabulary ({args.get('padded_vocab_size')} rows); give "
             "--hf-reference, or --vocab-size"
         )
     try:
@@ -129,5 +134,5 @@ def checkpoint_of_args(folder: Path, args: Mapping[str, Any], vocab_size: int | 
     except UserError as error:
         raise UserError(f"the arguments in {folder} cannot be converted: {error}") from error
     if config is None:
-        raise UserError(f"the arguments in {folder} describe no family that is known here; give --hf-reference")
+        raise UserError(f"the arguments in {folder} do not describe a family that is supported; give --hf-reference")
     return HFCheckpoint(folder, config, read_architecture(folder, config), (), {})
