@@ -140,7 +140,7 @@ def test_its_flags_are_there(registered: None, checkpoint: Path) -> None:
     text = " ".join(build_parser().format_help().split())
     for words in (
         "CPO",
-        "--cpo-lambda X weight of the NLL (default: 1.0)",
+        "--cpo-lambda X weight of the NLL (default 1.0)",
         "DPO",
         "--dpo-beta X",
         "{simpo,sft,cpo,dpo}",
@@ -165,7 +165,7 @@ def test_the_example_of_the_readme_is_this_objective(monkeypatch: pytest.MonkeyP
     readme = Path(objectives.__file__).with_name("README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
     module = types.ModuleType("cpo")
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look types up
     exec(code, vars(module))
     example = vars(module)["CPO"](cpo_beta=0.05, cpo_lambda=0.4)
     sums_PM, nothing = torch.tensor([[-3.0, -9.0], [-8.0, -2.0]]), torch.full((2,), NAN)
