@@ -143,12 +143,12 @@ def test_loss_and_gradients(pool: WorkerPool, checkpoints: dict[str, Path], orac
 def test_the_cases_are_what_they_say(oracles: Oracles) -> None:
     """Rows of unequal numbers of pairs, hinges on both sides, different losses, targets at the edges of shards."""
     case = CASES["sigmoid"]
-    rows = pack_rows(case.pairs_in_memory.pair_tokens[list(case.pairs)], SEQ_LENGTH)
+    rows = pack_rows(case.pairs.pair_tokens[list(case.indices)], SEQ_LENGTH)
     assert sorted(map(len, rows)) == [1, 2, 5]
     found = oracles["llama"]
     assert len({round(metrics["loss"], 3) for metrics, _ in found.values()}) == len(CASES)
     assert 0 < found["hinge"][0]["rewards/above_gamma"] < 1
-    assert set(EDGES) <= set(case.pairs_in_memory.pair(1)[1].tolist()) and max(EDGES) == VOCAB - 1
+    assert set(EDGES) <= set(case.pairs.pair(1)[1].tolist()) and max(EDGES) == VOCAB - 1
 
 
 BF16 = {

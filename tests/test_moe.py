@@ -17,7 +17,7 @@ from tests.support.tiny import EXPERTS, make_checkpoint
 from tests.test_layouts import CP2, EP2, FULL, PP2, SP, WHOLE
 
 COEFFICIENT = 0.3
-ALL = CASES["sigmoid"].pairs
+ALL = CASES["sigmoid"].indices
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +26,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def step_gradients(
-    checkpoint: Path, settings: dict[str, Any], pairs: tuple[int, ...]
+    checkpoint: Path, settings: dict[str, Any], indices: tuple[int, ...]
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """On a rank: the reported loss and the gradients of one step over pairs that make one row."""
     case = CASES["sigmoid"]
     argv = command_line(checkpoint, {**case.loss, "seq_length": 512, "no_use_distributed_optimizer": True, **settings})
     engine, hf = build_engine(argv)
-    batch = engine.packer.pack(case.pairs_in_memory, np.array(pairs))
+    batch = engine.packer.pack(case.pairs, np.array(indices))
     assert batch.counts.packed_rows == 1
     metrics = engine.train_step(batch)
     return metrics["loss"], gather_gradients(engine, hf)
 
 
-def balancing_gradients(checkpoint: Path, pairs: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def balancing_gradients(checkpoint: Path, indices: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """The gradient of Megatron's formula by transformers: E * sum_e f_e P_e for every layer, over all tokens.
 
     f_e is the share of the tokens that choose expert e, P_e its mean probability.
     """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    store = CASES["sigmoid"].pairs_in_memory
+    pairs = CASES["sigmoid"].pairs
     by_layer: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
-    for i in pairs:
-        prompt, *responses = store.pair(i)
+    for i in indices:
+        prompt, *responses = pairs.pair(i)
         for response in responses:
             ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
             for found, logits in zip(by_layer, model(ids, output_router_logits=True).router_logits, strict=True):
@@ -63,7 +63,7 @@ def balancing_gradients(checkpoint: Path, pairs: tuple[int, ...]) -> dict[str, t
 
 
 @pytest.mark.parametrize(
-    "world, layout, pairs",
+    "world, layout, indices",
     [
         (1, {}, ALL),
         (2, {**CP2, **EP2}, ALL),
@@ -77,11 +77,11 @@ def balancing_gradients(checkpoint: Path, pairs: tuple[int, ...]) -> dict[str, t
     ids=str,
 )
 def test_the_balancing_loss_is_not_scaled_by_the_pairs(
-    pool: WorkerPool, checkpoint: Path, world: int, layout: dict[str, Any], pairs: tuple[int, ...]
+    pool: WorkerPool, checkpoint: Path, world: int, layout: dict[str, Any], indices: tuple[int, ...]
 ) -> None:
-    without = pool.run(world, step_gradients, checkpoint, layout, pairs)
-    balanced = pool.run(world, step_gradients, checkpoint, {**layout, "moe_aux_loss_coeff": COEFFICIENT}, pairs)
-    wanted = balancing_gradients(checkpoint, pairs)
+    without = pool.run(world, step_gradients, checkpoint, layout, indices)
+    balanced = pool.run(world, step_gradients, checkpoint, {**layout, "moe_aux_loss_coeff": COEFFICIENT}, indices)
+    wanted = balancing_gradients(checkpoint, indices)
     compared = set()
     for (plain_loss, plain), (loss, both) in zip(without, balanced, strict=True):
         assert loss == pytest.approx(plain_loss)  # it is no part of the reported loss

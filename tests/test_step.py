@@ -39,7 +39,7 @@ def two_steps(checkpoint: Path, layout: dict[str, Any]) -> list[dict[str, float]
     """On a rank: metrics of two optimizer steps, and of the evaluation after them."""
     case = CASES["columns"]
     engine, _ = build_engine(command_line(checkpoint, {**TRAINING, **layout, **case.loss}))
-    batch = engine.packer.pack(case.pairs_in_memory, np.array(case.pairs))
+    batch = engine.packer.pack(case.pairs, np.array(case.indices))
     found = [engine.train_step(batch), engine.train_step(batch)]
     engine.sync_parameters()
     return [*found, engine.evaluate(batch)]
@@ -83,9 +83,9 @@ def fail_step(checkpoint: Path, layout: dict[str, Any], weight: float) -> tuple[
     """On a rank: the error of a step on pairs of this weight, and whether every parameter kept its bits."""
     engine, _ = build_engine(command_line(checkpoint, layout))
     before = [parameter.detach().clone() for model in engine.models for parameter in model.parameters()]
-    store = make_store(LENGTHS, vocab_size=270, weight=[1, 1, 1, weight, 1, 1, 1, 1])
+    pairs = make_store(LENGTHS, vocab_size=270, weight=[1, 1, 1, weight, 1, 1, 1, 1])
     with pytest.raises(UserError) as raised:
-        engine.train_step(engine.packer.pack(store, np.arange(len(LENGTHS))))
+        engine.train_step(engine.packer.pack(pairs, np.arange(len(LENGTHS))))
     after = [parameter for model in engine.models for parameter in model.parameters()]
     return str(raised.value), all(map(torch.equal, before, after))
 
@@ -106,7 +106,7 @@ def loss_collectives(checkpoint: Path, layout: dict[str, Any]) -> tuple[dict[str
     """On a rank: the collectives of `loss_func` without the fused head, and of its backward pass."""
     case = CASES["sigmoid"]
     engine, hf = build_engine(command_line(checkpoint, {**layout, **case.loss, "head": "plain"}))
-    batch = next(engine.packer.microbatches(engine.packer.pack(case.pairs_in_memory, np.array(case.pairs))))
+    batch = next(engine.packer.microbatches(engine.packer.pack(case.pairs, np.array(case.indices))))
     columns = engine.models[0].output_layer.weight.shape[0]
     logits = torch.randn(1, batch.tokens.shape[1], columns, requires_grad=True)
     step = PreferenceStep(engine.config.objective, hf.architecture.vocab_size, 1)

@@ -101,7 +101,7 @@ class RowFormat:
 
     Attributes:
         responses: responses of a pair that are laid out: 2 for chosen and rejected, 1 for chosen only.
-        share_prompts: the prompt of a pair is in the row once (`shared_prompts.py`); not under context parallelism.
+        share_prompts: the prompt of a pair is in the row once; not under context parallelism.
         row_length: pad the whole row to this many tokens; None pads only to `row_multiple`.
         row_multiple: the number of a rank's tokens is a multiple of this (tensor_model_parallel_size under sequence
             parallelism).

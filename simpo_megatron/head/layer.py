@@ -126,7 +126,7 @@ def find_head(model: torch.nn.Module) -> LogProbHead | None:
 
 
 def split_output(output: Tensor, responses: int) -> tuple[Tensor, Tensor]:
-    """Takes the output of a model apart whose head had a task.
+    """Splits what a model returns while its head has a task.
 
     Returns:
         The loss, a scalar with its gradient; and the sums [P, M], without gradient.

@@ -55,11 +55,11 @@ class Naive:
             self.positions.append(position)
 
 
-def naive_row(store: InMemoryPairs, pairs: list[int], responses: int, total: int) -> Naive:
+def naive_row(pairs: InMemoryPairs, indices: list[int], responses: int, total: int) -> Naive:
     """The row of some pairs, padded to `total` tokens."""
     row = Naive()
-    for i in pairs:
-        prompt, chosen, rejected = store.pair(i)
+    for i in indices:
+        prompt, chosen, rejected = pairs.pair(i)
         for response in (chosen, rejected)[:responses]:
             row.add(prompt, response)
     row.pad(total)
@@ -97,23 +97,23 @@ def check(batch: PreferenceBatch, row: Naive) -> None:
 
 
 @pytest.mark.parametrize("responses", [1, 2])
-@pytest.mark.parametrize("pairs", [[0], [3, 1], [0, 1, 2, 3]])
+@pytest.mark.parametrize("indices", [[0], [3, 1], [0, 1, 2, 3]])
 @pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 61}], ids=str)
-def test_row_equals_a_loop_over_tokens(responses: int, pairs: list[int], padding: dict[str, int]) -> None:
-    store = make_store(LENGTHS)
-    used = sum(LENGTHS[i][0] * responses + sum(LENGTHS[i][1 : 1 + responses]) for i in pairs)
+def test_row_equals_a_loop_over_tokens(responses: int, indices: list[int], padding: dict[str, int]) -> None:
+    pairs = make_store(LENGTHS)
+    used = sum(LENGTHS[i][0] * responses + sum(LENGTHS[i][1 : 1 + responses]) for i in indices)
     multiple = padding.get("row_multiple", 1)
     total = padding.get("row_length") or (used + multiple - 1) // multiple * multiple
-    batch = pack_row(store, pairs, COUNTS, RowFormat(responses, **padding))
-    check(batch, naive_row(store, pairs, responses, total))
+    batch = pack_row(pairs, indices, COUNTS, RowFormat(responses, **padding))
+    check(batch, naive_row(pairs, indices, responses, total))
     assert batch.responses == responses and batch.counts == COUNTS
 
 
 def test_a_pair_written_out() -> None:
     """No loop, no helper: the row of the module's docstring."""
-    store = make_store([(3, 2, 1)])
-    store.tokens[:] = [10, 11, 12, 0, 21, 30]
-    batch = pack_row(store, [0], COUNTS, RowFormat(row_length=12))
+    pairs = make_store([(3, 2, 1)])
+    pairs.tokens[:] = [10, 11, 12, 0, 21, 30]
+    batch = pack_row(pairs, [0], COUNTS, RowFormat(row_length=12))
     assert batch.tokens.tolist() == [[10, 11, 12, 0, 21, 10, 11, 12, 30, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
     assert batch.packed_seq_params.cu_seqlens_q.tolist() == [0, 5, 9, 12]
@@ -134,25 +134,25 @@ def test_an_empty_row_is_padding_alone(responses: int, padding: dict[str, int], 
 
 
 def test_what_belongs_to_a_pair_follows_it() -> None:
-    store = make_store(
+    pairs = make_store(
         LENGTHS,
         weight=[1, 2, 3, 4],
         margin=[float("nan"), 0.5, 0, -1],
         truncated=[0, CHOSEN_CUT, REJECTED_CUT, CHOSEN_CUT | REJECTED_CUT],
     )
-    batch = pack_row(store, [3, 0, 2], COUNTS)
+    batch = pack_row(pairs, [3, 0, 2], COUNTS)
     assert batch.weight.tolist() == [4, 1, 3]
     torch.testing.assert_close(batch.margin, torch.tensor([-1, float("nan"), 0]), equal_nan=True)
     assert batch.truncated.tolist() == [True, True, False, False, False, True]
     assert batch.weight.dtype == batch.margin.dtype == torch.float32
-    assert pack_row(store, [3, 1, 2], COUNTS, RowFormat(responses=1)).truncated.tolist() == [True, True, False]
+    assert pack_row(pairs, [3, 1, 2], COUNTS, RowFormat(responses=1)).truncated.tolist() == [True, True, False]
 
 
 def test_pairs_that_do_not_fit() -> None:
-    store = make_store(LENGTHS)
-    pack_row(store, [0, 1], COUNTS, RowFormat(row_length=22))
+    pairs = make_store(LENGTHS)
+    pack_row(pairs, [0, 1], COUNTS, RowFormat(row_length=22))
     with pytest.raises(ValueError, match=r"pairs \[0, 1\] need 22 tokens, the row has 21"):
-        pack_row(store, [0, 1], COUNTS, RowFormat(row_length=21))
+        pack_row(pairs, [0, 1], COUNTS, RowFormat(row_length=21))
 
 
 @pytest.mark.parametrize("responses", [1, 2])
@@ -175,19 +175,19 @@ def test_segment_sums_and_their_gradient(responses: int) -> None:
 @pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 192}], ids=str)
 def test_context_parallel_slices_hold_the_row_once(responses: int, size: int, padding: dict[str, int]) -> None:
     """The slices of all ranks, put back in their places, are the row of a single rank with padded sequences."""
-    store, pairs = make_store(LENGTHS), [3, 0, 2]
+    pairs, indices = make_store(LENGTHS), [3, 0, 2]
     ranks = [
         pack_row(
-            store,
             pairs,
+            indices,
             COUNTS,
             RowFormat(responses, context_parallel_size=size, context_parallel_rank=rank, **padding),
         )
         for rank in range(size)
     ]
     row, starts = Naive(), []
-    for i in pairs:
-        prompt, *both = store.pair(i)
+    for i in indices:
+        prompt, *both = pairs.pair(i)
         for response in both[:responses]:
             starts.append(len(row.tokens))
             row.add(prompt, response)
@@ -212,19 +212,19 @@ def test_context_parallel_slices_hold_the_row_once(responses: int, size: int, pa
     assert tokens == row.tokens
     assert sorted(scored) == sorted(row.scored)
     assert sum((~batch.padding_mask).sum().item() for batch in ranks) == sum(
-        LENGTHS[i][0] * responses + sum(LENGTHS[i][1 : 1 + responses]) for i in pairs
+        LENGTHS[i][0] * responses + sum(LENGTHS[i][1 : 1 + responses]) for i in indices
     )
     real = [
         place
-        for start, (_, length) in zip(starts, _used(pairs, responses), strict=True)
+        for start, (_, length) in zip(starts, _used(indices, responses), strict=True)
         for place in range(start, start + length)
     ]
-    assert [positions[place] for place in real] == [i for _, length in _used(pairs, responses) for i in range(length)]
+    assert [positions[place] for place in real] == [i for _, length in _used(indices, responses) for i in range(length)]
 
 
-def _used(pairs: list[int], responses: int) -> list[tuple[int, int]]:
+def _used(indices: list[int], responses: int) -> list[tuple[int, int]]:
     """The pair and the number of tokens of every sequence, without padding."""
-    return [(i, LENGTHS[i][0] + LENGTHS[i][1 + response]) for i in pairs for response in range(responses)]
+    return [(i, LENGTHS[i][0] + LENGTHS[i][1 + response]) for i in indices for response in range(responses)]
 
 
 def test_padding_is_marked() -> None:
@@ -233,9 +233,9 @@ def test_padding_is_marked() -> None:
 
 
 def test_a_shared_prompt_written_out() -> None:
-    store = make_store([(3, 2, 2), (1, 1, 2)])
-    store.tokens[:] = [10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71]
-    batch = pack_row(store, [0, 1], COUNTS, RowFormat(share_prompts=True, row_length=14))
+    pairs = make_store([(3, 2, 2), (1, 1, 2)])
+    pairs.tokens[:] = [10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71]
+    batch = pack_row(pairs, [0, 1], COUNTS, RowFormat(share_prompts=True, row_length=14))
     assert batch.tokens.tolist() == [[10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 0, 1, 1, 2, 0, 1, 2]]
     assert batch.padding_mask.tolist() == [[False] * 11 + [True] * 3]
@@ -246,5 +246,5 @@ def test_a_shared_prompt_written_out() -> None:
     assert batch.scored.targets_R.tolist() == [0, 21, 30, 31, 60, 70, 71]
     assert batch.scored.segments_R.tolist() == [0, 0, 1, 1, 2, 3, 3]
     assert batch.lengths.tolist() == [2, 2, 1, 2]
-    empty = pack_row(store, [], COUNTS, RowFormat(share_prompts=True, row_multiple=4))
+    empty = pack_row(pairs, [], COUNTS, RowFormat(share_prompts=True, row_multiple=4))
     assert empty.tokens.shape == (1, 4) and empty.packed_seq_params.splits == ()

@@ -20,13 +20,13 @@ lengths = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4)
 @given(lengths, st.sampled_from([None, 1, 3, 8]), st.integers(0, 3))
 def test_shared_and_plain_rows_give_the_same_scores(sizes: list[Any], window: int | None, padding: int) -> None:
     """Token and position decide queries, keys and values here, as they do in a model's first layer."""
-    store, counts = make_store(sizes), BatchCounts(len(sizes), 1, 1)
+    pairs, counts = make_store(sizes), BatchCounts(len(sizes), 1, 1)
     table = torch.randn(50, 24, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(len(sizes)))
     found = []
     for shared in (False, True):
         used = sum((1 if shared else 2) * prompt + chosen + rejected for prompt, chosen, rejected in sizes)
         row_format = RowFormat(share_prompts=shared, row_length=used + padding)
-        batch = pack_row(store, range(len(sizes)), counts, row_format)
+        batch = pack_row(pairs, range(len(sizes)), counts, row_format)
         weight = table.clone().requires_grad_()
         x = weight[batch.tokens[0], batch.position_ids[0]]
         packed: PackedSeqParams = batch.packed_seq_params

@@ -141,7 +141,7 @@ class WorkerPool:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives called inside a `with` block, those of the backward pass included, whoever calls them."""
+    """Counts the collectives called inside a `with` block, with those of the backward pass and of Megatron."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,25 +49,25 @@ class Case:
 
     Attributes:
         loss: settings of the objective.
-        store: arguments of `make_store`, for the columns of the data set.
-        pairs: indices of the batch.
+        columns: arguments of `make_store`: the columns of the data set.
+        indices: of the pairs of the batch.
     """
 
     loss: dict[str, Any]
-    store: dict[str, Any] = field(default_factory=lambda: PLAIN)
-    pairs: tuple[int, ...] = (5, 0, 7, 1, 3, 6, 2, 4)
+    columns: dict[str, Any] = field(default_factory=lambda: PLAIN)
+    indices: tuple[int, ...] = (5, 0, 7, 1, 3, 6, 2, 4)
 
     @property
-    def pairs_in_memory(self) -> InMemoryPairs:
+    def pairs(self) -> InMemoryPairs:
         """The data set."""
-        return make_store(LENGTHS, **self.store)
+        return make_store(LENGTHS, **self.columns)
 
 
 CASES = {
     "sigmoid": Case({"simpo_beta": 2.5, "simpo_gamma": 1.375}),
     "hinge": Case({"simpo_beta": 10.0, "simpo_gamma": 1.0, "simpo_loss_type": "hinge", "simpo_sft_weight": 0.7}),
     "columns": Case({"simpo_beta": 2.0, "simpo_label_smoothing": 0.1}, COLUMNS),
-    "partial": Case({"simpo_beta": 2.5, "simpo_sft_weight": 0.3}, COLUMNS, pairs=(6, 1, 4)),
+    "partial": Case({"simpo_beta": 2.5, "simpo_sft_weight": 0.3}, COLUMNS, indices=(6, 1, 4)),
     "sft": Case({"objective": "sft"}, COLUMNS),
 }
 
@@ -90,27 +90,27 @@ def response_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
 
 def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss, with its autograd graph, and every metric."""
-    store, loss = case.pairs_in_memory, case.loss
+    pairs, loss = case.pairs, case.loss
     sft = loss.get("objective") == "sft"
     beta = loss.get("simpo_beta", 2.0)
     total, nll, tokens, found = torch.zeros((), dtype=torch.float64), 0, 0, {}
 
     def count(name: str, value: Any) -> None:
         value = value.item() if isinstance(value, torch.Tensor) else value
-        found[name] = found.get(name, 0.0) + value / len(case.pairs)
+        found[name] = found.get(name, 0.0) + value / len(case.indices)
 
-    for i in case.pairs:
-        prompt, *responses = store.pair(i)
+    for i in case.indices:
+        prompt, *responses = pairs.pair(i)
         logps = [response_logps(model, prompt, response) for response in responses[: 1 if sft else 2]]
         nll, tokens = nll - logps[0].sum(), tokens + len(logps[0])
         for bit, name, values in zip((1, 2), ("chosen", "rejected"), logps, strict=False):
             count(f"logps/{name}", values.mean())
             count(f"response_length/{name}", len(values))
-            count(f"truncated/{name}", bool(store.columns["truncated"][i] & bit))
+            count(f"truncated/{name}", bool(pairs.columns["truncated"][i] & bit))
         if sft:
             continue
         chosen, rejected = beta * logps[0].mean(), beta * logps[1].mean()
-        margin = float(store.columns["margin"][i])
+        margin = float(pairs.columns["margin"][i])
         gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(margin) else margin
         logit = chosen - rejected - gamma
         if loss.get("simpo_loss_type") == "hinge":
@@ -118,7 +118,7 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
         else:
             swapped = loss.get("simpo_label_smoothing", 0.0)
             pair_loss = (1 - swapped) * F.softplus(-logit) + swapped * F.softplus(logit)
-        total = total + float(store.columns["weight"][i]) * pair_loss / len(case.pairs)
+        total = total + float(pairs.columns["weight"][i]) * pair_loss / len(case.indices)
         for name, value in {
             "chosen": chosen,
             "rejected": rejected,
@@ -193,7 +193,7 @@ def run_cases(checkpoint: Path, layout: dict[str, Any], names: list[str]) -> dic
         case = CASES[name]
         settings = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in layout, **layout, **case.loss}
         engine, hf = build_engine(command_line(checkpoint, settings))
-        batch = engine.packer.pack(case.pairs_in_memory, np.array(case.pairs))
+        batch = engine.packer.pack(case.pairs, np.array(case.indices))
         evaluated = engine.evaluate(batch)
         trained = engine.train_step(batch)
         found[name] = (evaluated, trained, gather_gradients(engine, hf))
