@@ -27,7 +27,8 @@ from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
 from simpo_megatron.data.blend import parse_blend
-from simpo_megatron.data.clean import encode_rows, nothing_left
+from simpo_megatron.data.clean import encode_rows
+from simpo_megatron.data.counts import nothing_left
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.prepared_format import is_prepared
 from simpo_megatron.data.reading import read_rows

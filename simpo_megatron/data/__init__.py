@@ -7,7 +7,8 @@ From a source to pairs:
     options.py           settings of tokenizing, truncating and dropping
     tokenizer.py         the tokenizer of a checkpoint, and its fingerprint
     encode.py            `Preference` -> token ids: chat template, boundary, BOS, EOS, truncation
-    clean.py             blocks of rows -> pairs in memory, and counts of what was dropped
+    clean.py             blocks of rows -> pairs in memory; drops what cannot be trained on
+    counts.py            counts of what became of the rows
 
 Pairs:
 
@@ -35,7 +36,8 @@ For users: `README.md` in this folder.
 
 from __future__ import annotations
 
-from simpo_megatron.data.clean import DataReport, load_preferences
+from simpo_megatron.data.clean import load_preferences
+from simpo_megatron.data.counts import DataReport
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.order import pairs_of_batch
 from simpo_megatron.data.packing import pack_batch, pack_rows, pair_costs

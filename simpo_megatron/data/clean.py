@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simpo_megatron.data.counts import DataReport, nothing_left
 from simpo_megatron.data.encode import EncodedPair, PairEncoder, truncate
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT, InMemoryPairs, concatenate
@@ -24,69 +25,6 @@ from simpo_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_DROPPED = {  # why a row is dropped, and the words for it
-    "empty": "with an empty response",
-    "identical": "with identical responses",
-    "tie": "with equal scores",
-    "low_gap": "with a score gap below --min-score-gap",
-    "length_ratio": "with responses of too unequal length",
-    "duplicate": "that repeat an earlier row",
-    "identical_after_truncation": "identical after truncation",
-}
-
-
-@dataclass
-class DataReport:
-    """Counts of what became of the rows of a source.
-
-    Attributes:
-        rows: read.
-        pairs: kept. The counts below, but for `dropped`, are of these pairs alone.
-        dropped: rows, by reason.
-        ties_kept: pairs with equal scores.
-        truncated_prompts: prompts that were cut.
-        truncated_chosen: chosen responses that were cut.
-        truncated_rejected: rejected responses that were cut.
-        boundary_merges: responses tokenized alone, because one token spanned their boundary with the prompt.
-    """
-
-    rows: int = 0
-    pairs: int = 0
-    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_DROPPED, 0))
-    ties_kept: int = 0
-    truncated_prompts: int = 0
-    truncated_chosen: int = 0
-    truncated_rejected: int = 0
-    boundary_merges: int = 0
-
-    def summary(self, path: str | Path) -> str:
-        """One line on rows and pairs, and one on cuts, ties and merges where there are any; `path` is the source."""
-        drops = self.drops()
-        lines = [f"{path}: {self.pairs} pairs of {self.rows} rows" + (f"; dropped {drops}" if drops else "")]
-        notes = {
-            "prompts cut": self.truncated_prompts,
-            "chosen responses cut (no EOS)": self.truncated_chosen,
-            "rejected responses cut (no EOS)": self.truncated_rejected,
-            "ties kept with margin 0": self.ties_kept,
-            "responses tokenized apart from their prompt": self.boundary_merges,
-        }
-        if any(notes.values()):
-            lines.append("  " + ", ".join(f"{count} {note}" for note, count in notes.items() if count))
-        return "\n".join(lines)
-
-    def drops(self) -> str:
-        """The rows that were dropped, by reason, as words; empty where none was."""
-        return ", ".join(f"{count} {_DROPPED[reason]}" for reason, count in self.dropped.items() if count)
-
-    def add(self, other: DataReport) -> None:
-        """Adds the counts of `other`."""
-        for name, value in vars(other).items():
-            if name == "dropped":
-                for reason, count in value.items():
-                    self.dropped[reason] += count
-            else:
-                setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True)
@@ -170,15 +108,15 @@ class CrossBlockFilter:
             encoded = self._without_duplicates(encoded, encoded.digest)
         self.report.add(encoded.report)
         columns = encoded.pairs.columns
-        for name, values in {
-            "pairs": np.ones(len(encoded.pairs)),
-            "ties_kept": columns["score_chosen"] == columns["score_rejected"],
-            "truncated_prompts": columns["prompt_cut"],
-            "truncated_chosen": columns["truncated"] & CHOSEN_CUT != 0,
-            "truncated_rejected": columns["truncated"] & REJECTED_CUT != 0,
-            "boundary_merges": encoded.merges,
-        }.items():
-            setattr(self.report, name, getattr(self.report, name) + int(values.sum()))
+        kept = DataReport(
+            pairs=len(encoded.pairs),
+            ties_kept=int((columns["score_chosen"] == columns["score_rejected"]).sum()),
+            truncated_prompts=int(columns["prompt_cut"].sum()),
+            truncated_chosen=int((columns["truncated"] & CHOSEN_CUT != 0).sum()),
+            truncated_rejected=int((columns["truncated"] & REJECTED_CUT != 0).sum()),
+            boundary_merges=int(encoded.merges.sum()),
+        )
+        self.report.add(kept)
         return encoded
 
     def _without_duplicates(self, encoded: EncodedRows, digest: np.ndarray) -> EncodedRows:
@@ -221,11 +159,6 @@ def load_preferences(
     if not report.pairs:
         raise nothing_left(path, report)
     return concatenate(parts), report
-
-
-def nothing_left(path: str | Path, report: DataReport) -> UserError:
-    """The error for a source without a pair that is kept."""
-    return UserError(f"{path}: no pair is left of {report.rows} rows: dropped {report.drops()}; fix the data")
 
 
 def check_schema(first: tuple[str, bool], other: tuple[str, bool]) -> None:

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.data.clean import CrossBlockFilter, DataReport, EncodedRows, encode_rows, nothing_left
+from simpo_megatron.data.clean import CrossBlockFilter, EncodedRows, encode_rows
+from simpo_megatron.data.counts import DataReport, nothing_left
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.prepared_writer import Writer

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from simpo_megatron.data import pairs
-from simpo_megatron.data.clean import DataReport
+from simpo_megatron.data.counts import DataReport
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.errors import UserError
 

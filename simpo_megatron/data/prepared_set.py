@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo_megatron.data.clean import DataReport
+from simpo_megatron.data.counts import DataReport
 from simpo_megatron.data.pairs import Pairs, all_columns
 from simpo_megatron.data.prepared_format import SUFFIXES, crc32, damaged, part, read_about, record_type
 from simpo_megatron.errors import UserError

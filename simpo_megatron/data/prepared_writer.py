@@ -11,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-from simpo_megatron.data.clean import DataReport
+from simpo_megatron.data.counts import DataReport
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.pairs import InMemoryPairs
 from simpo_megatron.data.prepared_format import SUFFIXES, VERSION, crc32, part, record_type
