@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from simpo_megatron.errors import UserError
 from simpo_megatron.step import PreferenceStep
 from tests.support.distributed import Collectives, WorkerPool
-from tests.support.pairs import make_store
+from tests.support.pairs import make_pairs
 from tests.support.steps import CASES, LENGTHS, NAN, build_engine, command_line, one_thread, oracle, oracle_metrics
 from tests.support.tiny import make_checkpoint
 from tests.test_layouts import CP2, PP2, SP, TP2, VPP
@@ -83,7 +83,7 @@ def fail_step(checkpoint: Path, layout: dict[str, Any], weight: float) -> tuple[
     """On a rank: the error of a step on pairs of this weight, and whether every parameter kept its bits."""
     engine, _ = build_engine(command_line(checkpoint, layout))
     before = [parameter.detach().clone() for model in engine.models for parameter in model.parameters()]
-    pairs = make_store(LENGTHS, vocab_size=270, weight=[1, 1, 1, weight, 1, 1, 1, 1])
+    pairs = make_pairs(LENGTHS, vocab_size=270, weight=[1, 1, 1, weight, 1, 1, 1, 1])
     with pytest.raises(UserError) as raised:
         engine.train_step(engine.packer.pack(pairs, np.arange(len(LENGTHS))))
     after = [parameter for model in engine.models for parameter in model.parameters()]

@@ -11,7 +11,7 @@ import torch
 
 from simpo_megatron.batch.row import BatchCounts, PreferenceBatch, RowFormat, pack_row
 from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, InMemoryPairs
-from tests.support.pairs import make_store
+from tests.support.pairs import make_pairs
 
 # Unequal prompts and responses; prompts and responses of a single token among them.
 LENGTHS = [(5, 3, 2), (1, 1, 4), (7, 2, 1), (2, 6, 3)]
@@ -100,7 +100,7 @@ def check(batch: PreferenceBatch, row: Naive) -> None:
 @pytest.mark.parametrize("indices", [[0], [3, 1], [0, 1, 2, 3]])
 @pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 61}], ids=str)
 def test_row_equals_a_loop_over_tokens(responses: int, indices: list[int], padding: dict[str, int]) -> None:
-    pairs = make_store(LENGTHS)
+    pairs = make_pairs(LENGTHS)
     used = sum(LENGTHS[i][0] * responses + sum(LENGTHS[i][1 : 1 + responses]) for i in indices)
     multiple = padding.get("row_multiple", 1)
     total = padding.get("row_length") or (used + multiple - 1) // multiple * multiple
@@ -111,7 +111,7 @@ def test_row_equals_a_loop_over_tokens(responses: int, indices: list[int], paddi
 
 def test_a_pair_written_out() -> None:
     """No loop, no helper: the row of the module's docstring."""
-    pairs = make_store([(3, 2, 1)])
+    pairs = make_pairs([(3, 2, 1)])
     pairs.tokens[:] = [10, 11, 12, 0, 21, 30]
     batch = pack_row(pairs, [0], COUNTS, RowFormat(row_length=12))
     assert batch.tokens.tolist() == [[10, 11, 12, 0, 21, 10, 11, 12, 30, 0, 0, 0]]
@@ -126,15 +126,15 @@ def test_a_pair_written_out() -> None:
 @pytest.mark.parametrize("responses", [1, 2])
 @pytest.mark.parametrize("padding, total", [({}, 1), ({"row_multiple": 4}, 4), ({"row_length": 16}, 16)])
 def test_an_empty_row_is_padding_alone(responses: int, padding: dict[str, int], total: int) -> None:
-    batch = pack_row(make_store(LENGTHS), [], COUNTS, RowFormat(responses, **padding))
-    check(batch, naive_row(make_store(LENGTHS), [], responses, total))
+    batch = pack_row(make_pairs(LENGTHS), [], COUNTS, RowFormat(responses, **padding))
+    check(batch, naive_row(make_pairs(LENGTHS), [], responses, total))
     assert batch.weight.shape == batch.margin.shape == batch.truncated.shape == (0,)
     sums = batch.segment_sums(torch.zeros(0, requires_grad=True))
     assert sums.shape == (0, responses) and sums.requires_grad
 
 
 def test_what_belongs_to_a_pair_follows_it() -> None:
-    pairs = make_store(
+    pairs = make_pairs(
         LENGTHS,
         weight=[1, 2, 3, 4],
         margin=[float("nan"), 0.5, 0, -1],
@@ -149,7 +149,7 @@ def test_what_belongs_to_a_pair_follows_it() -> None:
 
 
 def test_pairs_that_do_not_fit() -> None:
-    pairs = make_store(LENGTHS)
+    pairs = make_pairs(LENGTHS)
     pack_row(pairs, [0, 1], COUNTS, RowFormat(row_length=22))
     with pytest.raises(ValueError, match=r"pairs \[0, 1\] need 22 tokens, the row has 21"):
         pack_row(pairs, [0, 1], COUNTS, RowFormat(row_length=21))
@@ -157,7 +157,7 @@ def test_pairs_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("responses", [1, 2])
 def test_segment_sums_and_their_gradient(responses: int) -> None:
-    batch = pack_row(make_store(LENGTHS), [2, 0, 3], COUNTS, RowFormat(responses))
+    batch = pack_row(make_pairs(LENGTHS), [2, 0, 3], COUNTS, RowFormat(responses))
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(len(batch.scored.positions_R), dtype=torch.float64, generator=generator, requires_grad=True)
     weights = torch.randn(3, responses, dtype=torch.float64, generator=generator)
@@ -175,7 +175,7 @@ def test_segment_sums_and_their_gradient(responses: int) -> None:
 @pytest.mark.parametrize("padding", [{}, {"row_multiple": 8}, {"row_length": 192}], ids=str)
 def test_context_parallel_slices_hold_the_row_once(responses: int, size: int, padding: dict[str, int]) -> None:
     """The slices of all ranks, put back in their places, are the row of a single rank with padded sequences."""
-    pairs, indices = make_store(LENGTHS), [3, 0, 2]
+    pairs, indices = make_pairs(LENGTHS), [3, 0, 2]
     ranks = [
         pack_row(
             pairs,
@@ -228,12 +228,12 @@ def _used(indices: list[int], responses: int) -> list[tuple[int, int]]:
 
 
 def test_padding_is_marked() -> None:
-    batch = pack_row(make_store([(3, 2, 1)]), [0], COUNTS, RowFormat(row_length=12))
+    batch = pack_row(make_pairs([(3, 2, 1)]), [0], COUNTS, RowFormat(row_length=12))
     assert batch.padding_mask.tolist() == [[False] * 9 + [True] * 3]
 
 
 def test_a_shared_prompt_written_out() -> None:
-    pairs = make_store([(3, 2, 2), (1, 1, 2)])
+    pairs = make_pairs([(3, 2, 2), (1, 1, 2)])
     pairs.tokens[:] = [10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71]
     batch = pack_row(pairs, [0, 1], COUNTS, RowFormat(share_prompts=True, row_length=14))
     assert batch.tokens.tolist() == [[10, 11, 12, 0, 21, 30, 31, 50, 60, 70, 71, 0, 0, 0]]

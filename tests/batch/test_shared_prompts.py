@@ -11,7 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from simpo_megatron.batch.row import BatchCounts, RowFormat, pack_row
 from tests.models.test_attention import attention
-from tests.support.pairs import make_store
+from tests.support.pairs import make_pairs
 
 lengths = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4)
 
@@ -20,7 +20,7 @@ lengths = st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4)
 @given(lengths, st.sampled_from([None, 1, 3, 8]), st.integers(0, 3))
 def test_shared_and_plain_rows_give_the_same_scores(sizes: list[Any], window: int | None, padding: int) -> None:
     """Token and position decide queries, keys and values here, as they do in a model's first layer."""
-    pairs, counts = make_store(sizes), BatchCounts(len(sizes), 1, 1)
+    pairs, counts = make_pairs(sizes), BatchCounts(len(sizes), 1, 1)
     table = torch.randn(50, 24, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(len(sizes)))
     found = []
     for shared in (False, True):

@@ -10,9 +10,9 @@ import pytest
 from simpo_megatron.data import BlendedPairs
 from simpo_megatron.data.blend import Blend, parse_blend
 from simpo_megatron.errors import UserError
-from tests.support.pairs import make_store
+from tests.support.pairs import make_pairs
 
-PARTS = [make_store([(2, 3, 4)] * 3, seed=1), make_store([(1, 5, 2)] * 2, seed=2, weight=[2, 3], margin=[0.5, 1])]
+PARTS = [make_pairs([(2, 3, 4)] * 3, seed=1), make_pairs([(1, 5, 2)] * 2, seed=2, weight=[2, 3], margin=[0.5, 1])]
 
 
 @pytest.mark.parametrize(

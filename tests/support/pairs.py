@@ -9,7 +9,7 @@ import numpy as np
 from simpo_megatron.data import InMemoryPairs
 
 
-def make_store(
+def make_pairs(
     lengths: Sequence[tuple[int, int, int]],
     *,
     vocab_size: int = 50,

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from simpo_megatron.data import InMemoryPairs
 from tests.support.distributed import WorkerPool
 from tests.support.families import on_disk
-from tests.support.pairs import make_store
+from tests.support.pairs import make_pairs
 from tests.support.runs import flags
 from tests.support.tiny import make_tokenizer
 
@@ -49,7 +49,7 @@ class Case:
 
     Attributes:
         loss: settings of the objective.
-        columns: arguments of `make_store`: the columns of the data set.
+        columns: arguments of `make_pairs`: the columns of the data set.
         indices: of the pairs of the batch.
     """
 
@@ -60,7 +60,7 @@ class Case:
     @property
     def pairs(self) -> InMemoryPairs:
         """The data set."""
-        return make_store(LENGTHS, **self.columns)
+        return make_pairs(LENGTHS, **self.columns)
 
 
 CASES = {

@@ -15,7 +15,7 @@ from simpo_megatron.verify.compare import TOLERANCE
 from simpo_megatron.verify.reference import Reference
 from tests.support import families
 from tests.support.distributed import WorkerPool
-from tests.support.pairs import make_store
+from tests.support.pairs import make_pairs
 from tests.support.planted import PLANTED, planted
 from tests.support.runs import flags
 from tests.support.steps import CASES, oracle
@@ -151,13 +151,13 @@ def test_the_grid_sees_it_too(
 def test_the_reference_is_the_whole_model(name: str, tmp_path: Path) -> None:
     """Layer by layer or at once: the same sums and gradients, under the names of the checkpoint."""
     model = families.make(name, tmp_path, pad_token_id=None)  # transformers leaves the row of padding without gradient
-    store = make_store([(5, 12, 4), (1, 3, 20)], vocab_size=families.VOCAB)
+    pairs = make_pairs([(5, 12, 4), (1, 3, 20)], vocab_size=families.VOCAB)
     reference = Reference(read_hf_checkpoint(tmp_path), torch.float32, "cpu")
-    sums = reference.forward(store, [1, 0], 2)
+    sums = reference.forward(pairs, [1, 0], 2)
     slopes = torch.tensor([[0.3, -2.0], [1.0, 0.5]], dtype=torch.float64)
 
     expected = []
-    for prompt, *responses in (store.pair(i) for i in (1, 0)):
+    for prompt, *responses in (pairs.pair(i) for i in (1, 0)):
         for response in responses:
             ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
             logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
