@@ -113,8 +113,8 @@ def quiet_megatron() -> None:
     """Silences warnings about Megatron-Core's own code, on which a user cannot act. Call it before importing Megatron.
 
     These warnings are silenced, and no others: Transformer Engine or Apex is absent; the optimizer reads `.grad` of a
-    shard that is not a leaf; whole experts are not sequence-parallel; torch will rename collectives that Megatron
-    calls; parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
+    shard that is not a leaf; whole experts are not sequence-parallel; torch will rename or remove collectives, a loader
+    and a class of tensors that Megatron uses; parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
     """
     for message in (
         "Apex is not installed",
@@ -125,8 +125,13 @@ def quiet_megatron() -> None:
         "Failed to create unified memory mempool",
     ):
         warnings.filterwarnings("ignore", message, UserWarning)
-    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
-        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
+    for message in (
+        "`torch.distributed.reduce_scatter_tensor` is deprecated",
+        "`torch.distributed.all_gather_into_tensor` is deprecated",
+        "`load_state_dict` is deprecated",
+        "Please use DTensor instead and we are deprecating ShardedTensor",
+    ):
+        warnings.filterwarnings("ignore", message, FutureWarning)
     for name, message in (
         ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
         ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),

@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 
 from simpo_megatron import compat, cpu
-from simpo_megatron.checkpoint.folder import iteration_folder, release_folder
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.presets import describe
@@ -38,7 +37,7 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.limits import check_processes, layout_arguments, processes_needed
 from simpo_megatron.planning.memory import Memory, Workload, estimate
-from simpo_megatron.settings import flag, require
+from simpo_megatron.settings import require
 
 ROWS = 64  # that are read of each data file
 
@@ -75,7 +74,8 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
         UserError: the run would end in this error, as far as it shows here.
     """
     cpu.enable()
-    remarks = [*config.objective.warnings(config.optimizer.lr, hf.num_parameters), *_remarks(config)]
+    from simpo_megatron.trainer.remarks import count_pairs, remarks
+
     cut = _check_layout(config, hf)
     start = _check_start(config, hf)
     tokens = _check_data(config, hf)
@@ -95,7 +95,7 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
     }
     if config.train.preset is not None:
         lines["settings"] = describe(config.train.preset, flat(config))
-    _show(lines, remarks)
+    _show(lines, [*remarks(config, hf, count_pairs(config), cut.data_parallel), *_remarks(config)])
 
 
 def _remarks(config: Config) -> list[str]:
@@ -207,29 +207,22 @@ def _check_start(config: Config, hf: HFCheckpoint) -> str:
     Raises:
         UserError: the checkpoint is not complete, or is of another model; or the export would overwrite something.
     """
-    from simpo_megatron.models.export import check_target
-    from simpo_megatron.trainer.setup import step_to_resume
+    from simpo_megatron.trainer.folders import check_export, check_new_run
+    from simpo_megatron.trainer.resume import find_saved_run, follow, weights_folder
 
-    if config.model.export_hf is not None:
-        check_target(config.model.export_hf)
+    check_new_run(config.checkpoint)
+    check_export(config)
     check_tensors(hf)
-    load = config.checkpoint.load
-    step, folder = step_to_resume(config.checkpoint), None if load is None else release_folder(load)
-    if load is not None and step is not None:
-        folder = iteration_folder(load, step)
+    saved = find_saved_run(config.checkpoint)
+    _, changes = follow(config, saved)
+    folder = weights_folder(config.checkpoint) if saved is None else saved.folder
     if folder is None:
         return str(hf.path)
     try:
-        saved = read_torch_dist(folder, hf).args
+        read_torch_dist(folder, hf)
     except UserError as error:
         raise UserError(f"--load {config.checkpoint.load} does not fit {hf.path}: {error}") from error
-    now = flat(config)
-    for name in ("seed", "use_distributed_optimizer") if step is not None else ():
-        require(
-            saved.get(name, now[name]) == now[name],
-            f"{folder} was saved with {flag(name)} {saved.get(name)}, not {now[name]}; resume it with the same",
-        )
-    return str(folder)
+    return "; ".join((str(folder), *changes))
 
 
 def describe_memory(memory: Memory) -> str:

@@ -53,6 +53,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def follow_umask(file: Path) -> None:
+    """Gives a file the mode that `open` would have given it: a library that writes a temporary file leaves 0600."""
+    mask = os.umask(
+        0o077
+    )  # the only way to read it; another thread that creates a file now gives it to its owner alone
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo_megatron.trainer.checkpointing import TRACKER
+from simpo_megatron.checkpoint.folder import TRACKER
 from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, read_rows, run_and_read, train
 from tests.support.tiny import make_checkpoint, make_rows, write_rows
