@@ -7,7 +7,8 @@ r"""SimPO with Megatron-LM's own pretrain(), from an unmodified checkout (core_v
 CONVERTED comes from `python tools/hf_to_megatron.py --hf-checkpoint HF_CHECKPOINT --save CONVERTED`, which also writes
 the arguments of the architecture. Expect Megatron-LM's own log, checkpoints and evaluation. Without a GPU the script
 runs on the CPU over gloo: add `--distributed-backend gloo`, `--transformer-impl local` and the `--no-...-fusion` flags
-(tests/test_megatron_lm.py has them all). README.md in this folder has the details.
+(tests/test_megatron_lm.py has them all). README.md in this folder has the details, and what Megatron-LM needs to be
+installed.
 """
 
 from __future__ import annotations
