@@ -33,7 +33,7 @@ from rich.table import Table
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
 from simpo_megatron.planning.layouts import MOST_GPUS, LayoutCost, Request, fewest, fitting
-from simpo_megatron.program import Parser, check_report, exit_code
+from simpo_megatron.program import Parser, check_report, exit_code, write_report
 from simpo_megatron.settings import parse_size
 
 SHOWN = 15
@@ -118,7 +118,7 @@ def run(argv: Sequence[str] | None) -> int:
         console.print(line)
     if args.json is not None:
         report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, methods)}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report("--json", args.json, json.dumps(report, indent=1) + "\n")
     return 0 if methods[0].layouts else 1
 
 
