@@ -114,8 +114,7 @@ def folded(lines: Sequence[PlanLine]) -> list[str]:
         pattern = (re.sub(r"\d+", "#", line.source), re.sub(r"\d+", "#", line.target), str(line.size), line.dtype)
         groups.setdefault(pattern, []).append(line)
     return [
-        _text(group[0]) + (f", and {len(group) - 1} like it" if len(group) > 1 else "")
-        for group in groups.values()
+        _text(group[0]) + (f", and {len(group) - 1} like it" if len(group) > 1 else "") for group in groups.values()
     ]
 
 
