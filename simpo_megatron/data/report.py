@@ -134,8 +134,8 @@ def print_report(doctor: Doctor, source: str) -> None:
             console.print(table)
         for line in section.lines:
             console.print(Text(line))
-    for view in doctor.views[:1]:
-        print_view(view, console)
+    if doctor.asked is not None:
+        print_view(doctor.asked, console)
 
 
 def print_view(view: View, console: Any) -> None:
