@@ -37,6 +37,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.limits import check_processes, layout_arguments, processes_needed
+from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.planning.memory import Memory, Workload, estimate
 from simpo_megatron.settings import flag, require
 
@@ -78,6 +79,7 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
     remarks = [*config.objective.warnings(config.optimizer.lr, hf.num_parameters), *_remarks(config)]
     cut = _check_layout(config, hf)
     start = _check_start(config, hf)
+    disk = check_disk(config, hf.architecture, config.train.train_iters)
     tokens = _check_data(config, hf)
     parallel, precision = config.parallel, "bf16" if config.train.bf16 else "fp32"
     rows = math.ceil(config.train.global_batch_size * tokens / config.data.seq_length)
@@ -91,6 +93,7 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
         "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} packed rows a step, "
         f"{microbatches} a data-parallel rank",
         "starts from": start,
+        **({"disk": disk[0]} if disk else {}),
         "memory of a GPU": describe_memory(_estimate(config, hf, cut, microbatches)),
     }
     if config.train.preset is not None:

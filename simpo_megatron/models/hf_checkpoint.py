@@ -156,6 +156,8 @@ def read_hf_config(path: Path) -> HFCheckpoint:
     Raises:
         UserError: the config is missing or not JSON, or the model is not supported.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a local folder or config.json (hub ids are not downloaded)")
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
     return HFCheckpoint(path, config, read_architecture(path, config), end_of_turn_ids(file.parent, file), {})

@@ -28,6 +28,7 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.checkpointing import Progress
 from simpo_megatron.trainer.console import Logger
@@ -53,10 +54,11 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
     engine = build_engine(config, hf, transformer, steps)
     state = _resume(engine, new_progress(config, train_pairs))
     with raise_on_all_ranks():
+        disk = check_disk(config, hf.architecture, steps, state.step) if dist.get_rank() == 0 else []
         logger = Logger(config, steps, state.step)
     run = Run(engine, train_pairs, valid_pairs, total, steps, state, logger)
     warnings = [f"warning: {text}" for text in _warnings(config, hf)]
-    for line in (*messages, *_describe_run(run), _describe_start(run), *warnings):
+    for line in (*messages, *_describe_run(run), *disk, _describe_start(run), *warnings):
         logger.message(line)
     return run
 

@@ -86,21 +86,6 @@ def test_same_ids_as_trl(family: str, row: dict[str, Any]) -> None:
     assert pair.chosen == [label for label in expected["chosen_labels"] if label != -100]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("prompt", [TEXT["prompt"], "<s>What color", "<s><s>"])
-def test_text_begins_with_bos_as_in_trl_where_the_tokenizer_adds_none(prompt: str) -> None:
-    tokenizer = with_template("mistral", MISTRAL.replace("{{ bos_token }}", ""))
-    tokenizer.backend_tokenizer.post_processor = None
-    row = {**TEXT, "prompt": prompt}
-    pair, expected = encode(tokenizer, row), trl_row(tokenizer, row)
-    assert pair.prompt[0] == tokenizer.bos_token_id and pair.prompt.count(tokenizer.bos_token_id) == 1
-    if not prompt.startswith("<s><s>"):  # TRL leaves two where the text has two
-        assert pair.prompt == expected["prompt_input_ids"]
-        assert pair.prompt + pair.chosen == expected["chosen_input_ids"]
-        assert pair.prompt + pair.rejected == expected["rejected_input_ids"]
-    assert encode(tokenizer, CHAT).prompt[0] != tokenizer.bos_token_id, "nobody writes one into conversations"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conversation_is_the_rendered_one_up_to_eos(family: str) -> None:
     tokenizer = toy(family)

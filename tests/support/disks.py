@@ -28,6 +28,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def fill(folder: Path, leave: int) -> None:
     """Fills the file system of a folder; about `leave` bytes stay free."""
+    (folder / "filler").unlink(missing_ok=True)
     status = os.statvfs(folder)
     with (folder / "filler").open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, status.f_bavail * status.f_frsize - leave)
