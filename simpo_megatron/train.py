@@ -30,9 +30,10 @@ def run(config: Config) -> None:
     """
     compat.quiet_megatron()
     compat.check_megatron_core()
+    from simpo_megatron.checkpoint.folder import read_tracker
+    from simpo_megatron.checkpoint.source import read_model
     from simpo_megatron.dry_run import dry_run
     from simpo_megatron.models.export import check_target
-    from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
     from simpo_megatron.parallel.together import raise_on_all_ranks
     from simpo_megatron.trainer.checkpointing import check_new_run, check_writable
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
@@ -40,7 +41,9 @@ def run(config: Config) -> None:
     from simpo_megatron.trainer.setup import build_transformer_config
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
-    hf = read_hf_checkpoint(config.model.checkpoint_folder)
+    load = config.checkpoint.load
+    loaded = load is not None and read_tracker(load) is not None
+    hf = read_model(config.model.checkpoint_folder, loaded=loaded, dry_run=config.train.dry_run)
     for flag, folder in (
         ("--save", config.checkpoint.save),
         ("--export-hf", config.model.export_hf),

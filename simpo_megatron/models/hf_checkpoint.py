@@ -242,8 +242,8 @@ def read_safetensors(path: Path) -> dict[str, HFTensor]:
         index, files = {}, [SINGLE]
     elif any(path.glob("*.bin")):
         raise UserError(
-            f"{path} holds its weights as .bin files, which are pickles; convert them to safetensors "
-            "(load and save_pretrained with transformers)"
+            f"{path} holds its weights as .bin files, which are pickles; convert them with tools/hf_to_megatron.py "
+            f"--hf-checkpoint {path} --save OUT, and start with --load OUT"
         )
     else:
         raise UserError(f"{path} has neither {SINGLE} nor {INDEX}; is the checkpoint complete?")
