@@ -55,7 +55,10 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError; argparse calls it."""
         raise UserError(f"{message}; --help lists the flags")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    # typeshed describes the method by overloads; this is their common form.
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """As in argparse, but it refuses an unknown flag first, before a flag that is missing."""
         for word in sys.argv[1:] if args is None else args:
             if word == "--":

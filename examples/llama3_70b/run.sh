@@ -4,7 +4,7 @@
 # Hardware: 8 nodes of 8 GPUs with 80 GB, NVLink inside and InfiniBand between them.
 # Layout: tensor 8 x pipeline 2 (4 virtual stages each) x data 4.
 # Expected memory: 50.4 GiB on the fullest GPU, without CUDA context and NCCL buffers, by
-#     python tools/plan_layout.py --model examples/llama3_70b/model.json --gpus 64 --seq-length 4096
+#     python tools/plan_layout.py --hf-checkpoint examples/llama3_70b/model.json --gpus 64 --seq-length 4096
 # Time: not measured; job.slurm asks for 24 hours, and a run that is cut off resumes from its last checkpoint.
 #
 #     export MODEL=/data/Llama-3-70B-Instruct DATA=/data/pairs.jsonl OUTPUT=/data/runs/llama3_70b

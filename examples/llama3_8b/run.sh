@@ -4,7 +4,7 @@
 # Hardware: 1 node of 8 GPUs with 80 GB, NVLink inside.
 # Layout: tensor 2 x data 4.
 # Expected memory: 44.6 GiB on the fullest GPU, without CUDA context and NCCL buffers, by
-#     python tools/plan_layout.py --model examples/llama3_8b/model.json --gpus 8 --seq-length 4096
+#     python tools/plan_layout.py --hf-checkpoint examples/llama3_8b/model.json --gpus 8 --seq-length 4096
 # Time: not measured; job.slurm asks for 4 hours, and a run that is cut off resumes from its last checkpoint.
 #
 #     export MODEL=/data/Llama-3-8B-Instruct DATA=/data/pairs.jsonl OUTPUT=/data/runs/llama3_8b

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import shlex
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from simpo_megatron.config.arguments import build_parser, parse
+from simpo_megatron.config.arguments import build_parser, flat, parse
 from simpo_megatron.config.other_names import COUNTERPARTS, MEGATRON_LM, SIMPO_REPOSITORY, TRL
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives.base import PAIR_METRICS
@@ -77,6 +79,20 @@ def test_the_page_shows_the_table() -> None:
 
     rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
     assert rows[: len(TRL)] == [row(name) for name in TRL]
+
+
+def test_the_example_of_the_page_is_one_run_in_both() -> None:
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    python, shell = (PAGE.partition(f"```{language}\n")[2].partition("```")[0] for language in ("python", "bash"))
+    call = ast.parse(python).body[0]
+    assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call)
+    theirs = {word.arg: ast.literal_eval(word.value) for word in call.value.keywords}
+    assert set(theirs) <= {field.name for field in dataclasses.fields(cpo.CPOConfig)}
+    ours = flat(parse(shlex.split(shell.replace("\\\n", " ").partition("simpo_megatron.train ")[2])))
+    pairs = theirs.pop("per_device_train_batch_size") * theirs.pop("gradient_accumulation_steps") * 8
+    assert ours["global_batch_size"] == pairs and (theirs.pop("loss_type"), ours["objective"]) == ("simpo", "simpo")
+    for name, value in theirs.items():
+        assert ours[TRL[name].settings[0]] == value, name
 
 
 def test_the_page_names_metrics_that_there_are() -> None:

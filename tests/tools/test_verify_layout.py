@@ -76,7 +76,11 @@ def test_a_training_file_serves(tmp_path: Path) -> None:
     assert config.data.seq_length == 512 and config.data.train_data == ("pairs.jsonl",)
     assert config.objective == SimPO(simpo_beta=3.0)
     assert (config.train.train_iters, config.train.global_batch_size, config.train.moe_aux_loss_coeff) == (1, 8, 0)
-    assert (config.checkpoint, config.optimizer, config.data.valid_data) == (CheckpointConfig(), OptimizerConfig(), None)
+    assert (config.checkpoint, config.optimizer, config.data.valid_data) == (
+        CheckpointConfig(),
+        OptimizerConfig(),
+        None,
+    )
     assert report == tmp_path / "report.json"
 
 
