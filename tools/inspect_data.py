@@ -15,10 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from simpo_megatron import compat
-from simpo_megatron.config.arguments import data_config, data_parser
+from simpo_megatron.config.data_tools import data_config, data_parser
 from simpo_megatron.data.checks import CHECKS
 from simpo_megatron.data.doctor import Doctor
 from simpo_megatron.data.prepared_format import is_prepared
@@ -29,6 +28,7 @@ from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids
 from simpo_megatron.program import check_report, exit_code
+from simpo_megatron.settings import path_value, source_value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,13 +67,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def action() -> int:
         parser = data_parser("inspect_data.py", __doc__)
-        parser.add_argument("--data", required=True, metavar="SOURCE", help="a prepared prefix, or what it is made of")
-        parser.add_argument("--hf-checkpoint", required=True, type=Path, help="folder of the model: its tokenizer")
         parser.add_argument(
-            "--valid-data", default=None, metavar="SOURCE", help="rows whose prompts must not be in --data"
+            "--data",
+            required=True,
+            type=source_value,
+            metavar="SOURCE",
+            help="a prepared prefix, or what it is made of",
+        )
+        parser.accept("--train-data", "--data")
+        parser.add_argument(
+            "--hf-checkpoint", required=True, type=path_value, metavar="DIR", help="folder of the model: its tokenizer"
+        )
+        parser.add_argument(
+            "--valid-data",
+            type=source_value,
+            default=None,
+            metavar="SOURCE",
+            help="rows whose prompts must not be in --data",
         )
         parser.add_argument("--pair", type=int, default=1, metavar="N", help="the pair to show, from 1 (default 1)")
-        parser.add_argument("--report", type=Path, default=None, metavar="FILE", help="write an HTML page here")
+        parser.add_argument("--report", type=path_value, default=None, metavar="FILE", help="write an HTML page here")
         return run(parser.parse_args(argv))
 
     return exit_code("inspect_data.py", action)
