@@ -22,14 +22,15 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write
 
 
-def nearest(name: str, known: Collection[str]) -> str | None:
+def nearest(name: str, known: Collection[str], likeness: float = 0.7) -> str | None:
     """The name that a user probably meant; None if no name is near.
 
     Args:
         name: what the user wrote, as a field name: `train_dat` for `--train-dat`.
         known: the names that there are.
+        likeness: the least ratio of `difflib` that counts as near; 1 is equal.
     """
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), None)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=likeness)), None)
 
 
 class Parser(argparse.ArgumentParser):

@@ -74,6 +74,7 @@ TRL = {
     "attn_implementation": Counterpart(("transformer_impl",)),
     "use_liger_kernel": Counterpart(("head",), "the fused head is the default"),
     "gradient_checkpointing": Counterpart(("recompute_granularity",), "off by default; TRL's is on"),
+    "activation_checkpointing": Counterpart(("recompute_granularity",), "off by default"),
     "disable_dropout": _NO_DROPOUT,
     "router_aux_loss_coef": Counterpart(("moe_aux_loss_coeff",), "default 0"),
     "fsdp": Counterpart(("tensor_model_parallel_size", "use_distributed_optimizer"), "parallelism is Megatron's"),
@@ -83,6 +84,7 @@ TRL = {
     "output_dir": Counterpart(("save", "export_hf"), "checkpoints go to `--save`, the trained model to `--export-hf`"),
     "save_steps": Counterpart(("save_interval",), "default: one checkpoint, after the last step; TRL's is 500"),
     "save_strategy": Counterpart(("save_interval",), "steps between two checkpoints"),
+    "save_total_limit": Counterpart((), "every checkpoint is kept"),
     "resume_from_checkpoint": Counterpart(("load",), "the folder of `--save`; the latest checkpoint is taken"),
     "eval_steps": Counterpart(("eval_interval",)),
     "eval_strategy": Counterpart(("eval_interval",), "with `--valid-data` also before and after training"),
@@ -163,7 +165,9 @@ def advise(name: str, known: Collection[str], spell: Callable[[str], str]) -> st
     if _ADAPTER.search(name):
         return "LoRA, other adapters and quantized weights are not supported yet; all weights are trained"
     there = {other: found for other, found in COUNTERPARTS.items() if set(found.settings) <= set(known)}
-    near = name if name in there and name not in known else nearest(name, {*known, *there})
+    near = nearest(name, {*known, *there})
+    if near is not None and near not in known and nearest(name, [near], 0.85) is None:
+        near = nearest(name, known)  # far from the other program's name: another setting
     if near is None:
         return None
     if near in known:
