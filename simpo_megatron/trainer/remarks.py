@@ -82,5 +82,7 @@ def count_pairs(config: Config) -> int | None:
     found = 0
     for source in blend.sources:
         prepared = is_prepared(source)
-        found += len(PreparedPairs(source, verify=False)) if prepared else sum(1 for _ in islice(read_rows(source), batch))
+        found += (
+            len(PreparedPairs(source, verify=False)) if prepared else sum(1 for _ in islice(read_rows(source), batch))
+        )
     return found if found < batch else None
