@@ -48,13 +48,13 @@ def test_the_tools(inputs: Inputs) -> None:
 
     model, folder = inputs.checkpoint, inputs.folder
     scored = inputs.folder / "scored.jsonl"
-    row = {"prompt": "a", "responses": [[{"role": "assistant", "content": text}] for text in "bc"], "scores": [1, 2]}
-    scored.write_text(json.dumps(row) + "\n")
+    responses = [{"content": text, "score": score} for score, text in enumerate("ab")]
+    scored.write_text(json.dumps({"prompt": "p", "responses": responses}) + "\n")
     scored.chmod(0o640)
-    data = ("--input", inputs.data, "--hf-checkpoint", model)
     call(hf_to_megatron.main, "--hf-checkpoint", model, "--save", folder / "megatron")
     call(megatron_to_hf.main, "--load", folder / "megatron", "--hf-reference", model, "--save", folder / "back")
-    call(preprocess_preferences.main, *data, "--output-prefix", folder / "set", "--max-length", 256)
+    data = ("--input", inputs.data, "--hf-checkpoint", model, "--max-length", 256)
+    call(preprocess_preferences.main, *data, "--output-prefix", folder / "set")
     call(build_pairs.main, "--input", scored, "--output", folder / "pairs.jsonl")
-    call(inspect_data.main, *data, "--html", folder / "report.html", "--json", folder / "report.json")
+    call(inspect_data.main, "--data", inputs.data, "--hf-checkpoint", model, "--report", folder / "report.html")
     assert not wrong_modes(folder, 0o027)
