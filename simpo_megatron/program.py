@@ -7,6 +7,7 @@ one line names it. 130: interrupted from the keyboard.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -14,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from simpo_megatron.disk import FULL, cannot_write
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_write
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_report(flag: str, file: Path) -> None:
-    """Checks before the work starts that a report can be written. It creates the file if there is none.
+    """Checks before the work starts that a report can be written. Nothing is left behind.
 
     Args:
         flag: that names the file, for the error.
@@ -35,11 +38,34 @@ def check_report(flag: str, file: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    there = file.exists()
     try:
         with file.open("a"):
             pass
+        if not there:
+            file.unlink()
     except OSError as error:
-        raise UserError(f"{flag} {file} cannot be written: {error.strerror}; give another file") from error
+        raise cannot_write(f"{flag} {file}", error, "give another file") from error
+
+
+def write_report(flag: str, file: Path, text: str) -> None:
+    """Writes a report whole or not at all; into a pipe or a device, as it comes.
+
+    Args:
+        flag: that names the file, for the error.
+        file: the report.
+        text: its content.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            file.write_text(text, encoding="utf-8")
+        else:
+            atomic_write(file.resolve(), text)
+    except OSError as error:
+        raise cannot_write(f"{flag} {file}", error, "give another file") from error
 
 
 def exit_code(program: str, action: Callable[[], int | None]) -> int:
@@ -50,7 +76,8 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
         action: the program. It returns its exit code, or None for 0.
 
     Returns:
-        What `action` returns, 2 if it raises UserError (printed to stderr), or 130 if it is interrupted.
+        What `action` returns, 2 if it raises UserError (printed to stderr) or meets a full or read-only disk, or 130 if
+        it is interrupted.
     """
     try:
         return action() or 0
@@ -61,6 +88,12 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
             # prints it.
             time.sleep(20)
         print(f"{program}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EROFS):
+            raise
+        what = error.filename or "a file"
+        print(f"{program}: {cannot_write(what, error, 'write to another disk')}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)

@@ -30,15 +30,18 @@ def run(config: Config) -> None:
     """
     compat.quiet_megatron()
     compat.check_megatron_core()
+    from simpo_megatron.checkpoint.folder import read_tracker
+    from simpo_megatron.checkpoint.source import read_model
     from simpo_megatron.dry_run import dry_run
-    from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
     from simpo_megatron.trainer.folders import check_writable, hold_folders
     from simpo_megatron.trainer.loop import start_run
     from simpo_megatron.trainer.setup import build_transformer_config
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
-    hf = read_hf_checkpoint(config.model.checkpoint_folder)
+    load = config.checkpoint.load
+    loaded = load is not None and read_tracker(load) is not None
+    hf = read_model(config.model.checkpoint_folder, loaded=loaded, dry_run=config.train.dry_run)
     for flag, folder in (
         ("--save", config.checkpoint.save),
         ("--export-hf", config.model.export_hf),

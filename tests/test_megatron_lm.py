@@ -2,13 +2,14 @@
 
     MEGATRON_LM_PATH=MEGATRON_LM bash tests/run.sh -k megatron_lm
 
-Its own requirements `six` and `triton` must be importable too; it imports them, though nothing here uses them.
+Megatron-LM's own requirements must be there too: `pip install six pybind11 triton`, make and g++.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
 ROOT = Path(__file__).parent.parent
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
-MISSING = [name for name in ("six", "triton") if importlib.util.find_spec(name) is None]
+MISSING = [what for what in megatron_lm.missing_requirements() if not what.startswith("Megatron-LM itself")]
 STEPS = 10
 # The architecture of tests/support/tiny.py, a constant learning rate, and what a machine without a GPU or Apex needs.
 ARGUMENTS = """
@@ -66,6 +67,32 @@ def scalars(folder: Path, name: str) -> dict[int, float]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(name)}
+
+
+def test_all_that_megatron_lm_lacks_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    everything = (
+        r"lacks six and pybind11 and triton \(pip install six pybind11 triton\); make and g\+\+ on PATH, .*; "
+        "Megatron-LM itself .*PYTHONPATH=MEGATRON_LM"
+    )
+    with pytest.raises(UserError, match=everything):
+        megatron_lm.check_requirements()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "six" else object())
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert megatron_lm.missing_requirements() == ["six (pip install six)"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    megatron_lm.check_requirements()
+
+
+def test_without_megatron_lm_the_script_ends_with_one_sentence() -> None:
+    script = ROOT / "examples" / "megatron_lm" / "pretrain_simpo.py"
+    environment = {**free_environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("pretrain_simpo.py: Megatron-LM cannot start") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not MEGATRON_LM or bool(MISSING), reason=f"MEGATRON_LM_PATH is not set, or lacks {MISSING}")

@@ -25,7 +25,8 @@ CODE = sorted(
 # The floors of the package, ground floor first. A module imports from lower floors and from its own folder alone.
 FLOORS = (
     ("errors",),
-    ("settings", "files", "program", "compat", "cpu"),
+    ("settings", "files", "disk"),
+    ("program", "compat", "cpu"),
     ("parallel", "objectives"),
     ("data", "head"),
     ("config", "models"),

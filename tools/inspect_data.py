@@ -26,13 +26,18 @@ from simpo_megatron.data.prepared_set import PreparedPairs
 from simpo_megatron.data.reading import read_rows, with_progress
 from simpo_megatron.data.report import print_report, write_html
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids
-from simpo_megatron.program import exit_code
+from simpo_megatron.program import check_report, exit_code
 
 
 def run(args: argparse.Namespace) -> int:
     """Examines the set, prints and writes the report, and returns the exit code."""
     compat.quiet_megatron()
+    if args.pair < 1:
+        raise UserError(f"--pair {args.pair} must be at least 1")
+    if args.report is not None:
+        check_report("--report", args.report)
     tokenizer, eos_ids = load_tokenizer(args.hf_checkpoint), end_of_turn_ids(args.hf_checkpoint)
     data = data_config(args)
     doctor = Doctor(tokenizer, data.options, eos_ids, data.seq_length, args.pair)
@@ -46,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         doctor.examine_rows(with_progress(read_rows(args.data), f"Examining {args.data}"))
     doctor.finish()
+    if args.pair > doctor.rows:
+        raise UserError(
+            f"--pair {args.pair}: {args.data} has {doctor.rows} rows; give a number from 1 to {doctor.rows}"
+        )
     print_report(doctor, args.data)
     if args.report is not None:
         write_html(doctor, args.data, args.report)

@@ -32,8 +32,9 @@ from rich.table import Table
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
+from simpo_megatron.planning.checkpoint_size import checkpoint_size
 from simpo_megatron.planning.layouts import MOST_GPUS, LayoutCost, Request, fewest, fitting
-from simpo_megatron.program import Parser, check_report, exit_code
+from simpo_megatron.program import Parser, check_report, exit_code, write_report
 from simpo_megatron.settings import parse_size
 
 SHOWN = 15
@@ -114,11 +115,11 @@ def run(argv: Sequence[str] | None) -> int:
     )
     for method in methods:
         show(console, method)
-    for line in answers(methods, args.gpu_memory):
+    for line in (*answers(methods, args.gpu_memory), *remarks(hf, methods[0], args.global_batch_size)):
         console.print(line)
     if args.json is not None:
         report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, methods)}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report("--json", args.json, json.dumps(report, indent=1) + "\n")
     return 0 if methods[0].layouts else 1
 
 
@@ -173,6 +174,23 @@ def answers(methods: Sequence[Method], memory: str) -> list[str]:
     return lines
 
 
+def remarks(hf: HFCheckpoint, method: Method, pairs: int) -> list[str]:
+    """The size of a checkpoint, and whether data-parallel ranks would have nothing to do.
+
+    Args:
+        hf: the model.
+        method: whose layouts are shown.
+        pairs: of a step.
+    """
+    lines = [f"a checkpoint of training takes {checkpoint_size(hf.architecture)}; --dry-run compares it with the disk"]
+    if any(one.data_parallel_size > pairs for one in method.layouts[:SHOWN]):
+        lines.append(
+            f"warning: a data-parallel size (DP) above the {pairs} pairs of a step leaves ranks idle; use fewer GPUs, "
+            "or raise --global-batch-size"
+        )
+    return lines
+
+
 def describe(one: LayoutCost) -> str:
     """A layout in one line."""
     p = one.parallel
@@ -197,6 +215,7 @@ def as_json(hf: HFCheckpoint, methods: Sequence[Method]) -> dict[str, Any]:
 
     return {
         "parameters": hf.architecture.num_parameters,
+        "checkpoint": asdict(checkpoint_size(hf.architecture)),
         "objectives": {
             method.name: {
                 "layouts": [layout(one) for one in method.layouts],

@@ -25,8 +25,7 @@ from simpo_megatron import compat
 from simpo_megatron.config.arguments import build_parser, flat, parse
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write
-from simpo_megatron.program import check_report, exit_code
+from simpo_megatron.program import check_report, exit_code, write_report
 
 SHOWN = 10  # gradients in the table
 
@@ -125,7 +124,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
         if report_file is not None:
             # JSON has no NaN; it is written as a string.
             content = json.loads(json.dumps(_as_json(report, config)), parse_constant=str)
-            atomic_write(report_file, json.dumps(content, indent=1) + "\n")
+            write_report("--json", report_file, json.dumps(content, indent=1) + "\n")
     dist.broadcast_object_list(passed, src=0)
     if started_here:
         shut_down()

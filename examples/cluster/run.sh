@@ -8,15 +8,19 @@
 #   prepare   one process, no GPU: DATA -> OUTPUT/data/train.*, tokenized once with the lengths of CONFIG
 #   verify    every node: runs one batch through this layout and through transformers, and compares them
 #   train     every node: trains, evaluates, saves to OUTPUT/run, exports to OUTPUT/aligned; a second call resumes
-#   export    one process, no GPU: the latest checkpoint of OUTPUT/run -> OUTPUT/aligned-STEP, while training still runs
+#   export    one process, no GPU: the latest checkpoint of OUTPUT/run -> OUTPUT/aligned-STEP, while training still runs or
+#             after it was stopped
 #
 # Environment, on a file system that all nodes see:
 #   MODEL       folder of the Hugging Face checkpoint
 #   DATA        preferences to train on; not needed by convert and export
-#   OUTPUT      folder to write to
+#   OUTPUT      folder to write to; `train` saves a checkpoint of about 14 bytes a parameter every 100 steps and at the end,
+#               and deletes none
 #   HELD_OUT    optional: preferences to evaluate on
 #   TRAIN_DATA  optional: train on this instead of DATA; the prefix that `prepare` wrote, OUTPUT/data/train
-# and GPUS_PER_NODE (default 8). FLAGs go to the program of the step and win over CONFIG.
+#   ENV_SCRIPT  optional: a shell script that is sourced first, on every node and inside a container: modules, environment, NCCL
+# and GPUS_PER_NODE (default 8; in a job those of --gpus-per-node) and NODES (default: the example's). FLAGs go to the program of the
+# step and win over CONFIG.
 set -euo pipefail
 
 fail() {
@@ -25,27 +29,34 @@ fail() {
 }
 
 (($# >= 3)) || fail "give CONFIG, NODES and a step: dry-run, convert, prepare, verify, train or export"
-config=$1 nodes=$2 step=$3
+config=$1 nodes=${NODES:-$2} step=$3
 shift 3
 for name in MODEL OUTPUT; do
     [[ -n ${!name:-} ]] || fail "$name is not set; the head of $0 says what it is"
 done
 [[ -n ${DATA:-} || $step == convert || $step == export ]] || fail "DATA is not set: the preferences to train on"
 root=$(realpath -- "$(dirname "$0")/../..")
+if [[ -n ${ENV_SCRIPT:-} ]]; then
+    set +u # scripts of conda and of modules read variables that are not set
+    # shellcheck source=/dev/null
+    . "$ENV_SCRIPT" || fail "ENV_SCRIPT $ENV_SCRIPT failed"
+    set -u
+fi
+command -v torchrun >/dev/null || fail "torchrun is not on PATH; activate the environment, or do that in a script and set ENV_SCRIPT"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # this package from any folder, installed or not
 
-# Slurm names the node's rank and the first host. Without Slurm set NODE_RANK, MASTER_ADDR and MASTER_PORT on each node.
+# Slurm's job.slurm sets MASTER_ADDR and MASTER_PORT, srun the node's rank. Without Slurm set the three on each node.
 gpus=${GPUS_PER_NODE:-8}
 [[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ ]] || fail "NODES is $nodes and GPUS_PER_NODE $gpus; both must be numbers above 0"
 node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
-if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} && $nodes != 1 ]]; then
-    # sed reads to the end: a closed pipe would kill scontrol.
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-fi
 
 # --node-rank is given, so that ranks are counted node by node and each tensor-parallel group lies within a node.
 launch() {
+    [[ ${SLURM_JOB_NUM_NODES:-$nodes} == "$nodes" ]] ||
+        fail "the job has $SLURM_JOB_NUM_NODES nodes, but the run needs $nodes; give sbatch --nodes=$nodes, or set NODES"
     [[ -n ${MASTER_ADDR:-} || $nodes == 1 ]] || fail "MASTER_ADDR is not set: the host name of the node with rank 0"
+    # job.slurm sends USR1 before the time limit. It must not end torchrun, or a process that does not handle it.
+    trap '' USR1
     # Before Blackwell, tensor parallelism overlaps communication with GEMMs only if kernels start in launch order: one queue.
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     # Packed rows have different lengths, which would fragment the allocator's memory.
@@ -64,6 +75,9 @@ held_out=()
 [[ -z ${HELD_OUT:-} ]] || held_out=(--valid-data "$HELD_OUT")
 run=(--config "$config" --hf-checkpoint "$MODEL" --train-data "${TRAIN_DATA:-${DATA:-}}" "${held_out[@]}"
     --save "$OUTPUT/run" --save-interval 100 --load "$OUTPUT/run" --export-hf "$OUTPUT/aligned")
+
+# A step of one process runs on the first node alone, also in a job of several.
+[[ $node_rank == 0 || $step == verify || $step == train ]] || exit 0
 
 case $step in
 dry-run) WORLD_SIZE=$((nodes * gpus)) RANK=0 python -m simpo_megatron.train "${run[@]}" --dry-run "$@" ;;

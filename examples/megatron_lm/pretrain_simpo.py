@@ -7,7 +7,8 @@ r"""SimPO with Megatron-LM's own pretrain(), from an unmodified checkout (core_v
 CONVERTED comes from `python tools/hf_to_megatron.py --hf-checkpoint HF_CHECKPOINT --save CONVERTED`, which also writes
 the arguments of the architecture. Expect Megatron-LM's own log, checkpoints and evaluation. Without a GPU the script
 runs on the CPU over gloo: add `--distributed-backend gloo`, `--transformer-impl local` and the `--no-...-fusion` flags
-(tests/test_megatron_lm.py has them all). README.md in this folder has the details.
+(tests/test_megatron_lm.py has them all). README.md in this folder has the details, and what Megatron-LM needs to be
+installed.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from functools import partial
 from simpo_megatron import compat, cpu
 
 compat.quiet_megatron()
-cpu.enable_megatron_lm_without_gpu()
 
-from gpt_builders import gpt_builder  # noqa: E402  (of the checkout)
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import pretrain  # noqa: E402
-from model_provider import model_provider  # noqa: E402
-
-from simpo_megatron import megatron_lm  # noqa: E402
+from simpo_megatron import megatron_lm  # noqa: E402  (it imports Megatron-Core)
 from simpo_megatron.program import exit_code  # noqa: E402
 
 
 def main() -> None:
     """Hands our dataset, model and forward step to Megatron-LM's pretrain()."""
+    megatron_lm.check_requirements()
+    cpu.enable_megatron_lm_without_gpu()
+    # Megatron-LM is imported after both.
+    from gpt_builders import gpt_builder
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from model_provider import model_provider
+
     pretrain(
         megatron_lm.train_valid_test_datasets_provider,
         megatron_lm.with_logprob_head(partial(model_provider, gpt_builder)),

@@ -29,6 +29,7 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
@@ -76,11 +77,12 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
     if saved is not None:
         checkpointing.load(engine, saved.folder)
     with raise_on_all_ranks():
+        disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
         logger = Logger(config, length.steps, state.step)
     run = Run(engine, train_pairs, valid_pairs, length, state, logger)
     data_parallel = parallel_state.get_data_parallel_world_size()
     warnings = [f"warning: {text}" for text in remarks(config, hf, len(train_pairs), data_parallel)]
-    for line in (*messages, *_describe_run(run), _describe_start(run), *changes, *warnings):
+    for line in (*messages, *_describe_run(run), *disk, _describe_start(run), *changes, *warnings):
         logger.message(line)
     return run
 

@@ -81,8 +81,8 @@ def count_pairs(config: Config) -> int | None:
         return None
     found = 0
     for source in blend.sources:
-        prepared = is_prepared(source)
-        found += (
-            len(PreparedPairs(source, verify=False)) if prepared else sum(1 for _ in islice(read_rows(source), batch))
-        )
+        if is_prepared(source):
+            found += len(PreparedPairs(source, verify=False))
+        else:
+            found += sum(1 for _ in islice(read_rows(source), batch))
     return found if found < batch else None

@@ -2,9 +2,9 @@
 
 Compared are: summed log-probs, response lengths, rewards, loss, gradient norm, and the gradient of every tensor.
 
-The largest errors that pass are the table `report.TOLERANCE`. The reference is always in fp32. If the layout runs in bf16,
-transformers also runs once in bf16: the error of that run shows what rounding alone costs. Lengths must be equal, and
-every tensor of the checkpoint must be compared.
+The largest errors that pass are the table `report.TOLERANCE`. The reference is always in fp32. If the layout runs in
+bf16, transformers also runs once in bf16: the error of that run shows what rounding alone costs. Lengths must be equal,
+and every tensor of the checkpoint must be compared.
 
 Each data-parallel rank gets at least two microbatches for each pipeline stage, if there are enough pairs.
 """
