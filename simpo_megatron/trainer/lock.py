@@ -45,7 +45,7 @@ def locked(name: str, folder: Path, file: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds the lock, or the file cannot be written.
     """
-    absent = [path for path in (file.parent, *file.absolute().parents) if not path.exists()]
+    absent = [path for path in file.absolute().parents if not path.exists()]
     mine = _me()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
