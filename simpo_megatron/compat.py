@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import logging
+import shutil
 import warnings
 from functools import partial
 from typing import Any
@@ -107,6 +108,35 @@ def check_balancing_loss() -> None:
             f"--moe-aux-loss-coeff: the router of megatron-core {info.__version__} would balance padding too; install "
             "megatron-core 0.16 or newer, or set it to 0"
         )
+
+
+# Python packages that core_v0.16.1 needs and does not declare. It imports six and triton; its Makefile uses pybind11.
+_MEGATRON_LM_PACKAGES = ("six", "pybind11", "triton")
+
+
+def missing_for_megatron_lm() -> list[str]:
+    """What Megatron-LM needs and this environment lacks, each with its remedy; nothing of Megatron-LM is imported."""
+    packages = [name for name in _MEGATRON_LM_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [f"{' and '.join(packages)} (pip install {' '.join(packages)})"] if packages else []
+    tools = [name for name in ("make", "g++") if shutil.which(name) is None]
+    if tools:
+        missing.append(
+            f"{' and '.join(tools)} on PATH, to compile its data set helpers (apt-get install {' '.join(tools)})"
+        )
+    if importlib.util.find_spec("gpt_builders") is None:
+        missing.append("Megatron-LM itself (PYTHONPATH=MEGATRON_LM, a checkout of core_v0.16.1)")
+    return missing
+
+
+def check_megatron_lm() -> None:
+    """Checks that Megatron-LM can be imported and can start. Call it before the first import of `megatron.training`.
+
+    Raises:
+        UserError: the environment lacks what Megatron-LM needs; it lists all of it.
+    """
+    missing = missing_for_megatron_lm()
+    if missing:
+        raise UserError(f"Megatron-LM cannot start, because the environment lacks {'; '.join(missing)}")
 
 
 def quiet_megatron() -> None:
