@@ -4,9 +4,8 @@
         ...                                          # raises UserError if another run holds it
 
 The file is JSON: host, pid and start time of the process that holds it. It is created with O_EXCL, so two processes
-cannot both create it, on network file systems too. It is removed on exit. A watcher, a shell that waits on a pipe of
-the process, removes it when the process is killed, even by SIGKILL. Where both are killed, the next run takes the lock
-over if it can know that the holder is gone: on the same host, or in the same Slurm job after a requeue.
+cannot both create it, on network file systems too. It is removed on exit. After a kill it stays, and the next run takes
+it over if it can know that the holder is gone: on the same host, or in the same Slurm job after a requeue.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import socket
-import subprocess
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
@@ -28,8 +25,6 @@ import psutil
 
 from simpo_megatron.errors import UserError
 
-# Waits for the end of the pipe, and removes the file ($0) if it still holds this process's token ($1).
-_WATCHER = 'trap "" INT TERM HUP; read -r _; grep -qF "$1" "$0" 2>/dev/null && rm -f -- "$0"'
 _CLOCK = 10.0  # seconds; the start time of a process, as the system computes it, shifts when the clock is set
 
 
@@ -57,16 +52,12 @@ def locked(name: str, folder: Path, file: Path) -> Iterator[None]:
             f"{name} {folder} is in use by {_describe(holder)}; wait until it ends or choose another folder, or delete "
             f"{file} if that process is gone"
         )
-    watcher = _watch(file, mine["token"])
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             if _read(file).get("token") == mine["token"]:
                 file.unlink()
-        if watcher is not None:
-            watcher.send_signal(signal.SIGKILL)
-            watcher.communicate()
         with contextlib.suppress(OSError):  # not empty
             for path in absent:
                 path.rmdir()
@@ -148,18 +139,3 @@ def _describe(holder: dict[str, Any]) -> str:
         return "another run, which its lock does not name"
     job = f" (Slurm job {holder['slurm_job']})" if holder.get("slurm_job") else ""
     return f"another run: process {holder.get('pid')} on {holder.get('host')}{job}, started {holder.get('started')}"
-
-
-def _watch(file: Path, token: str) -> subprocess.Popen[bytes] | None:
-    """Starts the watcher; None where no shell can be started."""
-    quiet = subprocess.DEVNULL
-    try:
-        return subprocess.Popen(
-            ["/bin/sh", "-c", _WATCHER, str(file.absolute()), token],
-            stdin=subprocess.PIPE,
-            stdout=quiet,
-            stderr=quiet,
-            start_new_session=True,
-        )
-    except OSError:
-        return None
