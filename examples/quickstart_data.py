@@ -28,11 +28,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.schema import parse_preference
 from simpo_megatron.errors import UserError
+from simpo_megatron.program import exit_code
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -204,7 +206,7 @@ def prepare(output: Path, data: Path | None, seed: int, held_out_data: Path | No
         held_out_data: preferences to evaluate on; None to hold out a part of `data`.
 
     Raises:
-        UserError: a file cannot be read, or has too few prompts.
+        UserError: a file cannot be read, or has too few prompts, or the disk is full.
     """
     if data is None:
         train, held_out = made_up_rows(seed)
@@ -218,7 +220,12 @@ def prepare(output: Path, data: Path | None, seed: int, held_out_data: Path | No
     tokenizer = make_tokenizer(train)
     model = make_model(tokenizer, seed)
     transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(output / "model")
+    try:
+        model.save_pretrained(output / "model")
+    except SafetensorError as error:
+        raise UserError(
+            f"--output {output} cannot be written: {error}; free space there, or give another folder"
+        ) from error
     tokenizer.save_pretrained(output / "model")
     print(
         f"{len(train)} pairs to train on, {len(held_out)} held out, {len(tokenizer)} tokens, "
@@ -234,12 +241,7 @@ def main() -> int:
     parser.add_argument("--held-out", type=Path, help="with --data: the preferences to evaluate on")
     parser.add_argument("--seed", type=int, default=0, help="of the made-up questions and the random weights")
     options = parser.parse_args()
-    try:
-        prepare(options.output, options.data, options.seed, options.held_out)
-    except UserError as error:
-        print(f"quickstart_data: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("quickstart_data", lambda: prepare(options.output, options.data, options.seed, options.held_out))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simpo_megatron.disk import cannot_write
+from simpo_megatron.files import atomic_path
+from simpo_megatron.program import exit_code
+
 matplotlib.use("Agg")  # draws to files; needs no screen
 from matplotlib import pyplot
 
@@ -63,6 +67,8 @@ class Checkpoint:
         if not isinstance(written, str):
             written = self.tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True)
         ids, room = self._ids(written), self.max_length // 2
+        if isinstance(row["prompt"], str) and self.tokenizer.bos_token_id not in (None, *ids[:1]):
+            ids = [self.tokenizer.bos_token_id, *ids]  # as training does with plain text
         if len(ids) > room and len(ids) + longest_response > self.max_length:
             ids = [ids[0], *ids[len(ids) - room + 1 :]]
         return ids
@@ -139,7 +145,11 @@ def print_table(before: dict[str, float], after: dict[str, float], pairs: int) -
 
 
 def plot(metrics: Path, file: Path) -> None:
-    """Draws loss, margin and accuracy by step, of the training batches and of the held-out pairs."""
+    """Draws loss, margin and accuracy by step, of the training batches and of the held-out pairs.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     panels = (("loss", "SimPO loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "ranking accuracy"))
@@ -149,7 +159,11 @@ def plot(metrics: Path, file: Path) -> None:
             axis.plot(*zip(*points, strict=True), style, label=label, alpha=0.6 if style == "-" else 1)
         axis.set(title=title, xlabel="step")
         axis.legend()
-    figure.savefig(file, dpi=120)
+    try:
+        with atomic_path(file) as temporary:
+            figure.savefig(temporary, dpi=120, format=file.suffix[1:] or "png")
+    except OSError as error:
+        raise cannot_write(f"--plot {file}", error, "give another file") from error
 
 
 def main() -> int:
@@ -162,7 +176,11 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--beta", type=float, default=2.0, help="scale of the rewards, as in training")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of prompt and response, as in training")
-    options = parser.parse_args()
+    return exit_code("quickstart_report", lambda: run(parser.parse_args()))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures both checkpoints, prints the table and draws the curves."""
     transformers.utils.logging.disable_progress_bar()
     rows = [json.loads(line) for line in options.held_out.read_text(encoding="utf-8").splitlines()]
     before, after = (
@@ -172,7 +190,6 @@ def main() -> int:
     print_table(before, after, len(rows))
     plot(options.metrics, options.plot)
     print(f"Curves: {options.plot}")
-    return 0
 
 
 if __name__ == "__main__":

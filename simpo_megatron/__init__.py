@@ -39,6 +39,7 @@ settings.py     groups of settings, and the checks of their values
 program.py      how a program ends: exit code, one sentence for a mistake of the user
 errors.py       `UserError`, a mistake that the user can fix
 files.py        files that are read and written whole
+disk.py         what a disk can hold, and the sentence for a file that cannot be written
 compat.py       optional imports and version gates
 cpu.py          Megatron-Core on a CPU
 """

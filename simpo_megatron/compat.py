@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import logging
+import shutil
 import warnings
 from functools import partial
 from typing import Any
@@ -109,12 +110,41 @@ def check_balancing_loss() -> None:
         )
 
 
+# Python packages that core_v0.16.1 needs and does not declare. It imports six and triton; its Makefile uses pybind11.
+_MEGATRON_LM_PACKAGES = ("six", "pybind11", "triton")
+
+
+def missing_for_megatron_lm() -> list[str]:
+    """What Megatron-LM needs and this environment lacks, each with its remedy; nothing of Megatron-LM is imported."""
+    packages = [name for name in _MEGATRON_LM_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [f"{' and '.join(packages)} (pip install {' '.join(packages)})"] if packages else []
+    tools = [name for name in ("make", "g++") if shutil.which(name) is None]
+    if tools:
+        missing.append(
+            f"{' and '.join(tools)} on PATH, to compile its data set helpers (apt-get install {' '.join(tools)})"
+        )
+    if importlib.util.find_spec("gpt_builders") is None:
+        missing.append("Megatron-LM itself (PYTHONPATH=MEGATRON_LM, a checkout of core_v0.16.1)")
+    return missing
+
+
+def check_megatron_lm() -> None:
+    """Checks that Megatron-LM can be imported and can start. Call it before the first import of `megatron.training`.
+
+    Raises:
+        UserError: the environment lacks what Megatron-LM needs; it lists all of it.
+    """
+    missing = missing_for_megatron_lm()
+    if missing:
+        raise UserError(f"Megatron-LM cannot start, because the environment lacks {'; '.join(missing)}")
+
+
 def quiet_megatron() -> None:
     """Silences warnings about Megatron-Core's own code, on which a user cannot act. Call it before importing Megatron.
 
     These warnings are silenced, and no others: Transformer Engine or Apex is absent; the optimizer reads `.grad` of a
-    shard that is not a leaf; whole experts are not sequence-parallel; torch will rename collectives that Megatron
-    calls; parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
+    shard that is not a leaf; whole experts are not sequence-parallel; torch will rename or remove collectives, a loader
+    and a class of tensors that Megatron uses; parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
     """
     for message in (
         "Apex is not installed",
@@ -125,8 +155,13 @@ def quiet_megatron() -> None:
         "Failed to create unified memory mempool",
     ):
         warnings.filterwarnings("ignore", message, UserWarning)
-    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
-        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
+    for message in (
+        "`torch.distributed.reduce_scatter_tensor` is deprecated",
+        "`torch.distributed.all_gather_into_tensor` is deprecated",
+        "`load_state_dict` is deprecated",
+        "Please use DTensor instead and we are deprecating ShardedTensor",
+    ):
+        warnings.filterwarnings("ignore", message, FutureWarning)
     for name, message in (
         ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
         ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),

@@ -21,8 +21,8 @@ import numpy as np
 from rich.console import Console
 
 from simpo_megatron import compat, cpu
-from simpo_megatron.checkpoint.folder import iteration_folder, release_folder
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
+from simpo_megatron.checkpoint.source import has_weights
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
@@ -37,8 +37,9 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.limits import check_processes, layout_arguments, processes_needed
+from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.planning.memory import Memory, Workload, estimate
-from simpo_megatron.settings import flag, require
+from simpo_megatron.settings import require
 
 ROWS = 64  # that are read of each data file
 
@@ -75,32 +76,39 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
         UserError: the run would end in this error, as far as it shows here.
     """
     cpu.enable()
-    remarks = [*config.objective.warnings(config.optimizer.lr, hf.num_parameters), *_remarks(config)]
+    from simpo_megatron.trainer.remarks import count_pairs, remarks
+
     cut = _check_layout(config, hf)
     start = _check_start(config, hf)
+    disk = check_disk(config, hf.architecture, config.train.train_iters)
     tokens = _check_data(config, hf)
     parallel, precision = config.parallel, "bf16" if config.train.bf16 else "fp32"
     rows = math.ceil(config.train.global_batch_size * tokens / config.data.seq_length)
     microbatches = max(1, math.ceil(rows / cut.data_parallel))
     layout, recompute = describe_layout(parallel, cut.data_parallel), parallel.recompute_granularity or "none"
     lines = {
-        "model": f"{hf.architecture.family.name}, {hf.num_parameters:,} parameters, {precision}; names and shapes of "
-        "all tensors are right",
+        "model": f"{hf.architecture.family.name}, {hf.num_parameters:,} parameters, {precision}; "
+        + ("names and shapes of all tensors are right" if has_weights(hf.path) else "no weights here to check"),
         "layout": f"{layout}, recompute {recompute}",
         "processes": f"{cut.world_size}; a multiple of {cut.needed} is needed",
         "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} packed rows a step, "
         f"{microbatches} a data-parallel rank",
         "starts from": start,
+        **({"disk": disk[0]} if disk else {}),
         "memory of a GPU": describe_memory(_estimate(config, hf, cut, microbatches)),
     }
     if config.train.preset is not None:
         lines["settings"] = describe(config.train.preset, flat(config))
-    _show(lines, remarks)
+    _show(lines, [*remarks(config, hf, count_pairs(config), cut.data_parallel), *_remarks(config, hf)])
 
 
-def _remarks(config: Config) -> list[str]:
+def _remarks(config: Config, hf: HFCheckpoint) -> list[str]:
     """What cannot be checked on this machine, or is left out of the estimate."""
     found = []
+    if _config_alone(hf):
+        found.append(
+            f"{hf.path} has no tokenizer: raw data was not tokenized, and a pair is taken as half of --seq-length"
+        )
     if config.model.transformer_impl == "transformer_engine" and not compat.have_transformer_engine():
         found.append(
             "--transformer-impl transformer_engine: Transformer Engine is not installed here; the machines of the run "
@@ -155,10 +163,12 @@ def _estimate(config: Config, hf: HFCheckpoint, cut: Cut, microbatches: int) -> 
 def _check_data(config: Config, hf: HFCheckpoint) -> float:
     """Checks training and validation data; the mean tokens of a training pair.
 
+    Where --hf-checkpoint is a config.json alone, raw files are read but not tokenized.
+
     Raises:
         UserError: as training, as far as the first rows show.
     """
-    tokenizer = load_tokenizer(hf.path)
+    tokenizer = None if _config_alone(hf) else load_tokenizer(hf.path)
     tokens = _pair_tokens(config.data.training_sources, "--train-data", config, hf, tokenizer)
     if config.data.valid_data is not None:
         _pair_tokens(config.data.valid_data, "--valid-data", config, hf, tokenizer)
@@ -173,10 +183,10 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpo
         flag: that names the sources, for errors.
         config: of the run.
         hf: its checkpoint.
-        tokenizer: of the checkpoint.
+        tokenizer: of the checkpoint; None if it has none.
 
     Returns:
-        The mean tokens of the pairs that were read, prompts counted twice.
+        The mean tokens of the pairs that were read, prompts counted twice; half a packed row where none was tokenized.
 
     Raises:
         UserError: as training, as far as these rows show.
@@ -187,6 +197,9 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpo
     for source in parse_blend(values, flag).sources:
         if is_prepared(source):
             pairs = open_prepared(source, config.data, hf, tokenizer)
+        elif tokenizer is None:
+            next(read_rows(source))
+            continue
         else:
             encoder = PairEncoder(tokenizer, config.data.options, hf.eos_token_ids)
             encoded = encode_rows(islice(read_rows(source), ROWS), encoder)
@@ -195,7 +208,12 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpo
             pairs = encoded.pairs
         check_ids(pairs, hf, source)
         found.append(pairs.pair_tokens[:ROWS])
-    return float(np.concatenate(found).mean())
+    return float(np.concatenate(found).mean()) if found else config.data.seq_length / 2
+
+
+def _config_alone(hf: HFCheckpoint) -> bool:
+    """Whether the checkpoint is a config.json without weights and tokenizer, as the examples have them."""
+    return not has_weights(hf.path) and not any(hf.path.glob("tokenizer*"))
 
 
 def _check_start(config: Config, hf: HFCheckpoint) -> str:
@@ -207,29 +225,22 @@ def _check_start(config: Config, hf: HFCheckpoint) -> str:
     Raises:
         UserError: the checkpoint is not complete, or is of another model; or the export would overwrite something.
     """
-    from simpo_megatron.models.export import check_target
-    from simpo_megatron.trainer.setup import step_to_resume
+    from simpo_megatron.trainer.folders import check_export, check_new_run
+    from simpo_megatron.trainer.resume import find_saved_run, follow, weights_folder
 
-    if config.model.export_hf is not None:
-        check_target(config.model.export_hf)
+    check_new_run(config.checkpoint)
+    check_export(config)
     check_tensors(hf)
-    load = config.checkpoint.load
-    step, folder = step_to_resume(config.checkpoint), None if load is None else release_folder(load)
-    if load is not None and step is not None:
-        folder = iteration_folder(load, step)
+    saved = find_saved_run(config.checkpoint)
+    _, changes = follow(config, saved)
+    folder = weights_folder(config.checkpoint) if saved is None else saved.folder
     if folder is None:
         return str(hf.path)
     try:
-        saved = read_torch_dist(folder, hf).args
+        read_torch_dist(folder, hf)
     except UserError as error:
         raise UserError(f"--load {config.checkpoint.load} does not fit {hf.path}: {error}") from error
-    now = flat(config)
-    for name in ("seed", "use_distributed_optimizer") if step is not None else ():
-        require(
-            saved.get(name, now[name]) == now[name],
-            f"{folder} was saved with {flag(name)} {saved.get(name)}, not {now[name]}; resume it with the same",
-        )
-    return str(folder)
+    return "; ".join((str(folder), *changes))
 
 
 def describe_memory(memory: Memory) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses this too, and the first error says more
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -51,6 +52,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def follow_umask(file: Path) -> None:
+    """Gives a file the mode that `open` would have given it: a library that writes a temporary file leaves 0600."""
+    mask = os.umask(
+        0o077
+    )  # the only way to read it; another thread that creates a file now gives it to its owner alone
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def read_json(file: Path) -> dict[str, Any]:

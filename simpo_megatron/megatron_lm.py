@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -46,34 +44,6 @@ from simpo_megatron.trainer.data import load_data
 ARGS_DEFAULTS = {"dataloader_type": "external", "micro_batch_size": 1, "tokenizer_type": "HuggingFaceTokenizer"}
 _DATA = [*OPTIONS, "share_prompts"]
 _HEAD = ["head", "head_slab_bytes"]
-
-
-# Python packages that core_v0.16.1 needs and does not declare. It imports six and triton; its Makefile uses pybind11.
-_PACKAGES = ("six", "pybind11", "triton")
-
-
-def missing_requirements() -> list[str]:
-    """What Megatron-LM needs and this environment lacks, each with its remedy; nothing of Megatron-LM is imported."""
-    packages = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    missing = [f"{' and '.join(packages)} (pip install {' '.join(packages)})"] if packages else []
-    tools = [name for name in ("make", "g++") if shutil.which(name) is None]
-    if tools:
-        missing.append(
-            f"{' and '.join(tools)} on PATH, to compile its data set helpers (apt-get install {' '.join(tools)})"
-        )
-    if importlib.util.find_spec("gpt_builders") is None:
-        missing.append("Megatron-LM itself (PYTHONPATH=MEGATRON_LM, a checkout of core_v0.16.1)")
-    return missing
-
-
-def check_requirements() -> None:
-    """Checks that Megatron-LM can be imported and can start. Call it before the first import of `megatron.training`.
-
-    Raises:
-        UserError: the environment lacks what Megatron-LM needs; it lists all of it.
-    """
-    missing = missing_requirements()
-    require(not missing, f"Megatron-LM cannot start, because the environment lacks {'; '.join(missing)}")
 
 
 def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

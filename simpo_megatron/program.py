@@ -7,26 +7,84 @@ one line names it. 130: interrupted from the keyboard.
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from simpo_megatron.disk import FULL, cannot_write
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_write
+
+
+def nearest(name: str, known: Collection[str], likeness: float = 0.7) -> str | None:
+    """The name that a user probably meant; None if no name is near.
+
+    Args:
+        name: what the user wrote, as a field name: `train_dat` for `--train-dat`.
+        known: the names that there are.
+        likeness: the least ratio of `difflib` that counts as near; 1 is equal.
+    """
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=likeness)), None)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong command line raises `UserError` instead of leaving the program."""
+    """argparse, but a wrong command line raises `UserError`, and an unknown flag is answered with the nearest one.
+
+    Flags cannot be abbreviated.
+
+    Args:
+        args: of argparse.
+        advise: what to tell the user of an unknown flag. It gets the flag as a field name and the names that there are,
+            and returns None if it has no advice.
+        options: of argparse.
+    """
+
+    def __init__(
+        self, *args: Any, advise: Callable[[str, Collection[str]], str | None] | None = None, **options: Any
+    ) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+        self._advise = advise
+
+    def accept(self, old: str, new: str) -> None:
+        """Accepts an old name of a flag; --help does not show it."""
+        self._option_string_actions[old] = self._option_string_actions[new]
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError; argparse calls it."""
         raise UserError(f"{message}; --help lists the flags")
 
+    # typeshed describes the method by overloads; this is their common form.
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        """As in argparse, but it refuses an unknown flag first, before a flag that is missing."""
+        for word in sys.argv[1:] if args is None else args:
+            if word == "--":
+                break
+            name = word.partition("=")[0]
+            # What argparse takes for a flag: no negative number, and no text with a blank.
+            if re.match(r"--|-[A-Za-z]", name) and " " not in name and name not in self._option_string_actions:
+                raise UserError(f"{name} is not a flag; {self._advice(name)}")
+        return super().parse_known_args(args, namespace)
+
+    def _advice(self, flag: str) -> str:
+        shown = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
+        known = {text[2:].replace("-", "_"): text for text in shown}
+        name = flag.lstrip("-").replace("-", "_")
+        if self._advise is not None and (advice := self._advise(name, known)):
+            return advice
+        near = nearest(name, known)
+        return f"did you mean {known[near]}?" if near else "--help lists the flags"
+
 
 def check_report(flag: str, file: Path) -> None:
-    """Checks before the work starts that a report can be written. It creates the file if there is none.
+    """Checks before the work starts that a report can be written. Nothing is left behind.
 
     Args:
         flag: that names the file, for the error.
@@ -35,11 +93,34 @@ def check_report(flag: str, file: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    there = file.exists()
     try:
         with file.open("a"):
             pass
+        if not there:
+            file.unlink()
     except OSError as error:
-        raise UserError(f"{flag} {file} cannot be written: {error.strerror}; give another file") from error
+        raise cannot_write(f"{flag} {file}", error, "give another file") from error
+
+
+def write_report(flag: str, file: Path, text: str) -> None:
+    """Writes a report whole or not at all; into a pipe or a device, as it comes.
+
+    Args:
+        flag: that names the file, for the error.
+        file: the report.
+        text: its content.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            file.write_text(text, encoding="utf-8")
+        else:
+            atomic_write(file.resolve(), text)
+    except OSError as error:
+        raise cannot_write(f"{flag} {file}", error, "give another file") from error
 
 
 def exit_code(program: str, action: Callable[[], int | None]) -> int:
@@ -50,7 +131,8 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
         action: the program. It returns its exit code, or None for 0.
 
     Returns:
-        What `action` returns, 2 if it raises UserError (printed to stderr), or 130 if it is interrupted.
+        What `action` returns, 2 if it raises UserError (printed to stderr) or meets a full or read-only disk, or 130 if
+        it is interrupted.
     """
     try:
         return action() or 0
@@ -61,6 +143,12 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
             # prints it.
             time.sleep(20)
         print(f"{program}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EROFS):
+            raise
+        what = error.filename or "a file"
+        print(f"{program}: {cannot_write(what, error, 'write to another disk')}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)

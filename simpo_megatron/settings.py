@@ -6,8 +6,10 @@ A group is a frozen dataclass derived from `Group`. `config/arguments.py` makes 
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from simpo_megatron.errors import UserError
@@ -67,6 +69,39 @@ def parse_size(name: str, text: str) -> int:
     if size <= 0:
         raise UserError(f"{name} {text} is not a size; give a number of bytes, or a size such as 256MiB or 1.5GB")
     return size
+
+
+_VARIABLE = re.compile(r"\\\$|\$(?:\{(?P<braced>\w+)\}|(?P<bare>[A-Za-z_]\w*))", re.ASCII)
+
+
+def expand(text: str) -> str:
+    r"""Expands `~` at the start, `$NAME` and `${NAME}`, as a shell does; `\$` is a dollar sign.
+
+    Raises:
+        UserError: an environment variable is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found["braced"] or found["bare"]
+        if name is None:
+            return "$"
+        if name not in os.environ:
+            raise UserError(
+                f"the environment variable {name} in {text} is not set; set it, or write \\$ for a dollar sign"
+            )
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, os.path.expanduser(text))
+
+
+def path_value(text: str) -> Path:
+    """The value of a setting that is a path, expanded as by `expand`."""
+    return Path(expand(text))
+
+
+def source_value(text: str) -> str:
+    """The value of a setting that names data: a path, a hub id, or several with weights. Each word is expanded."""
+    return " ".join(expand(word) for word in text.split(" "))
 
 
 class Group:

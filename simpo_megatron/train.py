@@ -30,17 +30,18 @@ def run(config: Config) -> None:
     """
     compat.quiet_megatron()
     compat.check_megatron_core()
+    from simpo_megatron.checkpoint.folder import read_tracker
+    from simpo_megatron.checkpoint.source import read_model
     from simpo_megatron.dry_run import dry_run
-    from simpo_megatron.models.export import check_target
-    from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
-    from simpo_megatron.parallel.together import raise_on_all_ranks
-    from simpo_megatron.trainer.checkpointing import check_new_run, check_writable
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
+    from simpo_megatron.trainer.folders import check_writable, hold_folders
     from simpo_megatron.trainer.loop import start_run
     from simpo_megatron.trainer.setup import build_transformer_config
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
-    hf = read_hf_checkpoint(config.model.checkpoint_folder)
+    load = config.checkpoint.load
+    loaded = load is not None and read_tracker(load) is not None
+    hf = read_model(config.model.checkpoint_folder, loaded=loaded, dry_run=config.train.dry_run)
     for flag, folder in (
         ("--save", config.checkpoint.save),
         ("--export-hf", config.model.export_hf),
@@ -48,17 +49,16 @@ def run(config: Config) -> None:
     ):
         if folder is not None:
             check_writable(flag, folder)
-    check_new_run(config.checkpoint.save, config.checkpoint.load)
     if config.train.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
             dry_run(config, hf)
         return
     transformer = build_transformer_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
-    if config.model.export_hf is not None:
-        with raise_on_all_ranks():  # after `initialize`: no rank is still writing its probe into the folder
-            check_target(config.model.export_hf)
-    start_run(config, hf, transformer).execute()
+    with hold_folders(config):  # after `initialize`: no rank is still writing its probe into a folder
+        found = start_run(config, hf, transformer)
+        if found is not None:
+            found.execute()
     shut_down()
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import test_wrong_input as wrong_input
+from tests.support.checkpoints import to_megatron
 from tests.support.distributed import WorkerPool
 from tests.support.runs import Inputs, flags, run_main, train
 from tests.support.tiny import make_checkpoint
@@ -133,3 +137,39 @@ def test_the_number_of_processes(pool: WorkerPool, inputs: Inputs) -> None:
     for world in ("0", "-4", "many", ""):
         [(code, _, err)] = pool.run(1, count_processes, argv, world)
         assert code == 2 and f"WORLD_SIZE is {world!r}, which is not a number of processes" in err
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_a_config_alone(pool: WorkerPool, inputs: Inputs, tokenizer: bool) -> None:
+    """A model too large for this machine: the weights, and even the tokenizer, are not there."""
+    alone = inputs.folder / "alone"
+    alone.mkdir()
+    for file in inputs.checkpoint.iterdir():
+        if file.name == "config.json" or (tokenizer and file.suffix != ".safetensors"):
+            shutil.copy(file, alone)
+    code, out, err = dry(pool, flags(alone, inputs.data, **BIG))
+    assert (code, err) == (0, "")
+    assert "no weights here to check" in out
+    assert ("has no tokenizer: raw data was not tokenized" in out) == (not tokenizer)
+    code, _, err = dry(pool, flags(alone, inputs.folder / "none.jsonl"))
+    assert code == 2 and "there is no such file" in err
+    [(code, _, err)] = pool.run(1, run_main, flags(alone, inputs.data))
+    assert code == 2 and "has neither model.safetensors nor" in err
+    config = alone / "config.json"
+    code, out, _ = dry(pool, flags(config, inputs.data))
+    assert code == 0 and f"starts from:     {config}" in out
+
+
+def test_bin_weights_serve_where_nothing_is_read_from_them(pool: WorkerPool, inputs: Inputs) -> None:
+    model = inputs.copy_checkpoint()
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    argv = flags(model, inputs.data, train_iters=1)
+    for more in ([], ["--dry-run"]):
+        [(code, _, err)] = pool.run(1, run_main, [*argv, *more])
+        assert code == 2 and "convert them with tools/hf_to_megatron.py" in err
+    converted = to_megatron(model, inputs.folder / "converted")
+    assert dry(pool, [*argv, "--load", str(converted)])[0] == 0
+    export = inputs.folder / "out"
+    assert pool.run(1, train, [*argv, "--load", str(converted), "--export-hf", str(export)]) == [None]
+    assert (export / "model.safetensors").is_file()

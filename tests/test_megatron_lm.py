@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from simpo_megatron import megatron_lm
+from simpo_megatron import compat, megatron_lm
 from simpo_megatron.errors import UserError
 from tests.support.distributed import WorkerPool, free_environment
 from tests.support.runs import flags, run_and_read
@@ -27,7 +27,7 @@ from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
 ROOT = Path(__file__).parent.parent
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
-MISSING = [what for what in megatron_lm.missing_requirements() if not what.startswith("Megatron-LM itself")]
+MISSING = [what for what in compat.missing_for_megatron_lm() if not what.startswith("Megatron-LM itself")]
 STEPS = 10
 # The architecture of tests/support/tiny.py, a constant learning rate, and what a machine without a GPU or Apex needs.
 ARGUMENTS = """
@@ -77,12 +77,12 @@ def test_all_that_megatron_lm_lacks_is_listed(monkeypatch: pytest.MonkeyPatch) -
         "Megatron-LM itself .*PYTHONPATH=MEGATRON_LM"
     )
     with pytest.raises(UserError, match=everything):
-        megatron_lm.check_requirements()
+        compat.check_megatron_lm()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "six" else object())
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert megatron_lm.missing_requirements() == ["six (pip install six)"]
+    assert compat.missing_for_megatron_lm() == ["six (pip install six)"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    megatron_lm.check_requirements()
+    compat.check_megatron_lm()
 
 
 def test_without_megatron_lm_the_script_ends_with_one_sentence() -> None:

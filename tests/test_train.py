@@ -101,6 +101,16 @@ def test_one_process_needs_no_launcher(inputs: Inputs) -> None:
     assert not save.exists()
 
 
+def test_a_resumed_run_prints_no_warning_of_a_library(pool: WorkerPool, inputs: Inputs) -> None:
+    save = inputs.folder / "run"
+    argv = flags(inputs.checkpoint, inputs.data, train_iters=1)
+    run_and_read(pool, 1, argv, save)
+    done = launch(["simpo_megatron.train", *argv, "--save", str(save), "--load", str(save), "--train-iters", "2"])
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("step 2/2") and "" not in lines
+
+
 def test_an_error_under_torchrun_is_printed_once(inputs: Inputs) -> None:
     wrong = truncated_line(inputs)
     logs = inputs.folder / "logs"

@@ -172,7 +172,7 @@ def half_precision(inputs: Inputs) -> Wrong:
 
 
 def unknown_flag(inputs: Inputs) -> Wrong:
-    return Wrong({"simpo_gama": 1}, ["--simpo-gama 1", "--help lists the flags"])
+    return Wrong({"simpo_gama": 1}, ["--simpo-gama is not a flag; did you mean --simpo-gamma?"])
 
 
 def unknown_setting(inputs: Inputs) -> Wrong:

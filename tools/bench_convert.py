@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from simpo_megatron.checkpoint.cli import human, positive  # noqa: E402
+from simpo_megatron.checkpoint.cli import positive  # noqa: E402
+from simpo_megatron.disk import human  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
 from simpo_megatron.settings import parse_size  # noqa: E402
 from tools.machine import append_rows  # noqa: E402

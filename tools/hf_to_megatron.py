@@ -21,13 +21,14 @@ if str(ROOT) not in sys.path:
 
 from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, print_end  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
+from simpo_megatron.settings import path_value  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = Parser(prog="hf_to_megatron.py", description="Hugging Face checkpoint -> Megatron checkpoint.")
-    parser.add_argument("--hf-checkpoint", type=Path, required=True, metavar="DIR", help="what to convert")
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where; DIR/release is made")
+    parser.add_argument("--hf-checkpoint", type=path_value, required=True, metavar="DIR", help="what to convert")
+    parser.add_argument("--save", type=path_value, required=True, metavar="DIR", help="where; DIR/release is made")
     parser.add_argument("--format", choices=("torch_dist", "torch"), default="torch_dist", help="(default torch_dist)")
     add_conversion_flags(parser)
     group = parser.add_argument_group("layout, for --format torch alone")

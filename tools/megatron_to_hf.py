@@ -1,10 +1,10 @@
 """Converts a Megatron checkpoint, torch_dist or torch, to Hugging Face safetensors, in bounded memory.
 
-    python tools/megatron_to_hf.py --load RUN --hf-reference MODEL --save OUT [--plan] [--dtype bfloat16] [--workers 4]
+    python tools/megatron_to_hf.py --load RUN --hf-checkpoint MODEL --save OUT [--plan] [--dtype bfloat16] [--workers 4]
 
 RUN is what some --save wrote to (its tracker names the iteration), or the folder of one iteration. No Megatron is
 needed. Optimizer state is left out. config.json, tokenizer, chat template and generation config are copied from MODEL.
-Without --hf-reference, config.json is made from the arguments in the checkpoint. Exit code 2 and one line for a
+Without --hf-checkpoint, config.json is made from the arguments in the checkpoint. Exit code 2 and one line for a
 mistake. All of it is in simpo_megatron/checkpoint/README.md.
 """
 
@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
 
 from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, print_end  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
+from simpo_megatron.settings import path_value  # noqa: E402
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -28,11 +29,14 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = Parser(prog="megatron_to_hf.py", description="Megatron checkpoint -> Hugging Face checkpoint.")
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="what to convert")
-    parser.add_argument("--hf-reference", type=Path, metavar="DIR", help="config and tokenizer to go with the weights")
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="where")
+    parser.add_argument("--load", type=path_value, required=True, metavar="DIR", help="what to convert")
+    parser.add_argument(
+        "--hf-checkpoint", type=path_value, metavar="DIR", help="folder whose config and tokenizer go with the weights"
+    )
+    parser.accept("--hf-reference", "--hf-checkpoint")
+    parser.add_argument("--save", type=path_value, required=True, metavar="DIR", help="where")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of all tensors (default: the checkpoint's)")
-    parser.add_argument("--vocab-size", type=positive, metavar="N", help="without padding; instead of --hf-reference")
+    parser.add_argument("--vocab-size", type=positive, metavar="N", help="without padding; instead of --hf-checkpoint")
     parser.add_argument(
         "--drop-trained-padding",
         action="store_true",
@@ -53,8 +57,8 @@ def run(argv: Sequence[str] | None) -> int:
     from simpo_megatron.models.hf_checkpoint import read_hf_config
 
     folder = checkpoint_folder(args.load)
-    if args.hf_reference:
-        hf = read_hf_config(args.hf_reference)
+    if args.hf_checkpoint:
+        hf = read_hf_config(args.hf_checkpoint)
     else:
         hf = checkpoint_of_args(folder, read_args(folder), args.vocab_size)
     saved = read_checkpoint(folder, hf)

@@ -1,6 +1,6 @@
 """Which layouts of a model fit into the memory of these GPUs, and what they cost; no GPU and no weights are needed.
 
-    python tools/plan_layout.py --model PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo]
+    python tools/plan_layout.py --hf-checkpoint PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo]
         [--json FILE]
 
 PATH is a Hugging Face checkpoint or a config.json. The table shows the best layouts first, each with
@@ -24,7 +24,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -32,9 +31,10 @@ from rich.table import Table
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
+from simpo_megatron.planning.checkpoint_size import checkpoint_size
 from simpo_megatron.planning.layouts import MOST_GPUS, LayoutCost, Request, fewest, fitting
-from simpo_megatron.program import Parser, check_report, exit_code
-from simpo_megatron.settings import parse_size
+from simpo_megatron.program import Parser, check_report, exit_code, write_report
+from simpo_megatron.settings import parse_size, path_value
 
 SHOWN = 15
 FREE = 0.1  # share of the memory that stays free
@@ -42,8 +42,11 @@ FREE = 0.1  # share of the memory that stays free
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = Parser(prog="plan_layout.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", type=Path, required=True, metavar="PATH", help="checkpoint folder or config.json")
+    parser = Parser(prog="plan_layout.py", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--hf-checkpoint", type=path_value, required=True, metavar="PATH", help="checkpoint folder or config.json"
+    )
+    parser.accept("--model", "--hf-checkpoint")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
     parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="memory of one GPU (default 80GiB)")
     parser.add_argument(
@@ -54,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pair-tokens", type=int, metavar="N", help=pair_tokens)
     parser.add_argument("--head-slab-bytes", default="256MiB", metavar="SIZE", help="as in training (default 256MiB)")
     parser.add_argument("--compare", choices=["dpo"], help="also show what DPO needs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all layouts to this file")
+    parser.add_argument("--json", type=path_value, metavar="FILE", help="write all layouts to this file")
     return parser
 
 
@@ -102,7 +105,7 @@ def read_request(args: argparse.Namespace) -> Request:
 def run(argv: Sequence[str] | None) -> int:
     """Finds the layouts, prints them and writes the report; returns the exit code."""
     args = build_parser().parse_args(argv)
-    request, hf = read_request(args), read_hf_config(args.model)
+    request, hf = read_request(args), read_hf_config(args.hf_checkpoint)
     methods = [_method("SimPO", hf, args.gpus, request)]
     if args.compare:
         methods.append(_method("DPO, reference on the GPUs", hf, args.gpus, replace(request, reference=True)))
@@ -114,11 +117,11 @@ def run(argv: Sequence[str] | None) -> int:
     )
     for method in methods:
         show(console, method)
-    for line in answers(methods, args.gpu_memory):
+    for line in (*answers(methods, args.gpu_memory), *remarks(hf, methods[0], args.global_batch_size)):
         console.print(line)
     if args.json is not None:
         report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, methods)}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report("--json", args.json, json.dumps(report, indent=1) + "\n")
     return 0 if methods[0].layouts else 1
 
 
@@ -173,6 +176,23 @@ def answers(methods: Sequence[Method], memory: str) -> list[str]:
     return lines
 
 
+def remarks(hf: HFCheckpoint, method: Method, pairs: int) -> list[str]:
+    """The size of a checkpoint, and whether data-parallel ranks would have nothing to do.
+
+    Args:
+        hf: the model.
+        method: whose layouts are shown.
+        pairs: of a step.
+    """
+    lines = [f"a checkpoint of training takes {checkpoint_size(hf.architecture)}; --dry-run compares it with the disk"]
+    if any(one.data_parallel_size > pairs for one in method.layouts[:SHOWN]):
+        lines.append(
+            f"warning: a data-parallel size (DP) above the {pairs} pairs of a step leaves ranks idle; use fewer GPUs, "
+            "or raise --global-batch-size"
+        )
+    return lines
+
+
 def describe(one: LayoutCost) -> str:
     """A layout in one line."""
     p = one.parallel
@@ -197,6 +217,7 @@ def as_json(hf: HFCheckpoint, methods: Sequence[Method]) -> dict[str, Any]:
 
     return {
         "parameters": hf.architecture.num_parameters,
+        "checkpoint": asdict(checkpoint_size(hf.architecture)),
         "objectives": {
             method.name: {
                 "layouts": [layout(one) for one in method.layouts],

@@ -21,15 +21,16 @@ if str(ROOT) not in sys.path:
 
 from simpo_megatron.checkpoint.cli import add_work_flags  # noqa: E402
 from simpo_megatron.program import Parser, exit_code  # noqa: E402
+from simpo_megatron.settings import path_value  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = Parser(prog="verify_checkpoint.py", description="Compares a Megatron checkpoint with its source.")
     parser.add_argument(
-        "--hf-checkpoint", type=Path, metavar="DIR", help="the source; if absent, the recorded hashes do"
+        "--hf-checkpoint", type=path_value, metavar="DIR", help="the source; if absent, the recorded hashes do"
     )
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="the Megatron checkpoint")
+    parser.add_argument("--load", type=path_value, required=True, metavar="DIR", help="the Megatron checkpoint")
     parser.add_argument(
         "--logits",
         action="store_true",

@@ -4,8 +4,8 @@ r"""Does a parallel layout compute the loss and the gradients that Hugging Face 
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 [--fp32] [--json FILE]
 
 One batch (8 pairs, or --global-batch-size) runs through the layout and, one layer at a time, through transformers on
-rank 0. Layout, data and objective have training's flags. What is compared and the tolerances:
-`simpo_megatron/verify/README.md`.
+rank 0. Layout, data and objective have training's flags, and --config takes a run's YAML file. What is compared and the
+tolerances: `simpo_megatron/verify/README.md`.
 
 Exit code: 0 within tolerance, 1 not, 2 a mistake in flags, data or checkpoint. Under torchrun any failure of a worker
 is 1; torchrun prints the worker's own code.
@@ -22,28 +22,64 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron import compat
-from simpo_megatron.config.arguments import build_parser, flat, parse
+from simpo_megatron.config.arguments import (
+    GROUPS,
+    add_objectives,
+    add_settings,
+    build_config,
+    flat,
+    heading,
+    settable,
+    settings_parser,
+    with_file,
+)
+from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write
-from simpo_megatron.program import check_report, exit_code
+from simpo_megatron.objectives import OBJECTIVES
+from simpo_megatron.parallel.config import ParallelConfig
+from simpo_megatron.program import Parser, check_report, exit_code, write_report
+from simpo_megatron.settings import path_value, required, source_value
 
 SHOWN = 10  # gradients in the table
 
-
-# Settings of training that this program does not use. A run's YAML file may hold them; their flags are refused.
-FIXED = {
-    "train_iters": 1,
-    "train_epochs": None,
-    "valid_data": None,
-    "save": None,
-    "load": None,
-    "save_interval": None,
-    "export_hf": None,
-    "tensorboard_dir": None,
-    "wandb_project": None,
-    "dry_run": False,
+# The settings of each group that this program uses. A run's YAML file may hold others: they have no effect here.
+USED: dict[str, tuple[str, ...]] = {
+    "model": (
+        "hf_checkpoint",
+        "transformer_impl",
+        "gradient_accumulation_fusion",
+        "make_vocab_size_divisible_by",
+        "head",
+        "head_slab_bytes",
+    ),
+    "parallel": tuple(field.name for field in settable(ParallelConfig)),
+    "data": tuple(field.name for field in settable(DataConfig) if field.name not in ("train_data", "valid_data")),
+    "train": ("preset", "global_batch_size", "seed", "device", "bf16", "fp32"),
 }
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = settings_parser(
+        "torchrun --nproc-per-node N tools/verify_layout.py",
+        str(__doc__).partition("\n")[0],
+        "YAML file of a run; flags win over it",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        type=source_value,
+        dest="train_data",
+        metavar="SOURCE",
+        help="preferences to verify with: what --train-data of training takes",
+    )
+    parser.accept("--train-data", "--data")
+    parser.add_argument("--json", type=path_value, metavar="FILE", help="write the report into this file")
+    add_objectives(parser)
+    for name, used in USED.items():
+        add_settings(parser.add_argument_group(heading(GROUPS[name])), GROUPS[name], used)
+    return parser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
@@ -58,25 +94,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
     Raises:
         UserError: a flag is wrong, or the report cannot be written.
     """
-    parser = build_parser("torchrun --nproc-per-node N tools/verify_layout.py", __doc__.splitlines()[0])
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        dest="train_data",
-        metavar="SOURCE",
-        help="preferences to verify with, as --train-data takes them",
-    )
-    reports: list[Path] = []
-    parser.add_argument(
-        "--json", type=reports.append, dest="json", metavar="PATH", help="write the report into this file"
-    )
-    config = parse(argv, parser, {"global_batch_size": 8}, FIXED)
-    if config.train.moe_aux_loss_coeff:
-        raise UserError(
-            f"--moe-aux-loss-coeff {config.train.moe_aux_loss_coeff:g} has no counterpart in the reference; verify "
-            "with 0"
-        )
-    report = Path(reports[-1]) if reports else None
+    given = vars(build_parser().parse_args(argv))
+    settings = with_file(given, {"global_batch_size": 8})
+    required(settings.get("train_data"), "--data is missing; give preferences to verify with")
+    objectives = (field.name for cls in OBJECTIVES.values() for field in settable(cls))
+    used = {"objective", "train_data", *objectives, *(name for names in USED.values() for name in names)}
+    config = build_config({name: value for name, value in settings.items() if name in used} | {"train_iters": 1})
+    report = given.get("json")
     if report is not None:
         check_report("--json", report)
     return config, report
@@ -125,7 +149,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
         if report_file is not None:
             # JSON has no NaN; it is written as a string.
             content = json.loads(json.dumps(_as_json(report, config)), parse_constant=str)
-            atomic_write(report_file, json.dumps(content, indent=1) + "\n")
+            write_report("--json", report_file, json.dumps(content, indent=1) + "\n")
     dist.broadcast_object_list(passed, src=0)
     if started_here:
         shut_down()

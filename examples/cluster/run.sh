@@ -82,13 +82,13 @@ run=(--config "$config" --hf-checkpoint "$MODEL" --train-data "${TRAIN_DATA:-${D
 case $step in
 dry-run) WORLD_SIZE=$((nodes * gpus)) RANK=0 python -m simpo_megatron.train "${run[@]}" --dry-run "$@" ;;
 convert) python "$root/tools/hf_to_megatron.py" --hf-checkpoint "$MODEL" --save "$OUTPUT/megatron" "$@" ;;
-prepare) python "$root/tools/preprocess_preferences.py" --config "$config" --input "$DATA" --hf-checkpoint "$MODEL" \
+prepare) python "$root/tools/preprocess_preferences.py" --config "$config" --data "$DATA" --hf-checkpoint "$MODEL" \
     --output-prefix "$OUTPUT/data/train" "$@" ;;
 verify) launch "$root/tools/verify_layout.py" --config "$config" --hf-checkpoint "$MODEL" --data "$DATA" --global-batch-size 8 "$@" ;;
 train) launch -m simpo_megatron.train "${run[@]}" "$@" ;;
 export)
     saved=$(cat "$OUTPUT/run/latest_checkpointed_iteration.txt") || fail "$OUTPUT/run has no checkpoint yet; train first"
-    python "$root/tools/megatron_to_hf.py" --load "$OUTPUT/run" --hf-reference "$MODEL" --save "$OUTPUT/aligned-$saved" "$@"
+    python "$root/tools/megatron_to_hf.py" --load "$OUTPUT/run" --hf-checkpoint "$MODEL" --save "$OUTPUT/aligned-$saved" "$@"
     ;;
 *) fail "$step is not a step; use dry-run, convert, prepare, verify, train or export" ;;
 esac

@@ -4,7 +4,7 @@
 # Hardware: 8 nodes of 8 GPUs with 80 GB, NVLink inside and InfiniBand between them. Not run on a GPU yet.
 # Layout: tensor 8 x pipeline 2 (4 virtual stages each) x data 4.
 # Expected memory: 50.4 GiB on the fullest GPU, without CUDA context and NCCL buffers, by
-#     python tools/plan_layout.py --model examples/llama3_70b/model.json --gpus 64 --seq-length 4096
+#     python tools/plan_layout.py --hf-checkpoint examples/llama3_70b/model.json --gpus 64 --seq-length 4096
 # Checkpoint: 919.9 GiB each (14 bytes a parameter), every 100 steps and at the end; none is deleted. 60,000 pairs make 5.
 # Time: not measured.
 #

@@ -4,7 +4,7 @@
 # Hardware: 1 node of 8 GPUs with 80 GB, NVLink inside. Not run on a GPU yet.
 # Layout: tensor 2 x data 4.
 # Expected memory: 44.6 GiB on the fullest GPU, without CUDA context and NCCL buffers, by
-#     python tools/plan_layout.py --model examples/llama3_8b/model.json --gpus 8 --seq-length 4096
+#     python tools/plan_layout.py --hf-checkpoint examples/llama3_8b/model.json --gpus 8 --seq-length 4096
 # Checkpoint: 104.7 GiB each (14 bytes a parameter), every 100 steps and at the end; none is deleted. 60,000 pairs make 5.
 # Time: not measured.
 #

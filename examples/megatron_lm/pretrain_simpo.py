@@ -26,7 +26,7 @@ from simpo_megatron.program import exit_code  # noqa: E402
 
 def main() -> None:
     """Hands our dataset, model and forward step to Megatron-LM's pretrain()."""
-    megatron_lm.check_requirements()
+    compat.check_megatron_lm()
     cpu.enable_megatron_lm_without_gpu()
     # Megatron-LM is imported after both.
     from gpt_builders import gpt_builder

@@ -4,7 +4,7 @@
 # Hardware: 4 nodes of 8 GPUs with 80 GB, NVLink inside and InfiniBand between them. Not run on a GPU yet.
 # Layout: tensor 4 x data 8, experts over 8 GPUs, each expert whole.
 # Expected memory: 58.6 GiB on the fullest GPU, without CUDA context and NCCL buffers, by
-#     python tools/plan_layout.py --model examples/mixtral_8x7b/model.json --gpus 32 --seq-length 4096
+#     python tools/plan_layout.py --hf-checkpoint examples/mixtral_8x7b/model.json --gpus 32 --seq-length 4096
 # The estimate assumes that the router spreads tokens evenly over the experts. It does not quite, so keep a few GiB free.
 # Checkpoint: 608.9 GiB each (14 bytes a parameter), every 100 steps and at the end; none is deleted. 60,000 pairs make 5.
 # Time: not measured.

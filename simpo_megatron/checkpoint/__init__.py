@@ -4,7 +4,7 @@ A conversion is planned completely before the first byte moves: every tensor's b
 which. Running the plan is reading and writing byte ranges, in pieces of bounded size that are hashed on the way.
 README.md is for users.
 
-cli.py          what the programs in tools/ share: flags, sizes, the last line
+cli.py          what the programs in tools/ share: flags, the last line
 folder.py       Megatron-LM's checkpoint folder: the tracker, the folder of an iteration, its saved arguments
 source.py       the tensors of a Hugging Face checkpoint, safetensors or .bin: names, shapes and places
 parameters.py   Megatron parameters and the blocks of them in files, which both formats and both directions use

@@ -1,4 +1,4 @@
-"""What the converting programs in tools/ share: flags and sizes."""
+"""What the converting programs in tools/ share: flags, and the last line."""
 
 from __future__ import annotations
 
@@ -27,19 +27,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
-
-
-def human(size: float) -> str:
-    """A number of bytes as people read it.
-
-    >>> human(1536), human(3 * 2**30)
-    ('1.5 KiB', '3.0 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def add_work_flags(parser: argparse.ArgumentParser) -> None:

@@ -122,17 +122,17 @@ def checkpoint_of_args(folder: Path, args: Mapping[str, Any], vocab_size: int | 
         UserError: there are no arguments, or they do not describe a family this package knows.
     """
     if not args:
-        raise UserError(f"{folder} has no arguments to make a config.json from; give --hf-reference")
+        raise UserError(f"{folder} has no arguments to make a config.json from; give --hf-checkpoint")
     rows = vocab_size or args.get("vocab_size")
     if rows is None:
         raise UserError(
             f"the arguments in {folder} have only the padded vocabulary ({args.get('padded_vocab_size')} rows); give "
-            "--hf-reference, or --vocab-size"
+            "--hf-checkpoint, or --vocab-size"
         )
     try:
         config = config_of_args(args, rows)
     except UserError as error:
         raise UserError(f"the arguments in {folder} cannot be converted: {error}") from error
     if config is None:
-        raise UserError(f"the arguments in {folder} do not describe a family that is supported; give --hf-reference")
+        raise UserError(f"the arguments in {folder} do not describe a family that is supported; give --hf-checkpoint")
     return HFCheckpoint(folder, config, read_architecture(folder, config), (), {})

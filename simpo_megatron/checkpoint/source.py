@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as a source: its config and the places of its tensors, safetensors or pytorch_model*.bin.
 
 The pickles of .bin files are read without loading or running anything (safe_pickle.py). A directory without weights
-serves for --plan, with the tensors that its config.json implies.
+serves for --plan, for --dry-run and for runs that start from --load, with the tensors that its config.json implies.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from simpo_megatron.models.hf_checkpoint import (
     check_tensors,
     expected_tensors,
     read_hf_checkpoint,
+    read_hf_config,
     read_safetensors,
 )
 
@@ -42,13 +43,29 @@ def read_source(path: Path) -> HFCheckpoint:
     return hf
 
 
+def read_model(path: Path, *, loaded: bool, dry_run: bool) -> HFCheckpoint:
+    """The model of a run, whose weights may come from elsewhere.
+
+    Args:
+        path: --hf-checkpoint.
+        loaded: the weights come from --load, so .bin files serve, and so does a folder without weights.
+        dry_run: no weights are needed; those that are there are checked as the run would.
+
+    Raises:
+        UserError: as `read_hf_checkpoint`, or `path` has no weights and the run needs them.
+    """
+    if (loaded or dry_run) and path.exists() and not has_weights(path):
+        return imagine_weights(read_hf_config(path))
+    return read_hf_checkpoint(path, _read_tensors if loaded else None)
+
+
 def has_weights(path: Path) -> bool:
     """Whether a directory holds weights, or at least an index of them."""
     return any((path / name).exists() for name in (INDEX, SINGLE, BIN_INDEX, BIN))
 
 
 def imagine_weights(hf: HFCheckpoint) -> HFCheckpoint:
-    """The model with the tensors that config.json implies, in the dtype it states, for --plan.
+    """The model with the tensors that config.json implies, in the dtype it states.
 
     Raises:
         UserError: the dtype is not a supported one.

@@ -19,6 +19,7 @@ from simpo_megatron.checkpoint.transfer.moves import Unit
 from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, PlanLine, file_stamps, fingerprint
 from simpo_megatron.files import atomic_write
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.parallel.stages import VOCAB_DIVISOR
 
 
 def plan_to_megatron(hf: HFCheckpoint, layout: RankLayout | None, save: Path, options: Options) -> Conversion:
@@ -49,7 +50,7 @@ def plan_to_megatron(hf: HFCheckpoint, layout: RankLayout | None, save: Path, op
         return fingerprint("to megatron", 1, hf.config, file_stamps(sources), facts)
 
     def finish(folder: Path, hashes: dict[str, str], plan: str) -> None:
-        args = megatron_args(hf.architecture)
+        args = megatron_args(hf.architecture, VOCAB_DIVISOR if layout is None else layout.make_vocab_size_divisible_by)
         if layout is None:
             common = common_state(namespace(args))
             write_metadata(folder, parameters, file_sets, hf.architecture.num_layers, common)

@@ -1,9 +1,11 @@
 """The settings of a run: from flags, a YAML file and presets to checked, frozen dataclasses.
 
-run.py         `Config` and its groups: model, training, optimizer, checkpoints, logging
-data.py        the group of the data: sources, lengths, and how rows become pairs
-arguments.py   groups -> flags and YAML keys -> `Config`; flags win over the file, the file over the preset
-presets.py     the hyperparameters of the SimPO paper, by model
+run.py           `Config` and its groups: model, training, optimizer, checkpoints, logging
+data.py          the group of the data: sources, lengths, and how rows become pairs
+arguments.py     groups -> flags and YAML keys -> `Config`; flags win over the file, the file over the preset
+data_tools.py    the flags of the tools that turn rows into pairs
+other_names.py   the settings of TRL and Megatron-LM, and what does the same here: "did you mean"
+presets.py       the hyperparameters of the SimPO paper, by model
 
 The layout's group is `parallel/config.py`; the objectives' groups are the files of `objectives/`.
 """

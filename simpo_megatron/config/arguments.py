@@ -10,19 +10,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from simpo_megatron.config.data import OPTIONS, DataConfig
-from simpo_megatron.config.presets import PRESETS
+from simpo_megatron.config.data import DataConfig
+from simpo_megatron.config.other_names import advise
+from simpo_megatron.config.presets import PRESETS, ShowPresets
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.program import Parser
-from simpo_megatron.settings import choices, flag, require
+from simpo_megatron.settings import choices, flag, path_value, require, source_value
 
 GROUPS: dict[str, type] = {
     field.name: typing.get_type_hints(Config)[field.name]
@@ -36,6 +37,8 @@ DROPS = {
     "train_iters": "train_epochs",
     "train_epochs": "train_iters",
     "max_length": "max_prompt_length",
+    "fp32": "bf16",
+    "bf16": "fp32",
 }
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 
@@ -66,32 +69,45 @@ def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
     ]
 
 
-def build_parser(
-    prog: str = "torchrun --nproc-per-node N -m simpo_megatron.train",
-    description: str = "SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, "
-    "aligned Hugging Face checkpoint out.",
-) -> argparse.ArgumentParser:
-    """A parser with a flag for every setting. A flag that is not given is absent from the namespace.
+def build_parser() -> Parser:
+    """The parser of the training program, with a flag for every setting. A flag that is not given is absent."""
+    parser = settings_parser(
+        "torchrun --nproc-per-node N -m simpo_megatron.train",
+        "SimPO preference training on Megatron-Core: Hugging Face checkpoint and preferences in, aligned one out.",
+        "YAML file with the same names, for example `train_iters: 100`; flags win over it",
+    )
+    parser.add_argument("--list-presets", action=ShowPresets)
+    add_objectives(parser)
+    for cls in GROUPS.values():
+        add_settings(parser.add_argument_group(heading(cls)), cls)
+    return parser
+
+
+def settings_parser(prog: str, description: str | None, config_help: str) -> Parser:
+    """A parser with --config, to which a program adds settings. A flag that is not given is absent from the namespace.
+
+    A setting of training that the program does not have is refused, and the error says so.
 
     Args:
         prog: the command, for the usage line.
         description: what the program does.
+        config_help: the help text of --config.
     """
+    settings = {"objective", *(field.name for _, field, _ in _fields())}
+
+    def answer(name: str, known: Collection[str]) -> str | None:
+        if name in settings and name not in known:
+            return "training has it, and here it would have no effect; drop it"
+        return advise(name, known, flag)
+
     parser = Parser(
         prog=prog,
         description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+        advise=answer,
     )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="PATH",
-        help="YAML file with the same names, for example `train_iters: 100`; flags win over it",
-    )
-    add_objectives(parser)
-    for cls in GROUPS.values():
-        add_settings(parser.add_argument_group(heading(cls)), cls)
+    parser.add_argument("--config", type=path_value, metavar="PATH", help=config_help)
     return parser
 
 
@@ -119,10 +135,10 @@ def build_objective(settings: dict[str, Any]) -> Objective:
     """
     name = settings.get("objective", DEFAULT_OBJECTIVE)
     require(name in OBJECTIVES, f"--objective {name} is not known; use {' or '.join(OBJECTIVES)}")
-    return _build(OBJECTIVES[name], settings)
+    return build_group(OBJECTIVES[name], settings)
 
 
-def _build(group: type, settings: dict[str, Any]) -> Any:
+def build_group(group: type, settings: dict[str, Any]) -> Any:
     """Builds a group from those settings that are its fields."""
     own = {field.name: settings[field.name] for field in settable(group) if field.name in settings}
     given = frozenset(name for name, value in own.items() if value is not None)
@@ -154,44 +170,12 @@ def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[
     if kind is bool:
         section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
     elif typing.get_origin(kind) is tuple:
-        section.add_argument(name, nargs="+", help=text, metavar="SOURCE", **options)
+        section.add_argument(name, nargs="+", type=source_value, help=text, metavar="SOURCE", **options)
     elif allowed:
         section.add_argument(name, choices=allowed, help=text, **options)
     else:
         metavar = field.metadata["metavar"] or METAVARS[kind]
-        section.add_argument(name, type=kind, help=text, metavar=metavar, **options)
-
-
-def data_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser for a tool that turns rows into pairs as training does.
-
-    It has training's flags for that; the tool adds its own.
-
-    Args:
-        program: the command, for the usage line.
-        description: what the tool does.
-    """
-    parser = Parser(
-        prog=program,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="PATH",
-        help="YAML file of a run: the settings below are read from it and its preset",
-    )
-    add_settings(parser.add_argument_group("rows to pairs, as in training"), DataConfig, (*OPTIONS, "seq_length"))
-    return parser
-
-
-def data_config(args: argparse.Namespace) -> DataConfig:
-    """The data settings of a tool: the flags of `data_parser` over its --config, with training's defaults."""
-    settings = _with_file(vars(args))
-    return _build(DataConfig, {name: settings[name] for name in (*OPTIONS, "seq_length") if name in settings})
+        section.add_argument(name, type=path_value if kind is Path else kind, help=text, metavar=metavar, **options)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -211,9 +195,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in annotations:
-            raise UserError(f"--config {path}: {key} is not a setting; --help lists them")
+            advice = advise(name, annotations, str) or "--help lists them"
+            raise UserError(f"--config {path}: {key} is not a setting; {advice}")
         try:
             settings[name] = _convert(value, annotations[name])
+        except UserError as error:
+            raise UserError(f"--config {path}: {key}: {error}") from error
         except (TypeError, ValueError, OverflowError) as error:
             kind = getattr(_value_type(annotations[name]), "__name__", "list")
             raise UserError(f"--config {path}: {key}: {value!r} is not of type {kind}") from error
@@ -225,9 +212,11 @@ def _convert(value: Any, annotation: Any) -> Any:
     if value is None and type(None) in typing.get_args(annotation):
         return None
     if typing.get_origin(kind) is tuple:
-        return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
+        return tuple(source_value(str(item)) for item in (value if isinstance(value, list) else [value]))
     if value is None or (kind is bool) != isinstance(value, bool):
         raise TypeError
+    if kind is Path:
+        return path_value(value)
     if kind is int and int(value) != float(value):
         raise ValueError
     return kind(value)  # YAML reads 1e-6 as a string: float() takes it
@@ -236,20 +225,27 @@ def _convert(value: Any, annotation: Any) -> Any:
 def layered(*layers: dict[str, Any]) -> dict[str, Any]:
     """Merges layers of settings; later layers win.
 
+    Raises:
+        UserError: a layer turns on both --fp32 and --bf16.
+
     >>> layered({"train_epochs": 1.0, "lr": 1e-6}, {"train_iters": 5})
     {'lr': 1e-06, 'train_iters': 5}
     """
     settings: dict[str, Any] = {}
     drops = DROPS | {name: other for cls in OBJECTIVES.values() for name, other in cls.drops.items()}
     for layer in layers:
+        require(
+            not (layer.get("fp32") and layer.get("bf16")),
+            "--fp32 and --bf16 are both on; give one of them, by a flag or in the file",
+        )
         for name, other in drops.items():
-            if layer.get(name) is not None:
+            if layer.get(name) is not None and layer[name] is not False:
                 settings.pop(other, None)
         settings |= layer
     return settings
 
 
-def _with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+def with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
     """Merges the layers: `given` over the file that its `config` names, over the preset, over `defaults`."""
     path = given.get("config")
     file = read_yaml(path) if path else {}
@@ -258,28 +254,25 @@ def _with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) ->
     return layered(defaults or {}, PRESETS.get(str(preset), {}), file, given)
 
 
-def parse(
-    argv: Sequence[str] | None = None,
-    parser: argparse.ArgumentParser | None = None,
-    defaults: dict[str, Any] | None = None,
-    fixed: dict[str, Any] | None = None,
-) -> Config:
-    """The configuration that a command line asks for.
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line of the training program asks for.
 
     Args:
         argv: the flags; None for those of this process.
-        parser: from `build_parser`, perhaps with more flags; None for the training program's.
-        defaults: settings by field name that hold if neither a flag nor the file gives them.
-        fixed: settings that the program sets itself. They win over the file; the user may not give their flags.
 
     Raises:
         UserError: an unknown flag or key, a value of the wrong type, or settings that contradict each other.
     """
-    given = vars((parser or build_parser()).parse_args(argv))
-    for name in given.keys() & (fixed or {}).keys():
-        raise UserError(f"{flag(name)} {given[name]} has no meaning here; drop it")
-    settings = layered(_with_file(given, defaults), fixed or {})
-    groups = {name: _build(group, settings) for name, group in GROUPS.items()}
+    return build_config(with_file(vars(build_parser().parse_args(argv))))
+
+
+def build_config(settings: dict[str, Any]) -> Config:
+    """The configuration of these settings, by field name; the others have their defaults.
+
+    Raises:
+        UserError: settings contradict each other, or one that a run needs is missing.
+    """
+    groups = {name: build_group(group, settings) for name, group in GROUPS.items()}
     return Config(objective=build_objective(settings), **groups)
 
 

@@ -8,7 +8,8 @@ tokens. beta, gamma / beta and the learning rate are the paper's for the model.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import argparse
+from typing import Any, Literal, NoReturn, get_args
 
 Preset = Literal["mistral-base", "mistral-instruct", "llama3-base", "llama3-instruct", "llama3-instruct-v0.2"]
 
@@ -49,3 +50,25 @@ def describe(preset: str, settings: dict[str, Any]) -> str:
     kept = [f"{name} {value}" for name, value in used.items() if settings[name] == value]
     other = [f"{name} {settings[name]} (preset {value})" for name, value in used.items() if settings[name] != value]
     return f"preset {preset}: {', '.join(kept)}" + (f"; set otherwise: {', '.join(other)}" if other else "")
+
+
+def table() -> str:
+    """All presets and their values: one line for each setting, one column for each preset."""
+    rows = [["setting", *PRESETS]]
+    rows += [[name, *(str(values[name]) for values in PRESETS.values())] for name in next(iter(PRESETS.values()))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+class ShowPresets(argparse.Action):
+    """The flag --list-presets: prints the presets and ends the program, as --help does."""
+
+    def __init__(self, option_strings: list[str], dest: str, **_: Any) -> None:
+        short = "; ".join(f"{name} {beta:g}, {ratio:g}, {lr:g}" for name, (beta, ratio, lr) in _BETA_RATIO_LR.items())
+        text = f"print the values of the presets and exit; beta, gamma / beta and lr are: {short}"
+        super().__init__(option_strings, dest, nargs=0, help=text)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Prints the table; argparse calls it."""
+        print(table())
+        parser.exit()

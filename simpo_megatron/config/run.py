@@ -141,9 +141,24 @@ class OptimizerConfig(Group):
     adam_beta2: float = setting(0.999, "decay of Adam's mean of the squared gradient")
     adam_eps: float = setting(1e-8, "added to the denominator of Adam's update")
     clip_grad: float = setting(1.0, "clip the gradient to this norm; 0: do not clip")
+    override_opt_param_scheduler: bool | None = setting(
+        None,
+        "on resume, learning rates, warm-up, decay and weight decay are those of the flags (default: on, unless "
+        "--use-checkpoint-opt-param-scheduler is given); off: they must be those of the checkpoint",
+    )
+    use_checkpoint_opt_param_scheduler: bool = setting(
+        False,
+        "on resume, learning rates, warm-up, decay, its length and weight decay are those of the checkpoint, and the "
+        "flags are not used",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            not (self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler),
+            "--override-opt-param-scheduler takes the schedule of the flags and --use-checkpoint-opt-param-scheduler "
+            "that of the checkpoint; give one of them",
+        )
         self.positive("lr", "adam_eps")
         self.fraction("lr_warmup_fraction", "adam_beta1", "adam_beta2")
         require(0 <= self.min_lr <= self.lr, f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
@@ -162,6 +177,11 @@ class CheckpointConfig(Group):
         "folder to start from: the latest checkpoint of a run, which is resumed, or weights of "
         "tools/hf_to_megatron.py; may be the folder of --save while it is still empty",
     )
+    finetune: bool = setting(
+        False,
+        "take the weights of --load alone: a new run starts at step 0 with a fresh optimizer, schedule and data order, "
+        "whatever the objective of the saved run",
+    )
     save_interval: int | None = setting(
         None, "steps between two checkpoints (default: one checkpoint, after the last step, which is always saved)"
     )
@@ -169,6 +189,10 @@ class CheckpointConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.positive("save_interval")
+        require(
+            not self.finetune or self.load is not None,
+            "--finetune needs --load, the folder of the run whose weights to start from",
+        )
         require(
             self.save_interval is None or self.save is not None, "--save-interval needs --save, the folder to save into"
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from simpo_megatron.data.pairs import BlendedPairs, Pairs
+from simpo_megatron.data.reading import can_be_source, source_exists
 from simpo_megatron.errors import UserError
 
 
@@ -36,7 +36,10 @@ class Blend:
 
 
 def parse_blend(values: Sequence[str], flag: str) -> Blend:
-    """Reads the values of a flag. A single value that holds them all, as in a YAML file, is split at spaces.
+    """Reads the values of a flag.
+
+    A single value may hold a whole blend, as in a YAML file. It is split at spaces unless it is itself a source, and
+    only where it begins with a weight or every part can be a source. So a path with spaces stays whole.
 
     Args:
         values: of the flag.
@@ -45,8 +48,10 @@ def parse_blend(values: Sequence[str], flag: str) -> Blend:
     Raises:
         UserError: a weight is not a number above 0, or only some of the sources have one.
     """
-    if len(values) == 1 and not Path(values[0]).exists() and len(values[0].split()) > 1:
-        values = values[0].split()
+    if len(values) == 1 and not source_exists(values[0]):
+        parts = values[0].split()
+        if len(parts) > 1 and (_number(parts[0]) is not None or all(map(can_be_source, parts))):
+            values = parts
     if len(values) == 1:
         return Blend(list(values))
     example = "give a weight before every source, as in 0.7 a 0.3 b, or none"
@@ -72,6 +77,6 @@ def parse_blend(values: Sequence[str], flag: str) -> Blend:
 
 def _number(text: str) -> float | None:
     try:
-        return None if Path(text).exists() else float(text)
+        return None if source_exists(text) else float(text)
     except ValueError:
         return None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from simpo_megatron.data.checks import CHECKS
+from simpo_megatron.data.checks import CHECKS, Form
 from simpo_megatron.data.encode import EncodedPair, PairEncoder, TemplateError, truncate
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.pairs import CHOSEN_CUT, REJECTED_CUT
@@ -59,7 +59,8 @@ class Doctor:
         rows: rows examined.
         lengths: (prompt, chosen, rejected) tokens of every pair that training would use, after truncation.
         whole: tokens of the longer sequence of each of these pairs, before truncation.
-        views: first of the pair that was asked for, then of one example of every fault that is found in ids.
+        form: of the rows; None for a prepared set, which does not say.
+        asked: view of the pair that was asked for; None where its template is at fault.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class Doctor:
         self.rows = 0
         self.lengths: list[tuple[int, int, int]] = []
         self.whole: list[int] = []
-        self.views: list[View] = []
+        self.form: Form | None = None
+        self.asked: View | None = None
+        self._examples: list[View] = []
         self._shown: set[str] = set()  # faults that have a view
         self._seen: set[bytes] = set()
         self._leaks: set[bytes] = set()
@@ -113,6 +116,7 @@ class Doctor:
         """
         for block in row_blocks(rows):
             preferences = [parse_preference(row, where) for where, row in block]
+            self.form = self.form or _form(block[0][1], preferences[0])
             try:
                 pairs: list[EncodedPair | None] = [*self.encoder.encode(preferences)]
             except TemplateError:
@@ -123,7 +127,9 @@ class Doctor:
                 if pair is not None:
                     cut = truncate(pair, self.options, self.bos)
                     usable = bool(pair.chosen and pair.rejected) and pair.chosen != pair.rejected
-                    self._look_at_pair(preference.where, pair, cut, usable and all(t.strip() for t in preference.texts))
+                    usable = usable and all(text.strip() for text in preference.texts)
+                    straddles = pair.boundary_merges > 0 and self.encoder.straddles(preference)
+                    self._look_at_pair(preference.where, pair, cut, usable, straddles)
 
     def examine_prepared(self, pairs: PreparedPairs) -> None:
         """Reads a prepared set back from its ids."""
@@ -144,7 +150,7 @@ class Doctor:
             self.rows += 1
             self._look_at_scores(where, float(numbers["score_chosen"]), float(numbers["score_rejected"]))
             self._look_at_texts(where, str(self.tokenizer.decode(prompt)), self._texts(chosen, rejected), special=False)
-            self._look_at_pair(where, pair, pair, usable=True)
+            self._look_at_pair(where, pair, pair, usable=True, straddles=False)
 
     def finish(self) -> None:
         """Looks for faults of the whole set. Call it once, last."""
@@ -155,13 +161,18 @@ class Doctor:
                 share, [f"{share} of {len(table)} chosen responses are the longer one"]
             )
 
+    @property
+    def views(self) -> list[View]:
+        """First the pair that was asked for, then one example of every fault that is found in ids."""
+        return [*([self.asked] if self.asked else []), *self._examples]
+
     def blocks(self, name: str) -> bool:
         """Whether so many rows have the fault that training should not start."""
         limit, count = CHECKS[name].limit, self.findings[name].count
         return limit is not None and count > limit * max(self.rows, 1)
 
     def fix(self, name: str) -> str:
-        """What fixes a fault; for truncation with the length that is needed."""
+        """What fixes a fault in rows of this form; for truncation with the length that is needed."""
         if name in ("eos_lost", "prompt_cut") and self.whole:
             needed = int(np.percentile(self.whole, 99, method="higher"))
             if needed > self.options.max_length:
@@ -169,7 +180,7 @@ class Doctor:
             if max(self.whole) > self.options.max_length:
                 return f"{CHECKS[name].fix} {max(self.whole)} (all pairs fit)"
             return f"{CHECKS[name].fix} above {self.options.max_length}"
-        return CHECKS[name].fix
+        return CHECKS[name].fixes.get(self.form, CHECKS[name].fix)
 
     def _encode_alone(self, preference: Preference) -> EncodedPair | None:
         try:
@@ -202,8 +213,8 @@ class Doctor:
         if any(_ODD.search(text) for text in texts):
             self.note("odd_text", where)
 
-    def _look_at_pair(self, where: str, pair: EncodedPair, cut: EncodedPair, usable: bool) -> None:
-        faults = self._faults_of_ids(cut, usable) | {"boundary": bool(pair.boundary_merges)}
+    def _look_at_pair(self, where: str, pair: EncodedPair, cut: EncodedPair, usable: bool, straddles: bool) -> None:
+        faults = self._faults_of_ids(cut, usable) | {"boundary": straddles}
         key = [_digest(ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
         faults["leak"] = key[0] in self._leaks
         if usable:
@@ -219,7 +230,10 @@ class Doctor:
         if self.rows == self.show or new:
             self._shown |= new
             view = self._view(where + "".join(f", {CHECKS[name].title}" for name in sorted(new)), cut)
-            self.views.insert(0 if self.rows == self.show else len(self.views), view)
+            if self.rows == self.show:
+                self.asked = view
+            else:
+                self._examples.append(view)
 
     def _faults_of_ids(self, cut: EncodedPair, usable: bool) -> dict[str, bool]:
         """Whether a pair, after truncation, has each of the faults that its own ids show."""
@@ -248,6 +262,12 @@ class Doctor:
     def _text(self, token: int) -> str:
         text = str(self.tokenizer.decode([token]))
         return str(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text or not text else text
+
+
+def _form(row: Mapping[str, Any], preference: Preference) -> Form:
+    if preference.conversational:
+        return "conversation"
+    return "text without prompt" if row.get("prompt") is None else "text"
 
 
 def _prompt_text(preference: Preference) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 from simpo_megatron.data.options import DataOptions
@@ -97,13 +98,32 @@ class PairEncoder:
 
         return [
             EncodedPair(
-                prompt=self._open(ids[i], preference.where),
+                prompt=self._open(ids[i], preference),
                 chosen=response(i + 1),
                 rejected=response(i + 2),
                 boundary_merges=(i + 1 in alone) + (i + 2 in alone),
             )
             for i, preference in zip(range(0, len(ids), 3), preferences, strict=True)
         ]
+
+    def straddles(self, preference: Preference) -> bool:
+        """Whether one token spans the end of the prompt and a response.
+
+        The tokens of a prompt may change before a response although none spans the boundary: a prompt that ends with
+        two newlines may end with one token alone, and with two where a response follows.
+        """
+        prompt, *responses = self._texts(preference)
+        alone, *whole = self._ids([prompt, *(prompt + response for response in responses)])
+        text = "".join(self._tokens(alone))
+        for ids in whole:
+            ends = accumulate(self._tokens(ids), initial="")
+            if text not in ends:
+                return True
+        return False
+
+    def _tokens(self, ids: list[int]) -> list[str]:
+        """Tokens as the vocabulary spells them. Joined, they are the text in that spelling."""
+        return [str(token) for token in cast("list[str]", self.tokenizer.convert_ids_to_tokens(ids))]
 
     def _texts(self, preference: Preference) -> tuple[str, str, str]:
         """Prompt, chosen and rejected response as strings; those of a conversation are written by the chat template."""
@@ -157,8 +177,11 @@ class PairEncoder:
             for ids, alone in zip(after, self._ids(responses), strict=True)
         ]
 
-    def _open(self, prompt: list[int], where: str) -> list[int]:
-        """The prompt with one BOS where the template or the tokenizer adds one. It has at least one token.
+    def _open(self, prompt: list[int], preference: Preference) -> list[int]:
+        """The prompt with one BOS or none. It has at least one token.
+
+        A conversation begins with BOS where the template or the tokenizer adds one, as it does when the model is used.
+        Text begins with BOS wherever the tokenizer has one, as in TRL (`add_bos_token_if_needed`).
 
         Raises:
             UserError: the prompt is empty and the tokenizer has no BOS.
@@ -166,12 +189,13 @@ class PairEncoder:
         if self.bos is None:
             if not prompt:
                 raise UserError(
-                    f"{where}: the prompt is empty and the tokenizer {self._name} has no BOS token, so nothing "
-                    "predicts the first token of the response; give the row a `prompt`"
+                    f"{preference.where}: the prompt is empty and the tokenizer {self._name} has no BOS token, so "
+                    "nothing predicts the first token of the response; give the row a `prompt`"
                 )
             return prompt
         start = next((i for i, token in enumerate(prompt) if token != self.bos), len(prompt))
-        return [self.bos, *prompt[start:]] if start or self._adds_bos or not prompt else prompt
+        begins = start or self._adds_bos or not prompt or not preference.conversational
+        return [self.bos, *prompt[start:]] if begins else prompt
 
     def _close(self, response: list[int]) -> list[int]:
         """The response up to the first of the EOS ids at its end (whitespace may follow them), or with EOS appended."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simpo_megatron.data.reading import Row
+from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path
 
@@ -94,7 +95,7 @@ def write_pairs(rows: Iterable[dict[str, Any]], path: Path) -> None:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error.strerror or error}; choose another file") from error
+        raise cannot_write(f"--output {path}", error, "choose another file") from error
 
 
 def _candidates(

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from simpo_megatron.data.counts import DataReport
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.pairs import InMemoryPairs
 from simpo_megatron.data.prepared_format import SUFFIXES, VERSION, crc32, part, record_type
+from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import sync
 
@@ -37,6 +40,7 @@ class Writer:
             )
         self.prefix = prefix
         self._temporary = prefix.with_name(f".{prefix.name}.{os.getpid()}")
+        self._open: list[Any] = []  # the files under way
         self._crc = self._largest = self._longest = self._longest_pair = self._tokens = self._pairs = 0
 
     def __enter__(self) -> Writer:
@@ -45,8 +49,11 @@ class Writer:
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._records = self._at(".records").open("wb")
+            self._open.append(self._records)
             self._builder = IndexedDatasetBuilder(str(self._at(".bin")), dtype=np.int32)
+            self._open.append(self._builder.data_file)
         except OSError as error:
+            self._remove()
             raise self._refused(error) from error
         return self
 
@@ -124,15 +131,22 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._records.close()
-        self._builder.data_file.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        """Closes and removes the temporary files, whatever state they are in.
+
+        On a full disk, closing fails where a buffer cannot be flushed. The file is removed all the same.
+        """
+        for stream in self._open:
+            with suppress(OSError):
+                stream.close()
         for suffix in (*SUFFIXES, ".records"):
-            self._at(suffix).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._at(suffix).unlink(missing_ok=True)
 
     def _at(self, suffix: str) -> Path:
         return part(self._temporary, suffix)
 
     def _refused(self, error: OSError) -> UserError:
-        return UserError(
-            f"--output-prefix {self.prefix} cannot be written: {error.strerror or error}; choose a folder that can"
-        )
+        return cannot_write(f"--output-prefix {self.prefix}", error, "choose another folder")

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from simpo_megatron.data.prepared_format import SUFFIXES, is_prepared, part
 from simpo_megatron.errors import UserError
 
 Row = tuple[str, dict[str, Any]]  # where a row stands, and its columns
@@ -43,6 +44,8 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     """
     path = Path(source)
     name, split = _split_of(str(source))
+    if prefix := _prefix_of(str(source)):
+        raise UserError(f"{path} is a file of a prepared set; give its prefix {prefix}")
     if path.name.endswith(SUPPORTED):
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; check the path of the preference data")
@@ -50,7 +53,8 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     elif Path(name).is_dir() or (_HUB_ID.fullmatch(name) and not path.exists()):
         rows = _dataset_rows(name, split)
     else:
-        raise UserError(f"{path}: unknown file type; use one of {', '.join(SUPPORTED)}")
+        what = "unknown file type" if path.exists() else "there is no such file, folder or prepared set"
+        raise UserError(f"{path}: {what}; use one of {', '.join(SUPPORTED)}, or the prefix of a prepared set")
     found = False
     try:
         for row in rows:
@@ -60,6 +64,22 @@ def read_rows(source: str | Path) -> Iterator[Row]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
     if not found:
         raise UserError(f"{path}: the file has no rows; it needs at least one preference pair")
+
+
+def source_exists(source: str) -> bool:
+    """Whether there is a file, a folder (with or without :SPLIT) or a prepared set of this name."""
+    return is_prepared(source) or Path(source).exists() or Path(_split_of(source)[0]).is_dir()
+
+
+def can_be_source(source: str) -> bool:
+    """Whether a name exists, or has the form of a file or of a hub id."""
+    return source_exists(source) or source.endswith(SUPPORTED) or bool(_HUB_ID.fullmatch(_split_of(source)[0]))
+
+
+def _prefix_of(source: str) -> str | None:
+    """The prefix of the prepared set that a file is a part of; None where it is of none."""
+    prefixes = (source.removesuffix(suffix) for suffix in SUFFIXES if source.endswith(suffix))
+    return next((prefix for prefix in prefixes if all(part(prefix, end).is_file() for end in SUFFIXES)), None)
 
 
 def _split_of(source: str) -> tuple[str, str | None]:

@@ -16,7 +16,7 @@ import numpy as np
 from simpo_megatron.data.checks import CHECKS
 from simpo_megatron.data.doctor import Doctor, View
 from simpo_megatron.data.packing import packing_figures
-from simpo_megatron.errors import UserError
+from simpo_megatron.program import write_report
 
 SHOWN = 400  # tokens of a sequence in a view
 _STATES = {"blocks": "bold red", "warns": "yellow"}  # by severity, with the style on the terminal
@@ -134,8 +134,8 @@ def print_report(doctor: Doctor, source: str) -> None:
             console.print(table)
         for line in section.lines:
             console.print(Text(line))
-    for view in doctor.views[:1]:
-        print_view(view, console)
+    if doctor.asked is not None:
+        print_view(doctor.asked, console)
 
 
 def print_view(view: View, console: Any) -> None:
@@ -172,10 +172,7 @@ def write_html(doctor: Doctor, source: str, path: Path) -> None:
         "<h2>Pairs as the loss sees them</h2><p>Grey is the prompt; <span class=scored>what is scored</span>; "
         f"<span class=eos>EOS</span>.{''.join(_html_view(view) for view in doctor.views)}</html>\n"
     )
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--report {path} cannot be written: {error.strerror}; choose another file") from error
+    write_report("--report", path, text)
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 One rank of every tensor-parallel group writes its own files, and so does one rank of every expert-tensor-parallel
 group. So no rank ever holds more than one file (5 GiB) of whole tensors. The files are written into a directory next
-to the target, which is renamed to the target only when every file is complete.
+to the target, which is renamed to the target only when every file is complete and flushed to the disk.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write, sync
+from simpo_megatron.files import atomic_write, follow_umask, sync
 from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     MAX_FILE_BYTES,
@@ -46,12 +48,13 @@ def export_hf(
     progress: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
     table: Sequence[WeightEntry] | None = None,
+    more_files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the models as a checkpoint for transformers, in the dtype of the parameters. Every rank calls it.
 
-    Collectives: over all ranks four gathers of small objects. In one of the data-parallel replicas, over each
-    tensor-parallel group (for experts, each expert-tensor-parallel group), one gather for every parameter that is
-    split.
+    Collectives: over all ranks a broadcast and four gathers of small objects. In one of the data-parallel replicas,
+    over each tensor-parallel group (for experts, each expert-tensor-parallel group), one gather for every parameter
+    that is split.
 
     Args:
         models: of this rank, wrapped by DDP or Float16Module or not.
@@ -60,12 +63,15 @@ def export_hf(
         progress: show a progress bar.
         max_file_bytes: largest size of a file. A larger tensor gets a file for itself.
         table: the weight table, with an entry for every parameter of the models; None for that of the architecture.
+        more_files: text files to add, by name; rank 0 writes its own.
 
     Raises:
         UserError: on every rank; the target is not empty, or a file cannot be written. Nothing is left at the target.
     """
     directory = Path(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
+    name: list[str | None] = [_partial_name(directory)]
+    dist.broadcast_object_list(name, src=0)
+    partial = directory.with_name(str(name[0]))
     with raise_on_all_ranks(), _failed_writes():
         if dist.get_rank() == 0:
             _prepare(directory, partial)
@@ -93,6 +99,8 @@ def export_hf(
                 raise UserError(error)
         with raise_on_all_ranks(), _failed_writes():
             if dist.get_rank() == 0:
+                for file, text in (more_files or {}).items():
+                    (partial / file).write_text(text, encoding="utf-8")
                 _finish(hf, partial, directory, dict(zip(names, chain(*ranks), strict=True)))
     except UserError:
         if dist.get_rank() == 0:
@@ -175,6 +183,7 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], p
                 exist_ok=True
             )  # exists on a shared file system; `_finish` finds out where it is not shared
             save_file(held, str(path), metadata={"format": "pt"})
+            follow_umask(path)  # safetensors writes a temporary file that is the owner's alone
         except Exception as failure:  # a full disk raises an OSError or a SafetensorError
             error = f"{path} cannot be written ({failure}); free space on that file system, or export elsewhere"
     for _ in tensors:
@@ -185,9 +194,26 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], p
 def _prepare(directory: Path, partial: Path) -> None:
     """Makes the directory to write into, on rank 0."""
     check_target(directory)
-    if partial.exists():
-        shutil.rmtree(partial)  # left by an export that was interrupted
-    partial.mkdir(parents=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for path in directory.parent.iterdir():
+        if path != partial and _was_left_behind(path, directory):
+            shutil.rmtree(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+
+
+def _partial_name(directory: Path) -> str:
+    """The name of the directory that this process writes into: no other process uses it."""
+    return f".{directory.name}.{socket.gethostname()}.{os.getpid()}.partial"
+
+
+def _was_left_behind(path: Path, directory: Path) -> bool:
+    """Whether a path is the partial directory of a process of this host that was killed."""
+    start, end = f".{directory.name}.{socket.gethostname()}.", ".partial"
+    if not path.name.startswith(start) or not path.name.endswith(end):
+        return False
+    pid = path.name[len(start) : -len(end)]
+    return pid.isdecimal() and not psutil.pid_exists(int(pid))
 
 
 def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, File]) -> None:
@@ -201,8 +227,8 @@ def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, F
         atomic_write(partial / INDEX, index_text(by_tensor, sum(sum(file.values()) for file in files.values())))
     for source in copied_files(hf.path):
         shutil.copyfile(source, partial / source.name)
-    for file in partial.iterdir():
-        sync(file)
+    for path in (*partial.iterdir(), partial):
+        sync(path)
     os.replace(partial, directory)
     sync(directory.parent)
 

@@ -156,6 +156,8 @@ def read_hf_config(path: Path) -> HFCheckpoint:
     Raises:
         UserError: the config is missing or not JSON, or the model is not supported.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a local folder or config.json (hub ids are not downloaded)")
     file = path / "config.json" if path.is_dir() else path
     config = read_json(file)
     return HFCheckpoint(path, config, read_architecture(path, config), end_of_turn_ids(file.parent, file), {})
@@ -240,8 +242,8 @@ def read_safetensors(path: Path) -> dict[str, HFTensor]:
         index, files = {}, [SINGLE]
     elif any(path.glob("*.bin")):
         raise UserError(
-            f"{path} holds its weights as .bin files, which are pickles; convert them to safetensors "
-            "(load and save_pretrained with transformers)"
+            f"{path} holds its weights as .bin files, which are pickles; convert them with tools/hf_to_megatron.py "
+            f"--hf-checkpoint {path} --save OUT, and start with --load OUT"
         )
     else:
         raise UserError(f"{path} has neither {SINGLE} nor {INDEX}; is the checkpoint complete?")

@@ -106,7 +106,7 @@ def need(args: Mapping[str, Any], name: str) -> Any:
         UserError: it is absent.
     """
     if args.get(name) is None:
-        raise UserError(f"it lacks {name}; give --hf-reference")
+        raise UserError(f"it lacks {name}; give --hf-checkpoint")
     return args[name]
 
 

@@ -1,8 +1,9 @@
-"""What a parallel layout costs, before it runs. See README.md. No torch and no process group.
+"""What a run costs, before it runs: memory, time lost, disk. See README.md. No torch and no process group.
 
-parameters.py  parameters that a rank of each pipeline stage holds
-memory.py      bytes that a rank needs with one layout
-layouts.py     the layouts that fit on a number of GPUs, best first
+parameters.py       parameters that a rank of each pipeline stage holds
+memory.py           bytes that a rank needs with one layout
+layouts.py          the layouts that fit on a number of GPUs, best first
+checkpoint_size.py  bytes of a checkpoint, how many a run writes, and whether the disk has room
 """
 
 from __future__ import annotations

@@ -10,12 +10,11 @@ its `--load` reads; `checkpoint/saved_args.py` makes them.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,62 +36,10 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer import torch_adam
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.progress import Progress
 
+_NO_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state")  # first words of keys of a run
 FAILURES = (Exception, CheckpointException)  # torch derives CheckpointException from BaseException
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. The data order is a function of the seed and the position, so no more state is needed.
-
-    Attributes:
-        step: optimizer steps taken.
-        consumed_pairs: pairs trained on, repeats counted.
-        num_pairs: pairs of the training data.
-        tokens_crc32: fingerprint of the training data (`Pairs.fingerprint`).
-        seed: of the data order.
-    """
-
-    step: int = 0
-    consumed_pairs: int = 0
-    num_pairs: int = 0
-    tokens_crc32: int = 0
-    seed: int = 0
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """Checks that a folder can be written to, by a probe file in it or in its nearest existing parent.
-
-    Args:
-        flag: that names the folder, for the error.
-        folder: perhaps not there yet; it is not created.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    try:
-        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        probe = parent / f".write_probe_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}; choose a folder that can") from error
-
-
-def check_new_run(save: Path | None, load: Path | None) -> None:
-    """Keeps a new run from writing into the folder of another run.
-
-    Args:
-        save: the folder of --save.
-        load: the folder of --load.
-
-    Raises:
-        UserError: `save` holds a run, and this run does not resume it.
-    """
-    if save is None or (load is not None and load.resolve() == save.resolve()):
-        return
-    if (save / TRACKER).exists():
-        raise UserError(f"--save {save} holds another run; resume it with --load {save}, or choose a new folder")
 
 
 def _sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
@@ -169,7 +116,8 @@ def save(engine: Engine, root: Path, progress: Progress) -> None:
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             try:
-                directory.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed while it saved this step
+                directory.mkdir(parents=True)
             except OSError as error:
                 raise UserError(f"{directory} cannot be created: {error.strerror}") from error
     try:
@@ -199,41 +147,42 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(failures[0] if failures else error).split())[:400] or type(error).__name__
 
 
-def load(engine: Engine, root: Path, step: int) -> Progress:
-    """Fills model, optimizer and schedule from the checkpoint of a step. The layout may differ from that of the save.
+def load(engine: Engine, directory: Path) -> None:
+    """Fills model, optimizer and schedule from the checkpoint of a run. The layout may differ from that of the save.
+
+    Learning rates, weight decay and Adam's constants are those of the engine, unless its configuration asks for the
+    schedule of the checkpoint.
 
     Args:
         engine: to fill.
-        root: the folder of --load.
-        step: from `setup.step_to_resume`.
-
-    Returns:
-        Where the saved run stood.
+        directory: the checkpoint (`SavedRun.folder`).
 
     Raises:
         UserError: the checkpoint does not hold exactly the tensors of this model, or cannot be read.
     """
-    directory = iteration_folder(root, step)
+    # Megatron's parameter groups hold these values too. They come back with the checkpoint and win over the scheduler.
+    given = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in engine.optimizer.param_groups
+    ]
     with torch_adam.loadable(engine.optimizer):
-        state = _load_state(engine, directory)
+        state = _load_strictly(_sharded_state(engine, is_loading=True), directory)
         for index, model in enumerate(engine.models):
             model.load_state_dict(state["model" if len(engine.models) == 1 else f"model{index}"])
         engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["opt_param_scheduler"])
-    if "progress" not in state:
-        raise UserError(
-            f"{directory} was not saved by this program: it has no position in the data; start from its weights instead"
-        )
-    return Progress(**state["progress"])
+    for group, values in zip(engine.optimizer.param_groups, given, strict=True):
+        group.update(values, max_lr=engine.scheduler.max_lr, min_lr=engine.scheduler.min_lr)
+    engine.scheduler.step(increment=0)
 
 
 def load_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, directory: Path) -> None:
-    """Fills the models from a checkpoint without optimizer state, in any layout. Padded vocabulary rows become zero.
+    """Fills the models from the weights of a checkpoint, in any layout. Padded vocabulary rows become zero.
 
     Args:
         models: of this rank, one for each virtual pipeline stage.
         hf: the checkpoint that they were built from; a converted checkpoint must have been made from the same.
-        directory: from `release_folder`.
+        directory: from `resume.weights_folder`. The optimizer state and the position of a run are left out.
 
     Raises:
         UserError: the checkpoint does not hold exactly the weights of this model, or cannot be read.
@@ -245,7 +194,7 @@ def load_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, directory:
         name: model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         for name, model in zip(names, models, strict=True)
     }
-    loaded = _load_strictly(state, directory)
+    loaded = _load_strictly(state, directory, weights_alone=True)
     for name, model in zip(names, models, strict=True):
         model.load_state_dict(loaded[name])
 
@@ -258,28 +207,16 @@ def _is_spare(key: str) -> bool:
     return "_extra_state" in key or key.endswith("layers.pre_mlp_layernorm.weight")
 
 
-def _load_state(engine: Engine, directory: Path) -> dict[str, Any]:
-    try:
-        saved = dist_checkpointing.load_common_state_dict(str(directory))["args"].use_distributed_optimizer
-    except (*FAILURES, AttributeError, KeyError) as error:
-        raise UserError(f"{directory}/common.pt cannot be read ({_reason(error)}); resume from another step") from error
-    if saved != engine.config.parallel.use_distributed_optimizer:
-        raise UserError(
-            f"{directory} was saved {'with' if saved else 'without'} the distributed optimizer; resume with "
-            f"{'--use-distributed-optimizer' if saved else '--no-use-distributed-optimizer'}"
-        )
-    return _load_strictly(_sharded_state(engine, is_loading=True), directory)
-
-
-def _load_strictly(sharded_state: Any, directory: Path) -> dict[str, Any]:
+def _load_strictly(sharded_state: Any, directory: Path, weights_alone: bool = False) -> dict[str, Any]:
     try:
         loaded = dist_checkpointing.load(sharded_state, str(directory), strict=StrictHandling.RETURN_ALL)
     except FAILURES as error:
         raise UserError(f"{directory} does not fit this model or cannot be read: {_reason(error)}") from error
     state: Any
     state, extra, absent = loaded
-    extra = {key for key in extra if not _is_spare(key)}
+    ignored = _NO_WEIGHTS if weights_alone else ("rng_state",)
+    extra = {key for key in extra if not _is_spare(key) and not key.startswith(ignored)}
     for keys, fault in ((absent, "lacks"), (extra, "also holds")):
-        if names := sorted(key for key in keys if not key.startswith("rng_state")):
+        if names := sorted(key for key in keys if not key.startswith(ignored)):
             raise UserError(f"{directory} {fault} {', '.join(names[:5])} ({len(names)} in all): it is of another model")
     return state

@@ -22,6 +22,16 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write
 
 
+def print_line(text: str) -> None:
+    """Prints a line on rank 0."""
+    if dist.get_rank() == 0:
+        _console().print(text, markup=False)
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, soft_wrap=True, highlight=False)
+
+
 class Logger:
     """Reports metrics and messages.
 
@@ -38,7 +48,7 @@ class Logger:
         self.enabled = dist.get_rank() == 0
         if not self.enabled:
             return
-        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = _console()
         self.total_steps = total_steps
         self.progress = Progress(
             TextColumn("training"),
@@ -49,6 +59,7 @@ class Logger:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
+            disable=not self.console.is_interactive,  # else it would print an empty line at the end
         )
         self.task = self.progress.add_task("", total=total_steps, completed=first_step)
         try:

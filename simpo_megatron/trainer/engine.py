@@ -143,8 +143,8 @@ class Engine:
             end_wd=settings.weight_decay,
             wd_incr_steps=total,
             wd_incr_style="constant",
-            use_checkpoint_opt_param_scheduler=False,
-            override_opt_param_scheduler=True,
+            use_checkpoint_opt_param_scheduler=settings.use_checkpoint_opt_param_scheduler,
+            override_opt_param_scheduler=not settings.use_checkpoint_opt_param_scheduler,
         )
 
     def _run(self, batch: GlobalBatch, forward_only: bool, on_sums: Any = None) -> dict[str, float]:

@@ -1,12 +1,14 @@
 """The run: data in, steps, evaluations and checkpoints, model out.
 
-start_run(config, hf, transformer).execute()     # Megatron's process groups exist
+run = start_run(config, hf, transformer)         # Megatron's process groups exist
+if run is not None:
+    run.execute()
 """
 
 from __future__ import annotations
 
-import math
 import time
+import uuid
 from dataclasses import replace
 
 import psutil
@@ -17,26 +19,29 @@ from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron import compat
 from simpo_megatron.batch.packer import GlobalBatch
-from simpo_megatron.checkpoint.folder import iteration_folder, release_folder
+from simpo_megatron.checkpoint.folder import iteration_folder
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
-from simpo_megatron.errors import UserError
-from simpo_megatron.models.export import export_hf
+from simpo_megatron.models.export import check_target, export_hf
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.trainer import checkpointing
-from simpo_megatron.trainer.checkpointing import Progress
-from simpo_megatron.trainer.console import Logger
+from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
-from simpo_megatron.trainer.setup import build_engine, step_to_resume
+from simpo_megatron.trainer.folders import check_export, check_new_run, export_record, is_export_of
+from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
+from simpo_megatron.trainer.remarks import remarks
+from simpo_megatron.trainer.resume import check_pairs, find_saved_run, follow, step_to_resume, weights_folder
+from simpo_megatron.trainer.setup import build_engine
 
 
-def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) -> Run:
+def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) -> Run | None:
     """Loads data and model, resumes if --load asks for it, and prints what the run is.
 
     Args:
@@ -44,78 +49,52 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
         hf: the Hugging Face checkpoint.
         transformer: from `setup.build_transformer_config`; Megatron's groups exist for it.
 
+    Returns:
+        The run; None if the run that is resumed has ended and --export-hf is its export.
+
     Raises:
         UserError: data or checkpoint cannot be read, or the run cannot be resumed; the same on every rank.
     """
-    train_pairs, valid_pairs, messages = load_data(config.data, hf)
-    total = total_pairs(config, len(train_pairs))
-    steps = math.ceil(total / config.train.global_batch_size)
-    engine = build_engine(config, hf, transformer, steps)
-    state = _resume(engine, new_progress(config, train_pairs))
     with raise_on_all_ranks():
-        logger = Logger(config, steps, state.step)
-    run = Run(engine, train_pairs, valid_pairs, total, steps, state, logger)
-    warnings = [f"warning: {text}" for text in _warnings(config, hf)]
-    for line in (*messages, *_describe_run(run), _describe_start(run), *warnings):
+        check_new_run(config.checkpoint)
+        check_export(config)
+        saved = find_saved_run(config.checkpoint)
+        config, changes = follow(config, saved)
+    train_pairs, valid_pairs, messages = load_data(config.data, hf)
+    state = new_progress(config, train_pairs)
+    if saved is not None:
+        check_pairs(saved, state)
+        state = saved.progress
+    length = run_length(config, len(train_pairs))
+    export = config.model.export_hf
+    if export is not None and length.is_reached(state) and is_export_of(export, state):
+        print_line(f"nothing is left to do: the run of {config.checkpoint.load} has ended, and {export} is its export")
+        return None
+    with raise_on_all_ranks():
+        if export is not None:
+            check_target(export)  # it may be the export of a checkpoint that this run goes on from
+    engine = build_engine(config, hf, transformer, length.steps)
+    if saved is not None:
+        checkpointing.load(engine, saved.folder)
+    with raise_on_all_ranks():
+        disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
+        logger = Logger(config, length.steps, state.step)
+    run = Run(engine, train_pairs, valid_pairs, length, state, logger)
+    data_parallel = parallel_state.get_data_parallel_world_size()
+    warnings = [f"warning: {text}" for text in remarks(config, hf, len(train_pairs), data_parallel)]
+    for line in (*messages, *_describe_run(run), *disk, _describe_start(run), *changes, *warnings):
         logger.message(line)
     return run
 
 
-def total_pairs(config: Config, num_pairs: int) -> int:
-    """Pairs that the whole run sees, repeats counted, from --train-iters or --train-epochs."""
-    train = config.train
-    if train.train_epochs is not None:
-        return max(1, round(train.train_epochs * num_pairs))
-    return (train.train_iters or 0) * train.global_batch_size  # `TrainConfig` requires one of the two
-
-
-def new_progress(config: Config, pairs: Pairs) -> Progress:
-    """Where a new run on these pairs stands."""
-    return Progress(num_pairs=len(pairs), tokens_crc32=pairs.fingerprint, seed=config.train.seed)
-
-
-def _resume(engine: Engine, new: Progress) -> Progress:
-    """Loads the step that --load resumes from, if it does; where the run stands then.
-
-    Raises:
-        UserError: the saved run had other training pairs or another seed.
-    """
-    root, step = engine.config.checkpoint.load, step_to_resume(engine.config.checkpoint)
-    if root is None or step is None:
-        return new
-    saved = checkpointing.load(engine, root, step)
-    for name, what in (
-        ("num_pairs", "the number of training pairs"),
-        ("tokens_crc32", "the checksum of the training data"),
-        ("seed", "--seed"),
-    ):
-        before, now = getattr(saved, name), getattr(new, name)
-        if before != now:
-            raise UserError(
-                f"--load {root}: {what} was {before} when the checkpoint was saved and is {now} now, so resuming would "
-                "repeat or skip pairs; resume with the same data and seed, or start a new run from an export"
-            )
-    return saved
-
-
-def _warnings(config: Config, hf: HFCheckpoint) -> list[str]:
-    found = config.objective.warnings(config.optimizer.lr, hf.num_parameters)
-    longest, tokens = hf.config.get("max_position_embeddings"), config.data.options.max_length
-    if longest and tokens > longest:
-        found.append(
-            f"--max-length {tokens} (half of --seq-length unless set) exceeds the {longest} positions the model was "
-            "made for"
-        )
-    return found
-
-
 def _describe_start(run: Run) -> str:
     """One line: the checkpoint that the run starts from."""
-    load, step = run.config.checkpoint.load, step_to_resume(run.config.checkpoint)
+    settings = run.config.checkpoint
+    load, step = settings.load, step_to_resume(settings)
     if load is None or step is None:
-        converted = None if load is None else release_folder(load)
-        return f"starting from {converted or run.engine.hf.path}"
-    done = "" if run.unfinished else "; that is the whole run, nothing is left to train"
+        folder = weights_folder(settings)
+        return f"starting from {run.engine.hf.path if folder is None else f'the weights of {folder}'}"
+    done = "; that is the whole run, nothing is left to train" if run.length.is_reached(run.state) else ""
     return f"resumed from {iteration_folder(load, step)}, after {run.state.consumed_pairs} pairs{done}"
 
 
@@ -134,8 +113,8 @@ def _describe_run(run: Run) -> list[str]:
         lines.append(describe(config.train.preset, flat(config)))
     if coefficient := config.train.moe_aux_loss_coeff:
         lines.append(f"balancing loss of the experts: coefficient {coefficient:g}")
-    epochs = run.total_pairs / len(run.train_pairs)
-    lines.append(f"{run.total_steps} steps of {config.train.global_batch_size} pairs: {epochs:.2f} epochs")
+    epochs = run.length.pairs / len(run.train_pairs)
+    lines.append(f"{run.length.steps} steps of {config.train.global_batch_size} pairs: {epochs:.2f} epochs")
     return lines
 
 
@@ -156,8 +135,7 @@ class Run:
         engine: with the weights that the run starts from.
         train_pairs: to train on.
         valid_pairs: to evaluate on, or None.
-        total_pairs: pairs that the whole run sees, repeats counted.
-        total_steps: optimizer steps of the whole run.
+        length: how far it goes.
         state: where the run stands.
         logger: reports metrics and messages.
 
@@ -171,22 +149,20 @@ class Run:
         engine: Engine,
         train_pairs: Pairs,
         valid_pairs: Pairs | None,
-        total_pairs: int,
-        total_steps: int,
+        length: Length,
         state: Progress,
         logger: Logger,
     ) -> None:
         self.config, self.engine, self.logger = engine.config, engine, logger
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
-        self.total_pairs, self.total_steps = total_pairs, total_steps
-        self.state = state
+        self.length, self.state = length, state
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
 
     @property
     def unfinished(self) -> bool:
         """Whether steps and pairs are left."""
-        return self.state.step < self.total_steps and self.state.consumed_pairs < self.total_pairs
+        return not self.length.is_reached(self.state)
 
     def execute(self) -> None:
         """Trains to the end: evaluates, logs, saves and exports as configured."""
@@ -217,11 +193,12 @@ class Run:
             self._evaluate()
         folder = self.config.checkpoint.save
         if folder is not None and (self._is_due(self.config.checkpoint.save_interval) or not self.unfinished):
+            self.state = replace(self.state, checkpoint=_random_name())
             checkpointing.save(self.engine, folder, self.state)
 
     def _next_batch(self) -> GlobalBatch:
         position = self.state.consumed_pairs
-        size = min(self.config.train.global_batch_size, self.total_pairs - position)
+        size = min(self.config.train.global_batch_size, self.length.pairs - position)
         indices = self.train_pairs.order(position, size, self.config.train.seed)
         return self.engine.packer.pack(self.train_pairs, indices)
 
@@ -245,9 +222,18 @@ class Run:
         folder = self.config.model.export_hf
         if folder is not None:
             self.engine.sync_parameters()
-            export_hf(self.engine.models, self.engine.hf, folder, progress=dist.get_rank() == 0)
+            record = export_record(self.config, self.state)
+            first = dist.get_rank() == 0
+            export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
             self.logger.message(f"exported to {folder}")
         self.logger.summary(self.first_eval, self.last_eval)
+
+
+def _random_name() -> str:
+    """A random name, the same on all ranks. Collectives: one broadcast."""
+    name: list[str | None] = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
+    return str(name[0])
 
 
 def _memory_gib() -> float:

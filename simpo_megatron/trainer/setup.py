@@ -13,9 +13,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
-from simpo_megatron.checkpoint.folder import TRACKER, latest_step, release_folder
-from simpo_megatron.config.run import CheckpointConfig, Config
-from simpo_megatron.errors import UserError
+from simpo_megatron.config.run import Config
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
@@ -25,6 +23,7 @@ from simpo_megatron.parallel.limits import check_shared_prompts, layout_argument
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer.checkpointing import load_weights
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.resume import step_to_resume, weights_folder
 
 
 def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerConfig:
@@ -79,7 +78,7 @@ def build_engine(config: Config, hf: HFCheckpoint, transformer: TransformerConfi
 def prepare_models(models: list[GPTModel], config: Config, hf: HFCheckpoint) -> None:
     """Loads the weights and installs the head: all that is done to models after building and before DDP wraps them.
 
-    Collectives: one gather of errors; for a converted checkpoint also those of `load_weights`.
+    Collectives: one gather of errors; for weights of --load also those of `load_weights`.
 
     Args:
         models: of this rank, one for each virtual pipeline stage.
@@ -90,28 +89,12 @@ def prepare_models(models: list[GPTModel], config: Config, hf: HFCheckpoint) -> 
         UserError: the weights cannot be read, or are of another model; on every rank.
     """
     with raise_on_all_ranks():
-        load = config.checkpoint.load
-        converted = None if load is None else release_folder(load)
-        if converted is not None:
-            load_weights(models, hf, converted)
+        folder = weights_folder(config.checkpoint)
+        if folder is not None:
+            load_weights(models, hf, folder)
         elif step_to_resume(config.checkpoint) is None:
             load_hf_weights(models, hf, progress=dist.get_rank() == 0)
     if config.model.head == "fused":
         for model in models:
             if model.post_process:
                 LogProbHead.install(model, config.model.slab_bytes)
-
-
-def step_to_resume(settings: CheckpointConfig) -> int | None:
-    """The step that --load resumes from; None if the run starts from weights alone, with a new optimizer.
-
-    Raises:
-        UserError: --load names a folder without a complete checkpoint, and it is not the folder of --save.
-    """
-    load = settings.load
-    if load is None or release_folder(load) is not None:
-        return None
-    step = latest_step(load)
-    if step is None and load != settings.save:
-        raise UserError(f"--load {load} has no {TRACKER}; give the --save folder of another run, or drop --load")
-    return step

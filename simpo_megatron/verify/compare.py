@@ -2,9 +2,9 @@
 
 Compared are: summed log-probs, response lengths, rewards, loss, gradient norm, and the gradient of every tensor.
 
-The largest errors that pass are the table `TOLERANCE`. The reference is always in fp32. If the layout runs in bf16,
-transformers also runs once in bf16: the error of that run shows what rounding alone costs. Lengths must be equal, and
-every tensor of the checkpoint must be compared.
+The largest errors that pass are the table `report.TOLERANCE`. The reference is always in fp32. If the layout runs in
+bf16, transformers also runs once in bf16: the error of that run shows what rounding alone costs. Lengths must be equal,
+and every tensor of the checkpoint must be compared.
 
 Each data-parallel rank gets at least two microbatches for each pipeline stage, if there are enough pairs.
 """
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,79 +31,8 @@ from simpo_megatron.parallel.context import sequence_multiple
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.scoring import SeenSums
 from simpo_megatron.verify.reference import Reference
+from simpo_megatron.verify.report import Difference, Report, allowed_error, largest_error, ratio
 from simpo_megatron.verify.shards import ShardErrors, complete_gradients
-
-
-class Tolerance(NamedTuple):
-    """The largest relative error that passes.
-
-    Attributes:
-        fp32: if the layout runs in fp32.
-        bf16: in bf16, if `times` gives less.
-        times: in bf16, this many times the error of transformers in bf16; never more than `CAP`.
-    """
-
-    fp32: float
-    bf16: float
-    times: float
-
-
-TOLERANCE = {
-    "sums": Tolerance(fp32=1e-5, bf16=5e-3, times=2.0),  # summed log-probs, rewards, loss
-    "gradient": Tolerance(fp32=1e-4, bf16=2e-2, times=2.0),  # of one tensor
-    "all gradients": Tolerance(fp32=1e-5, bf16=1e-2, times=1.5),  # as one vector; also for their norm
-}
-CAP = 0.3  # the largest error that passes in bf16, however far off transformers in bf16 is
-
-
-@dataclass
-class Difference:
-    """One compared number or tensor.
-
-    Attributes:
-        name: what is compared; of a gradient, the tensor's name in the checkpoint.
-        error: relative to the reference.
-        allowed: the largest error that passes.
-    """
-
-    name: str
-    error: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is small enough. A NaN does not pass."""
-        return self.error <= self.allowed
-
-
-@dataclass
-class Report:
-    """What a comparison found.
-
-    Attributes:
-        values: sums, rewards, loss, all gradients as one vector, gradient norm.
-        gradients: one entry for each tensor, the worst first.
-        wrong_lengths: indices of pairs that no rank scored, or whose scored tokens are not those of the data.
-        uncompared: tensors of the checkpoint for which the layout or the reference has no gradient.
-        microbatches: of a data-parallel rank.
-        pairs: of each pair its index, the sums of the reference, and the sums and lengths of every rank that scored it.
-    """
-
-    values: list[Difference]
-    gradients: list[Difference]
-    wrong_lengths: list[int]
-    uncompared: list[str]
-    microbatches: int
-    pairs: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything was compared and passed."""
-        return (
-            not self.wrong_lengths
-            and not self.uncompared
-            and all(found.passed for found in (*self.values, *self.gradients))
-        )
 
 
 def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> Report | None:
@@ -200,7 +129,7 @@ class _Expected:
                 continue
             _, rounded = next(rounded_stream)
             off, of = (rounded - exact).double().norm().cpu(), exact.double().norm().cpu()
-            self.rounded_errors[name] = _ratio(off, of)
+            self.rounded_errors[name] = ratio(off, of)
             self.rounded_squares += torch.stack((off, of)).square()
             yield name, exact
 
@@ -249,7 +178,7 @@ class _Expected:
         """The largest relative errors of the sums of some pairs, and of their rewards."""
         found, exact = (reference_scores(self.pairs, indices, sums_PM) for sums_PM in (found_PM, exact_PM))
         rewards = self.config.objective.rewards
-        return _largest_error(found.sums_PM, exact.sums_PM), _largest_error(rewards(found), rewards(exact))
+        return largest_error(found.sums_PM, exact.sums_PM), largest_error(rewards(found), rewards(exact))
 
     def _rounded(self) -> tuple[float, float, float]:
         """The errors of transformers in bf16: sums, rewards and loss. Zeros if the layout runs in fp32."""
@@ -259,8 +188,7 @@ class _Expected:
         return *self._errors(self.indices, self.rounded_sums, self.sums), off_loss
 
     def _allowed(self, kind: str, rounded: float) -> float:
-        limit = TOLERANCE[kind]
-        return limit.fp32 if self.rounded is None else min(max(limit.bf16, limit.times * rounded), CAP)
+        return allowed_error(kind, None if self.rounded is None else rounded)
 
     def _judge_gradients(
         self, everyone: list[dict[str, Tensor]], norm: float
@@ -270,12 +198,12 @@ class _Expected:
         for name, squares in (entry for errors in everyone for entry in errors.items()):
             totals[name] = totals.get(name, torch.zeros(3, dtype=torch.float64)) + squares
         off, exact, count = torch.stack(list(totals.values())).sum(0)
-        rounded = _ratio(*self.rounded_squares.sqrt().unbind())
+        rounded = ratio(*self.rounded_squares.sqrt().unbind())
         allowed = self._allowed("all gradients", rounded)
         reference_norm = self.squared_norm.sqrt()
         vectors = [
-            Difference("all gradients", _ratio(off.sqrt(), exact.sqrt()), allowed),
-            Difference("gradient norm", _ratio((reference_norm - norm).abs(), reference_norm), allowed),
+            Difference("all gradients", ratio(off.sqrt(), exact.sqrt()), allowed),
+            Difference("gradient norm", ratio((reference_norm - norm).abs(), reference_norm), allowed),
         ]
         # A tensor with next to no gradient holds only rounding: its error is measured against a floor, which is 1e-6 of
         # the mean square of all gradients.
@@ -283,7 +211,7 @@ class _Expected:
         found = [
             Difference(
                 name,
-                _ratio(off.sqrt(), torch.maximum(exact, floor * count).sqrt()),
+                ratio(off.sqrt(), torch.maximum(exact, floor * count).sqrt()),
                 self._allowed("gradient", self.rounded_errors.get(name, 0.0)),
             )
             for name, (off, exact, count) in totals.items()
@@ -336,13 +264,3 @@ def reference_loss(objective: Objective, scores: PairScores) -> Tensor:
     loss = -objective.nll_weight * scores.sums_PM[:, 0].sum() / scores.lengths_PM[:, 0].sum()
     losses_P = objective.pair_losses(scores)
     return loss if losses_P is None else loss + (scores.weight_P * losses_P).mean()
-
-
-def _largest_error(found_PM: Tensor, exact_PM: Tensor) -> float:
-    """The largest error of any pair, relative to the larger of its exact numbers; NaN if any number is NaN."""
-    errors_P = (found_PM - exact_PM).abs().amax(1) / exact_PM.abs().amax(1).clamp_min(1e-30)
-    return errors_P.max().item() if len(errors_P) else math.nan
-
-
-def _ratio(error: Tensor, of: Tensor) -> float:
-    return (error / of.clamp_min(1e-30)).item()

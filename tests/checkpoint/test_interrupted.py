@@ -163,6 +163,22 @@ def test_too_little_space_is_known_before_the_first_byte(
     assert not list((tmp_path / "out").rglob("*.distcp"))
 
 
+def test_a_plan_says_the_share_of_a_shard_and_whether_it_fits(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = argv(hf_checkpoint=source, save=tmp_path / "out", plan=True, shard="1/2")
+    assert PROGRAMS["to_megatron"](line) == 0
+    out = capsys.readouterr().out
+    tensors_planned, shown = int(out.splitlines()[-2].split()[0]), len(out.splitlines()) - 2
+    assert "of it by share 1/2; " in out and " like it" in out and shown < tensors_planned
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert PROGRAMS["to_megatron"](line) == 2
+    out, err = capsys.readouterr()
+    assert "1000 B are free" in out and "only 1000 B are free; free space there" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_workers_and_shards_write_the_same_bytes(source: Path, tmp_path: Path) -> None:
     for name, runs in {
         "whole": [{}],

@@ -152,3 +152,12 @@ def test_other_dtype_and_config_from_arguments(tmp_path: Path) -> None:
     with torch.no_grad():
         found = transformers.AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32).eval()(IDS).logits
         torch.testing.assert_close(found, model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_divisor_of_the_vocabulary_is_in_megatron_args(tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "hf")
+    for divisor, flags in ((128, {}), (64, {"format": "torch", "make_vocab_size_divisible_by": 64})):
+        out = to_megatron(tmp_path / "hf", tmp_path / str(divisor), **flags)
+        text = (out / "release" / "megatron_args.yaml").read_text()
+        assert f"--make-vocab-size-divisible-by {divisor}" in text
+        assert f"make_vocab_size_divisible_by: {divisor}" in text

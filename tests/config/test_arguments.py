@@ -66,8 +66,14 @@ def test_flags_reach_every_group() -> None:
 def test_flags_win_over_the_file_and_the_file_over_defaults(yaml_file: Path) -> None:
     config = parse_yaml(yaml_file, "train_iters: 5\nlr: 3e-7\nsequence_parallel: false\n", "--lr", "4e-7")
     assert (config.train.train_iters, config.optimizer.lr) == (5, 4e-7)
-    config = parse_yaml(yaml_file, "train_iters: 5\nbf16: true\nuse_distributed_optimizer: true\n", "--fp32")
-    assert config.train.fp32 and not config.train.bf16
+    for text, switch, fp32 in (
+        ("bf16: true", "--fp32", True),
+        ("fp32: true", "--bf16", False),
+        ("fp32: true", "--no-bf16", True),
+        ("bf16: true\nfp32: false", "--fp32", True),
+    ):
+        train = parse_yaml(yaml_file, f"train_iters: 5\n{text}\n", switch).train
+        assert (train.fp32, train.bf16) == (fp32, not fp32)
     assert not parse_yaml(
         yaml_file, "train_iters: 5\nuse_distributed_optimizer: true", "--no-use-distributed-optimizer"
     ).parallel.use_distributed_optimizer
@@ -101,7 +107,7 @@ def test_an_empty_file_sets_nothing(yaml_file: Path) -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("train_iter: 5", "train_iter is not a setting; --help lists them"),
+        ("train_iter: 5", "train_iter is not a setting; did you mean train_iters?"),
         ("config: other.yaml", "config is not a setting"),
         ("train_iters: many", "train_iters: 'many' is not of type int"),
         ("train_iters: 1.5", "train_iters: 1.5 is not of type int"),
@@ -117,6 +123,7 @@ def test_an_empty_file_sets_nothing(yaml_file: Path) -> None:
         ("- train_iters", "must hold `name: value` lines, not a list"),
         ("train_iters", "must hold `name: value` lines, not a str"),
         ("train_iters: [1", "cannot be read"),
+        ("save: $SIMPO_NOWHERE/x", "save: the environment variable SIMPO_NOWHERE in $SIMPO_NOWHERE/x is not set"),
     ],
 )
 def test_a_wrong_file_is_named(yaml_file: Path, text: str, words: str) -> None:
@@ -140,8 +147,7 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     "argv, words",
     [
         # what argparse sees
-        (["--simpo-gama", "1"], "unrecognized arguments: --simpo-gama 1; --help lists the flags"),
-        (["--simpo-gam", "1"], "unrecognized arguments: --simpo-gam"),  # no abbreviations
+        (["--simpo-gam", "1"], "--simpo-gam is not a flag; did you mean --simpo-gamma?"),  # no abbreviations
         (["stray"], "unrecognized arguments: stray"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--global-batch-size", "1.5"], "argument --global-batch-size: invalid int value: '1.5'"),
@@ -217,6 +223,7 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--simpo-sft-weight", "-1"], "--simpo-sft-weight -1.0 must not be negative"),
         # training
         (["--fp16"], "--fp16 is not supported: the log-prob sum of a response leaves fp16's range"),
+        (["--fp32", "--bf16"], "--fp32 and --bf16 are both on; give one of them"),
         (["--no-bf16"], "--no-bf16 leaves no precision; give --fp32"),
         (["--global-batch-size", "0"], "--global-batch-size 0 must be greater than 0"),
         (["--train-iters", "0"], "--train-iters 0 must be greater than 0"),

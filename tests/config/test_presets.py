@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo_megatron.config.arguments import flat, parse
+from simpo_megatron.config.arguments import build_parser, flat, parse
 from simpo_megatron.config.presets import PRESETS, describe
 from simpo_megatron.errors import UserError
 from tests.support.distributed import WorkerPool
@@ -73,6 +73,22 @@ def test_a_run_says_what_the_preset_set(pool: WorkerPool, inputs: Inputs) -> Non
     [line] = [line for line in out.splitlines() if line.startswith("preset ")]
     assert "simpo_beta 2.5, simpo_gamma_beta_ratio 0.55" in line and "lr 3e-07 (preset 1e-06)" in line
     assert "SimPO: beta 2.5, gamma 1.375" in out
+
+
+def test_list_presets_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse(["--list-presets"])
+    assert raised.value.code == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["setting", *PRESETS]
+    assert {row[0]: row[1:] for row in rows[1:]} == {
+        setting: [str(values[setting]) for values in PRESETS.values()] for setting in PRESETS["llama3-base"]
+    }
+
+
+def test_help_has_the_numbers() -> None:
+    text = " ".join(build_parser().format_help().split())
+    assert "beta, gamma / beta and lr are: mistral-base 2, 0.8, 3e-07; mistral-instruct 2.5, 0.1, 5e-07" in text
 
 
 def test_the_table_of_the_users_guide_is_that_of_the_presets() -> None:

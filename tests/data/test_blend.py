@@ -9,6 +9,7 @@ import pytest
 
 from simpo_megatron.data import BlendedPairs
 from simpo_megatron.data.blend import Blend, parse_blend
+from simpo_megatron.data.prepared_format import part
 from simpo_megatron.errors import UserError
 from tests.support.pairs import make_pairs
 
@@ -37,6 +38,31 @@ def test_files_with_spaces_or_numbers_for_names(tmp_path: Path, monkeypatch: pyt
     assert parse_blend(["7", "a"], "--train-data") == Blend(["7", "a"])
 
 
+def test_prepared_sets_and_folders_with_spaces_or_numbers_for_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for prefix in ("two words", "0.5 a", "3"):
+        part(prefix, ".json").touch()
+    Path("saved set").mkdir()
+    for name in ("two words", "0.5 a", "saved set", "saved set:test"):
+        assert parse_blend([name], "--train-data") == Blend([name])
+    assert parse_blend(["3", "two words"], "--train-data") == Blend(["3", "two words"])
+
+
+@pytest.mark.parametrize(
+    ("value", "sources"),
+    [
+        ("missing words.jsonl", ["missing words.jsonl"]),  # one path, which the error will name whole
+        ("W/two words", ["W/two words"]),
+        ("a.jsonl b.parquet", ["a.jsonl", "b.parquet"]),
+        ("owner/name owner/other:test", ["owner/name", "owner/other:test"]),
+    ],
+)
+def test_one_string_is_a_blend_where_every_part_can_be_a_source(value: str, sources: list[str]) -> None:
+    assert parse_blend([value], "--train-data") == Blend(sources)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -58,8 +84,8 @@ def test_weights_that_do_not_parse(values: list[str], words: str) -> None:
 def test_pairs_and_columns_one_after_the_other() -> None:
     blend = BlendedPairs(PARTS)
     assert len(blend) == 5
-    for i, (part, j) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
-        for found, wanted in zip(blend.pair(i), PARTS[part].pair(j), strict=True):
+    for i, (source, j) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]):
+        for found, wanted in zip(blend.pair(i), PARTS[source].pair(j), strict=True):
             np.testing.assert_array_equal(found, wanted)
     assert blend.columns["weight"][np.array([4, 0, 3])].tolist() == [3, 1, 2]
     assert blend.chosen_length[:].tolist() == [3, 3, 3, 5, 5]

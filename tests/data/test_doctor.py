@@ -21,6 +21,7 @@ from simpo_megatron.data.prepared_set import PreparedPairs
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.report import print_report, sections, summary, write_html
 from tests.support.toy_tokenizers import MISTRAL, THINKING, toy, with_template
+from tools.toy_tokenizer import train_tokenizer
 
 OPTIONS = DataOptions(max_length=60, max_prompt_length=30)
 
@@ -213,6 +214,40 @@ def test_what_was_found_is_first_and_the_rest_is_one_line(tmp_path: Path, capsys
         "chosen",
     ):
         assert cell in page and cell in out
+
+
+def text(prompt: str | None, chosen: str, rejected: str) -> dict[str, Any]:
+    return {"chosen": chosen, "rejected": rejected, **({} if prompt is None else {"prompt": prompt})}
+
+
+def test_prompts_that_end_with_newlines_do_not_straddle(tmp_path: Path) -> None:
+    """Alone the two newlines are one token, before a response they are two; no token spans the boundary."""
+    tokenizer = train_tokenizer(["amber\n\n"] * 4, 300, ["<|bos|>", "<|eot|>"], None)  # cuts words as GPT-2 does
+    alone, before = tokenizer.tokenize("amber\n\n"), tokenizer.tokenize("amber\n\nbirch")
+    assert before[: len(alone)] != alone, "the case needs other tokens before a response"
+    rows = [text("amber\n\n", f"birch {i}", "cedar") for i in range(9)]
+    doctor = examine(tmp_path, rows, tokenizer)
+    assert doctor.findings["boundary"].count == 0 and not doctor.blocks("boundary")
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        (text("No, the ", "sky is blue.", "dog. What"), "no space at the end of prompts"),
+        (text(None, "No, the sky is blue.", "No, the skies"), "give the rows an explicit `prompt`"),
+    ],
+)
+def test_advice_fits_the_form_of_the_data(tmp_path: Path, row: dict[str, Any], advice: str) -> None:
+    doctor = examine(tmp_path, [row])
+    assert doctor.blocks("boundary") and advice in doctor.fix("boundary")
+    assert doctor.findings["missing_bos"].count == 0
+
+
+def test_text_gets_no_advice_on_templates(tmp_path: Path) -> None:
+    silent = with_template("mistral", None)
+    silent.backend_tokenizer.post_processor = None
+    doctor = examine(tmp_path, [text("What color?", " Blue.", " Green.")], silent)
+    assert not doctor.findings["missing_bos"].count, "text begins with BOS wherever the tokenizer has one"
 
 
 def test_the_pair_that_was_asked_for_is_shown_first(tmp_path: Path) -> None:

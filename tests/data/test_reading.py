@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from simpo_megatron.data.prepared_format import SUFFIXES, part
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.errors import UserError
 
@@ -62,7 +63,18 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_unknown_type(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    assert error_of(path) == f"{path}: unknown file type; use one of .jsonl, .json, .jsonl.gz, .parquet"
+    kinds = "use one of .jsonl, .json, .jsonl.gz, .parquet, or the prefix of a prepared set"
+    assert error_of(path) == f"{path}: there is no such file, folder or prepared set; {kinds}"
+    path.touch()
+    assert error_of(path) == f"{path}: unknown file type; {kinds}"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_a_prepared_set_names_its_prefix(tmp_path: Path, suffix: str) -> None:
+    for end in SUFFIXES:
+        part(tmp_path / "pp", end).touch()
+    path = part(tmp_path / "pp", suffix)
+    assert error_of(path) == f"{path} is a file of a prepared set; give its prefix {tmp_path / 'pp'}"
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

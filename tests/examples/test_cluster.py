@@ -99,7 +99,7 @@ def test_the_stated_memory_is_the_planned_one(name: str) -> None:
     """The figure at the head of run.sh, from the command that stands below it."""
     text = (EXAMPLES / name / "run.sh").read_text()
     stated = re.search(r"Expected memory: ([\d.]+) GiB", text)
-    command = re.search(r"--model (\S+) --gpus (\d+) --seq-length (\d+)", text)
+    command = re.search(r"--hf-checkpoint (\S+) --gpus (\d+) --seq-length (\d+)", text)
     assert stated and command
     gpus, seq_length = int(command[2]), int(command[3])
     settings = read_yaml(EXAMPLES / name / "config.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,37 @@ def test_one_file_needs_no_index(pool: Any, tmp_path: Path) -> None:
     tiny.make("llama", tmp_path / "source")
     pool.run(2, load_and_export, tmp_path / "source", tmp_path / "target", False, TP2, 2**30)
     assert sorted(path.name for path in (tmp_path / "target").glob("model*")) == ["model.safetensors"]
-    assert not (tmp_path / ".target.partial").exists()
+    assert not list(tmp_path.glob(".target*"))
+
+
+def export_beside_others(source: Path, target: Path) -> list[Path]:
+    """On a rank: exports, and returns what is flushed to the disk. Two other processes began an export before."""
+    from simpo_megatron.models import export
+
+    host = socket.gethostname()
+    for pid in (1, 2**22 + 1):  # one is running, and one number is too large for a process
+        target.with_name(f".{target.name}.{host}.{pid}.partial").mkdir()
+    flushed, sync = [], export.sync
+
+    def record(path: Path) -> None:
+        sync(path)
+        flushed.append(path)
+
+    export.sync = record
+    try:
+        load_and_export(source, target, False, {}, 2**30)
+    finally:
+        export.sync = sync
+    return flushed
+
+
+def test_a_partial_folder_is_its_process_own_and_flushed(pool: Any, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "source")
+    [flushed] = pool.run(1, export_beside_others, tmp_path / "source", tmp_path / "target")
+    assert [path.name for path in tmp_path.glob(".target*")] == [f".target.{socket.gethostname()}.1.partial"]
+    *files, partial, parent = flushed
+    assert parent == tmp_path and {path.parent for path in files} == {partial}
+    assert {path.name for path in files} == {path.name for path in (tmp_path / "target").iterdir()}
 
 
 def test_sharded_checkpoints_load(pool: Any, tmp_path: Path) -> None:

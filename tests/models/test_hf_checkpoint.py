@@ -109,7 +109,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has neither"):
         read_hf_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="convert them to safetensors"):
+    with pytest.raises(UserError, match=r"convert them with tools/hf_to_megatron\.py"):
         read_hf_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read as JSON"):

@@ -80,6 +80,12 @@ def test_mistakes_are_one_line(model: Path, source: Path, tmp_path: Path, capsys
         assert words in error and error.count("\n") == 1 and error.startswith("preprocess_preferences.py: ")
     assert run(inspect_data, data=wrong, hf_checkpoint=model) == 2
     assert run(inspect_data, data=source, hf_checkpoint=model, report=source / "r.html") == 2
+    for pair, words in ((31, "has 30 rows; give a number from 1 to 30"), (0, "--pair 0 must be at least 1")):
+        for data in (source, prefix):
+            capsys.readouterr()
+            assert run(inspect_data, data=data, hf_checkpoint=model, pair=pair) == 2
+            error = capsys.readouterr().err
+            assert words in error and error.count("\n") == 1
     binary = Path(f"{prefix}.bin")
     binary.write_bytes(binary.read_bytes()[::-1])
     assert run(inspect_data, data=prefix, hf_checkpoint=model) == 2

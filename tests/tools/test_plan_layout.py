@@ -26,6 +26,15 @@ def test_table_answer_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert simpo["fewest_gpus"] <= dpo["fewest_gpus"] and dpo["layouts"][0]["memory"]["reference"] > 0
 
 
+def test_size_of_a_checkpoint_and_idle_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", MODEL, "--gpus", "8"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "a checkpoint of training takes 104.7 GiB (weights 15.0 GiB, optimizer state 89.7 GiB)" in out
+    assert "leaves ranks idle" not in out
+    assert main(["--model", MODEL, "--gpus", "65536"]) == 0
+    assert "above the 128 pairs of a step leaves ranks idle" in " ".join(capsys.readouterr().out.split())
+
+
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", MODEL, "--gpus", "1", "--gpu-memory", "16GiB"]) == 1
     assert "SimPO: no layout fits" in capsys.readouterr().out
@@ -42,6 +51,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "8", "--json", "/"], "--json / cannot be written: Is a directory"),
         (["--gpus", "many"], "invalid int value"),
         (["--gpus", "8", "--model", "absent"], "absent does not exist"),
+        (["--gpus", "8", "--model", "meta-llama/Meta-Llama-3-70B"], "3-70B does not exist; give a local folder"),
     ],
 )
 def test_a_mistake_is_one_line(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_step
 from simpo_megatron.errors import UserError
-from simpo_megatron.trainer.checkpointing import check_writable
+from simpo_megatron.trainer.folders import check_writable
 from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, read_rows, run_and_read, train
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows

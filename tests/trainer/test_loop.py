@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo_megatron.trainer.checkpointing import TRACKER
+from simpo_megatron.checkpoint.folder import TRACKER
 from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, read_rows, run_and_read, train
 from tests.support.tiny import make_checkpoint, make_rows, write_rows
@@ -74,7 +74,7 @@ def test_the_optimizers_checkpoints_do_not_mix(pool: WorkerPool, inputs: tuple[P
     run_and_read(pool, 1, flags(*inputs, train_iters=1), tmp_path / "run")
     argv = [*flags(*inputs), "--load", str(tmp_path / "run"), "--no-use-distributed-optimizer"]
     [message] = pool.run(1, train, argv)
-    assert "saved with the distributed optimizer; resume with --use-distributed-optimizer" in message
+    assert "saved with --use-distributed-optimizer, not --no-use-distributed-optimizer; resume with the same" in message
 
 
 def test_recomputed_blocks_must_divide_a_stage(pool: WorkerPool, inputs: tuple[Path, Path]) -> None:

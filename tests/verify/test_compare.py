@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
-from simpo_megatron.verify.compare import TOLERANCE
 from simpo_megatron.verify.reference import Reference
+from simpo_megatron.verify.report import TOLERANCE
 from tests.support import families
 from tests.support.distributed import WorkerPool
 from tests.support.pairs import make_pairs

@@ -97,7 +97,7 @@ def _collect(
             if name not in parameters:
                 raise UserError(
                     f"{file.path} holds {key}, which {hf.architecture.family.name} with this config.json does not "
-                    "have; give the --hf-reference it was trained from"
+                    "have; give the --hf-checkpoint it was trained from"
                 )
             dtypes[name].add(tensor.dtype)
             blocks[name] += _blocks(parameters[name], file, key, tensor, rank[0], tensor_ranks)

@@ -12,6 +12,7 @@ finds its own without reading its neighbours'.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -142,9 +143,15 @@ def _extra_states(parameters: Sequence[MegatronParameter], num_layers: int) -> I
 
 def _write_objects(folder: Path) -> int:
     """Writes the one object that all `_extra_state` keys share; returns its bytes."""
-    with (folder / OBJECTS).open("wb") as stream:
-        torch.save([torch.empty(0, dtype=torch.uint8)], stream)
-    return (folder / OBJECTS).stat().st_size
+    content = _saved([torch.empty(0, dtype=torch.uint8)])
+    return (folder / OBJECTS).write_bytes(content)
+
+
+def _saved(value: Any) -> bytes:
+    """What torch.save writes. It goes through memory: on a full disk torch raises errors that do not say so."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def write_metadata(
@@ -196,7 +203,7 @@ def write_metadata(
     for key in _extra_states(parameters, num_layers):
         state[key] = BytesStorageMetadata()
         storage[MetadataIndex(key)] = _StorageInfo(OBJECTS, 0, length)
-    torch.save(common | {"content_metadata": CONTENT_METADATA}, folder / "common.pt")
+    (folder / "common.pt").write_bytes(_saved(common | {"content_metadata": CONTENT_METADATA}))
     with (folder / ".metadata").open("wb") as stream:
         pickle.dump(Metadata(state, None, storage), stream)
     (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))

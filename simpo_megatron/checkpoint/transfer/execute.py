@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from simpo_megatron.checkpoint.transfer.moves import OutFile, Piece, Rect, TensorMove, Unit
+from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import sync
 
@@ -254,10 +255,12 @@ def write_unit(unit: Unit, folder: Path, progress: ProgressCallback = lambda _: 
     except BlockingIOError:
         raise UserError(f"another process is writing {folder}; wait for it, or end it") from None
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder} cannot be written: {error.strerror}; free space there or give another --save, "
-            "then go on with --resume"
-        ) from error
+        raise refused(error, folder) from error
+
+
+def refused(error: OSError, folder: Path) -> UserError:
+    """The error for a conversion whose files cannot be written; `folder` is named where the system names no file."""
+    return cannot_write(str(error.filename or folder), error, "give another --save", " and go on with --resume")
 
 
 def _write_locked(unit: Unit, folder: Path, path: Path, journal: Any, progress: ProgressCallback) -> Outcome:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simpo_megatron.checkpoint.cli import human
 from simpo_megatron.checkpoint.manifest import MANIFEST
-from simpo_megatron.checkpoint.transfer.execute import journal_path, read_journal
+from simpo_megatron.checkpoint.transfer.execute import journal_path, read_journal, refused
 from simpo_megatron.checkpoint.transfer.moves import Unit
 from simpo_megatron.checkpoint.transfer.processes import run_units
+from simpo_megatron.disk import free_bytes, human
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write, sync
 
@@ -127,14 +127,11 @@ def run(conversion: Conversion, options: Options) -> bool:
             _clean_up(conversion)
             return True
         index, count = options.shard
-        _check_space(conversion)
+        check_space(conversion)
         run_units(conversion.units[index::count], conversion.work, options.workers, f"to {conversion.final}")
         return _publish(conversion, identity)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or conversion.root} cannot be written: {error.strerror}; free space there or give "
-            "another --save, then go on with --resume"
-        ) from error
+        raise refused(error, conversion.root) from error
 
 
 def _prepare(conversion: Conversion, options: Options, identity: str) -> bool:
@@ -199,17 +196,25 @@ def _check_identity(file: Path, identity: str) -> None:
         )
 
 
-def _check_space(conversion: Conversion) -> None:
-    """Before the first byte: makes sure that what is still to be written fits."""
+def check_space(conversion: Conversion) -> int:
+    """Makes sure, before the first byte, that what is still to be written fits. It counts what all nodes write.
+
+    Returns:
+        Bytes that are free where the conversion goes.
+
+    Raises:
+        UserError: less is free than is still to be written.
+    """
     files = [file for unit in conversion.units for file in unit.files]
     written = [conversion.data / file.name for file in files if (conversion.data / file.name).exists()]
     missing = sum(file.size for file in files) - sum(path.stat().st_blocks * 512 for path in written)
-    free = shutil.disk_usage(conversion.work).free
+    free = free_bytes(conversion.work)
     if missing > free:
         raise UserError(
             f"--save {conversion.root}: {human(missing)} are still to be written, but only {human(free)} are free; "
             "free space there, or give another folder"
         )
+    return free
 
 
 def _publish(conversion: Conversion, identity: str) -> bool:

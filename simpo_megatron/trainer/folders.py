@@ -1,0 +1,121 @@
+"""The folders that a run writes to: checked, locked, and not mistaken for those of another run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from simpo_megatron.checkpoint.folder import TRACKER
+from simpo_megatron.config.run import CheckpointConfig, Config
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.export import check_target
+from simpo_megatron.models.hf_checkpoint import check_tensors, read_hf_checkpoint
+from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.trainer.lock import locked
+from simpo_megatron.trainer.progress import Progress
+from simpo_megatron.trainer.resume import find_saved_run
+
+EXPORTED = "training_run.json"  # in an export: the run and the checkpoint that it was made of
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Checks that a folder can be written to, by a probe file in it or in its nearest existing parent.
+
+    Args:
+        flag: that names the folder, for the error.
+        folder: perhaps not there yet; it is not created.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    try:
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        probe = parent / f".write_probe_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}; choose a folder that can") from error
+
+
+def check_new_run(settings: CheckpointConfig) -> None:
+    """Keeps a new run from writing into the folder of another run.
+
+    Raises:
+        UserError: --save holds a run, and this run does not resume it.
+    """
+    save, load = settings.save, settings.load
+    if save is None or not (save / TRACKER).exists():
+        return
+    if load is None or load.resolve() != save.resolve():
+        without = " and without --finetune" if settings.finetune else ""
+        raise UserError(
+            f"--save {save} holds another run; resume it with --load {save}{without}, or choose a new folder"
+        )
+    if settings.finetune:
+        raise UserError(
+            f"--save {save} holds the run that --finetune starts from; choose a new folder for the new run, or drop "
+            "--finetune to resume the old one"
+        )
+
+
+def check_export(config: Config) -> None:
+    """Makes sure that --export-hf is absent, empty, or the export of the checkpoint that this run resumes.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    folder = config.model.export_hf
+    if folder is None:
+        return
+    saved = find_saved_run(config.checkpoint)
+    if saved is None or not is_export_of(folder, saved.progress):
+        check_target(folder)
+
+
+def is_export_of(folder: Path, progress: Progress) -> bool:
+    """Whether a folder holds the whole export of the latest checkpoint of a run."""
+    try:
+        made_of = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))["checkpoint"]
+        if not progress.checkpoint or made_of != progress.checkpoint:
+            return False
+        check_tensors(read_hf_checkpoint(folder))
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return False
+    return True
+
+
+def export_record(config: Config, progress: Progress) -> dict[str, str]:
+    """The file of an export by which `is_export_of` knows it, name and text; none without --save."""
+    if config.checkpoint.save is None or not progress.checkpoint:
+        return {}
+    content = {
+        "run": str(config.checkpoint.save.absolute()),
+        "step": progress.step,
+        "objective": config.objective.name,
+        "checkpoint": progress.checkpoint,
+    }
+    return {EXPORTED: json.dumps(content, indent=1) + "\n"}
+
+
+@contextlib.contextmanager
+def hold_folders(config: Config) -> Iterator[None]:
+    """Inside the block, no other run writes to --save or --export-hf. Rank 0 holds the locks.
+
+    Collectives: one gather of errors.
+
+    Raises:
+        UserError: another run holds one of the two; on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+        with raise_on_all_ranks():
+            if dist.get_rank() == 0:
+                if (save := config.checkpoint.save) is not None:
+                    stack.enter_context(locked("--save", save, save / ".lock"))
+                if (export := config.model.export_hf) is not None:  # must be empty, so its lock is beside it
+                    stack.enter_context(locked("--export-hf", export, export.with_name(f".{export.name}.lock")))
+        yield
