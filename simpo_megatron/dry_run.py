@@ -79,8 +79,8 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
     from simpo_megatron.trainer.remarks import count_pairs, remarks
 
     cut = _check_layout(config, hf)
-    start = _check_start(config, hf)
-    disk = check_disk(config, hf.architecture, config.train.train_iters)
+    start, done = _check_start(config, hf)
+    disk = check_disk(config, hf.architecture, config.train.train_iters, done)
     tokens = _check_data(config, hf)
     parallel, precision = config.parallel, "bf16" if config.train.bf16 else "fp32"
     rows = math.ceil(config.train.global_batch_size * tokens / config.data.seq_length)
@@ -216,11 +216,11 @@ def _config_alone(hf: HFCheckpoint) -> bool:
     return not has_weights(hf.path) and not any(hf.path.glob("tokenizer*"))
 
 
-def _check_start(config: Config, hf: HFCheckpoint) -> str:
+def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     """Checks the folder of --export-hf, and names and shapes of the checkpoint that the run starts from.
 
     Returns:
-        The folder of that checkpoint.
+        The folder of that checkpoint, with the settings that differ from its run's; and the steps that run has taken.
 
     Raises:
         UserError: the checkpoint is not complete, or is of another model; or the export would overwrite something.
@@ -235,12 +235,12 @@ def _check_start(config: Config, hf: HFCheckpoint) -> str:
     _, changes = follow(config, saved)
     folder = weights_folder(config.checkpoint) if saved is None else saved.folder
     if folder is None:
-        return str(hf.path)
+        return str(hf.path), 0
     try:
         read_torch_dist(folder, hf)
     except UserError as error:
         raise UserError(f"--load {config.checkpoint.load} does not fit {hf.path}: {error}") from error
-    return "; ".join((str(folder), *changes))
+    return "; ".join((str(folder), *changes)), 0 if saved is None else saved.progress.step
 
 
 def describe_memory(memory: Memory) -> str:

@@ -13,15 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from simpo_megatron.checkpoint.cli import add_work_flags  # noqa: E402
-from simpo_megatron.program import Parser, exit_code  # noqa: E402
-from simpo_megatron.settings import path_value  # noqa: E402
+from simpo_megatron.checkpoint.cli import add_work_flags
+from simpo_megatron.program import Parser, exit_code
+from simpo_megatron.settings import path_value
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -63,11 +63,13 @@ class Conversion:
     """One conversion, planned: what is written, where, and what completes it.
 
     Attributes:
-        units: all of the work. lines: what --plan prints. root: what --save names. final: the folder to publish:
-        `root`, or one in it. identity: called before the first byte; the `fingerprint` of the plan and its sources.
+        units: all of the work.
+        lines: what --plan prints.
+        root: what --save names.
+        final: the folder to publish: `root`, or one in it.
+        identity: called before the first byte; returns the `fingerprint` of the plan and its sources.
         finish: called when all units are written, with the folder, the SHA-256 of every tensor and the identity. It
-        writes
-            the files that are in no unit.
+            writes the files that are in no unit.
         publish: called when `final` is complete; writes what points at it.
         replaceable: whether --overwrite may replace what `root` holds.
     """
