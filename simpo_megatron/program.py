@@ -1,19 +1,22 @@
 """What all command-line programs of this package share: the parser, and the exit codes.
 
 0: success. 1: the program ran, and what it checked is wrong (programs that check). 2: a mistake that the user can fix;
-one line names it. 130: interrupted from the keyboard.
+one line names it. 130: interrupted from the keyboard. 143: ended by SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -123,6 +126,23 @@ def write_report(flag: str, file: Path, text: str) -> None:
         raise cannot_write(f"{flag} {file}", error, "give another file") from error
 
 
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Inside the block, SIGTERM raises SystemExit: locks and temporary files are removed as on any other way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def exit_code(program: str, action: Callable[[], int | None]) -> int:
     """Runs a program and turns its outcome into an exit code.
 
@@ -132,10 +152,11 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
 
     Returns:
         What `action` returns, 2 if it raises UserError (printed to stderr) or meets a full or read-only disk, or 130 if
-        it is interrupted.
+        it is interrupted. SIGTERM leaves it as SystemExit with code 143.
     """
     try:
-        return action() or 0
+        with _sigterm_unwinds():
+            return action() or 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) != 0:
             # Usually every rank raises the same error, and rank 0 alone should print it. torchrun stops all ranks when

@@ -4,8 +4,9 @@
         ...                                          # raises UserError if another run holds it
 
 The file is JSON: host, pid and start time of the process that holds it. It is created with O_EXCL, so two processes
-cannot both create it, on network file systems too. It is removed on exit. After a kill it stays, and the next run takes
-it over if it can know that the holder is gone: on the same host, or in the same Slurm job after a requeue.
+cannot both create it, on network file systems too. It is removed on exit, and also when SIGTERM ends the program
+(`program.exit_code`). After SIGKILL it stays, and the next run takes it over if it can know that the holder is gone: on
+the same host, or in the same Slurm job after a requeue.
 """
 
 from __future__ import annotations

@@ -21,11 +21,14 @@ from tests.support.runs import Inputs, flags, read_rows, run_main
 HOLD = """
 import sys
 from pathlib import Path
+from simpo_megatron.program import exit_code
 from simpo_megatron.trainer.lock import locked
 file = Path(sys.argv[1])
-with locked("--save", file.parent, file):
-    print("held", flush=True)
-    sys.stdin.read()
+def hold():
+    with locked("--save", file.parent, file):
+        print("held", flush=True)
+        sys.stdin.read()
+sys.exit(exit_code("hold", hold))
 """
 
 
@@ -84,6 +87,15 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert file.exists() and take(file)["pid"] == os.getpid()
+
+
+def test_sigterm_releases_the_lock(tmp_path: Path) -> None:
+    """Slurm ends a job with SIGTERM at its time limit, and the next job of a chain may run on another host."""
+    file = tmp_path / ".lock"
+    with holder(file) as process:
+        process.terminate()
+        assert process.wait() == 143
+    assert not file.exists()
 
 
 def test_a_process_of_this_host_that_is_gone(tmp_path: Path) -> None:
