@@ -4,7 +4,8 @@ r"""Does a parallel layout compute the loss and the gradients that Hugging Face 
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 [--fp32] [--json FILE]
 
 One batch (8 pairs, or --global-batch-size) runs through the layout and, one layer at a time, through transformers on
-rank 0. Layout, data and objective have training's flags, and --config takes a run's YAML file. What is compared and the
+rank 0. Layout, data and objective have training's flags, and --config takes a run's YAML file. Where MODEL is a
+config.json, or has no weights, they are random; without a tokenizer the pairs are random too. What is compared and the
 tolerances: `simpo_megatron/verify/README.md`.
 
 Exit code: 0 within tolerance, 1 not, 2 a mistake in flags, data or checkpoint. Under torchrun any failure of a worker
@@ -17,6 +18,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,8 @@ def build_parser() -> Parser:
         type=source_value,
         dest="train_data",
         metavar="SOURCE",
-        help="preferences to verify with: what --train-data of training takes",
+        help="preferences to verify with: what --train-data of training takes; left out where --hf-checkpoint is a "
+        "config.json without weights and tokenizer",
     )
     parser.accept("--train-data", "--data")
     parser.add_argument("--json", type=path_value, metavar="FILE", help="write the report into this file")
@@ -96,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
     """
     given = vars(build_parser().parse_args(argv))
     settings = with_file(given, {"global_batch_size": 8})
-    required(settings.get("train_data"), "--data is missing; give preferences to verify with")
+    settings["train_data"] = _sources(given, settings)
     objectives = (field.name for cls in OBJECTIVES.values() for field in settable(cls))
     used = {"objective", "train_data", *objectives, *(name for names in USED.values() for name in names)}
     config = build_config({name: value for name, value in settings.items() if name in used} | {"train_iters": 1})
@@ -104,6 +107,26 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
     if report is not None:
         check_report("--json", report)
     return config, report
+
+
+def _sources(given: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """What to verify with: the data, or random pairs where there are neither weights nor a tokenizer.
+
+    Args:
+        given: the flags.
+        settings: the flags over the file; data in a file is not used where there is no tokenizer.
+
+    Raises:
+        UserError: --data is missing, or is given without a tokenizer to read it.
+    """
+    from simpo_megatron.verify.random_weights import RANDOM_PAIRS, config_alone, has_tokenizer
+
+    model = settings.get("hf_checkpoint")
+    if model is not None and config_alone(Path(model)) and not has_tokenizer(Path(model)):
+        if "train_data" in given:
+            raise UserError(f"--data needs a tokenizer, and {model} has none; leave --data out to use random token ids")
+        return [RANDOM_PAIRS]
+    return required(settings.get("train_data"), "--data is missing; give preferences to verify with")
 
 
 def verify(config: Config, report_file: Path | None = None) -> int:
@@ -123,14 +146,16 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     compat.check_megatron_core()
     import torch.distributed as dist
 
-    from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+    from simpo_megatron.checkpoint.source import read_model
     from simpo_megatron.trainer.data import load_data
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
     from simpo_megatron.trainer.setup import build_engine, build_transformer_config
     from simpo_megatron.verify.compare import compare
+    from simpo_megatron.verify.random_weights import RANDOM_PAIRS, config_alone, random_pairs, random_weights
 
     device = resolve_device(config.train.device)
-    hf = read_hf_checkpoint(config.model.checkpoint_folder)
+    alone = config_alone(config.model.checkpoint_folder)
+    hf = read_model(config.model.checkpoint_folder, loaded=False, dry_run=alone)
     if config.train.bf16 and hf.architecture.num_experts is not None:
         raise UserError(
             "a model with experts is verified in fp32, because in bf16 rounding decides near-ties between experts and "
@@ -139,10 +164,16 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     transformer = build_transformer_config(config, hf)
     started_here = not dist.is_initialized()
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
-    pairs, _, messages = load_data(config.data, hf)
-    if dist.get_rank() == 0:
-        print("\n".join(messages), flush=True)
-    report = compare(build_engine(config, hf, transformer, train_iters=1), hf, pairs, config)
+    with random_weights(hf, config.train.seed) if alone else nullcontext(hf) as model:
+        if config.data.train_data == (RANDOM_PAIRS,):
+            count, longest = config.train.global_batch_size, config.data.options.max_length
+            pairs = random_pairs(hf.architecture.vocab_size, longest, count, config.train.seed)
+            messages = [f"{hf.path} has no tokenizer: {count} pairs of random token ids are used"]
+        else:
+            pairs, _, messages = load_data(config.data, model)
+        if dist.get_rank() == 0:
+            print("\n".join(messages), flush=True)
+        report = compare(build_engine(config, model, transformer, train_iters=1), model, pairs, config)
     passed = [report is None or report.passed]
     if report is not None:
         show(report, config)
