@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +75,7 @@ def random_pairs(vocab_size: int, max_length: int, pairs: int, seed: int) -> InM
 
 @contextmanager
 def random_weights(hf: HFCheckpoint, seed: int) -> Iterator[HFCheckpoint]:
-    """Draws the weights on rank 0, into a folder that is removed when the block ends or rank 0 dies.
+    """Draws the weights on rank 0, into a folder that is removed when the block ends.
 
     The folder is made where `tempfile` makes folders (TMPDIR), with config.json and what lies beside it.
 
@@ -128,7 +127,7 @@ def _write(hf: HFCheckpoint, seed: int, stack: ExitStack) -> Path:
             "free space there, or set TMPDIR to another folder"
         )
     try:
-        folder = stack.enter_context(_temporary_folder(parent))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simpo_random_weights.", dir=parent)))
         print(
             f"{hf.path} has no weights: random ones are used, {human(sum(sizes))} in {folder}, removed at the end",
             flush=True,
@@ -140,18 +139,6 @@ def _write(hf: HFCheckpoint, seed: int, stack: ExitStack) -> Path:
     except OSError as error:
         raise cannot_write(f"random weights in {parent}", error, "set TMPDIR to another folder") from error
     return folder
-
-
-@contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder. A process of its own removes it, when this process leaves the block or ends in any way."""
-    folder = tempfile.mkdtemp(prefix="simpo_random_weights.", dir=parent)
-    command = ["sh", "-c", 'cat > /dev/null; rm -rf -- "$1"', "sh", folder]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as remover:
-        try:
-            yield Path(folder)
-        finally:
-            remover.communicate()  # closes its input and waits
 
 
 def _write_tensors(hf: HFCheckpoint, sizes: list[int], folder: Path, seed: int) -> None:

@@ -222,24 +222,6 @@ def test_weights_that_are_there_are_never_replaced(tmp_path: Path) -> None:
     assert not random_weights.config_alone(model) and not random_weights.config_alone(tmp_path / "nowhere")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from simpo_megatron.verify.random_weights import _temporary_folder
-with _temporary_folder(Path(sys.argv[1])) as folder:
-    (folder / "file").write_text("weights")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_the_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
-    # The process that removes the folder holds the pipes, so `run` waits for it too.
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, env=free_environment(), check=False
-    )
-    assert done.returncode == -9 and not list(tmp_path.iterdir())
-
-
 def test_random_weights_and_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from simpo_megatron.checkpoint.source import imagine_weights
     from simpo_megatron.models.hf_checkpoint import check_tensors, read_hf_checkpoint, read_hf_config
