@@ -191,12 +191,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `name: value` lines, not a {type(content).__name__}")
     annotations = {"objective": str, **{field.name: annotation for _, field, annotation in _fields()}}
+    named = {str(key).replace("-", "_"): (key, value) for key, value in content.items()}
+    unknown = [
+        f"{key} is not a setting; {advise(name, annotations, str) or '--help lists them'}"
+        for name, (key, _) in named.items()
+        if name not in annotations
+    ]
+    require(not unknown, f"--config {path}: {'. '.join(unknown)}")
     settings = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in annotations:
-            advice = advise(name, annotations, str) or "--help lists them"
-            raise UserError(f"--config {path}: {key} is not a setting; {advice}")
+    for name, (key, value) in named.items():
         try:
             settings[name] = _convert(value, annotations[name])
         except UserError as error:

@@ -111,13 +111,20 @@ class Logger:
         if self.enabled:
             self.message(f"eval at step {step}  {_readable(metrics, EVAL_COLUMNS)}")
 
-    def summary(self, before: dict[str, float], after: dict[str, float]) -> None:
-        """Prints a table of the metrics of the held-out pairs, before and after training."""
-        if not self.enabled or not before:
+    def summary(self, evaluations: dict[int, dict[str, float]]) -> None:
+        """Prints a table of the metrics of the held-out pairs at the first and the last evaluation.
+
+        Args:
+            evaluations: by step, in order. A resumed run begins with the first one after the resume.
+        """
+        if not self.enabled or not evaluations:
             return
-        table = Table("held-out pairs", "before", "after")
-        for name, value in before.items():
-            table.add_row(name.removeprefix("eval/"), f"{value:.4f}", f"{after[name]:.4f}")
+        first, last = next(iter(evaluations)), next(reversed(evaluations))
+        shown = {"before" if first == 0 else f"step {first}": evaluations[first]} if first != last else {}
+        shown["after"] = evaluations[last]
+        table = Table("held-out pairs", *shown)
+        for name in evaluations[last]:
+            table.add_row(name, *(f"{metrics[name]:.4f}" for metrics in shown.values()))
         self.console.print(table)
 
     def close(self) -> None:

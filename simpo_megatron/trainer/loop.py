@@ -140,8 +140,7 @@ class Run:
         logger: reports metrics and messages.
 
     Attributes:
-        first_eval: metrics of the first evaluation, before training; empty without one.
-        last_eval: metrics of the latest evaluation.
+        evaluations: metrics of the held-out pairs, by step.
     """
 
     def __init__(
@@ -156,8 +155,7 @@ class Run:
         self.config, self.engine, self.logger = engine.config, engine, logger
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
         self.length, self.state = length, state
-        self.first_eval: dict[str, float] = {}
-        self.last_eval: dict[str, float] = {}
+        self.evaluations: dict[int, dict[str, float]] = {}
 
     @property
     def unfinished(self) -> bool:
@@ -211,9 +209,8 @@ class Run:
             return
         indices = self.valid_pairs.order(0, len(self.valid_pairs), seed=0, shuffle=False)
         metrics = self.engine.evaluate(self.engine.packer.pack(self.valid_pairs, indices))
-        self.last_eval = {f"eval/{name}": value for name, value in metrics.items()}
-        self.first_eval = self.first_eval or self.last_eval
-        self.logger.record(self.state.step, self.last_eval)
+        self.evaluations[self.state.step] = metrics
+        self.logger.record(self.state.step, {f"eval/{name}": value for name, value in metrics.items()})
         self.logger.eval_line(self.state.step, metrics)
 
     def _finish(self) -> None:
@@ -226,7 +223,7 @@ class Run:
             first = dist.get_rank() == 0
             export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
             self.logger.message(f"exported to {folder}")
-        self.logger.summary(self.first_eval, self.last_eval)
+        self.logger.summary(self.evaluations)
 
 
 def _random_name() -> str:
