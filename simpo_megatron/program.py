@@ -86,16 +86,20 @@ class Parser(argparse.ArgumentParser):
         return f"did you mean {known[near]}?" if near else "--help lists the flags"
 
 
-def check_report(flag: str, file: Path) -> None:
+def check_report(flag: str, file: Path, inputs: Collection[Path]) -> None:
     """Checks before the work starts that a report can be written. Nothing is left behind.
 
     Args:
         flag: that names the file, for the error.
         file: the report.
+        inputs: files and folders that the program reads.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or is an input or in one.
     """
+    for read in inputs:
+        if file.resolve() == read.resolve() or (read.is_dir() and read.resolve() in file.resolve().parents):
+            raise UserError(f"{flag} {file} would write over what is read from {read}; give another file")
     there = file.exists()
     try:
         with file.open("a"):

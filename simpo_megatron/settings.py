@@ -96,6 +96,8 @@ def expand(text: str) -> str:
 
 def path_value(text: str) -> Path:
     """The value of a setting that is a path, expanded as by `expand`."""
+    if not text:
+        raise UserError("a path is empty; is a variable of the shell not set?")
     return Path(expand(text))
 
 

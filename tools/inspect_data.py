@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from simpo_megatron import compat
 from simpo_megatron.config.data_tools import data_config, data_parser
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if args.pair < 1:
         raise UserError(f"--pair {args.pair} must be at least 1")
     if args.report is not None:
-        check_report("--report", args.report)
+        sources = [Path(source) for source in (args.data, args.valid_data) if source is not None]
+        check_report("--report", args.report, [*sources, args.hf_checkpoint])
     tokenizer, eos_ids = load_tokenizer(args.hf_checkpoint), end_of_turn_ids(args.hf_checkpoint)
     data = data_config(args)
     doctor = Doctor(tokenizer, data.options, eos_ids, data.seq_length, args.pair)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, print_end
+from simpo_megatron.errors import UserError
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import path_value
 
@@ -51,6 +52,9 @@ def run(argv: Sequence[str] | None) -> int:
     from simpo_megatron.checkpoint.transfer import publish
     from simpo_megatron.models.hf_checkpoint import read_hf_config
 
+    for flag, source in (("--hf-checkpoint", args.hf_checkpoint), ("--load", args.load)):
+        if source is not None and args.save.resolve() == source.resolve():
+            raise UserError(f"--save {args.save} is the folder of {flag}, which is read; give a new folder")
     folder = checkpoint_folder(args.load)
     if args.hf_checkpoint:
         hf = read_hf_config(args.hf_checkpoint)

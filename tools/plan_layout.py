@@ -93,7 +93,7 @@ def read_request(args: argparse.Namespace) -> Request:
     if memory < 2**20:
         raise UserError(f"--gpu-memory {args.gpu_memory} is {memory} bytes; give the unit too, as in 80GiB")
     if args.json is not None:
-        check_report("--json", args.json)
+        check_report("--json", args.json, [args.hf_checkpoint])
     return Request(
         gpu_bytes=int(memory * (1 - FREE)),
         seq_length=args.seq_length,

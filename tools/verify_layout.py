@@ -105,7 +105,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
     config = build_config({name: value for name, value in settings.items() if name in used} | {"train_iters": 1})
     report = given.get("json")
     if report is not None:
-        check_report("--json", report)
+        check_report("--json", report, [config.model.checkpoint_folder])
     return config, report
 
 

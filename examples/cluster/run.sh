@@ -49,6 +49,13 @@ export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # this packa
 gpus=${GPUS_PER_NODE:-8}
 [[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ ]] || fail "NODES is $nodes and GPUS_PER_NODE $gpus; both must be numbers above 0"
 node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
+port=${MASTER_PORT:-29500}
+if ! [[ $node_rank =~ ^(0|[1-9][0-9]*)$ ]] || ((node_rank >= nodes)); then
+    fail "NODE_RANK is $node_rank; it must be a number from 0 to $((nodes - 1))"
+fi
+if ! [[ $port =~ ^[1-9][0-9]*$ ]] || ((port > 65535)); then
+    fail "MASTER_PORT is $port; it must be a number from 1 to 65535"
+fi
 
 # --node-rank is given, so that ranks are counted node by node and each tensor-parallel group lies within a node.
 launch() {
@@ -68,7 +75,7 @@ launch() {
     # Set NCCL_SOCKET_IFNAME (and NCCL_IB_HCA) where nodes have several networks: NCCL may choose the slow one.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
     torchrun --nnodes "$nodes" --nproc-per-node "$gpus" --node-rank "$node_rank" \
-        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" "$@"
+        --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" "$@"
 }
 
 held_out=()

@@ -22,6 +22,7 @@ from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.prepared_writer import Writer
 from simpo_megatron.data.reading import Row, read_rows, row_blocks, with_progress
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids
 
 _AHEAD = 3  # blocks of rows that wait, per process
@@ -52,6 +53,10 @@ def prepare(
     Raises:
         UserError: the source or a row cannot be read, no pair is left, or the files cannot be written.
     """
+    if Path(source) == prefix:
+        raise UserError(
+            f"--output-prefix {prefix} is the source; choose another, such as {prefix.with_suffix('')}-prepared"
+        )
     eos_ids = end_of_turn_ids(checkpoint)
     encoder = PairEncoder(load_tokenizer(checkpoint), options, eos_ids)
     cross_block_filter = CrossBlockFilter()

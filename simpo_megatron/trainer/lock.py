@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 import psutil
 
+from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 
 _CLOCK = 10.0  # seconds; the start time of a process, as the system computes it, shifts when the clock is set
@@ -47,7 +48,7 @@ def locked(name: str, folder: Path, file: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         holder = _acquire(file, mine)
     except OSError as error:
-        raise UserError(f"{name} {folder}: the lock {file} cannot be written: {error.strerror}") from error
+        raise cannot_write(f"{name} {folder}: its lock {file}", error, "choose another folder") from error
     if holder is not None:
         raise UserError(
             f"{name} {folder} is in use by {_describe(holder)}; wait until it ends or choose another folder, or delete "
@@ -83,8 +84,12 @@ def _acquire(file: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
     while True:
         with contextlib.suppress(FileExistsError):
             handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                _write(stream, mine)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                    _write(stream, mine)
+            except OSError:  # a full disk: an empty lock would name no process
+                file.unlink()
+                raise
             return None
         # Two runs of this host may find the lock of a dead process at once: they look at it one after the other.
         with contextlib.suppress(FileNotFoundError), file.open("r+", encoding="utf-8") as stream:

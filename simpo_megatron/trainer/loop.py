@@ -30,6 +30,7 @@ from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
+from simpo_megatron.settings import require
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
@@ -68,6 +69,11 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
     length = run_length(config, len(train_pairs))
     export = config.model.export_hf
     if export is not None and length.is_reached(state) and is_export_of(export, state):
+        require(
+            not changes,
+            f"the run of {config.checkpoint.load} has ended, and this command differs from it ({'; '.join(changes)}): "
+            "nothing would be trained; choose another --save and --export-hf, or give the settings of that run",
+        )
         print_line(f"nothing is left to do: the run of {config.checkpoint.load} has ended, and {export} is its export")
         return None
     with raise_on_all_ranks():

@@ -26,7 +26,7 @@ from simpo_megatron.trainer.progress import Progress
 
 REFUSED = ("objective", "seed", "use_distributed_optimizer")
 NOT_OF_THE_RUN = (
-    *("hf_checkpoint", "train_data", "save", "load", "finetune", "export_hf", "tensorboard_dir", "wandb_project"),
+    *("train_data", "save", "load", "finetune", "export_hf", "tensorboard_dir", "wandb_project"),
     *("save_interval", "eval_interval", "log_interval", "preset", "dry_run", "distributed_timeout_minutes"),
 )
 # What --use-checkpoint-opt-param-scheduler takes from the checkpoint. The length of the decay goes with it.
