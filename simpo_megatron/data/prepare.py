@@ -54,9 +54,7 @@ def prepare(
         UserError: the source or a row cannot be read, no pair is left, or the files cannot be written.
     """
     if Path(source) == prefix:
-        raise UserError(
-            f"--output-prefix {prefix} is the source; choose another, such as {prefix.with_suffix('')}-prepared"
-        )
+        raise UserError(f"--output-prefix {prefix} is the source itself; choose another prefix")
     eos_ids = end_of_turn_ids(checkpoint)
     encoder = PairEncoder(load_tokenizer(checkpoint), options, eos_ids)
     cross_block_filter = CrossBlockFilter()

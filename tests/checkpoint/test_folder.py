@@ -18,6 +18,7 @@ from simpo_megatron.checkpoint.folder import (
 )
 from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_write
 
 
 def make_iteration(root: Path, step: int) -> Path:
@@ -72,3 +73,11 @@ def test_the_tracker_is_on_the_disk_before_and_after_its_name_changes(
     assert Path(target) == tmp_path / TRACKER and Path(folder) == tmp_path
     assert (tmp_path / TRACKER).read_text() == str(iteration)
     assert [path.name for path in tmp_path.iterdir()] == [TRACKER]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="no regular file"):
+        atomic_write(pipe, "text")
+    assert pipe.is_fifo()

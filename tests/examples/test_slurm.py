@@ -130,6 +130,16 @@ def test_without_slurm_the_address_is_asked_for(tmp_path: Path) -> None:
         ["bash", QWEN, "train"], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
     )
     assert done.returncode == 2 and "MASTER_ADDR is not set" in done.stderr
+    for name, value, words in (("NODE_RANK", "2", "from 0 to 1"), ("MASTER_PORT", "99999", "from 1 to 65535")):
+        done = subprocess.run(
+            ["bash", QWEN, "train"],
+            capture_output=True,
+            text=True,
+            env={**environment, name: value},
+            cwd=ROOT,
+            check=False,
+        )
+        assert done.returncode == 2 and f"{name} is {value}; it must be a number {words}" in done.stderr
 
 
 # An srun whose run saves {saved}, after which Slurm signals the batch shell; then it ends with {ends}, or is stopped.

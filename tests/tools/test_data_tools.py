@@ -74,12 +74,18 @@ def test_mistakes_are_one_line(model: Path, source: Path, tmp_path: Path, capsys
         ({"max_length_ratio": 0.5}, "--max-length-ratio 0.5"),
         ({"tie_policy": "x"}, "--tie-policy"),
         ({"output_prefix": source / "a"}, "cannot be written"),
+        ({"output_prefix": source}, "is the source itself"),
+        ({"output_prefix": ""}, "a path is empty"),
     ):
         assert run(preprocess_preferences, **{**good, **change}) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and error.startswith("preprocess_preferences.py: ")
     assert run(inspect_data, data=wrong, hf_checkpoint=model) == 2
     assert run(inspect_data, data=source, hf_checkpoint=model, report=source / "r.html") == 2
+    for report in (source, model / "tokenizer.json"):
+        before = report.read_bytes()
+        assert run(inspect_data, data=source, hf_checkpoint=model, report=report) == 2
+        assert report.read_bytes() == before and "would write over what is read" in capsys.readouterr().err
     for pair, words in ((31, "has 30 rows; give a number from 1 to 30"), (0, "--pair 0 must be at least 1")):
         for data in (source, prefix):
             capsys.readouterr()

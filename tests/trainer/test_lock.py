@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -129,6 +130,16 @@ def test_a_requeued_slurm_job_takes_its_own_lock_over(tmp_path: Path, monkeypatc
             take(file)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert take(file)["slurm_job"] == "7"
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"its lock .* cannot be written: No space left on device; free space there"):
+        take(tmp_path / ".lock")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_that_changed_hands_is_left_alone(tmp_path: Path) -> None:

@@ -187,6 +187,8 @@ def test_the_same_command_after_the_end(pool: WorkerPool, inputs: Inputs, base: 
     assert (export / "model.safetensors").stat().st_mtime_ns == written
     [(code, _, stderr)] = pool.run(1, run_main, [*whole, "--train-iters", "3"])
     assert code == 2 and f"{export} is not empty" in stderr, "it is the export of an earlier step"
+    [(code, _, stderr)] = pool.run(1, run_main, [*whole, "--simpo-beta", "9"])
+    assert code == 2 and "has ended, and this command differs from it (resumed with simpo_beta 9.0, was 2.0)" in stderr
     assert (save / TRACKER).read_text() == "2"
 
     shutil.move(export, inputs.folder / "moved")
