@@ -112,8 +112,7 @@ def _remarks(config: Config, hf: HFCheckpoint) -> list[str]:
     if config.model.transformer_impl == "transformer_engine" and not compat.have_transformer_engine():
         found.append(
             "--transformer-impl transformer_engine: Transformer Engine is not installed here; the machines of the run "
-            "need "
-            "it"
+            "need it"
         )
     if config.model.gradient_accumulation_fusion:
         found.append("--gradient-accumulation-fusion: the machines of the run need a GPU and Apex's extension")

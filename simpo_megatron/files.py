@@ -59,9 +59,8 @@ def sync(path: Path) -> None:
 
 def follow_umask(file: Path) -> None:
     """Gives a file the mode that `open` would have given it: a library that writes a temporary file leaves 0600."""
-    mask = os.umask(
-        0o077
-    )  # the only way to read it; another thread that creates a file now gives it to its owner alone
+    # Setting the umask is the only way to read it. A file that another thread creates meanwhile is its owner's alone.
+    mask = os.umask(0o077)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
 
