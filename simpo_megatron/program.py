@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -100,12 +101,16 @@ def check_report(flag: str, file: Path, inputs: Collection[Path]) -> None:
     for read in inputs:
         if file.resolve() == read.resolve() or (read.is_dir() and read.resolve() in file.resolve().parents):
             raise UserError(f"{flag} {file} would write over what is read from {read}; give another file")
-    there = file.exists()
     try:
-        with file.open("a"):
-            pass
-        if not there:
-            file.unlink()
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "", str(file))
+        if file.exists() and not file.is_file():  # a pipe or a device: to open it may wait for a reader
+            if not os.access(file, os.W_OK):
+                raise PermissionError(errno.EACCES, "", str(file))
+        else:
+            # A file of its own name: the ranks of a program check the same report at once.
+            with tempfile.NamedTemporaryFile(dir=file.resolve().parent, prefix=f".{file.name}."):
+                pass
     except OSError as error:
         raise cannot_write(f"{flag} {file}", error, "give another file") from error
 
