@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from simpo_megatron.errors import UserError
 from tests.support import families as tiny
+from tests.support.distributed import BOTH
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
@@ -57,6 +58,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 @pytest.mark.parametrize(
     ("name", "world", "layout"),
     [

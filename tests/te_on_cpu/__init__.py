@@ -7,8 +7,8 @@
     te_on_cpu.enable(te_on_cpu.folder("2.20.2"))     # before anything imports Megatron
     import transformer_engine.pytorch as te
 
-Modules, autograd functions, parallel linears, attention, ring attention and FusedAdam are NVIDIA's, unmodified, from the
-wheel. The functions of this package stand for the kernels, in fp32 and bf16. A kernel that is not here imports, and
+Modules, autograd functions, parallel linears, attention, ring attention and FusedAdam are NVIDIA's, unmodified, from
+the wheel. The functions of this package stand for the kernels, in fp32 and bf16. A kernel that is not here imports, and
 raises NotImplementedError with its name when it is called. So the tests prove names, layouts, collectives, dtypes and
 gradients. They do not prove NVIDIA's kernels, streams or speed.
 
@@ -26,9 +26,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.te_on_cpu.loading import enable, fuse_rope
+from tests.te_on_cpu.loading import enable
 
-__all__ = ["NEWEST", "RELEASES", "enable", "folder", "fuse_rope"]
+__all__ = ["NEWEST", "RELEASES", "enable", "folder"]
 
 # 2.11 is in the range that Megatron-Core 0.16 was released against.
 RELEASES = tuple(

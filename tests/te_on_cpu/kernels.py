@@ -80,10 +80,9 @@ def te_general_grouped_gemm(A: Any, transa: bool, B: Any, transb: bool, D: Any, 
     return bias
 
 
-def rmsnorm_fwd(
-    x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, dtype: Any, margin: int, zero_centered: bool
-) -> Any:
+def rmsnorm_fwd(x: Tensor, weight: Tensor, eps: float, out: Any, *rest: Any) -> Any:
     """Returns the normalised rows, None, and the inverse root mean squares."""
+    quantizer, dtype, _, zero_centered = rest
     only(quantizer is None, "rmsnorm_fwd with quantizer")
     rows = x.float().reshape(-1, x.shape[-1])
     inverse = torch.rsqrt(rows.square().mean(-1) + eps)

@@ -142,10 +142,6 @@ def _wait_once() -> None:
     context_parallel.flash_attn_p2p_communicate = exchanged
 
 
-def fuse_rope() -> None:
-    """Turns on the rotary embedding that Megatron fuses where there is a GPU."""
-
-
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports `transformer_engine` from a folder, with the extension in place before and the last answers after."""
 

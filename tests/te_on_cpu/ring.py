@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, tokens: int) -> Tens
 def _rows(cu_seqlens: Tensor, *halves: int) -> Tensor:
     """The rows of these halves of every sequence."""
     offsets = cu_seqlens.tolist()
-    spans = [(a, (a + b) // 2, b) for a, b in zip(offsets, offsets[1:], strict=False)]
+    spans = [(a, (a + b) // 2, b) for a, b in itertools.pairwise(offsets)]
     return torch.cat([torch.arange(span[half], span[half + 1]) for span in spans for half in halves])
 
 
