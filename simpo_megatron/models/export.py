@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write, follow_umask, sync
+from simpo_megatron.files import atomic_write, follow_umask, record_files, sync
 from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     MAX_FILE_BYTES,
@@ -217,7 +217,7 @@ def _was_left_behind(path: Path, directory: Path) -> bool:
 
 
 def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, File]) -> None:
-    """Adds the index and the copied files, and renames the directory, on rank 0."""
+    """Adds the index, the copied files and the record of all files, and renames the directory, on rank 0."""
     if missing := [name for name in files if not (partial / name).exists()]:
         raise UserError(
             f"{partial} lacks {missing[0]}, which another node wrote; export to a file system all nodes share"
@@ -227,6 +227,7 @@ def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, F
         atomic_write(partial / INDEX, index_text(by_tensor, sum(sum(file.values()) for file in files.values())))
     for source in copied_files(hf.path):
         shutil.copyfile(source, partial / source.name)
+    record_files(partial)
     for path in (*partial.iterdir(), partial):
         sync(path)
     os.replace(partial, directory)
