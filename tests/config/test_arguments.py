@@ -272,10 +272,7 @@ def test_what_is_missing(argv: list[str], words: str) -> None:
         parse(argv)
 
 
-@pytest.mark.parametrize(
-    "text, size",
-    [("1048576", 2**20), ("1024B", 1024), ("5G", 5 * 10**9), ("3KiB", 3072), ("256MiB", 2**28), ("2 GiB", 2**31)],
-)
+@pytest.mark.parametrize("text, size", [("1048576", 2**20), ("3KiB", 3072), ("256MiB", 2**28), ("2 GiB", 2**31)])
 def test_sizes(yaml_file: Path, text: str, size: int) -> None:
     assert parse([*ENOUGH, "--head-slab-bytes", text]).model.slab_bytes == size
     assert parse_yaml(yaml_file, f"train_iters: 1\nhead_slab_bytes: {text}").model.slab_bytes == size
