@@ -32,6 +32,7 @@ from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 from simpo_megatron.checkpoint.manifest import check_manifest
 from simpo_megatron.checkpoint.saved_args import megatron_args, namespace
 from simpo_megatron.config.arguments import flat
+from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
@@ -139,13 +140,16 @@ def _save_error(error: BaseException, directory: Path, root: Path) -> UserError:
         shutil.rmtree(directory, ignore_errors=True)
     latest = latest_step(root)
     kept = "no checkpoint was complete yet" if latest is None else f"{iteration_folder(root, latest)} is still complete"
-    return UserError(f"saving {directory} failed: {_reason(error)}; {kept}; free space there, or choose another --save")
+    return UserError(f"{cannot_write(f'--save: {directory}', _first(error), 'choose another --save')}; {kept}")
+
+
+def _first(error: BaseException) -> BaseException:
+    """The failure of the first rank that failed. Ranks other than 0 may have no details."""
+    return next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on the first rank that failed. Ranks other than 0 may have no details."""
-    failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
-    return " ".join(str(failures[0] if failures else error).split())[:400] or type(error).__name__
+    return " ".join(str(_first(error)).split())[:400] or type(error).__name__
 
 
 def load(engine: Engine, directory: Path) -> None:
