@@ -26,21 +26,24 @@ def read_mapping(path: Path) -> dict[str, tuple[str, Any]]:
     Raises:
         UserError: the file cannot be read, is not YAML, holds no `name: value` lines, or has a name twice.
     """
-    loader = yaml.SafeLoader(_read(path))
+    text = _read(path)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         content: Any = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UserError(f"--config {where}: not valid YAML ({problem}); write `name: value` lines") from error
-    finally:
-        loader.dispose()
+        parts = (getattr(error, name, None) for name in ("context", "problem", "reason"))
+        reason = ", ".join(filter(None, parts)) or type(error).__name__
+        raise UserError(f"--config {where}: not valid YAML ({reason}); write `name: value` lines") from error
     if content is None or content == {}:
-        raise UserError(f"--config {path} sets nothing; write lines such as `train_iters: 100` into it, or drop --config")
+        raise UserError(
+            f"--config {path} sets nothing; write lines such as `train_iters: 100` into it, or drop --config"
+        )
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} holds a {type(content).__name__}; it must hold `name: value` lines")
+        kind = "list" if isinstance(content, list) else "single value"
+        raise UserError(f"--config {path} holds a {kind}; it must hold `name: value` lines")
     _refuse_double_names(path, node)
     return {_name(key): (str(key), value) for key, value in content.items()}
 

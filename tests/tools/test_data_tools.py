@@ -68,7 +68,7 @@ def test_mistakes_are_one_line(model: Path, source: Path, tmp_path: Path, capsys
         ({"input": prefix}, "is prepared already"),
         ({"input": tmp_path / "none.jsonl"}, "there is no such file"),
         ({"workers": 0}, "--workers 0 must be at least 1"),
-        ({"config": tmp_path / "none.yaml"}, "none.yaml cannot be read"),
+        ({"config": tmp_path / "none.yaml"}, "none.yaml: there is no such file"),
         ({"hf_checkpoint": tmp_path / "none"}, "is not a folder"),
         ({"max_length": 4000}, "--max-length 4000 lets a pair outgrow its row"),
         ({"max_length_ratio": 0.5}, "--max-length-ratio 0.5"),
