@@ -78,7 +78,10 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0 must be greater than 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be greater than 0"),
         (["--pipeline-model-parallel-size", "-1"], "--pipeline-model-parallel-size -1 must be greater than 0"),
-        (["--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel-size of at least 2"),
+        (
+            ["--sequence-parallel"],
+            "--sequence-parallel needs --tensor-model-parallel-size of at least 2; drop it (where",
+        ),
         (["--overlap-param-gather"], "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad"),
         (["--recompute-granularity", "full"], "--recompute-granularity full goes with --recompute-method and"),
         (["--recompute-method", "uniform", "--recompute-num-layers", "1"], "--recompute-granularity full goes with"),
