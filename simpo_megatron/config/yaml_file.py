@@ -41,7 +41,7 @@ def read_mapping(path: Path) -> dict[str, tuple[str, Any]]:
         raise UserError(
             f"--config {path} sets nothing; write lines such as `train_iters: 100` into it, or drop --config"
         )
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
         kind = "list" if isinstance(content, list) else "single value"
         raise UserError(f"--config {path} holds a {kind}; it must hold `name: value` lines")
     _refuse_double_names(path, node)
