@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from examples.megatron_lm.pretrain_simpo import require_weights
 from simpo_megatron import compat, megatron_lm
 from simpo_megatron.errors import UserError
 from tests.support.distributed import BOTH, LOCAL, WorkerPool, free_environment
@@ -62,7 +63,12 @@ def pretrain(argv: list[str], kind: str) -> subprocess.CompletedProcess:
         layers = {"local": "transformer_engine", "unfused": "auto"}
         arguments = [layers.get(word, word) for word in ARGUMENTS]
     return subprocess.run(
-        [*command, *script, *arguments, *argv], capture_output=True, text=True, env=environment, timeout=280, check=False
+        [*command, *script, *arguments, *argv],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+        check=False,
     )
 
 
@@ -72,6 +78,31 @@ def scalars(folder: Path, name: str) -> dict[int, float]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(name)}
+
+
+@pytest.mark.parametrize(
+    "given, refused",
+    [
+        ({"load": "typo", "finetune": True}, "--load typo "),
+        ({"load": "typo"}, "--load typo "),
+        ({"load": "typo", "save": "run"}, "--load typo "),
+        ({"load": "run", "save": "run", "finetune": True}, "--load run "),
+        ({"load": "run", "save": "run", "pretrained_checkpoint": "typo"}, "--pretrained-checkpoint typo "),
+        ({"load": "there", "save": "there", "pretrained_checkpoint": "typo"}, None),
+        ({"load": "run", "save": "run", "pretrained_checkpoint": "there"}, None),
+        ({"load": "run", "save": "run"}, None),
+        ({"load": "there", "finetune": True}, None),
+        ({}, None),
+    ],
+)
+def test_a_run_does_not_start_from_random_weights_by_mistake(given: dict[str, Any], refused: str | None) -> None:
+    nothing = {"load": None, "save": None, "finetune": False, "pretrained_checkpoint": None}
+    args = SimpleNamespace(**nothing | given)
+    if refused is None:
+        require_weights(args, lambda folder: folder == "there")
+    else:
+        with pytest.raises(UserError, match=f"^{refused}holds no latest_checkpointed_iteration.txt"):
+            require_weights(args, lambda folder: folder == "there")
 
 
 def test_all_that_megatron_lm_lacks_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from simpo_megatron.data.pairing import PairingReport, Strategy, build_pairs, write_pairs
 from simpo_megatron.data.reading import read_rows, with_progress
@@ -29,12 +29,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--min-score-gap {args.min_score_gap} must be at least 0")
     if Path(args.data).resolve() == args.output.resolve():
         raise UserError(f"--output {args.output} is the input; choose another file")
+    if not args.output.name.endswith((".jsonl", ".json")):
+        raise UserError(f"--output {args.output}: pairs are written as JSON lines; give a name that ends in .jsonl")
     report = PairingReport()
     rows = with_progress(read_rows(args.data), f"Pairing {args.data}")
-    write_pairs(build_pairs(rows, report, args.strategy, args.min_score_gap, args.seed), args.output)
+
+    def pairs() -> Iterator[dict[str, Any]]:
+        yield from build_pairs(rows, report, args.strategy, args.min_score_gap, args.seed)
+        if not report.pairs:  # raised before the file is moved to its name
+            raise report.nothing(args.data, args.min_score_gap)
+
+    write_pairs(pairs(), args.output)
     print(report.summary(args.output))
-    if not report.pairs:
-        raise UserError(f"{args.data}: no pair has a score gap of {args.min_score_gap:g}; lower --min-score-gap")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

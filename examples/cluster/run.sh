@@ -4,7 +4,8 @@
 #     run.sh CONFIG NODES STEP [FLAG ...]
 #
 #   dry-run   one process, no GPU: checks flags, layout, number of processes, data, checkpoint and folders; estimates memory
-#   convert   one process, no GPU: MODEL -> OUTPUT/megatron, for Megatron-LM; `train` reads MODEL itself
+#   convert   one process, no GPU: MODEL -> OUTPUT/megatron, for Megatron-LM; `train` reads MODEL itself. A second call goes
+#             on, or leaves what is complete as it is; so does export
 #   prepare   one process, no GPU: DATA -> OUTPUT/data/train.*, tokenized once with the lengths of CONFIG
 #   verify    every node: runs one batch through this layout and through transformers, and compares them
 #   train     every node: trains, evaluates, saves to OUTPUT/run, exports to OUTPUT/aligned; a second call resumes
@@ -13,7 +14,8 @@
 #
 # Environment, on a file system that all nodes see:
 #   MODEL       folder of the Hugging Face checkpoint
-#   DATA        preferences to train on; not needed by convert and export
+#   DATA        preferences to train on; not needed by convert and export, nor by verify where MODEL is a config.json without
+#               weights and tokenizer
 #   OUTPUT      folder to write to; `train` saves a checkpoint of about 14 bytes a parameter every 100 steps and at the end,
 #               and deletes none
 #   HELD_OUT    optional: preferences to evaluate on
@@ -28,15 +30,36 @@ fail() {
     exit 2
 }
 
-(($# >= 3)) || fail "give CONFIG, NODES and a step: dry-run, convert, prepare, verify, train or export"
+steps="dry-run, convert, prepare, verify, train or export"
+(($# >= 2)) || fail "give CONFIG, NODES and a step: $steps; the run.sh of an example gives the first two"
+(($# >= 3)) || fail "give a step: $steps"
 config=$1 nodes=${NODES:-$2} step=$3
 shift 3
-for name in MODEL OUTPUT; do
-    [[ -n ${!name:-} ]] || fail "$name is not set; the head of $0 says what it is"
-done
-[[ -n ${DATA:-} || $step == convert || $step == export ]] || fail "DATA is not set: the preferences to train on"
+case $step in
+dry-run | convert | prepare | verify | train | export) ;;
+*) fail "$step is not a step; use $steps" ;;
+esac
+[[ -n ${MODEL:-} ]] || fail "MODEL is not set; export MODEL=FOLDER, the Hugging Face checkpoint"
+[[ -n ${OUTPUT:-} ]] || fail "OUTPUT is not set; export OUTPUT=FOLDER, where this step writes"
+
+# Whether MODEL is a config.json without weights and tokenizer. `verify` then uses random weights and token ids.
+config_alone() {
+    local folder=$MODEL file
+    [[ -f $MODEL || -f $MODEL/config.json ]] || return 1
+    [[ -d $MODEL ]] || folder=$(dirname -- "$MODEL")
+    for file in "$folder"/tokenizer{.json,_config.json,.model} "$MODEL"/*.{safetensors,bin,index.json}; do
+        [[ ! -e $file ]] || return 1
+    done
+}
+
+case $step in
+convert | export) ;;
+verify) [[ -n ${DATA:-} ]] || config_alone || fail "DATA is not set; export DATA=FILE, preferences to verify with" ;;
+*) [[ -n ${DATA:-} ]] || fail "DATA is not set; export DATA=FILE, the preferences to train on" ;;
+esac
 root=$(realpath -- "$(dirname "$0")/../..")
 if [[ -n ${ENV_SCRIPT:-} ]]; then
+    [[ -f $ENV_SCRIPT && -r $ENV_SCRIPT ]] || fail "ENV_SCRIPT $ENV_SCRIPT is not a file that can be read; give a shell script"
     set +u # scripts of conda and of modules read variables that are not set
     # shellcheck source=/dev/null
     . "$ENV_SCRIPT" || fail "ENV_SCRIPT $ENV_SCRIPT failed"
@@ -78,6 +101,15 @@ launch() {
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" "$@"
 }
 
+# Goes on with an interrupted conversion; where one to Megatron is complete, it says so and ends with 0.
+convert() {
+    local again=(--resume) word
+    for word in "$@"; do
+        [[ $word != --overwrite && $word != --resume ]] || again=()
+    done
+    python "$root/tools/$1" "${@:2}" "${again[@]}"
+}
+
 held_out=()
 [[ -z ${HELD_OUT:-} ]] || held_out=(--valid-data "$HELD_OUT")
 run=(--config "$config" --hf-checkpoint "$MODEL" --train-data "${TRAIN_DATA:-${DATA:-}}" "${held_out[@]}"
@@ -88,14 +120,24 @@ run=(--config "$config" --hf-checkpoint "$MODEL" --train-data "${TRAIN_DATA:-${D
 
 case $step in
 dry-run) WORLD_SIZE=$((nodes * gpus)) RANK=0 python -m simpo_megatron.train "${run[@]}" --dry-run "$@" ;;
-convert) python "$root/tools/hf_to_megatron.py" --hf-checkpoint "$MODEL" --save "$OUTPUT/megatron" "$@" ;;
+convert) convert hf_to_megatron.py --hf-checkpoint "$MODEL" --save "$OUTPUT/megatron" "$@" ;;
 prepare) python "$root/tools/preprocess_preferences.py" --config "$config" --data "$DATA" --hf-checkpoint "$MODEL" \
     --output-prefix "$OUTPUT/data/train" "$@" ;;
-verify) launch "$root/tools/verify_layout.py" --config "$config" --hf-checkpoint "$MODEL" --data "$DATA" --global-batch-size 8 "$@" ;;
+verify)
+    data=()
+    config_alone || data=(--data "$DATA")
+    launch "$root/tools/verify_layout.py" --config "$config" --hf-checkpoint "$MODEL" "${data[@]}" --global-batch-size 8 "$@"
+    ;;
 train) launch -m simpo_megatron.train "${run[@]}" "$@" ;;
 export)
-    saved=$(cat "$OUTPUT/run/latest_checkpointed_iteration.txt") || fail "$OUTPUT/run has no checkpoint yet; train first"
-    python "$root/tools/megatron_to_hf.py" --load "$OUTPUT/run" --hf-checkpoint "$MODEL" --save "$OUTPUT/aligned-$saved" "$@"
+    latest=$OUTPUT/run/latest_checkpointed_iteration.txt
+    [[ -f $latest ]] || fail "$OUTPUT/run has no checkpoint yet; train first"
+    aligned=$OUTPUT/aligned-$(<"$latest")
+    # An export is complete once it has its name, and it is of this checkpoint if it is newer.
+    if (($# == 0)) && [[ -f $aligned/config.json && $aligned/config.json -nt $latest ]]; then
+        echo "nothing is left to do: $aligned is the model of the latest checkpoint of $OUTPUT/run"
+    else
+        convert megatron_to_hf.py --load "$OUTPUT/run" --hf-checkpoint "$MODEL" --save "$aligned" "$@"
+    fi
     ;;
-*) fail "$step is not a step; use dry-run, convert, prepare, verify, train or export" ;;
 esac

@@ -14,14 +14,39 @@ installed.
 from __future__ import annotations
 
 import sys
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 from simpo_megatron import compat, cpu
 
 compat.quiet_megatron()
 
 from simpo_megatron import megatron_lm  # noqa: E402  (it imports Megatron-Core)
+from simpo_megatron.errors import UserError  # noqa: E402
 from simpo_megatron.program import exit_code  # noqa: E402
+
+
+def require_weights(args: Any, exists: Callable[[str | None], bool]) -> None:
+    """Refuses a --load without a checkpoint, with which Megatron-LM would train random weights.
+
+    The folder of --save may be empty: a run that is not resumed yet. `--pretrained-checkpoint` then has the weights.
+
+    Args:
+        args: Megatron-LM's.
+        exists: whether a folder holds a checkpoint.
+
+    Raises:
+        UserError: it names the flag and the folder.
+    """
+    if args.pretrained_checkpoint is not None:
+        flag, folder, may_be_empty = "--pretrained-checkpoint", args.pretrained_checkpoint, exists(args.load)
+    else:
+        flag, folder, may_be_empty = "--load", args.load, args.load == args.save and not args.finetune
+    if folder is not None and not may_be_empty and not exists(folder):
+        raise UserError(
+            f"{flag} {folder} holds no latest_checkpointed_iteration.txt, and training would start from random "
+            "weights; give the folder that tools/hf_to_megatron.py wrote, or that of a run"
+        )
 
 
 def main() -> None:
@@ -31,12 +56,17 @@ def main() -> None:
     # Megatron-LM is imported after both.
     from gpt_builders import gpt_builder
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
+    from megatron.training import get_args, pretrain
+    from megatron.training.checkpointing import checkpoint_exists
     from model_provider import model_provider
+
+    def build_model(*args: Any, **kwargs: Any) -> Any:
+        require_weights(get_args(), checkpoint_exists)
+        return model_provider(gpt_builder, *args, **kwargs)
 
     pretrain(
         megatron_lm.train_valid_test_datasets_provider,
-        megatron_lm.with_logprob_head(partial(model_provider, gpt_builder)),
+        megatron_lm.with_logprob_head(build_model),
         ModelType.encoder_or_decoder,
         megatron_lm.forward_step,
         extra_args_provider=megatron_lm.add_simpo_args,

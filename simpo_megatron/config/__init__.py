@@ -2,6 +2,8 @@
 
 run.py           `Config` and its groups: model, training, optimizer, checkpoints, logging
 data.py          the group of the data: sources, lengths, and how rows become pairs
+layers.py        defaults, preset, file and flags as one set; settings that take the place of another
+yaml_file.py     the file of --config as names and values
 arguments.py     groups -> flags and YAML keys -> `Config`; flags win over the file, the file over the preset
 data_tools.py    the flags of the tools that turn rows into pairs
 other_names.py   the settings of TRL and Megatron-LM, and what does the same here: "did you mean"

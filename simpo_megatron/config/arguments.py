@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import reprlib
 import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from simpo_megatron.config.data import DataConfig
+from simpo_megatron.config.layers import layered
 from simpo_megatron.config.other_names import advise
 from simpo_megatron.config.presets import PRESETS, ShowPresets
 from simpo_megatron.config.run import Config
+from simpo_megatron.config.yaml_file import read_mapping
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.program import Parser
@@ -31,16 +32,16 @@ GROUPS: dict[str, type] = {
     if field.name != "objective"
 }
 DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
-# Setting the key in a higher layer (flags over file over preset) drops the lower layers' value of the other setting.
-# The two are two ways to set one thing, or the default of the other follows from the key.
-DROPS = {
-    "train_iters": "train_epochs",
-    "train_epochs": "train_iters",
-    "max_length": "max_prompt_length",
-    "fp32": "bf16",
-    "bf16": "fp32",
-}
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+# What a YAML value must be, for the error of one that is something else.
+WANTED: dict[Any, str] = {
+    int: "a whole number, such as 8",
+    float: "a number, such as 0.5",
+    bool: "true or false",
+    Path: "a path, in quotes where it looks like a number",
+    str: "a text",
+}
+_SOURCES = "a source, or a list such as [a.jsonl, b.jsonl] or, with weights, [0.7, a.jsonl, 0.3, b.jsonl]"
 
 
 def settable(group: type) -> list[dataclasses.Field]:
@@ -184,14 +185,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, a key is not a setting, or a value is not of its type.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold `name: value` lines, not a {type(content).__name__}")
+    named = read_mapping(path)
     annotations = {"objective": str, **{field.name: annotation for _, field, annotation in _fields()}}
-    named = {str(key).replace("-", "_"): (key, value) for key, value in content.items()}
     unknown = [
         f"{key} is not a setting; {advise(name, annotations, str) or '--help lists them'}"
         for name, (key, _) in named.items()
@@ -205,8 +200,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         except UserError as error:
             raise UserError(f"--config {path}: {key}: {error}") from error
         except (TypeError, ValueError, OverflowError) as error:
-            kind = getattr(_value_type(annotations[name]), "__name__", "list")
-            raise UserError(f"--config {path}: {key}: {value!r} is not of type {kind}") from error
+            found = "has no value" if value is None else f"is {reprlib.repr(value)}"
+            wanted = WANTED.get(_value_type(annotations[name]), _SOURCES)
+            raise UserError(f"--config {path}: {key} {found}; give {wanted}") from error
     return settings
 
 
@@ -215,37 +211,27 @@ def _convert(value: Any, annotation: Any) -> Any:
     if value is None and type(None) in typing.get_args(annotation):
         return None
     if typing.get_origin(kind) is tuple:
-        return tuple(source_value(str(item)) for item in (value if isinstance(value, list) else [value]))
+        return tuple(source_value(_text(item)) for item in (value if isinstance(value, list) else [value]))
     if value is None or (kind is bool) != isinstance(value, bool):
         raise TypeError
     if kind is Path:
         return path_value(value)
     if kind is int and int(value) != float(value):
         raise ValueError
+    if kind is str:
+        return _text(value)
     return kind(value)  # YAML reads 1e-6 as a string: float() takes it
 
 
-def layered(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Merges layers of settings; later layers win.
+def _text(value: Any) -> str:
+    """A value as text: YAML reads `7` as a number, and `2026-01-01` as a date.
 
     Raises:
-        UserError: a layer turns on both --fp32 and --bf16.
-
-    >>> layered({"train_epochs": 1.0, "lr": 1e-6}, {"train_iters": 5})
-    {'lr': 1e-06, 'train_iters': 5}
+        TypeError: it is no single value, or none at all.
     """
-    settings: dict[str, Any] = {}
-    drops = DROPS | {name: other for cls in OBJECTIVES.values() for name, other in cls.drops.items()}
-    for layer in layers:
-        require(
-            not (layer.get("fp32") and layer.get("bf16")),
-            "--fp32 and --bf16 are both on; give one of them, by a flag or in the file",
-        )
-        for name, other in drops.items():
-            if layer.get(name) is not None and layer[name] is not False:
-                settings.pop(other, None)
-        settings |= layer
-    return settings
+    if value is None or isinstance(value, bool | list | dict):
+        raise TypeError
+    return str(value)
 
 
 def with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal, NoReturn, get_args
 
+from simpo_megatron.config.layers import in_place_of
+
 Preset = Literal["mistral-base", "mistral-instruct", "llama3-base", "llama3-instruct", "llama3-instruct-v0.2"]
 
 _ALL = {
@@ -48,8 +50,16 @@ def describe(preset: str, settings: dict[str, Any]) -> str:
     values = PRESETS[preset]
     used = {name: value for name, value in values.items() if name in settings}  # another objective has other settings
     kept = [f"{name} {value}" for name, value in used.items() if settings[name] == value]
-    other = [f"{name} {settings[name]} (preset {value})" for name, value in used.items() if settings[name] != value]
+    other = [_otherwise(name, value, settings) for name, value in used.items() if settings[name] != value]
     return f"preset {preset}: {', '.join(kept)}" + (f"; set otherwise: {', '.join(other)}" if other else "")
+
+
+def _otherwise(name: str, value: Any, settings: dict[str, Any]) -> str:
+    """A setting that is not the preset's, or the one that takes its place: train_iters for train_epochs."""
+    instead = in_place_of(name, settings)
+    if instead is not None:
+        return f"{instead} {settings[instead]} (preset {name} {value})"
+    return f"{name} {'not set' if settings[name] is None else settings[name]} (preset {value})"
 
 
 def table() -> str:

@@ -51,7 +51,8 @@ class DataReport:
             "chosen responses cut (no EOS)": self.truncated_chosen,
             "rejected responses cut (no EOS)": self.truncated_rejected,
             "ties kept with margin 0": self.ties_kept,
-            "responses tokenized apart from their prompt": self.boundary_merges,
+            f"of {2 * self.pairs} responses tokenized apart from their prompt (tools/inspect_data.py says whether that "
+            "is a fault)": self.boundary_merges,
         }
         if any(notes.values()):
             lines.append("  " + ", ".join(f"{count} {note}" for note, count in notes.items() if count))

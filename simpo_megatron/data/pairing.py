@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simpo_megatron.data.reading import Row
+from simpo_megatron.data.schema import NUMBER, is_number, shown
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path
@@ -37,10 +38,22 @@ class PairingReport:
 
     def summary(self, path: str | Path) -> str:
         """The counts in one line; `path` is the file that was written."""
-        return (
-            f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self.no_gap} prompts without the score "
-            f"gap, {self.too_few} with fewer than two responses"
-        )
+        return f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self._left_out()}"
+
+    def nothing(self, source: str | Path, min_score_gap: float) -> UserError:
+        """The error for a source without a pair.
+
+        Args:
+            source: that was read.
+            min_score_gap: that was asked for.
+        """
+        fix = "give each prompt two responses with different scores"
+        if self.no_gap and min_score_gap:
+            fix = f"lower --min-score-gap {min_score_gap:g}, or {fix}"
+        return UserError(f"{source}: no pair of {self.prompts} prompts: left out {self._left_out()}; {fix}")
+
+    def _left_out(self) -> str:
+        return f"{self.no_gap} prompts without the score gap, {self.too_few} with fewer than two responses"
 
 
 def build_pairs(
@@ -115,19 +128,29 @@ def _read(row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[t
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
-        raise UserError(f"{where}: `prompt` is neither a text nor a list of messages; fix the row")
+        raise UserError(f"{where}: `prompt` is {_found(row, 'prompt')}; it must be a text or a list of messages")
     if not isinstance(responses, list):
-        raise UserError(f"{where}: no list `responses` of {{content, score}}; fix the row")
+        raise UserError(f"{where}: `responses` is {_found(row, 'responses')}; it must be a list of {{content, score}}")
     found = []
     for number, response in enumerate(responses, start=1):
-        content = response.get("content") if isinstance(response, dict) else None
-        score = response.get("score") if isinstance(response, dict) else None
+        fields = response if isinstance(response, dict) else {}
+        content, score = fields.get("content"), fields.get("score")
         if not isinstance(content, str):
-            raise UserError(f"{where}: response {number} has no text `content`; fix the row")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < float("inf"):
-            raise UserError(f"{where}: response {number} has the `score` {score!r}; it must be a finite number")
+            raise UserError(
+                f"{where}: response {number}: `content` is {_found(fields, 'content')}; give a text, or remove the "
+                "response"
+            )
+        if not is_number(score):
+            raise UserError(
+                f"{where}: response {number}: `score` is {_found(fields, 'score')}; give {NUMBER}, or remove the "
+                "response"
+            )
         found.append((content, float(score)))
     return prompt, found
+
+
+def _found(columns: dict[str, Any], name: str) -> str:
+    return shown(columns[name]) if name in columns else "missing"
 
 
 def _is_message(message: Any) -> bool:

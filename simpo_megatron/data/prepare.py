@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids
 
+FEW_ROWS = 500  # a source of fewer rows is tokenized in this process: to start others takes longer
 _AHEAD = 3  # blocks of rows that wait, per process
 
 
@@ -44,7 +46,7 @@ def prepare(
         checkpoint: folder of the model. Only the tokenizer and the ids that end a turn are read.
         prefix: of the files to write. Where preparing fails, an earlier set of this prefix stays.
         options: how to tokenize and to truncate, and which pairs to keep.
-        workers: processes.
+        workers: processes; one for a small source.
         progress: show a bar on stderr.
 
     Returns:
@@ -55,12 +57,16 @@ def prepare(
     """
     if Path(source) == prefix:
         raise UserError(f"--output-prefix {prefix} is the source itself; choose another prefix")
+    rows = read_rows(source)
+    first = list(islice(rows, FEW_ROWS))
+    if len(first) < FEW_ROWS:
+        workers = 1
+    rows = chain(first, rows)
     eos_ids = end_of_turn_ids(checkpoint)
     encoder = PairEncoder(load_tokenizer(checkpoint), options, eos_ids)
     cross_block_filter = CrossBlockFilter()
     report = cross_block_filter.report
     with encoding(encoder, workers) as encode, Writer(prefix) as writer:
-        rows = read_rows(source)
         for encoded in encode(row_blocks(with_progress(rows, f"Preparing {source}") if progress else rows)):
             writer.add(cross_block_filter(encoded).pairs)
         if not report.pairs:

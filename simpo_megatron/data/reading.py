@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -95,15 +96,26 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
         )
     try:
         import datasets
+        import huggingface_hub
     except ImportError:
         raise UserError(
             f"{name}: reading it needs `datasets`; run pip install datasets, or give a .jsonl file"
         ) from None
+    online = not saved and not huggingface_hub.constants.HF_HUB_OFFLINE
     try:
+        if online:
+            # One request that fails at once. `datasets` would try for half a minute, and print every attempt.
+            huggingface_hub.HfApi().dataset_info(name, timeout=20)
         data: Any = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:  # from the network, the hub, Arrow, ...
-        what = "cannot be read" if saved else "is neither a file nor a prepared set nor a dataset on the hub"
-        raise UserError(f"{name}: {what} ({' '.join(str(error).split())[:200]}); check the name") from error
+        reason = " ".join(str(error).split())[:200]
+        if saved:
+            raise UserError(f"{name}: cannot be read ({reason}); check the folder") from error
+        other = "set HF_HUB_OFFLINE=1 for a dataset that is in the cache" if online else "unset HF_HUB_OFFLINE"
+        raise UserError(
+            f"{name}: there is no such file, folder or prepared set, and the hub gives no such dataset ({reason}); "
+            f"check the name, or {other}"
+        ) from error
     if isinstance(data, dict):
         if (split or "train") not in data:
             raise UserError(
@@ -115,6 +127,7 @@ def _dataset_rows(name: str, split: str | None) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
+    first = True
     for number, line in enumerate(_lines(path), start=1):
         where = f"{path}:{number}"
         try:
@@ -125,6 +138,12 @@ def _json_rows(path: Path) -> Iterator[Row]:
             ) from None
         if not text.strip():
             continue
+        if first and text.lstrip().startswith("["):
+            raise UserError(
+                f"{where}: the file is a JSON array, not JSON lines; write one object a line, for example with "
+                f"jq -c '.[]' {shlex.quote(str(path))} > rows.jsonl"
+            )
+        first = False
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
@@ -133,7 +152,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 f"{len(text.rstrip())}); every line must be one whole JSON object, so fix or remove the line"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not readable JSON ({error}); remove the line") from None
+            what = "a number has too many digits" if isinstance(error, ValueError) else "it is nested too deeply"
+            raise UserError(f"{where}: not readable JSON ({what}); remove the line") from None
         if not isinstance(row, dict):
             raise UserError(
                 f"{where}: the line holds a JSON {type(row).__name__}, not an object; "

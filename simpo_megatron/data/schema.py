@@ -12,9 +12,10 @@ The response is the last turn of a conversation, the assistant's. All earlier tu
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -76,15 +77,17 @@ def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
         UserError: the row is in none of the schemas, or a number in it cannot be used.
     """
     for name in ("chosen", "rejected"):
-        if row.get(name) is None:
+        if name not in row:
             raise UserError(f"{where}: no `{name}`; a row needs `chosen` and `rejected`, this one has {_keys(row)}")
+        if row[name] is None:
+            raise UserError(f"{where}: `{name}` is null; give a string or a list of messages, or remove the row")
     responses = row["chosen"], row["rejected"]
     if all(isinstance(response, str) for response in responses):
         prompt, chosen, rejected = _from_text(row, where)
     elif all(isinstance(response, list) for response in responses):
         prompt, chosen, rejected = _from_messages(row, where)
     else:
-        kinds = " and ".join(f"`{name}` is {_kind(row[name])}" for name in ("chosen", "rejected"))
+        kinds = " and ".join(f"`{name}` is {kind_of(row[name])}" for name in ("chosen", "rejected"))
         raise UserError(f"{where}: {kinds}; both must be strings or both lists of messages")
 
     weight = _number(row, "weight", where)
@@ -109,8 +112,8 @@ def _from_text(row: Mapping[str, Any], where: str) -> tuple[str, str, str]:
         return chosen[:split], chosen[split:], rejected[split:]
     if not isinstance(prompt, str):
         raise UserError(
-            f"{where}: `prompt` is {_kind(prompt)} but `chosen` and `rejected` are strings; make all three strings or "
-            "all three lists of messages"
+            f"{where}: `prompt` is {kind_of(prompt)} but `chosen` and `rejected` are strings; make all three strings, "
+            "or all three lists of messages"
         )
     return _text(prompt, f"{where}: `prompt`"), chosen, rejected
 
@@ -133,7 +136,7 @@ def _from_messages(row: Mapping[str, Any], where: str) -> tuple[list[Message], M
     elif isinstance(prompt, str):
         prompt = _text(prompt, f"{where}: `prompt`")
     elif prompt is not None:
-        raise UserError(f"{where}: `prompt` is {_kind(prompt)}; it must be a string or a list of messages")
+        raise UserError(f"{where}: `prompt` is {kind_of(prompt)}; it must be a string or a list of messages")
 
     before, chosen = _split_last(prompt, row["chosen"], f"{where}: `chosen`")
     other, rejected = _split_last(prompt, row["rejected"], f"{where}: `rejected`")
@@ -169,7 +172,7 @@ def _split_last(prompt: str | list[Message] | None, value: list[Any], what: str)
 def _messages(value: list[Any], what: str) -> list[Message]:
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            found = _keys(message) if isinstance(message, dict) else _kind(message)
+            found = _keys(message) if isinstance(message, dict) else kind_of(message)
             raise UserError(f'{what} message {number} is not {{"role": ..., "content": ...}} but {found}; convert it')
         _text(message.get("content"), f"{what} message {number}: `content`")
     return [{key: item for key, item in message.items() if item is not None} for message in value]
@@ -177,7 +180,7 @@ def _messages(value: list[Any], what: str) -> list[Message]:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{what} is {_kind(value)}; it must be a string")
+        raise UserError(f"{what} is {kind_of(value)}; it must be a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON; tokenizers cannot encode it
@@ -191,12 +194,26 @@ def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise UserError(f"{where}: `{name}` is {value!r}; it must be a finite number, or be left out")
+    if not is_number(value):
+        raise UserError(f"{where}: `{name}` is {shown(value)}; it must be {NUMBER}, or be left out")
     return float(value)
 
 
-def _kind(value: Any) -> str:
+NUMBER = "a finite number of at most 3e38"  # what `is_number` accepts, for errors
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of a row is a number that fp32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def shown(value: Any) -> str:
+    """A value of a row for an error: as JSON names it, and cut where it is long."""
+    return "null" if value is None else reprlib.repr(value)
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a row is, for an error: "a list"."""
     kinds = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 

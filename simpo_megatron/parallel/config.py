@@ -52,7 +52,8 @@ class ParallelConfig(Group):
         )
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-            "--sequence-parallel needs --tensor-model-parallel-size of at least 2; drop it for a single tensor rank",
+            "--sequence-parallel needs --tensor-model-parallel-size of at least 2; drop it (where the file of --config "
+            "sets it, give --no-sequence-parallel)",
         )
         require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),

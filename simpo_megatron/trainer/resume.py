@@ -19,6 +19,7 @@ from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_s
 from simpo_megatron.checkpoint.formats.safe_pickle import Record
 from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.config.arguments import flat
+from simpo_megatron.config.layers import in_place_of
 from simpo_megatron.config.run import CheckpointConfig, Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.settings import flag, require
@@ -132,11 +133,21 @@ def follow(config: Config, saved: SavedRun | None) -> tuple[Config, list[str]]:
             if value != given[name]
         ]
         config = replace(config, optimizer=replace(config.optimizer, **kept))
+    return config, lines + _changes(flat(config), saved.settings)
+
+
+def _changes(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """A line for every setting that differs; one line for two settings of which one takes the place of the other."""
     unprinted = {*REFUSED, *NOT_OF_THE_RUN}
-    for name, now in flat(config).items():
-        if name not in unprinted and saved.settings.get(name, now) != now:
-            lines.append(f"resumed with {name} {_spelled(now)}, was {_spelled(saved.settings[name])}")
-    return config, lines
+    changed = [name for name in now if name not in unprinted and before.get(name, now[name]) != now[name]]
+    lines = []
+    for name in changed:
+        if in_place_of(name, now) in changed:
+            continue  # the line of the setting that takes its place names it
+        was = in_place_of(name, before)
+        old = f"{was} {before[was]}" if was in changed else _spelled(before[name])
+        lines.append(f"resumed with {name} {_spelled(now[name])}, was {old}")
+    return lines
 
 
 def _spelled(value: Any) -> str:

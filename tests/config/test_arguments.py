@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.config.arguments import GROUPS, build_parser, flat, heading, parse, settable
-from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES
 
@@ -22,16 +21,6 @@ INTERFACE = """
 --simpo-sft-weight --objective --fp32 --seed --log-interval --eval-interval --save --save-interval --load --export-hf
 --device --config
 """
-
-
-@pytest.fixture
-def yaml_file(tmp_path: Path) -> Path:
-    return tmp_path / "run.yaml"
-
-
-def parse_yaml(path: Path, text: str, *flags: str) -> Config:
-    path.write_text(text)
-    return parse([*REQUIRED, "--config", str(path), *flags])
 
 
 def test_defaults() -> None:
@@ -63,82 +52,6 @@ def test_flags_reach_every_group() -> None:
     assert config.log.eval_interval == 7
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(yaml_file: Path) -> None:
-    config = parse_yaml(yaml_file, "train_iters: 5\nlr: 3e-7\nsequence_parallel: false\n", "--lr", "4e-7")
-    assert (config.train.train_iters, config.optimizer.lr) == (5, 4e-7)
-    for text, switch, fp32 in (
-        ("bf16: true", "--fp32", True),
-        ("fp32: true", "--bf16", False),
-        ("fp32: true", "--no-bf16", True),
-        ("bf16: true\nfp32: false", "--fp32", True),
-    ):
-        train = parse_yaml(yaml_file, f"train_iters: 5\n{text}\n", switch).train
-        assert (train.fp32, train.bf16) == (fp32, not fp32)
-    assert not parse_yaml(
-        yaml_file, "train_iters: 5\nuse_distributed_optimizer: true", "--no-use-distributed-optimizer"
-    ).parallel.use_distributed_optimizer
-
-
-@pytest.mark.parametrize("key", ["global_batch_size", "global-batch-size"])
-def test_dashes_are_underscores(yaml_file: Path, key: str) -> None:
-    assert parse_yaml(yaml_file, f"train-iters: 1\n{key}: 6").train.global_batch_size == 6
-
-
-@pytest.mark.parametrize("number", ["1e-6", "1.0e-6", "0.000001", "'1e-6'"])
-def test_numbers_as_people_write_them(yaml_file: Path, number: str) -> None:
-    """YAML reads 1e-6 as a string."""
-    assert parse_yaml(yaml_file, f"train_iters: 1\nlr: {number}").optimizer.lr == 1e-6
-
-
-def test_yaml_values_take_the_type_of_the_setting(yaml_file: Path) -> None:
-    text = "train_iters: 10.0\nsave: out\nsimpo_beta: 2\nmax_length: null\nwandb_project: 7\nsimpo_gamma: 0"
-    config = parse_yaml(yaml_file, text)
-    assert config.train.train_iters == 10 and isinstance(config.train.train_iters, int)
-    assert config.checkpoint.save == Path("out")
-    assert isinstance(config.objective.simpo_beta, float) and config.objective.gamma == 0
-    assert config.data.max_length == config.data.seq_length // 2
-    assert config.log.wandb_project == "7"
-
-
-def test_an_empty_file_sets_nothing(yaml_file: Path) -> None:
-    assert parse_yaml(yaml_file, "# nothing\n", "--train-iters", "10") == parse(ENOUGH)
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("train_iter: 5", "train_iter is not a setting; did you mean train_iters?"),
-        ("config: other.yaml", "config is not a setting"),
-        ("train_iters: many", "train_iters: 'many' is not of type int"),
-        ("train_iters: 1.5", "train_iters: 1.5 is not of type int"),
-        ("train_iters: .inf", "train_iters: inf is not of type int"),
-        ("train_iters: true", "train_iters: True is not of type int"),
-        ("train_iters: [1]", "train_iters: [1] is not of type int"),
-        ("lr: fast", "lr: 'fast' is not of type float"),
-        ("lr:", "lr: None is not of type float"),
-        ("seed: null", "seed: None is not of type int"),
-        ("fp32: 1", "fp32: 1 is not of type bool"),
-        ("fp32: 'yes'", "fp32: 'yes' is not of type bool"),
-        ("save: 3", "save: 3 is not of type Path"),
-        ("- train_iters", "must hold `name: value` lines, not a list"),
-        ("train_iters", "must hold `name: value` lines, not a str"),
-        ("train_iters: [1", "cannot be read"),
-        ("save: $SIMPO_NOWHERE/x", "save: the environment variable SIMPO_NOWHERE in $SIMPO_NOWHERE/x is not set"),
-    ],
-)
-def test_a_wrong_file_is_named(yaml_file: Path, text: str, words: str) -> None:
-    with pytest.raises(UserError) as raised:
-        parse_yaml(yaml_file, text)
-    message = str(raised.value)
-    assert message.startswith(f"--config {yaml_file}") and words in message and "\n" not in message
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.yaml", tmp_path):
-        with pytest.raises(UserError, match=f"--config {path} cannot be read"):
-            parse([*ENOUGH, "--config", str(path)])
-
-
 PP2 = ["--pipeline-model-parallel-size", "2"]
 SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 
@@ -166,7 +79,10 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0 must be greater than 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be greater than 0"),
         (["--pipeline-model-parallel-size", "-1"], "--pipeline-model-parallel-size -1 must be greater than 0"),
-        (["--sequence-parallel"], "--sequence-parallel needs --tensor-model-parallel-size of at least 2"),
+        (
+            ["--sequence-parallel"],
+            "--sequence-parallel needs --tensor-model-parallel-size of at least 2; drop it (where",
+        ),
         (["--overlap-param-gather"], "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad"),
         (["--recompute-granularity", "full"], "--recompute-granularity full goes with --recompute-method and"),
         (["--recompute-method", "uniform", "--recompute-num-layers", "1"], "--recompute-granularity full goes with"),
@@ -270,19 +186,6 @@ def test_what_cannot_be_is_one_sentence_with_its_flag(argv: list[str], words: st
 def test_what_is_missing(argv: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse(argv)
-
-
-@pytest.mark.parametrize("text, size", [("1048576", 2**20), ("3KiB", 3072), ("256MiB", 2**28), ("2 GiB", 2**31)])
-def test_sizes(yaml_file: Path, text: str, size: int) -> None:
-    assert parse([*ENOUGH, "--head-slab-bytes", text]).model.slab_bytes == size
-    assert parse_yaml(yaml_file, f"train_iters: 1\nhead_slab_bytes: {text}").model.slab_bytes == size
-
-
-@pytest.mark.parametrize("text", ["objective: dpo", "simpo_loss_type: ipo", "tie_policy: keep", "device: tpu"])
-def test_choices_bind_in_the_file_too(yaml_file: Path, text: str) -> None:
-    name, value = text.split(": ")
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value} is not known; use "):
-        parse_yaml(yaml_file, text, "--train-iters", "1")
 
 
 def warnings(argv: list[str], num_parameters: float) -> list[str]:

@@ -53,6 +53,10 @@ def test_the_other_way_to_set_it_drops_the_presets_value() -> None:
     assert (config.objective.gamma, config.objective.simpo_gamma_beta_ratio) == (0.7, None)
     assert (config.train.train_iters, config.train.train_epochs) == (9, None)
     assert config.data.max_prompt_length == 256
+    assert describe("llama3-base", flat(config)).endswith(
+        "set otherwise: simpo_gamma 0.7 (preset simpo_gamma_beta_ratio 0.5), train_iters 9 (preset train_epochs 1.0), "
+        "max_length 512 (preset 2048), max_prompt_length 256 (preset 1800)"
+    )
     with pytest.raises(UserError, match="give one of them"):
         parse([*NEEDED, "--preset", "llama3-base", "--simpo-gamma", "1", "--simpo-gamma-beta-ratio", "0.5"])
 

@@ -60,21 +60,27 @@ def test_what_gives_no_pair_is_counted() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": 3}, "`prompt` is neither a text nor a list of messages"),
-        ({"prompt": [{"role": "user"}]}, "`prompt` is neither"),
-        ({"responses": "a"}, "no list `responses`"),
-        ({"responses": [{"score": 1}]}, "response 1 has no text `content`"),
+        ({"prompt": 3}, "`prompt` is 3; it must be a text or a list of messages"),
+        ({"prompt": None}, "`prompt` is null; it must be"),
+        ({"prompt": [{"role": "user"}]}, "`prompt` is [{'role': 'user'}]; it must be"),
+        ({"responses": "a"}, "`responses` is 'a'; it must be a list of {content, score}"),
+        ({"responses": None}, "`responses` is null"),
+        ({"responses": ["a"]}, "response 1: `content` is missing; give a text"),
+        ({"responses": [{"content": None, "score": 1}]}, "response 1: `content` is null; give a text, or remove the"),
         (
             {"responses": [{"content": "a", "score": 1}, {"content": "b", "score": "2"}]},
-            "response 2 has the `score` '2'",
+            "response 2: `score` is '2'; give a finite number of at most 3e38, or remove the response",
         ),
-        ({"responses": [{"content": "a", "score": float("nan")}]}, "must be a finite number"),
+        ({"responses": [{"content": "a", "score": None}]}, "`score` is null; give"),
+        ({"responses": [{"content": "a", "score": float("nan")}]}, "`score` is nan; give"),
+        ({"responses": [{"content": "a", "score": 10**400}]}, "000; give a finite number"),
     ],
 )
 def test_a_wrong_row_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as caught:
         pairs([ROW, {**ROW, **change}])
-    assert str(caught.value).startswith("f:2: ") and words in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith("f:2: ") and words in message and len(message) < 200
 
 
 def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:

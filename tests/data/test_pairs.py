@@ -141,7 +141,8 @@ def test_summary_of_ties_and_merges(write: Write) -> None:
     assert report.boundary_merges == 2
     assert report.summary("p").splitlines() == [
         "p: 1 pairs of 1 rows",
-        "  1 ties kept with margin 0, 2 responses tokenized apart from their prompt",
+        "  1 ties kept with margin 0, 2 of 2 responses tokenized apart from their prompt (tools/inspect_data.py says "
+        "whether that is a fault)",
     ]
 
 

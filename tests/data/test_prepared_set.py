@@ -167,6 +167,21 @@ def test_any_number_of_workers_writes_the_same_files(
     assert len(list(tmp_path.iterdir())) == len(SUFFIXES), "nothing is left beside them"
 
 
+def test_a_small_source_starts_no_process(
+    source: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoPool:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("a process was started")
+
+    monkeypatch.setattr("simpo_megatron.data.prepare.ProcessPoolExecutor", NoPool)
+    small = tmp_path / "small.jsonl"
+    small.write_text("".join(source.read_text().splitlines(keepends=True)[:499]))
+    assert prepare(small, model, tmp_path / "set", OPTIONS, workers=8).rows == 499
+    with pytest.raises(AssertionError):
+        prepare(source, model, tmp_path / "set", OPTIONS, workers=8)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_leaves_the_set_that_was_there(copied: Path, source: Path, model: Path, workers: int) -> None:
     before = {suffix: part(copied, suffix).read_bytes() for suffix in SUFFIXES}

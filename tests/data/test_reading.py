@@ -99,12 +99,29 @@ def test_truncated_line(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("text", ['[{"prompt": "a"},\n {"prompt": "b"}]', "[\n  {}\n]", "[1]"])
+def test_an_array_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "my rows.json"
+    path.write_text("\n" + text)
+    assert error_of(path) == (
+        f"{path}:2: the file is a JSON array, not JSON lines; write one object a line, for example with "
+        f"jq -c '.[]' '{path}' > rows.jsonl"
+    )
+
+
+def test_json_that_python_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for text, what in (("1" * 5000, "a number has too many digits"), ("[" * 100_000, "it is nested too deeply")):
+        path.write_text(f'{{}}\n{{"a": {text}')
+        assert error_of(path) == f"{path}:2: not readable JSON ({what}); remove the line"
+
+
 @pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ("3", "int"), ('"a"', "str")])
 def test_line_that_is_not_an_object(tmp_path: Path, line: str, kind: str) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(line)
+    path.write_text("{}\n" + line)
     assert error_of(path) == (
-        f"{path}:1: the line holds a JSON {kind}, not an object; "
+        f"{path}:2: the line holds a JSON {kind}, not an object; "
         'write one object a line, {"prompt": ..., "chosen": ..., "rejected": ...}'
     )
 
@@ -164,17 +181,27 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     assert "holds no dataset that `datasets` saved" in error_of(tmp_path)
 
 
-def test_a_name_that_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_name_that_is_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], offline: bool
+) -> None:
+    """Without a network one request fails, and no attempt is printed; offline, the cache alone is asked."""
     import datasets
+    import huggingface_hub
 
-    def offline(name: str) -> None:
+    asked: list[str] = []
+
+    def fail(source: str, *_: Any, **__: Any) -> None:
+        asked.append(source)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: fail("cache"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: fail("hub"))
     message = error_of("owner/absent")
-    assert message.startswith(
-        "owner/absent: is neither a file nor a prepared set nor a dataset on the hub (no network)"
-    )
+    assert message.startswith("owner/absent: there is no such file, folder or prepared set, and the hub gives no such")
+    assert message.endswith("unset HF_HUB_OFFLINE" if offline else "for a dataset that is in the cache")
+    assert asked == ["cache" if offline else "hub"] and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,9 @@ def test_columns() -> None:
 @pytest.mark.parametrize("name", ["weight", "margin", "score_chosen", "score_rejected"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, 10**400, "1", True, [1]])
 def test_column_that_is_not_a_finite_number(name: str, value: Any) -> None:
-    message = f"f.jsonl:3: `{name}` is {value!r}; it must be a finite number, or be left out"
-    assert error_of({**TEXT_ROW, name: value}) == message
+    message = error_of({**TEXT_ROW, name: value})
+    assert message.startswith(f"f.jsonl:3: `{name}` is {reprlib.repr(value)}")
+    assert message.endswith("; it must be a finite number of at most 3e38, or be left out") and len(message) < 150
 
 
 def test_negative_weight() -> None:
@@ -153,7 +155,7 @@ ASSISTANT = assistant("a")
         ({}, "no `chosen`; a row needs `chosen` and `rejected`, this one has no columns"),
         (
             {"chosen": "c", "rejected": None},
-            "no `rejected`; a row needs `chosen` and `rejected`, this one has `chosen`, `rejected`",
+            "`rejected` is null; give a string or a list of messages, or remove the row",
         ),
         (
             {"prompt": "p", "chosen": "c", "rejected": [ASSISTANT]},
@@ -165,7 +167,7 @@ ASSISTANT = assistant("a")
         ),
         (
             {"prompt": TURNS, "chosen": "c", "rejected": "r"},
-            "`prompt` is a list but `chosen` and `rejected` are strings; make all three strings or all three lists of "
+            "`prompt` is a list but `chosen` and `rejected` are strings; make all three strings, or all three lists of "
             "messages",
         ),
         (

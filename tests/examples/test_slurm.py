@@ -112,7 +112,8 @@ def test_the_environment_is_sourced_in_the_task(tmp_path: Path) -> None:
     [
         (["missing/run.sh", "train"], {}, "'missing/run.sh' is not a file in .*; submit from the root"),
         ([QWEN, "train"], {"SLURM_JOB_NUM_NODES": "1"}, "has 1 nodes, but the run needs 2; give sbatch --nodes=2"),
-        ([QWEN, "train"], {"ENV_SCRIPT": "/nowhere/env.sh"}, "ENV_SCRIPT /nowhere/env.sh failed"),
+        ([QWEN, "train"], {"ENV_SCRIPT": "/nowhere/env.sh"}, "ENV_SCRIPT /nowhere/env.sh is not a file"),
+        ([QWEN, "train"], {"CONTAINER_MOUNTS": "/data:/data"}, "CONTAINER_IMAGE is not; set the image too"),
         ([QWEN, "train"], {"TASK": "/nowhere"}, "torchrun is not on PATH; activate the environment"),
     ],
 )
@@ -122,24 +123,75 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, arguments: list[str], changes
     assert re.search(words, done.stderr), done.stderr
 
 
-def test_without_slurm_the_address_is_asked_for(tmp_path: Path) -> None:
-    environment = environment_of_job(tmp_path)
-    environment = {name: value for name, value in environment.items() if not name.startswith("SLURM")}
+def run_on_a_node(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """run.sh without Slurm, under a pretended torchrun and python; a variable given as "" is not set."""
+    environment = environment_of_job(folder, **more)
+    environment = {name: value for name, value in environment.items() if value and not name.startswith("SLURM")}
     environment["PATH"] = f"{environment['TASK']}:/usr/bin:/bin"
-    done = subprocess.run(
-        ["bash", QWEN, "train"], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
-    )
-    assert done.returncode == 2 and "MASTER_ADDR is not set" in done.stderr
-    for name, value, words in (("NODE_RANK", "2", "from 0 to 1"), ("MASTER_PORT", "99999", "from 1 to 65535")):
-        done = subprocess.run(
-            ["bash", QWEN, "train"],
-            capture_output=True,
-            text=True,
-            env={**environment, name: value},
-            cwd=ROOT,
-            check=False,
-        )
-        assert done.returncode == 2 and f"{name} is {value}; it must be a number {words}" in done.stderr
+    return subprocess.run(["bash", *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+STEPS = "dry-run, convert, prepare, verify, train or export"
+
+
+@pytest.mark.parametrize(
+    "step, variables, words",
+    [
+        ("", {}, f"give a step: {STEPS}"),
+        ("trian", {}, f"trian is not a step; use {STEPS}"),
+        ("train", {"MODEL": ""}, "MODEL is not set; export MODEL=FOLDER, the Hugging Face checkpoint"),
+        ("train", {"OUTPUT": ""}, "OUTPUT is not set; export OUTPUT=FOLDER, where this step writes"),
+        ("train", {"DATA": ""}, "DATA is not set; export DATA=FILE, the preferences to train on"),
+        ("verify", {"DATA": ""}, "DATA is not set; export DATA=FILE, preferences to verify with"),
+        (
+            "train",
+            {"ENV_SCRIPT": "/nowhere"},
+            "ENV_SCRIPT /nowhere is not a file that can be read; give a shell script",
+        ),
+        ("train", {}, "MASTER_ADDR is not set: the host name of the node with rank 0"),
+        ("train", {"NODE_RANK": "2"}, "NODE_RANK is 2; it must be a number from 0 to 1"),
+        ("train", {"MASTER_PORT": "99999"}, "MASTER_PORT is 99999; it must be a number from 1 to 65535"),
+        ("export", {}, "{output}/run has no checkpoint yet; train first"),
+    ],
+)
+def test_a_mistake_without_slurm_is_one_line(tmp_path: Path, step: str, variables: dict[str, str], words: str) -> None:
+    done = run_on_a_node(tmp_path, QWEN, *step.split(), **variables)
+    expected = f"run.sh: {words.format(output=tmp_path / 'output')}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_config_alone_is_verified_without_data(tmp_path: Path, alone: bool) -> None:
+    model = tmp_path / "a model"
+    model.mkdir()
+    (model / "config.json").touch()
+    if not alone:
+        (model / "tokenizer.json").touch()
+    done = run_on_a_node(tmp_path, QWEN, "verify", MODEL=str(model), MASTER_ADDR="first")
+    assert done.returncode == 0 and f"--hf-checkpoint {model}" in done.stdout
+    assert ("--data d" in done.stdout) != alone
+    if alone:
+        more = {"MODEL": "examples/qwen3_moe/model.json", "DATA": "", "MASTER_ADDR": "first"}
+        assert run_on_a_node(tmp_path, QWEN, "verify", **more).returncode == 0
+
+
+def test_a_second_call_of_a_conversion_goes_on_or_ends_well(tmp_path: Path) -> None:
+    """An export that is there counts only where it is newer than the checkpoint."""
+    for flag in ([], ["--resume"], ["--overwrite"]):
+        words = run_on_a_node(tmp_path, QWEN, "convert", *flag).stdout.split()
+        assert words[-1] == (flag or ["--resume"])[0] and len(set(words)) == len(words)
+    latest = tmp_path / "output" / "run" / "latest_checkpointed_iteration.txt"
+    exported = tmp_path / "output" / "aligned-20" / "config.json"
+    for file in (latest, exported):
+        file.parent.mkdir(parents=True)
+        file.write_text("20")
+    for age, done_already in ((-1, True), (1, False)):
+        os.utime(exported, (0, latest.stat().st_mtime - age))
+        done = run_on_a_node(tmp_path, QWEN, "export")
+        assert done.returncode == 0 and done.stdout.startswith("nothing is left to do: ") == done_already
+        assert ("megatron_to_hf.py" in done.stdout) != done_already
+    exported.unlink()
+    assert f"--save {exported.parent} --resume" in run_on_a_node(tmp_path, QWEN, "export").stdout
 
 
 # An srun whose run saves {saved}, after which Slurm signals the batch shell; then it ends with {ends}, or is stopped.

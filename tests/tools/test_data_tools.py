@@ -68,7 +68,7 @@ def test_mistakes_are_one_line(model: Path, source: Path, tmp_path: Path, capsys
         ({"input": prefix}, "is prepared already"),
         ({"input": tmp_path / "none.jsonl"}, "there is no such file"),
         ({"workers": 0}, "--workers 0 must be at least 1"),
-        ({"config": tmp_path / "none.yaml"}, "none.yaml cannot be read"),
+        ({"config": tmp_path / "none.yaml"}, "none.yaml: there is no such file"),
         ({"hf_checkpoint": tmp_path / "none"}, "is not a folder"),
         ({"max_length": 4000}, "--max-length 4000 lets a pair outgrow its row"),
         ({"max_length_ratio": 0.5}, "--max-length-ratio 0.5"),
@@ -108,6 +108,27 @@ def test_build_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [json.loads(line)["score_rejected"] for line in out.read_text().splitlines()] == [1]
     assert run(build_pairs, input=scored, output=out, strategy="all", min_score_gap=1.5) == 0
     assert len(out.read_text().splitlines()) == 1
-    assert run(build_pairs, input=scored, output=out, min_score_gap=5) == 2
+    capsys.readouterr()
+    before = out.read_text()
+    for rows, gap, words in (
+        (
+            scored,
+            5,
+            "left out 1 prompts without the score gap, 0 with fewer than two responses; lower --min-score-gap 5",
+        ),
+        (
+            write_rows(tmp_path / "one.jsonl", [{"prompt": "p", "responses": responses[:1]}]),
+            0,
+            "; give each prompt two",
+        ),
+    ):
+        assert run(build_pairs, input=rows, output=out, min_score_gap=gap) == 2
+        stdout, error = capsys.readouterr()
+        assert stdout == "" and error.startswith(f"build_pairs.py: {rows}: no pair of 1 prompts: ") and words in error
+        assert error.count("\n") == 1 and out.read_text() == before
     assert run(build_pairs, input=scored, output=scored) == 2
     assert "is the input; choose another file" in capsys.readouterr().err
+    for name in ("a.parquet", "a.jsonl.gz", "a.csv", "a"):
+        assert run(build_pairs, input=scored, output=tmp_path / name) == 2
+        assert f"{name}: pairs are written as JSON lines; give a name that ends in .jsonl" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()

@@ -13,8 +13,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from simpo_megatron.checkpoint.folder import TRACKER
 from simpo_megatron.config.arguments import flat, parse
+from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
-from simpo_megatron.trainer.resume import NOT_OF_THE_RUN, REFUSED
+from simpo_megatron.trainer.progress import Progress
+from simpo_megatron.trainer.resume import NOT_OF_THE_RUN, REFUSED, SavedRun, follow
 from tests.support.distributed import WorkerPool
 from tests.support.runs import Inputs, flags, read_rows, run_and_read, run_main, train
 
@@ -138,6 +140,30 @@ def test_flags_win_and_are_printed(pool: WorkerPool, inputs: Inputs, base: list[
         "weight_decay 0.25, was 0.0",
         "adam_beta2 0.9, was 0.999",
     ]
+
+
+@pytest.mark.parametrize(
+    "before, now, line",
+    [
+        (
+            ["--simpo-gamma", "1.5"],
+            ["--simpo-gamma-beta-ratio", "0.5"],
+            "simpo_gamma_beta_ratio 0.5, was simpo_gamma 1.5",
+        ),
+        (["--simpo-gamma", "1.5"], [], "simpo_gamma not set, was 1.5"),
+        (["--train-iters", "4"], ["--train-epochs", "2"], "train_epochs 2.0, was train_iters 4"),
+        (["--fp32"], ["--bf16"], "bf16 True, was fp32 True"),
+    ],
+)
+def test_one_change_is_one_line(before: list[str], now: list[str], line: str) -> None:
+    """Also where a setting takes the place of another."""
+
+    def config(more: list[str]) -> Config:
+        length = [] if more[:1] in (["--train-iters"], ["--train-epochs"]) else ["--train-iters", "4"]
+        return parse(["--hf-checkpoint", "m", "--train-data", "d", *length, *more])
+
+    saved = SavedRun(Path("run"), flat(config(before)), Progress(0, 0))
+    assert follow(config(now), saved)[1] == [f"resumed with {line}"]
 
 
 def test_the_checkpoints_schedule_where_the_user_asks_for_it(pool: WorkerPool, base: list[str], saved: Path) -> None:
