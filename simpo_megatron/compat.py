@@ -7,8 +7,9 @@ import importlib.util
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from simpo_megatron.errors import UserError
 
@@ -67,10 +68,34 @@ def have_native_bf16() -> bool:
 
 
 @functools.cache
-def have_fp32_accumulating_addmm() -> bool:
-    """Whether torch adds the product of bf16 matrices to an fp32 one on CUDA (`addmm`), as it does from 2.8 on."""
+def fp32_products(device: Any) -> Literal["addmm", "mm", "cast"]:
+    """How a device multiplies bf16 matrices into an fp32 result. Each way is tried once, on 16 x 16 matrices.
+
+    The name of an operator does not decide: torch 2.8 and 2.9 have `addmm` with `out_dtype`, but it refuses an fp32
+    addend. The host waits for the device once.
+
+    Args:
+        device: a torch.device.
+
+    Returns:
+        `addmm`: `torch.addmm(..., out_dtype=torch.float32)` adds the product to an fp32 matrix. `mm`: only
+        `torch.mm(..., out_dtype=torch.float32)` works. `cast`: the matrices must be cast to fp32 first.
+    """
     torch = importlib.import_module("torch")
-    return hasattr(torch.ops.aten.addmm, "dtype_out")
+    matrix = torch.full((16, 16), 2.0**-6, dtype=torch.bfloat16, device=device)
+    matrix.fill_diagonal_(1)
+    product = matrix.float() @ matrix.float()  # 1 + 15 * 2**-12 on the diagonal, which bf16 cannot represent
+
+    def works(multiply: Callable[[], Any], wanted: Any) -> bool:
+        try:
+            return torch.equal(multiply(), wanted)
+        except (RuntimeError, TypeError):  # the operator refuses these dtypes, or has no such argument
+            return False
+
+    out = torch.ones(16, 16, device=device)
+    if works(lambda: torch.addmm(out, matrix, matrix, out_dtype=torch.float32, out=out), 1 + product):
+        return "addmm"
+    return "mm" if works(lambda: torch.mm(matrix, matrix, out_dtype=torch.float32), product) else "cast"
 
 
 def have_triton() -> bool:
