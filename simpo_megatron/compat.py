@@ -18,10 +18,13 @@ MEGATRON_CORE = ((0, 15), (0, 19))  # first and last release that this package w
 
 @functools.cache
 def _importable(module: str) -> bool:
-    """Whether a module can be imported. A build for another CUDA or torch counts as absent, as it does for Megatron."""
+    """Whether a module can be imported. One that does not load counts as absent.
+
+    Megatron counts a module as absent only if the import raises ImportError; `check_megatron_core` refuses the others.
+    """
     try:
         importlib.import_module(module)
-    except (ImportError, OSError):
+    except Exception:
         return False
     return True
 
@@ -106,19 +109,50 @@ def have_triton() -> bool:
 def check_megatron_core() -> None:
     """Refuses an unknown release of Megatron-Core: schedules, specs and checkpoint keys change between releases.
 
+    Call it before anything else imports Megatron.
+
     Raises:
-        UserError: megatron-core is absent, or is a release that this package was not run with.
+        UserError: megatron-core is absent, or is a release that this package was not run with; or Transformer Engine or
+            Apex, which it imports, is installed and does not load.
     """
     first, last = ("{}.{}".format(*version) for version in MEGATRON_CORE)
     fix = "install one with `pip install 'megatron-core==0.16.*'`"
     try:
         info = importlib.import_module("megatron.core.package_info")
-    except ImportError as error:
-        raise UserError(f"megatron-core cannot be imported ({error}); {fix}") from error
+    except Exception as error:
+        _refuse_broken_packages()
+        raise UserError(f"megatron-core cannot be imported ({_first_line(error)}); {fix}") from error
     if not MEGATRON_CORE[0] <= (info.MAJOR, info.MINOR) <= MEGATRON_CORE[1]:
         raise UserError(
             f"megatron-core {info.__version__} is installed, but this program was run with {first} to {last}; {fix}"
         )
+
+
+def _refuse_broken_packages() -> None:
+    """Names the optional package that does not load, where the import of Megatron failed.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, module, package in (
+        ("Transformer Engine", "transformer_engine.pytorch", "transformer_engine"),
+        ("Apex", "apex.optimizers", "apex"),
+    ):
+        try:
+            if importlib.util.find_spec(package) is not None:
+                importlib.import_module(module)
+        except ImportError:  # forgiven by Megatron too
+            continue
+        except Exception as error:
+            raise UserError(
+                f"{name} is installed but does not load ({_first_line(error)}); complete its installation, or remove "
+                f"it with `pip uninstall {package}`"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def check_balancing_loss() -> None:
@@ -162,6 +196,19 @@ def check_megatron_lm() -> None:
     missing = missing_for_megatron_lm()
     if missing:
         raise UserError(f"Megatron-LM cannot start, because the environment lacks {'; '.join(missing)}")
+
+
+def quiet_connections() -> None:
+    """Silences what Megatron and Transformer Engine warn of on every rank: CUDA_DEVICE_MAX_CONNECTIONS is not 1.
+
+    A run says it once, where it matters (`trainer/environment.py`).
+    """
+    for message in (
+        "When using async grad allreduce it is recommended",
+        "When using sequence parallelism it is recommended",
+        "To guarantee overlapping TP and SP collectives with the backward",
+    ):
+        warnings.filterwarnings("ignore", message, UserWarning)
 
 
 def quiet_megatron() -> None:
