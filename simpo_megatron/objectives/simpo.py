@@ -6,6 +6,8 @@ the rejected response l by a target margin gamma:
     r(x, y) = beta / |y| * sum_t log pi(y_t | x, y_<t)
     loss    = -log sigmoid(r_w - r_l - gamma)
 
+`simpo_loss` is this formula, and `simpo_slopes` its derivative.
+
 gamma is absolute, in units of reward. The paper tunes the ratio gamma / beta; TRL's `simpo_gamma` is the absolute
 gamma. Either flag sets the margin, and `SimPO.gamma` reads both.
 
