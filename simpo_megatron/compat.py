@@ -215,9 +215,11 @@ def quiet_megatron() -> None:
     """Silences warnings about Megatron-Core's own code, on which a user cannot act. Call it before importing Megatron.
 
     These warnings are silenced, and no others: Transformer Engine or Apex is absent; the optimizer reads `.grad` of a
-    shard that is not a leaf; whole experts are not sequence-parallel; torch will rename or remove collectives, a loader
-    and a class of tensors that Megatron uses; parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
+    shard that is not a leaf; whole experts are not sequence-parallel; CUDA_DEVICE_MAX_CONNECTIONS is not 1
+    (`quiet_connections`); torch will rename or remove collectives, a loader and a class of tensors that Megatron uses;
+    parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
     """
+    quiet_connections()
     for message in (
         "Apex is not installed",
         "Transformer Engine and Apex are not installed",

@@ -108,7 +108,7 @@ def _stream(stream: Any) -> Iterator[None]:
     yield
 
 
-_run_backward = torch.autograd._engine_run_backward
+_run_backward = torch.autograd._engine_run_backward  # pyright: ignore[reportPrivateImportUsage]
 _wait = dist.Work.wait
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from simpo_megatron.errors import UserError
 
 HOST_TIMEOUT = timedelta(days=1)  # gloo notices a process that has ended at once
-_host: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default group, and that of the host for it
+_host: tuple[dist.ProcessGroup, Any] | None = None  # the default group, and that of the host for it
 
 
 def start_host_group() -> None:

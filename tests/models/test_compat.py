@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,21 @@ def test_the_optional_packages_are_chosen_by_themselves(monkeypatch: pytest.Monk
     assert not spec.use_transformer_engine("local")
     monkeypatch.setattr(compat, "_importable", lambda module: False)
     assert not spec.use_transformer_engine("auto")
+
+
+def test_connections_are_not_warned_of_on_every_rank() -> None:
+    """A run says once that CUDA_DEVICE_MAX_CONNECTIONS should be 1. Transformer Engine and Megatron say it too."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        compat.quiet_megatron()
+        warnings.warn(
+            "To guarantee overlapping TP and SP collectives with the backwardGEMMs, set environment variable "
+            "CUDA_DEVICE_MAX_CONNECTIONS = 1",
+            stacklevel=1,
+        )
+        warnings.warn("When using sequence parallelism it is recommended to set the environment", stacklevel=1)
+        warnings.warn("another warning", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["another warning"]
 
 
 @pytest.mark.parametrize(
