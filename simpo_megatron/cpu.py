@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,7 @@ def _stream(stream: Any) -> Iterator[None]:
 
 _run_backward = torch.autograd._engine_run_backward  # pyright: ignore[reportPrivateImportUsage]
 _wait = dist.Work.wait
+_waited: weakref.WeakSet[Any] = weakref.WeakSet()  # the requests that have been answered
 
 
 def _run_backward_with_mode(*args: Any, **kwargs: Any) -> Any:
@@ -118,7 +120,10 @@ def _run_backward_with_mode(*args: Any, **kwargs: Any) -> Any:
 
 
 def _wait_once(work: Any, *args: Any, **kwargs: Any) -> Any:
-    return True if work.is_completed() and work.is_success() else _wait(work, *args, **kwargs)
+    if work not in _waited:
+        _wait(work, *args, **kwargs)
+        _waited.add(work)
+    return True
 
 
 def _nothing() -> Callable[..., None]:
