@@ -50,8 +50,6 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from simpo_megatron.compat import quiet_connections
-
 _CPU = torch.device("cpu")
 _dist_all_to_all_single, _dist_all_gather, _dist_reduce_scatter = (
     dist.all_to_all_single,
@@ -187,7 +185,6 @@ def enable() -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("cpu.enable() was called after CUDA was initialised; call it first, or run on the GPU")
-    quiet_connections()  # that variable concerns GPUs only
     _replace(torch._dynamo.config, "disable", True)
     _replace(torch.cuda, "current_device", lambda: _CPU)
     for name in ("Stream", "Event"):

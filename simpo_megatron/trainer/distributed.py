@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
-from simpo_megatron import cpu
+from simpo_megatron import compat, cpu
 from simpo_megatron.data import InMemoryPairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.limits import check_processes
@@ -39,6 +39,7 @@ def resolve_device(device: str, deterministic: bool = False) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
+        compat.quiet_connections()  # they concern GPUs only
         cpu.enable()
     else:
         torch.cuda.set_device(local_gpu())
