@@ -26,7 +26,8 @@ setup(
         "tensorboard>=2.15",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]>=2.0"],
+        # What Megatron-Core 0.16 was released with; its extension is compiled against the installed torch.
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "wandb": ["wandb>=0.17"],
         "parquet": ["pyarrow>=15"],
         "dev": [

@@ -7,8 +7,9 @@ import importlib.util
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from simpo_megatron.errors import UserError
 
@@ -17,10 +18,13 @@ MEGATRON_CORE = ((0, 15), (0, 19))  # first and last release that this package w
 
 @functools.cache
 def _importable(module: str) -> bool:
-    """Whether a module can be imported. A build for another CUDA or torch counts as absent, as it does for Megatron."""
+    """Whether a module can be imported. One that does not load counts as absent.
+
+    Megatron counts a module as absent only if the import raises ImportError; `check_megatron_core` refuses the others.
+    """
     try:
         importlib.import_module(module)
-    except (ImportError, OSError):
+    except Exception:
         return False
     return True
 
@@ -67,10 +71,34 @@ def have_native_bf16() -> bool:
 
 
 @functools.cache
-def have_fp32_accumulating_addmm() -> bool:
-    """Whether torch adds the product of bf16 matrices to an fp32 one on CUDA (`addmm`), as it does from 2.8 on."""
+def fp32_products(device: Any) -> Literal["addmm", "mm", "cast"]:
+    """How a device multiplies bf16 matrices into an fp32 result. Each way is tried once, on 16 x 16 matrices.
+
+    The name of an operator does not decide: torch 2.8 and 2.9 have `addmm` with `out_dtype`, but it refuses an fp32
+    addend. The host waits for the device once.
+
+    Args:
+        device: a torch.device.
+
+    Returns:
+        `addmm`: `torch.addmm(..., out_dtype=torch.float32)` adds the product to an fp32 matrix. `mm`: only
+        `torch.mm(..., out_dtype=torch.float32)` works. `cast`: the matrices must be cast to fp32 first.
+    """
     torch = importlib.import_module("torch")
-    return hasattr(torch.ops.aten.addmm, "dtype_out")
+    matrix = torch.full((16, 16), 2.0**-6, dtype=torch.bfloat16, device=device)
+    matrix.fill_diagonal_(1)
+    product = matrix.float() @ matrix.float()  # 1 + 15 * 2**-12 on the diagonal, which bf16 cannot represent
+
+    def works(multiply: Callable[[], Any], wanted: Any) -> bool:
+        try:
+            return torch.equal(multiply(), wanted)
+        except (RuntimeError, TypeError):  # the operator refuses these dtypes, or has no such argument
+            return False
+
+    out = torch.ones(16, 16, device=device)
+    if works(lambda: torch.addmm(out, matrix, matrix, out_dtype=torch.float32, out=out), 1 + product):
+        return "addmm"
+    return "mm" if works(lambda: torch.mm(matrix, matrix, out_dtype=torch.float32), product) else "cast"
 
 
 def have_triton() -> bool:
@@ -81,19 +109,50 @@ def have_triton() -> bool:
 def check_megatron_core() -> None:
     """Refuses an unknown release of Megatron-Core: schedules, specs and checkpoint keys change between releases.
 
+    Call it before anything else imports Megatron.
+
     Raises:
-        UserError: megatron-core is absent, or is a release that this package was not run with.
+        UserError: megatron-core is absent, or is a release that this package was not run with; or Transformer Engine or
+            Apex, which it imports, is installed and does not load.
     """
     first, last = ("{}.{}".format(*version) for version in MEGATRON_CORE)
     fix = "install one with `pip install 'megatron-core==0.16.*'`"
     try:
         info = importlib.import_module("megatron.core.package_info")
-    except ImportError as error:
-        raise UserError(f"megatron-core cannot be imported ({error}); {fix}") from error
+    except Exception as error:
+        _refuse_broken_packages()
+        raise UserError(f"megatron-core cannot be imported ({_first_line(error)}); {fix}") from error
     if not MEGATRON_CORE[0] <= (info.MAJOR, info.MINOR) <= MEGATRON_CORE[1]:
         raise UserError(
             f"megatron-core {info.__version__} is installed, but this program was run with {first} to {last}; {fix}"
         )
+
+
+def _refuse_broken_packages() -> None:
+    """Names the optional package that does not load, where the import of Megatron failed.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, module, package in (
+        ("Transformer Engine", "transformer_engine.pytorch", "transformer_engine"),
+        ("Apex", "apex.optimizers", "apex"),
+    ):
+        try:
+            if importlib.util.find_spec(package) is not None:
+                importlib.import_module(module)
+        except ImportError:  # forgiven by Megatron too
+            continue
+        except Exception as error:
+            raise UserError(
+                f"{name} is installed but does not load ({_first_line(error)}); complete its installation, or remove "
+                f"it with `pip uninstall {package}`"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def check_balancing_loss() -> None:
@@ -139,13 +198,28 @@ def check_megatron_lm() -> None:
         raise UserError(f"Megatron-LM cannot start, because the environment lacks {'; '.join(missing)}")
 
 
+def quiet_connections() -> None:
+    """Silences what Megatron and Transformer Engine warn of on every rank: CUDA_DEVICE_MAX_CONNECTIONS is not 1.
+
+    A run says it once, where it matters (`trainer/environment.py`).
+    """
+    for message in (
+        "When using async grad allreduce it is recommended",
+        "When using sequence parallelism it is recommended",
+        "To guarantee overlapping TP and SP collectives with the backward",
+    ):
+        warnings.filterwarnings("ignore", message, UserWarning)
+
+
 def quiet_megatron() -> None:
     """Silences warnings about Megatron-Core's own code, on which a user cannot act. Call it before importing Megatron.
 
     These warnings are silenced, and no others: Transformer Engine or Apex is absent; the optimizer reads `.grad` of a
-    shard that is not a leaf; whole experts are not sequence-parallel; torch will rename or remove collectives, a loader
-    and a class of tensors that Megatron uses; parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
+    shard that is not a leaf; whole experts are not sequence-parallel; CUDA_DEVICE_MAX_CONNECTIONS is not 1
+    (`quiet_connections`); torch will rename or remove collectives, a loader and a class of tensors that Megatron uses;
+    parts of Megatron itself are deprecated (in 0.15, and from 0.17 on).
     """
+    quiet_connections()
     for message in (
         "Apex is not installed",
         "Transformer Engine and Apex are not installed",

@@ -14,6 +14,8 @@ name                                           what it returns or does then
 =============================================  ======================================================================
 `device="cuda"`, `"cuda:N"` in any function     means the CPU (`_CudaMeansCpu`, a TorchFunctionMode)
 `tensor.cuda()`, `tensor.to("cuda")`           the tensor on the CPU (the same mode)
+`torch.autograd._engine_run_backward`          the same, with the mode on: torch turns modes off for the backward
+                                               pass, where Transformer Engine asks for `.cuda()`
 `tensor.type()`                                `torch.cuda.FloatTensor` and so on, because the optimizers compare
                                                strings (`optimizer/distrib_optimizer.py`, `optimizer/optimizer.py`)
 `torch.cuda.current_device`                    `torch.device("cpu")`, which `device=` accepts everywhere
@@ -26,6 +28,8 @@ name                                           what it returns or does then
                                                passes tensors, which gloo refuses
 `torch.distributed.all_gather`,                the same, also for lists of tensors of unequal length, which gloo
 `reduce_scatter`                               refuses: experts that are split over ranks need it
+`torch.distributed.Work.wait`                  the first time only: a second wait for one request, as in Transformer
+                                               Engine's ring attention, would wait for ever with gloo
 `torch._dynamo.config.disable`                 True: `jit_fuser` is torch.compile, which compiles for minutes
 =============================================  ======================================================================
 
@@ -37,7 +41,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +107,23 @@ def _stream(stream: Any) -> Iterator[None]:
     yield
 
 
+_run_backward = torch.autograd._engine_run_backward  # pyright: ignore[reportPrivateImportUsage]
+_wait = dist.Work.wait
+_waited: weakref.WeakSet[Any] = weakref.WeakSet()  # the requests that have been answered
+
+
+def _run_backward_with_mode(*args: Any, **kwargs: Any) -> Any:
+    with _CudaMeansCpu():
+        return _run_backward(*args, **kwargs)
+
+
+def _wait_once(work: Any, *args: Any, **kwargs: Any) -> Any:
+    if work not in _waited:
+        _wait(work, *args, **kwargs)
+        _waited.add(work)
+    return True
+
+
 def _nothing() -> Callable[..., None]:
     """A new function that does nothing; a new one each time, because dynamo looks functions up by identity."""
     return lambda *args, **kwargs: None
@@ -164,9 +185,6 @@ def enable() -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("cpu.enable() was called after CUDA was initialised; call it first, or run on the GPU")
-    # Megatron recommends a CUDA environment variable, which concerns GPUs only.
-    for region in ("async grad allreduce", "sequence parallelism"):
-        warnings.filterwarnings("ignore", f"When using {region} it is recommended", UserWarning)
     _replace(torch._dynamo.config, "disable", True)
     _replace(torch.cuda, "current_device", lambda: _CPU)
     for name in ("Stream", "Event"):
@@ -177,6 +195,8 @@ def enable() -> None:
     for name in ("synchronize", "empty_cache"):
         _replace(torch.cuda, name, _nothing())
     _replace(torch.cuda, "manual_seed", torch.manual_seed)
+    _replace(torch.autograd, "_engine_run_backward", _run_backward_with_mode)
+    _replace(dist.Work, "wait", _wait_once)
     _replace(dist, "all_to_all_single", _all_to_all_single)
     _replace(dist, "all_gather", _all_gather)
     _replace(dist, "reduce_scatter", _reduce_scatter)

@@ -140,6 +140,7 @@ class PreferenceStep:
             vocab_size=self.vocab_size,
             loss=partial(batch_loss, self.objective, batch),
             loss_gradient=gradient,
+            slopes=partial(batch_slopes, self.objective, batch),
         )
 
     def loss_func(self, batch: PreferenceBatch, fused: bool, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -195,6 +196,22 @@ def batch_loss(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor) ->
     if losses_P is not None:
         loss = loss + (batch.weight * losses_P).sum() / batch.counts.pairs
     return loss
+
+
+def batch_slopes(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor) -> Tensor | None:
+    """The derivative of `batch_loss` with respect to each sum, [P, M]; None if the objective has no closed form.
+
+    Args:
+        objective: what is trained for.
+        batch: the microbatch.
+        sums_PM: as for `batch_loss`.
+    """
+    slopes_PM = objective.pair_slopes(batch.scores(sums_PM))
+    if slopes_PM is None:
+        return None
+    slopes_PM = slopes_PM * (batch.weight / batch.counts.pairs)[:, None]
+    slopes_PM[:, 0] -= objective.nll_weight / batch.counts.chosen_tokens
+    return slopes_PM
 
 
 def measure(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor, loss: Tensor) -> Measured:

@@ -38,7 +38,7 @@ def run(config: Config) -> None:
     from simpo_megatron.trainer.loop import start_run
     from simpo_megatron.trainer.setup import build_transformer_config, name_layers
 
-    device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
+    device = "cpu" if config.train.dry_run else resolve_device(config.train.device, config.train.deterministic_mode)
     load = config.checkpoint.load
     loaded = load is not None and read_tracker(load) is not None
     hf = read_model(config.model.checkpoint_folder, loaded=loaded, dry_run=config.train.dry_run)

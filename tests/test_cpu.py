@@ -11,10 +11,11 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
 from simpo_megatron import cpu
+from tests.support.distributed import WorkerPool
 
 CPU = torch.device("cpu")
 # The names in the table, by the module that holds them.
-REPLACED: dict[ModuleType, set[str]] = {
+REPLACED: dict[Any, set[str]] = {
     torch.cuda: {
         "current_device",
         "Stream",
@@ -28,6 +29,9 @@ REPLACED: dict[ModuleType, set[str]] = {
         "get_rng_state",
         "set_rng_state",
     },
+    torch.autograd: {"_engine_run_backward"},
+    torch.distributed: {"all_to_all_single", "all_gather", "reduce_scatter"},
+    torch.distributed.Work: {"wait"},
     torch.cuda.random: {"get_rng_state", "set_rng_state"},
     megatron_random: {"_get_cuda_rng_state", "_set_cuda_rng_state"},
 }
@@ -82,6 +86,38 @@ def test_other_conversions_are_left_alone(enabled: None) -> None:
     assert values.to("cuda", torch.bfloat16).dtype == torch.bfloat16
     assert torch.empty(1, device="meta").device.type == "meta"
     assert values.to("meta").device.type == "meta"
+
+
+def test_cuda_devices_are_the_cpu_in_a_backward_pass(enabled: None) -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+            return 2 * values
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return (grads[0] * torch.full((), 2.0, device="cuda")).cuda()
+
+    values = torch.ones(2, requires_grad=True)
+    Scaled.apply(values).sum().backward()  # type: ignore[attr-defined]
+    assert values.grad is not None and values.grad.tolist() == [2, 2]
+    assert torch.autograd.grad(Scaled.apply(values).sum(), values)[0].tolist() == [2, 2]  # type: ignore[attr-defined]
+
+
+def exchange_and_wait_twice() -> list[float]:
+    import torch.distributed as dist
+
+    other, received = 1 - dist.get_rank(), torch.zeros(3)
+    sent = torch.full((3,), float(dist.get_rank()))
+    requests = [dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, received, other)]
+    for request in dist.batch_isend_irecv(requests):
+        request.wait()
+        request.wait()
+    return received.tolist()
+
+
+def test_a_request_can_be_waited_for_twice(pool: WorkerPool) -> None:
+    assert pool.run(2, exchange_and_wait_twice) == [[1, 1, 1], [0, 0, 0]]
 
 
 def test_tensor_types_are_named_as_on_cuda(enabled: None) -> None:

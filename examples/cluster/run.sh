@@ -89,8 +89,6 @@ launch() {
     trap '' USR1
     # Before Blackwell, tensor parallelism overlaps communication with GEMMs only if kernels start in launch order: one queue.
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-    # Packed rows have different lengths, which would fragment the allocator's memory.
-    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
     # NVLink SHARP reserves GPU memory for every communicator, and a run has about twelve.
     export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
     # Warnings report a link that fails; more detail would hide them.

@@ -25,6 +25,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from simpo_megatron.data import CHOSEN_CUT, REJECTED_CUT, Pairs
+from simpo_megatron.head.segments import segment_sums
 from simpo_megatron.head.task import ScoredPositions
 from simpo_megatron.models.shared_prompts import SharedPromptParams
 from simpo_megatron.objectives import PairScores
@@ -86,8 +87,7 @@ class PreferenceBatch:
 
     def segment_sums(self, values_R: Tensor) -> Tensor:
         """Sums the values of this rank's scored positions by response: [R] -> [P, M]."""
-        sums_S = values_R.new_zeros(self.lengths.shape[0]).index_add(0, self.scored.segments_R, values_R)
-        return sums_S.view(-1, self.responses)
+        return segment_sums(values_R, self.scored.segments_R, self.lengths.shape[0]).view(-1, self.responses)
 
     def scores(self, sums_PM: Tensor) -> PairScores:
         """What an objective sees of these pairs; `sums_PM` are the summed log-probs of their responses."""

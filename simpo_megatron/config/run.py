@@ -99,6 +99,10 @@ class TrainConfig(Group):
     bf16: bool = setting(True, "bf16 weights and activations, fp32 gradients and fp32 master weights")
     fp32: bool = setting(False, "everything in fp32, instead of --bf16; for checks and small models")
     fp16: bool = setting(False, "not supported (log-prob sums overflow fp16); use --bf16 or --fp32")
+    deterministic_mode: bool = setting(
+        False,
+        "give the same numbers, bit for bit, in every run of one layout on the same machines, also on GPUs; slower",
+    )
     moe_aux_loss_coeff: float = setting(
         0.0,
         "weight of Megatron's load-balancing loss in every layer with experts; its value is a mean over packed rows",

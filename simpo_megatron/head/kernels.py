@@ -1,7 +1,7 @@
 """The element-wise work of the head on a slab of logits: its statistics, and later its gradient in the same memory.
 
-On CUDA the Triton kernels of `triton_kernels.py` do it. Elsewhere, and without Triton, torch does it, a block of rows
-at a time, so that its temporaries stay in the cache.
+On CUDA the Triton kernels of `triton_kernels.py` do it. Elsewhere, for fp64 and without Triton, torch does it, a block
+of rows at a time, so that its temporaries stay in the cache.
 
 Both subtract the target from the probability in fp32 and round the difference. Rounding first would lose the small
 gradients of tokens that are predicted with a probability near 1.
@@ -31,7 +31,7 @@ def row_statistics(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor
         another rank holds the target.
     """
     accumulate = torch.promote_types(logits_NV.dtype, torch.float32)
-    if logits_NV.is_cuda and have_triton():
+    if _triton_takes(logits_NV):
         from simpo_megatron.head import triton_kernels
 
         return triton_kernels.row_statistics(logits_NV, targets_N)
@@ -53,7 +53,7 @@ def write_gradient_(logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, coeffic
         lse_N: log-sum-exp of each row over the columns of all ranks, in the dtype that `row_statistics` returns.
         coefficients_N: derivative of the loss with respect to each row's log-prob, in the same dtype.
     """
-    if logits_NV.is_cuda and have_triton():
+    if _triton_takes(logits_NV):
         from simpo_megatron.head import triton_kernels
 
         triton_kernels.write_gradient_(logits_NV, targets_N, lse_N, coefficients_N)
@@ -68,6 +68,11 @@ def write_gradient_(logits_NV: Tensor, targets_N: Tensor, lse_N: Tensor, coeffic
         gradient.scatter_add_(1, targets_N[rows, None].clamp(min=0), owned_N[rows, None])
         if gradient is not logits:
             logits.copy_(gradient)
+
+
+def _triton_takes(logits_NV: Tensor) -> bool:
+    """Whether the Triton kernels work on these logits. They compute in fp32, so fp64 is torch's on every device."""
+    return logits_NV.is_cuda and logits_NV.dtype != torch.float64 and have_triton()
 
 
 def _blocks(logits_NV: Tensor) -> list[slice]:

@@ -24,6 +24,7 @@ this tensor-parallel rank, P pairs, M scored responses of a pair (1 or 2).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,15 +189,17 @@ class _FusedHead(torch.autograd.Function):
             # that the host does not wait for it.
             expected = "the loss of the head was multiplied by another number than HeadTask.loss_gradient"
             torch.ops.aten._assert_async.msg((ratio - 1).abs() < 1e-4, expected)
-            # As Megatron's LinearWithGradAccumulationAndAsyncCommunication does: DDP's hooks need some gradient to be
-            # returned. Its values matter only if a tied embedding adds its own gradient to them.
-            empty = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
-            grad_weight = empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            zeros = getattr(weight, "zero_out_wgrad", False)
+            grad_weight = _placeholder(weight.shape, weight.dtype, weight.device, zeros).detach()
+            if zeros:  # a tied embedding adds its own gradient, perhaps in place
+                grad_weight.zero_()
             weight.grad_added_to_main_grad = True
         elif gradients.weight_VH is not None:
             grad_weight = (gradients.weight_VH * ratio).to(weight.dtype)
         if gradients.hidden_RH is not None:
             grad_RH = (gradients.hidden_RH * ratio).to(ctx.dtype)
+            # The last token of a shared prompt is there twice. A sum of two numbers does not depend on their order, so
+            # the atomics of a GPU do not make it differ from run to run.
             grad_TH = grad_RH.new_zeros(ctx.tokens, grad_RH.shape[1]).index_add_(0, task.scored.positions_R, grad_RH)
             grad_hidden = _reduce(grad_TH, ctx.head).view(ctx.hidden_shape)
         return grad_hidden, grad_weight, None, None, None
@@ -206,6 +209,17 @@ def _accumulates(weight: Tensor) -> bool:
     """Whether DDP keeps this parameter's gradient in fp32 and allows a layer to add to it directly."""
     main_grad = getattr(weight, "main_grad", None)
     return main_grad is not None and main_grad.dtype == torch.float32 and hasattr(weight, "grad_added_to_main_grad")
+
+
+@functools.cache
+def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device, zeros: bool) -> Tensor:
+    """The gradient that is returned for a weight whose `main_grad` has the gradient already.
+
+    DDP's hook needs some gradient, and drops it. The same tensor serves every backward pass, as in Megatron's layers
+    (`get_dummy_wgrad` of Transformer Engine): a new one is as large as the weight. Its values matter only if
+    `zero_out_wgrad` is set, so those weights have a tensor of their own.
+    """
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _reduce(grad_TH: Tensor, head: LogProbHead) -> Tensor:

@@ -2,12 +2,15 @@
 
 Both gradients are summed in fp32 over all slabs (in fp64 for fp64 weights), whatever the processor.
 
-On some devices a GEMM of bf16 matrices cannot write fp32: on CPUs, and on CUDA before torch 2.8. There the vocabulary
-is worked on in tiles, and each tile's product is added to the fp32 gradient. So a product of the size of the whole
-weight is never held, and each product is rounded to bf16 once.
+Where one GEMM cannot add a product of bf16 matrices to an fp32 gradient, the vocabulary is worked on in tiles, so that
+neither a product nor a copy of the size of the whole weight is held:
 
-A CPU without bf16 arithmetic casts each tile of the weight to fp32 first. That is several times faster than torch's
-emulation of bf16, and more exact.
+* CUDA with torch 2.8 or 2.9: the product of a tile is made in fp32 and then added.
+* CUDA with an older torch: a tile of each matrix is cast to fp32 first.
+* A CPU with bf16 arithmetic: the product of a tile is rounded to bf16 and then added. torch has no GEMM from bf16 to
+  fp32 there, and fp32 takes three times as long.
+* A CPU without bf16 arithmetic: a tile of the weight is cast to fp32 first, and the logits are fp32. torch's emulation
+  of bf16 is several times slower and less exact.
 
 Shapes: N positions, R all scored positions of this rank, H hidden, V columns of this tensor-parallel rank.
 """
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simpo_megatron.compat import have_fp32_accumulating_addmm, have_native_bf16
+from simpo_megatron.compat import fp32_products, have_native_bf16
 
 _TILE_BYTES = 32 * 2**20  # of the weight in fp32
 
@@ -68,6 +71,7 @@ class Projection:
 
     Attributes:
         dtype: of the logits.
+        way: how products are added to the gradients, from `_way`.
     """
 
     def __init__(self, weight_VH: Tensor, gradients: Gradients | None) -> None:
@@ -78,12 +82,12 @@ class Projection:
             gradients: where `add_gradients` writes; None if it is not called.
         """
         columns, hidden = weight_VH.shape
-        bf16 = weight_VH.dtype == torch.bfloat16
-        rounds = bf16 and not (weight_VH.is_cuda and have_fp32_accumulating_addmm())  # a product comes out in bf16
-        emulated = rounds and not (weight_VH.is_cuda or have_native_bf16())
+        self.way = _way(weight_VH)
+        emulated = self.way == "emulate"
         self.weight_VH, self.gradients = weight_VH, gradients
         self.dtype = torch.float32 if emulated else weight_VH.dtype
-        size = max(1, min(_TILE_BYTES // (4 * hidden), columns)) if rounds else max(1, columns)
+        in_tiles = self.way not in ("same", "addmm")
+        size = max(1, min(_TILE_BYTES // (4 * hidden), columns)) if in_tiles else max(1, columns)
         self.tiles = [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
         self.cast = torch.empty(size if emulated else 0, hidden, dtype=self.dtype, device=weight_VH.device)
 
@@ -96,7 +100,7 @@ class Projection:
         """Writes the logits of some positions to `out_NV`."""
         hidden_NH = hidden_NH.to(self.dtype)
         for tile in self.tiles:
-            _multiply(out_NV[:, tile], hidden_NH, self._tile(tile).t(), add=False)
+            torch.mm(hidden_NH, self._tile(tile).t(), out=out_NV[:, tile])
 
     def add_gradients(self, grad_NV: Tensor, hidden_RH: Tensor, part: slice) -> None:
         """Writes the gradient of some positions' hidden states, and adds their share in the gradient of the weight.
@@ -113,18 +117,31 @@ class Projection:
             grad_hidden[part] = 0
         for tile in self.tiles:
             if grad_hidden is not None:
-                _multiply(grad_hidden[part], grad_NV[:, tile], self._tile(tile), add=tile.start > 0)
+                _multiply(grad_hidden[part], grad_NV[:, tile], self._tile(tile), add=tile.start > 0, way=self.way)
             if grad_weight is not None:
-                _multiply(grad_weight[tile], grad_NV[:, tile].t(), hidden_NH, add=True)
+                _multiply(grad_weight[tile], grad_NV[:, tile].t(), hidden_NH, add=True, way=self.way)
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """Computes out = a @ b, or out += a @ b, without rounding the product to the dtype of `a` where the device can."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=int(add), out=out)
-    elif out.is_cuda and have_fp32_accumulating_addmm():
+def _way(weight_VH: Tensor) -> str:
+    """How products with a weight are added to gradients.
+
+    Returns:
+        `same`: weight and gradients have one dtype. Else the weight is bf16, and it is `addmm`, `mm` or `cast` on a GPU
+        (see `compat.fp32_products`), and `round` or `emulate` on a CPU with or without bf16 arithmetic.
+    """
+    if accumulator(weight_VH.dtype) == weight_VH.dtype:
+        return "same"
+    if weight_VH.is_cuda:
+        return fp32_products(weight_VH.device)
+    return "round" if have_native_bf16() else "emulate"
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool, way: str) -> None:
+    """Computes out = a @ b, or out += a @ b, in the way that `_way` names."""
+    if way == "addmm":
         torch.addmm(out, a, b, beta=int(add), out_dtype=out.dtype, out=out)
-    elif add:
-        out.add_(a @ b)
+    elif way in ("mm", "round"):
+        product = torch.mm(a, b, out_dtype=out.dtype) if way == "mm" else torch.mm(a, b)
+        out.add_(product) if add else out.copy_(product)
     else:
-        out.copy_(a @ b)
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)

@@ -20,8 +20,12 @@ from torch import Tensor
 from simpo_megatron.head.kernels import row_statistics, write_gradient_
 from simpo_megatron.head.logprobs import join_shards, shard_targets
 from simpo_megatron.head.projection import Gradients, Projection, accumulator
+from simpo_megatron.head.segments import segment_sums
 from simpo_megatron.head.task import HeadTask
 from simpo_megatron.parallel.context import round_up
+
+# A log-prob above it is a mistake. The log-sum-exp of fp32 kernels may lie this far below the target's logit.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -153,18 +157,20 @@ class _Pass:
                 logps.append(target_N - lse_N)
         logps_N = torch.cat(logps) if logps else self.sums_PM.new_zeros(0)
         if __debug__:
-            torch.ops.aten._assert_async.msg(~(logps_N > 0).any(), "a log-probability is positive")
-        sums_S = self.sums_PM.new_zeros(self.sums_PM.numel())
-        sums_S.index_add_(0, self.task.scored.segments_R[slab.positions], logps_N)
-        self.sums_PM[slab.pairs] = sums_S.view_as(self.sums_PM)[slab.pairs]
+            torch.ops.aten._assert_async.msg(~(logps_N > _ROUNDING).any(), "a log-probability is positive")
+        here_PM = self.sums_PM[slab.pairs]
+        segments_N = self.task.scored.segments_R[slab.positions] - slab.pairs.start * self.task.responses
+        here_PM.copy_(segment_sums(logps_N, segments_N, here_PM.numel()).view_as(here_PM))
         if self.context_group is not None and self.context_group.size() > 1:
-            dist.all_reduce(self.sums_PM[slab.pairs], group=self.context_group)
+            dist.all_reduce(here_PM, group=self.context_group)
         return torch.cat(lses) if lses else None
 
     def differentiate(self, slab: Slab, lse_N: Tensor, factor: float) -> None:
         """Computes the gradients of a slab that was just scored, multiplied by `factor`; `lse_N` is from `score`."""
         start, segments_N = slab.positions.start, self.task.scored.segments_R[slab.positions]
-        coefficients_N = self._derivative_S().index_select(0, segments_N) * factor
+        # The slopes are right for the pairs that are scored already: the loss of a pair does not depend on the sums of
+        # other pairs.
+        coefficients_N = self.task.slopes_of(self.sums_PM).flatten().index_select(0, segments_N) * factor
         for part in reversed(slab.parts):
             # The buffer still holds the logits of the last part. Those of earlier parts are computed again.
             last = part is slab.parts[-1]
@@ -182,14 +188,3 @@ class _Pass:
         logits_NV = self._logits(part)
         self.projection.logits(self.hidden_RH[part], logits_NV)
         return logits_NV
-
-    def _derivative_S(self) -> Tensor:
-        """The derivative of the loss with respect to each sum, [P * M].
-
-        It is right for the pairs that are scored already: the loss of a pair does not depend on the sums of other
-        pairs.
-        """
-        with torch.enable_grad():
-            sums_PM = self.sums_PM.detach().clone().requires_grad_()
-            (grad_PM,) = torch.autograd.grad(self.task.loss(sums_PM), sums_PM)
-        return grad_PM.flatten()

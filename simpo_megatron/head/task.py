@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -42,10 +43,12 @@ class HeadTask:
         responses: scored responses of a pair, M.
         vocab_size: the true vocabulary; the columns behind it are padding and get neither probability nor gradient.
         loss: takes the log-probs [P, M], summed over all context-parallel ranks, fp32 (fp64 for fp64 weights). Returns
-            a scalar: a sum of one differentiable term a pair. It is called after every slab to differentiate that
-            slab's pairs (sums not yet computed are 0), and once at the end for the value.
+            a scalar: a sum of one differentiable term a pair.
         loss_gradient: the gradient of the loss that the backward pass will be given, if it is known. Then the gradient
             of the weight is added to an fp32 `main_grad` directly, without a copy of it and without rounding.
+        slopes: takes the same sums. Returns the derivative of the loss with respect to each, [P, M], in closed form; or
+            None, and then the head differentiates the loss with autograd. It is called after every slab, while the sums
+            of later pairs are still 0.
     """
 
     scored: ScoredPositions
@@ -53,3 +56,13 @@ class HeadTask:
     vocab_size: int
     loss: Callable[[Tensor], Tensor]
     loss_gradient: float | None = None
+    slopes: Callable[[Tensor], Tensor | None] | None = None
+
+    def slopes_of(self, sums_PM: Tensor) -> Tensor:
+        """The derivative of the loss with respect to each sum, [P, M], from `slopes` or by autograd."""
+        slopes_PM = None if self.slopes is None else self.slopes(sums_PM)
+        if slopes_PM is None:
+            with torch.enable_grad():
+                variables_PM = sums_PM.detach().clone().requires_grad_()
+                (slopes_PM,) = torch.autograd.grad(self.loss(variables_PM), variables_PM)
+        return slopes_PM

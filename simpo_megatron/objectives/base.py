@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -136,6 +136,12 @@ class Objective(Group):
     metrics: ClassVar[tuple[Metric, ...]] = PAIR_METRICS
     drops: ClassVar[Mapping[str, str]] = {}
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Where a subclass has a loss of its own and no slopes of its own, those of its parent would be wrong."""
+        super().__init_subclass__(**options)
+        if "pair_losses" in vars(cls) and "pair_slopes" not in vars(cls):
+            cls.pair_slopes = Objective.pair_slopes
+
     @property
     def nll_weight(self) -> float:
         """The weight of the NLL term: the negative log-likelihood of the chosen responses, a mean over their tokens."""
@@ -148,6 +154,15 @@ class Objective(Group):
         pairs while the sums of the pairs behind them are still 0.
         """
         raise NotImplementedError
+
+    def pair_slopes(self, scores: PairScores) -> Tensor | None:
+        """The derivative of each pair's loss with respect to its sums, [P, M], without gradient.
+
+        None, unless a subclass gives the closed form: then the fused head differentiates `pair_losses` with autograd,
+        once for each slab. The closed form saves that time. It must be the derivative of `pair_losses`; compare both in
+        fp64, as `tests/objectives/test_slopes.py` does.
+        """
+        return None
 
     def rewards(self, scores: PairScores) -> Tensor:
         """The reward of each response, [P, M], with every factor and without any margin."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from simpo_megatron.objectives.base import CHOSEN_METRICS, Metric, Objective, PairScores
@@ -26,6 +27,10 @@ class SFT(Objective):
     def pair_losses(self, scores: PairScores) -> None:
         """None: the NLL term is the whole loss."""
         return
+
+    def pair_slopes(self, scores: PairScores) -> Tensor:
+        """0, because there is no loss of a pair: the NLL term is the whole loss."""
+        return torch.zeros_like(scores.sums_PM)
 
     def rewards(self, scores: PairScores) -> Tensor:
         """The average log-probs, [P, 1]."""

@@ -6,6 +6,8 @@ the rejected response l by a target margin gamma:
     r(x, y) = beta / |y| * sum_t log pi(y_t | x, y_<t)
     loss    = -log sigmoid(r_w - r_l - gamma)
 
+`simpo_loss` is this formula, and `simpo_slopes` its derivative.
+
 gamma is absolute, in units of reward. The paper tunes the ratio gamma / beta; TRL's `simpo_gamma` is the absolute
 gamma. Either flag sets the margin, and `SimPO.gamma` reads both.
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,29 @@ def simpo_loss(
     if loss_type == "hinge":
         return torch.relu(1 - logits_P)
     raise ValueError(f"loss_type {loss_type!r} is not known; use sigmoid or hinge")
+
+
+def simpo_slopes(
+    chosen_logps_P: Tensor,
+    rejected_logps_P: Tensor,
+    *,
+    beta: float,
+    gamma_P: Tensor | float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The derivative of `simpo_loss`, which has the same arguments, with respect to the average of the chosen response.
+
+    With respect to the average of the rejected response it is the negative.
+
+    Returns:
+        [P] in the dtype of the log-probs.
+    """
+    logits_P = beta * (chosen_logps_P - rejected_logps_P) - gamma_P
+    if loss_type == "hinge":
+        return -beta * (logits_P < 1).to(logits_P.dtype)
+    # sigmoid(-z), not 1 - sigmoid(z), which would lose the small slopes of pairs with a large margin
+    return beta * (label_smoothing * torch.sigmoid(logits_P) - (1 - label_smoothing) * torch.sigmoid(-logits_P))
 
 
 @dataclass(frozen=True)
@@ -108,15 +133,21 @@ class SimPO(Objective):
 
     def pair_losses(self, scores: PairScores) -> Tensor:
         """The value of `simpo_loss` for the average log-probs, [P]."""
-        chosen_P, rejected_P = scores.averages_PM.unbind(1)
-        return simpo_loss(
-            chosen_P,
-            rejected_P,
-            beta=self.simpo_beta,
-            gamma_P=self.target_margins(scores),
-            loss_type=self.simpo_loss_type,
-            label_smoothing=self.simpo_label_smoothing,
-        )
+        return simpo_loss(*scores.averages_PM.unbind(1), **self._settings(scores))
+
+    def pair_slopes(self, scores: PairScores) -> Tensor:
+        """The derivative of `pair_losses` with respect to the sums, [P, 2]: `simpo_slopes` by the length."""
+        slopes_P = simpo_slopes(*scores.averages_PM.unbind(1), **self._settings(scores))
+        return torch.stack((slopes_P, -slopes_P), dim=1) / scores.lengths_PM
+
+    def _settings(self, scores: PairScores) -> dict[str, Any]:
+        """The keyword arguments of `simpo_loss` and `simpo_slopes`."""
+        return {
+            "beta": self.simpo_beta,
+            "gamma_P": self.target_margins(scores),
+            "loss_type": self.simpo_loss_type,
+            "label_smoothing": self.simpo_label_smoothing,
+        }
 
     def rewards(self, scores: PairScores) -> Tensor:
         """The average log-probs times beta, [P, M]. They do not contain gamma."""

@@ -11,6 +11,7 @@ torch_adam.py      loads Megatron's optimizer checkpoints into torch's Adam
 folders.py         checks of the folders that a run writes to
 lock.py            one run at a time writes to a folder
 data.py            the pairs of a run on every rank
+environment.py     what is set before CUDA starts; the GPU of a process
 distributed.py     device, process groups, and pairs sent from rank 0
 remarks.py         warnings about settings that are probably not meant
 console.py         `Logger`: terminal, metrics.jsonl, TensorBoard, Weights & Biases

@@ -152,6 +152,7 @@ STEP_COLUMNS = (
     ("learning_rate", "lr", ".2e"),
     ("tokens_per_second", "tokens/s", ",.0f"),
     ("memory_gib", "GiB", ".1f"),
+    ("memory_reserved_gib", "reserved", ".1f"),
 )
 
 

@@ -14,7 +14,7 @@ from simpo_megatron.data.prepared_set import PreparedPairs
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.trainer.distributed import broadcast_pairs
 
 
@@ -55,7 +55,8 @@ class _Loader:
     def _load(self, source: str) -> Pairs:
         first = dist.get_rank() == 0
         prepared = [is_prepared(source)]
-        dist.broadcast_object_list(prepared, src=0)  # all take rank 0's answer: a node without the files fails
+        # All ranks take rank 0's answer, so that a node without the files fails.
+        dist.broadcast_object_list(prepared, src=0, group=host_group())
         pairs: Pairs | None = None
         with raise_on_all_ranks():
             if prepared[0]:

@@ -12,32 +12,37 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import TransformerConfig
 
-from simpo_megatron import cpu
+from simpo_megatron import compat, cpu
 from simpo_megatron.data import InMemoryPairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.limits import check_processes
+from simpo_megatron.parallel.together import host_group, start_host_group
+from simpo_megatron.trainer.environment import local_gpu, prepare_environment
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, deterministic: bool = False) -> str:
     """Chooses the device and prepares it: selects this rank's GPU, or lets Megatron run on the CPU (`cpu.enable`).
 
     Args:
         device: `--device`: auto, cpu or cuda.
+        deterministic: `--deterministic-mode`.
 
     Returns:
         `cuda` or `cpu`.
 
     Raises:
-        UserError: --device cuda, and there is no GPU.
+        UserError: --device cuda, and there is no GPU; or the environment does not fit (`environment.py`).
     """
+    prepare_environment(deterministic)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda finds no CUDA device; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
+        compat.quiet_connections()  # they concern GPUs only
         cpu.enable()
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local_gpu())
     return device
 
 
@@ -46,7 +51,7 @@ def initialize(transformer: TransformerConfig, timeout_minutes: int, device: str
 
     Args:
         transformer: holds the parallel transformer.
-        timeout_minutes: of a collective.
+        timeout_minutes: of a collective of training. Waits on the host have their own (`parallel/together.py`).
         device: from `resolve_device`; it decides between NCCL and gloo.
         seed: of Megatron's random number generators.
 
@@ -55,13 +60,16 @@ def initialize(transformer: TransformerConfig, timeout_minutes: int, device: str
     """
     timeout = timedelta(minutes=timeout_minutes)
     backend = "nccl" if device == "cuda" else "gloo"
+    # NCCL then builds its communicators now, on this GPU, and not in the first step.
+    device_id = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None
     if dist.is_initialized():
         pass  # the caller's processes: a test, or another program
     elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     else:
         alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout, device_id=device_id)
+    start_host_group()
     check_processes(dist.get_world_size(), transformer.num_moe_experts is not None, vars(transformer))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=transformer.tensor_model_parallel_size,
@@ -85,19 +93,17 @@ def shut_down() -> None:
 def broadcast_pairs(pairs: InMemoryPairs | None) -> InMemoryPairs:
     """Rank 0's tokenized pairs on every rank.
 
-    Collectives: one broadcast of names, types and shapes, and one of each array.
+    Collectives, over the host's group: one broadcast of names, types and shapes, and one of each array.
 
     Args:
         pairs: those to send, on rank 0; None on the other ranks.
     """
     arrays: dict[str, np.ndarray] = {} if pairs is None else pairs.arrays()
     header: list[Any] = [{name: (array.dtype.str, array.shape) for name, array in arrays.items()}]
-    dist.broadcast_object_list(header, src=0)
+    dist.broadcast_object_list(header, src=0, group=host_group())
     received = {}
     for name, (dtype, shape) in header[0].items():
         array = arrays.get(name)
-        host = torch.from_numpy(np.empty(shape, dtype) if array is None else np.ascontiguousarray(array))
-        tensor = host.to(torch.cuda.current_device())
-        dist.broadcast(tensor, src=0)
-        received[name] = tensor.cpu().numpy()
+        received[name] = np.empty(shape, dtype) if array is None else np.ascontiguousarray(array)
+        dist.broadcast(torch.from_numpy(received[name]), src=0, group=host_group())
     return InMemoryPairs.from_arrays(received)

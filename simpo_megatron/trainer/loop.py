@@ -7,6 +7,7 @@ if run is not None:
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from dataclasses import replace
@@ -28,13 +29,14 @@ from simpo_megatron.models.export import check_target, export_hf
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
-from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.settings import require
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
 from simpo_megatron.trainer.remarks import remarks
@@ -86,7 +88,8 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
         logger = Logger(config, length.steps, state.step)
     run = Run(engine, train_pairs, valid_pairs, length, state, logger)
     data_parallel = parallel_state.get_data_parallel_world_size()
-    warnings = [f"warning: {text}" for text in remarks(config, hf, len(train_pairs), data_parallel)]
+    found = [*remarks(config, hf, len(train_pairs), data_parallel), *connection_warnings(config.parallel)]
+    warnings = [f"warning: {text}" for text in found]
     for line in (*messages, *_describe_run(run), *disk, _describe_start(run), *changes, *warnings):
         logger.message(line)
     return run
@@ -116,6 +119,8 @@ def _describe_run(run: Run) -> list[str]:
     ]
     if config.train.preset is not None:
         lines.append(describe(config.train.preset, flat(config)))
+    if config.train.deterministic_mode:
+        lines.append(f"deterministic: torch's algorithms, NCCL_ALGO {os.environ.get('NCCL_ALGO')}")
     if coefficient := config.train.moe_aux_loss_coeff:
         lines.append(f"balancing loss of the experts: coefficient {coefficient:g}")
     epochs = run.length.pairs / len(run.train_pairs)
@@ -186,7 +191,7 @@ class Run:
         consumed = self.state.consumed_pairs + batch.counts.pairs
         self.state = replace(self.state, step=self.state.step + 1, consumed_pairs=consumed)
         metrics["tokens_per_second"] = batch.tokens / (time.perf_counter() - started)
-        metrics["memory_gib"] = _memory_gib()
+        metrics |= _memory()
         metrics["epoch"] = consumed / len(self.train_pairs)
         if self._is_due(self.config.log.log_interval) or not self.unfinished:
             self.logger.record(self.state.step, metrics)
@@ -229,17 +234,25 @@ class Run:
             export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
             self.logger.message(f"exported to {folder}")
         self.logger.summary(self.evaluations)
+        memory = _memory()
+        if (reserved := memory.get("memory_reserved_gib")) is not None:
+            allocated = memory["memory_gib"]
+            self.logger.message(f"GPU memory of rank 0: {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved")
 
 
 def _random_name() -> str:
     """A random name, the same on all ranks. Collectives: one broadcast."""
     name: list[str | None] = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name, src=0)
+    dist.broadcast_object_list(name, src=0, group=host_group())
     return str(name[0])
 
 
-def _memory_gib() -> float:
-    """Memory of this rank in GiB: the most that was allocated on the GPU, or what the process holds now on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+def _memory() -> dict[str, float]:
+    """Memory of this rank in GiB: the most of the GPU so far, or what the process holds now on the CPU.
+
+    What torch reserves on a GPU and has not allocated is free for tensors that fit into its gaps only.
+    """
+    if torch.cuda.is_initialized():
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"memory_gib": allocated / 2**30, "memory_reserved_gib": reserved / 2**30}
+    return {"memory_gib": psutil.Process().memory_info().rss / 2**30}

@@ -58,6 +58,7 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
         transformer_impl=config.model.transformer_impl,
         gradient_accumulation_fusion=config.model.gradient_accumulation_fusion,
         moe_aux_loss_coeff=config.train.moe_aux_loss_coeff,
+        deterministic_mode=config.train.deterministic_mode,
         **layout_arguments(config.parallel, hf.architecture.num_layers),
     )
 

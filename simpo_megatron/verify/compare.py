@@ -28,6 +28,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, expected_tensors
 from simpo_megatron.objectives import Objective, PairScores
 from simpo_megatron.parallel.context import sequence_multiple
+from simpo_megatron.parallel.together import host_group
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.scoring import SeenSums
 from simpo_megatron.verify.reference import Reference
@@ -227,7 +228,7 @@ def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tens
     while True:
         name, tensor = next(stream, (None, torch.empty(0)))
         header: list[Any] = [name, tensor.shape]
-        dist.broadcast_object_list(header, src=0)
+        dist.broadcast_object_list(header, src=0, group=host_group())  # rank 0 may compute for minutes before it
         if header[0] is None:
             return
         if expected is None:

@@ -5,22 +5,25 @@ The bounds are derived from the rounding (`Problem.bf16_errors`), so they hold o
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
+from simpo_megatron import compat
 from simpo_megatron.head import kernels, layer, projection, slabs
 from tests.support.distributed import WorkerPool
-from tests.support.head_problems import SCALE, Problem, bf16_arithmetic, build_head, score, sigmoid
+from tests.support.head_problems import SCALE, Problem, bf16_arithmetic, build_head, products, score, sigmoid
 
 
-def bf16_errors(native: bool, confident: bool) -> list[tuple[float, float, float]]:
+def bf16_errors(native: bool, confident: bool, way: str | None = None) -> list[tuple[float, float, float]]:
     """On a rank: of the sums and both gradients the error of the head, of the plain path, and the predicted one.
 
     Args:
         native: compute as on a processor with bf16 arithmetic, or as on one without.
         confident: see `Problem`.
+        way: how products are added, if not as on this processor; see `products`.
     """
     from simpo_megatron.head.logprobs import vocab_parallel_logprobs
 
@@ -28,7 +31,7 @@ def bf16_errors(native: bool, confident: bool) -> list[tuple[float, float, float
     problem = Problem(((5, 60, 40), (9, 33, 70)) * 8, **small, confident=confident)
     _, sums, *wanted = problem.oracle(sigmoid)
 
-    with bf16_arithmetic(native):
+    with bf16_arithmetic(native), contextlib.nullcontext() if way is None else products(way):
         head, weight = build_head(problem, 1, False, 1, 70 * 1024 * (2 if native else 4))  # every pair is too large
         _, fused_sums, _, fused_hidden = score(problem, head, weight, sigmoid)
     assert fused_sums.dtype == torch.float32 and fused_hidden.dtype == weight.grad.dtype == torch.bfloat16
@@ -68,6 +71,53 @@ def test_bf16_is_as_exact_as_rounding_allows(pool: WorkerPool, native: bool, con
     """Both ways of computing, whichever processor this is."""
     [errors] = pool.run(1, bf16_errors, native, confident)
     assert not any(too_far(*found) for found in errors), errors
+
+
+@CONFIDENT
+@pytest.mark.parametrize("way", ["addmm", "mm", "cast"])
+def test_the_ways_of_a_gpu_are_as_exact(pool: WorkerPool, way: str, confident: bool) -> None:
+    [errors] = pool.run(1, bf16_errors, True, confident, way)
+    assert not any(too_far(*found) for found in errors), errors
+
+
+@pytest.mark.parametrize("way", ["addmm", "mm", "cast"])
+def test_the_ways_of_a_gpu_round_no_product(way: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b, start = (torch.randn(*shape, generator=generator) for shape in ((40, 300), (300, 50), (40, 50)))
+    a, b = a.bfloat16(), b.bfloat16()
+    wanted = a.double() @ b.double()
+    for add in (False, True):
+        out = start.clone()
+        with products(way):
+            projection._multiply(out, a, b, add, way)
+        torch.testing.assert_close(out.double(), wanted + start * add, rtol=1e-5, atol=2e-5)
+
+
+def refuse(*matrices: Any, **options: Any) -> NoReturn:
+    """What `addmm` with `out_dtype` does in torch 2.8 and 2.9."""
+    raise RuntimeError("self and mat2 must have the same dtype")
+
+
+def rounded(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """A product that was rounded to bf16 before it was cast."""
+    return (a @ b).to(out_dtype)
+
+
+@pytest.mark.parametrize(
+    "broken, way", [({}, "addmm"), ({"addmm": refuse}, "mm"), ({"addmm": refuse, "mm": rounded}, "cast")]
+)
+def test_the_way_is_found_by_trying_it(monkeypatch: pytest.MonkeyPatch, broken: dict[str, Any], way: str) -> None:
+    """In torch from 2.10 on; in 2.8 and 2.9; in a torch whose product is rounded."""
+    device = torch.device("cpu")
+    compat.fp32_products.cache_clear()
+    assert compat.fp32_products(device) == "cast", "CPUs have neither operator"
+    compat.fp32_products.cache_clear()
+    with products("not used"):
+        for name, function in broken.items():
+            monkeypatch.setattr(torch, name, function)
+        assert compat.fp32_products(device) == way
+        monkeypatch.undo()
+    compat.fp32_products.cache_clear()
 
 
 class Bf16Gradients(projection.Gradients):

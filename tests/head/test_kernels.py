@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,15 @@ def test_not_a_number_is_not_hidden(kernels: Any) -> None:
     logits = torch.tensor([[1.0, float("nan"), 2.0], [1.0, 0.0, 2.0]])
     lse, _ = kernels.row_statistics(logits, torch.tensor([0, 0]))
     assert lse.isnan().tolist() == [True, False]
+
+
+def test_triton_takes_what_it_computes_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels compute in fp32: fp64 logits on a GPU are torch's."""
+    monkeypatch.setattr(torch_kernels, "have_triton", lambda: True)
+    for dtype, taken in ((torch.bfloat16, True), (torch.float32, True), (torch.float64, False)):
+        on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=dtype)
+        assert torch_kernels._triton_takes(on_gpu) == taken
+    assert not torch_kernels._triton_takes(torch.zeros(1))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -31,6 +31,7 @@ from tests.support.head_problems import (
     bf16_arithmetic,
     build_head,
     chosen_nll,
+    products,
     random_problems,
     score,
     sigmoid,
@@ -113,6 +114,43 @@ def check_gradients_go_into_main_grad() -> None:
     assert not weight.grad.any()
 
 
+def check_the_placeholder_gradient_is_made_once() -> None:
+    """One tensor of the size of the weight for all backward passes, and zeros whenever a tied embedding adds to it."""
+    problem = Problem(((3, 4, 5), (0, 6, 2)), dtype=torch.float32)
+    head, weight = build_head(problem, 1, False, 1, 9 * PADDED * 4)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
+    addresses = set()
+    for zeros in (False, True):
+        weight.zero_out_wgrad = zeros
+        for _ in range(2):
+            weight.grad = None  # as DDP's hook does
+            score(problem, head, weight, sigmoid, loss_gradient=SCALE)
+            addresses.add(weight.grad.data_ptr())
+            assert not zeros or not weight.grad.any()
+            weight.grad += 1  # what a tied embedding may do
+    assert len(addresses) == 2
+
+
+def check_slopes_replace_autograd() -> None:
+    """The head asks for slopes once a slab and never differentiates the loss."""
+    problem = Problem(((3, 4, 5), (0, 6, 2), (1, 2, 3)))
+    calls, lengths = [], problem.lengths_PM
+
+    def slopes(sums: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return torch.func.grad(lambda x: weighted_nll(x, lengths))(sums)
+
+    def opaque(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return weighted_nll(sums.detach(), lengths)  # autograd.grad would raise
+
+    _, _, grad_hidden, grad_weight = problem.oracle(weighted_nll)
+    head, weight = build_head(problem, 1, False, 1, 9 * POSITION_BYTES)
+    *_, tokens, got = score(problem, head, weight, opaque, slopes=slopes)
+    torch.testing.assert_close(got[: len(tokens), 0], grad_hidden[tokens])
+    torch.testing.assert_close(weight.grad, grad_weight)
+    assert len(calls) == 3, "once a slab"
+
+
 def check_frozen_parts_get_no_gradient() -> None:
     problem = Problem(((3, 4, 5), (0, 6, 2)))
     _, _, grad_hidden, _ = problem.oracle(sigmoid)
@@ -176,6 +214,8 @@ def memory_of_the_pairs(native: bool) -> None:
 
 ON_ONE_RANK = [
     check_gradients_go_into_main_grad,
+    check_the_placeholder_gradient_is_made_once,
+    check_slopes_replace_autograd,
     check_frozen_parts_get_no_gradient,
     check_without_a_task_it_is_the_old_layer,
     check_work,
@@ -192,22 +232,26 @@ def test_memory_does_not_grow_with_the_pairs(pool: WorkerPool, native: bool) -> 
     pool.run(1, memory_of_the_pairs, native)
 
 
-def memory_of_a_tile() -> None:
-    """No product of the size of the weight is held: with a third of the vocabulary in a tile, the peak falls."""
+def memory_of_a_tile(way: str) -> None:
+    """No product and no copy of the size of the weight is held.
+
+    With a third of the vocabulary in a tile, the peak falls by the bf16 products, or by the fp32 copy of the weight.
+    """
     problem = Problem(((1, 6, 6),), dtype=torch.bfloat16, hidden_size=256, vocab=9000, padded=9000)
     peaks = []
     for tile in (9000, 3000):
         head, weight = build_head(problem, 1, False, 1, 2**20)
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(weight.shape), False
         before, projection._TILE_BYTES = projection._TILE_BYTES, tile * 256 * 4
-        with bf16_arithmetic(True):
+        with products(way):
             peaks.append(peak_allocated(lambda: score(problem, head, weight, sigmoid, loss_gradient=SCALE)))  # noqa: B023
         projection._TILE_BYTES = before
-    assert peaks[0] - peaks[1] > 0.9 * 6000 * 256 * 2
+    assert peaks[0] - peaks[1] > 0.9 * 6000 * 256 * {"round": 2, "mm": 4, "cast": 4}[way]
 
 
-def test_the_weight_gradient_is_made_a_tile_at_a_time(pool: WorkerPool) -> None:
-    pool.run(1, memory_of_a_tile)
+@pytest.mark.parametrize("way", ["round", "mm", "cast"])
+def test_the_weight_gradient_is_made_a_tile_at_a_time(pool: WorkerPool, way: str) -> None:
+    pool.run(1, memory_of_a_tile, way)
 
 
 def count_collectives(problem: Problem, tp: int, sp: bool, cp: int, slab_positions: int) -> dict[str, int]:

@@ -170,6 +170,27 @@ def bf16_arithmetic(native: bool) -> Iterator[None]:
         projection.have_native_bf16 = before
 
 
+@contextlib.contextmanager
+def products(way: str) -> Iterator[None]:
+    """Within this context the head multiplies bf16 matrices in this way (`projection._way`), also that of a GPU.
+
+    The operators with `out_dtype`, which torch has on CUDA alone, multiply fp32 copies here.
+    """
+    before, mm, addmm = projection._way, torch.mm, torch.addmm
+
+    def as_fp32(multiply: Any) -> Any:
+        def call(*matrices: torch.Tensor, out_dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+            return multiply(*(x if out_dtype is None else x.to(out_dtype) for x in matrices), **options)
+
+        return call
+
+    projection._way, torch.mm, torch.addmm = (lambda weight: way), as_fp32(mm), as_fp32(addmm)
+    try:
+        yield
+    finally:
+        projection._way, torch.mm, torch.addmm = before, mm, addmm
+
+
 def random_problems() -> list[Problem]:
     """Rows of 1, 3 and 7 pairs, an empty row, and a row of chosen responses alone."""
     generator = torch.Generator().manual_seed(3)

@@ -126,22 +126,6 @@ def _fuse_attention_in_fp32() -> None:
     utils.get_attention_backend = chosen
 
 
-def _wait_once() -> None:
-    """Waits for the ring's exchange where it is posted: TE waits twice, and gloo never answers the second wait."""
-    from transformer_engine.pytorch.attention.dot_product_attention import (  # pyright: ignore[reportMissingImports]
-        context_parallel,
-    )
-
-    post = context_parallel.flash_attn_p2p_communicate
-
-    def exchanged(*args: Any) -> list[Any]:
-        for request in post(*args):
-            request.wait()
-        return []
-
-    context_parallel.flash_attn_p2p_communicate = exchanged
-
-
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports `transformer_engine` from a folder, with the extension in place before and the last answers after."""
 
@@ -170,7 +154,6 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         for name, loaded in list(sys.modules.items()):
             if name.startswith("transformer_engine.") and hasattr(loaded, "canonicalize_device"):
                 loaded.canonicalize_device = lambda device=None: torch.device("cpu")  # type: ignore[attr-defined]
-        _wait_once()
         _fuse_attention_in_fp32()
 
 
