@@ -31,7 +31,7 @@ def send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tenso
 def _views(
     buffer: Tensor, arrays: dict[str, np.ndarray], starts: dict[str, int], fill: bool = False
 ) -> dict[str, Tensor]:
-    """The part of a buffer that belongs to each array, in its shape and dtype; with `fill` it gets the array's values."""
+    """The part of a buffer that belongs to each array, in its shape and dtype; with `fill` it is filled."""
     views = {}
     for name, array in arrays.items():
         source = torch.from_numpy(np.ascontiguousarray(array))

@@ -21,7 +21,7 @@ INDICES = np.arange(len(LENGTHS))
 
 
 def row_lengths(sizes: dict[str, int], settings: dict[str, Any]) -> tuple[int | None, list[int], list[int]]:
-    """On a rank: the length that the schedule is told, and the tokens of its rows, all and those that are no padding."""
+    """On a rank: the length that the schedule is told, the tokens of its rows, and those that are no padding."""
     parallel_state.initialize_model_parallel(**sizes)
     packer = RowPacker(seq_length=96, responses=2, hidden_size=8, **settings)
     batch = packer.pack(make_pairs(LENGTHS), INDICES)
@@ -38,7 +38,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
         (1, {}, {}, None),
         (2, PP2, {}, 92),  # the longest row, and no shape is exchanged
         (4, {**PP2, "tensor_model_parallel_size": 2}, {"sequence_parallel": True}, 92),
-        (4, {**PP2, "context_parallel_size": 2}, {}, 96),  # every sequence is a multiple of 4
+        (4, {**PP2, "context_parallel_size": 2}, {}, 92),  # a multiple of 4
         (2, PP2, {"fixed_length": True}, 96),
         (1, {}, {"fixed_length": True}, 96),
     ],
