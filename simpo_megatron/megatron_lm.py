@@ -62,8 +62,8 @@ def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--variable-seq-lengths",
         dest="simpo_variable_seq_lengths",
         action="store_true",
-        help="with pipeline parallelism: rows end after their last pair, and the stages tell each other the shapes of all "
-        "that they send (default: off, every row has --seq-length tokens)",
+        help="with pipeline parallelism: rows end after their last pair, and the stages tell each other the shape of "
+        "all that they send (default: off, every row has --seq-length tokens)",
     )
     return parser
 
@@ -169,7 +169,7 @@ def with_logprob_head(model_provider: Callable[..., Any]) -> Callable[..., Any]:
         settings.variable_seq_lengths = settings.simpo_variable_seq_lengths
         if not settings.num_experts:
             settings.moe_token_dispatcher_type = "alltoall"  # TransformerConfig requires it with variable lengths
-        if not parallel_state.model_parallel_is_initialized() or torch.distributed.get_rank() == 0:
+        if torch.distributed.get_rank() == 0:
             for line in notes(settings):
                 print(line, flush=True)
         model = model_provider(*args, **kwargs)

@@ -4,6 +4,7 @@ run.py           `Config` and its groups: model, training, optimizer, checkpoint
 data.py          the group of the data: sources, lengths, and how rows become pairs
 arguments.py     groups -> flags and YAML keys -> `Config`; flags win over the file, the file over the preset
 data_tools.py    the flags of the tools that turn rows into pairs
+megatron_lm.py   which of Megatron-LM's arguments work with preferences
 other_names.py   the settings of TRL and Megatron-LM, and what does the same here: "did you mean"
 presets.py       the hyperparameters of the SimPO paper, by model
 

@@ -20,9 +20,9 @@ _REFUSED: tuple[tuple[str, str | None, str], ...] = (
     (
         "use_megatron_fsdp",
         None,
-        "the head adds to the gradient buffers of Megatron's DDP; use the distributed optimizer",
+        "the head adds to the buffers of Megatron's DDP; use --use-distributed-optimizer",
     ),
-    ("use_torch_fsdp2", None, "the head adds to the gradient buffers of Megatron's DDP; use the distributed optimizer"),
+    ("use_torch_fsdp2", None, "the head adds to the buffers of Megatron's DDP; use --use-distributed-optimizer"),
     ("defer_embedding_wgrad_compute", None, "it waits for activations that the head does not keep; drop it"),
     ("tp_comm_overlap", None, "its buffers have one size, and packed rows change in length; drop it"),
     ("fp8", "--fp8-format", "FP8 needs rows of a multiple of 16 tokens, and packed rows have any length; use --bf16"),
@@ -77,12 +77,12 @@ def notes(args: Any) -> list[str]:
     found = []
     if args.bf16 and not args.accumulate_allreduce_grads_in_fp32:
         found.append(
-            "gradients are kept in bf16, to which the head cannot add: every microbatch needs an fp32 copy of the output "
+            "gradients are kept in bf16, and the head adds in fp32: every microbatch needs an fp32 copy of the output "
             "layer's gradient; leave out --grad-reduce-in-bf16 and --main-grads-dtype bf16 to save it"
         )
     if args.pipeline_model_parallel_size > 1 and not args.simpo_variable_seq_lengths:
         found.append(
-            f"every packed row has --seq-length {args.seq_length} tokens, the empty ones too; the shorter it is, the less "
-            "is padding (--variable-seq-lengths: rows end after their last pair, and the stages exchange shapes)"
+            f"every packed row has --seq-length {args.seq_length} tokens, the empty ones too; the shorter it is, the "
+            "less is padding (--variable-seq-lengths: rows end after their last pair, and the stages exchange shapes)"
         )
     return found
