@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.fusions import Kernels, kernel_fields, plain_output_layer
+from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
@@ -60,7 +60,6 @@ def transformer_config(
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    on_gpu = torch.empty(0, device=torch.cuda.current_device()).is_cuda
     fields: dict[str, Any] = {
         "bf16": bf16,
         "params_dtype": dtype,
@@ -72,8 +71,8 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,  # every weight is loaded
-        "bias_activation_fusion": on_gpu,  # these two are compiled, which is slower on a CPU
-        "bias_dropout_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu(),  # these two are compiled, which is slower on a CPU
+        "bias_dropout_fusion": on_gpu(),
         "masked_softmax_fusion": False,  # belongs to an attention that is not used here
         "persist_layer_norm": False,
         "moe_token_dispatcher_type": "alltoall",  # the rows of the expert-parallel ranks differ in length
@@ -86,7 +85,7 @@ def transformer_config(
     overlap = parallel.get("overlap_p2p_comm", bool(parallel.get("virtual_pipeline_model_parallel_size")))
     fields |= {"overlap_p2p_comm": overlap, "batch_p2p_comm": not overlap}
     # What was sent to the next stage is not read again. But gloo reads it after an overlapped send has returned.
-    fields["deallocate_pipeline_outputs"] = on_gpu or not overlap
+    fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
     try:
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:

@@ -46,6 +46,11 @@ class Kernels:
     attention_backend: str = "auto"
 
 
+def on_gpu() -> bool:
+    """Whether the device of this process is a GPU."""
+    return torch.empty(0, device=torch.cuda.current_device()).is_cuda
+
+
 def kernel_fields(kernels: Kernels, transformer_engine: bool, experts: bool) -> dict[str, Any]:
     """The fields of TransformerConfig for fused kernels and attention.
 
@@ -59,12 +64,11 @@ def kernel_fields(kernels: Kernels, transformer_engine: bool, experts: bool) -> 
     """
     from megatron.core.transformer.enums import AttnBackend
 
-    on_gpu = torch.empty(0, device=torch.cuda.current_device()).is_cuda
-    fused = on_gpu and transformer_engine
+    fused = on_gpu() and transformer_engine
     core = "megatron.core."
     has_rope = fused and _has(f"{core}models.common.embeddings.rope_utils", "fused_apply_rotary_pos_emb_thd")
     has_permute = fused and experts and _has(f"{core}transformer.moe.moe_utils", *_PERMUTE)
-    has_sum = on_gpu and (transformer_engine or have_fused_weight_gradient())
+    has_sum = on_gpu() and (transformer_engine or have_fused_weight_gradient())
     engine = "a GPU and Transformer Engine's layers"
     fields = {
         "gradient_accumulation_fusion": _choose(
