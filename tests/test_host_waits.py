@@ -30,7 +30,7 @@ HEAD = ("simpo_megatron.head.slabs", "grad")
 # The backward pass of a microbatch.
 BACKWARD = ("megatron.core.pipeline_parallel.schedules", "backward")
 # Megatron's rotary embedding on plain torch reads the lengths of the sequences; Transformer Engine's kernel does not.
-ROPE = {("megatron.core.models.common.embeddings.rope_utils", name) for name in ("tolist", "__bool__", "item")}
+ROPE = {("megatron.core.models.common.embeddings.rope_utils", name) for name in ("tolist", "__bool__")}
 # Non-interleaved stages wait after each transfer (`batch_p2p_sync`).
 TRANSFER = {("megatron.core.pipeline_parallel.p2p_communication", "synchronize")}
 # Recomputed attention: the kind of the mask, which is a number on the host, and a backward pass of its own.
@@ -41,8 +41,6 @@ RECOMPUTE = {
 }
 # Experts: the sizes of the all-to-all.
 EXPERT = {
-    ("megatron.core.transformer.moe.token_dispatcher", "numpy"),
-    ("megatron.core.transformer.moe.token_dispatcher", "tolist"),
     ("megatron.core.transformer.moe.experts", "tolist"),
     ("megatron.core.transformer.moe.moe_utils", "tolist"),
     ("megatron.core.tensor_parallel.mappings", "tolist"),

@@ -46,7 +46,10 @@ def test_transformer_engine_on_a_gpu_brings_its_kernels() -> None:
     assert chosen(Kernels(False, False, False), True, True) == (False, False, False)
 
 
-def test_a_cpu_has_none() -> None:
+def test_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusions, "on_gpu", lambda: False)
+    for name in fusions._SWITCHES:
+        monkeypatch.delenv(name, raising=False)
     assert chosen(Kernels(), True, True) == (False, False, False)
     for name in ("gradient_accumulation_fusion", "rope_fusion", "moe_permute_fusion"):
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} needs a GPU and Transformer Engine's layers"):
@@ -54,6 +57,7 @@ def test_a_cpu_has_none() -> None:
 
 
 def test_the_attention_and_the_switches_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusions, "on_gpu", lambda: False)
     for name in fusions._SWITCHES:
         monkeypatch.delenv(name, raising=False)
     assert kernel_fields(Kernels(attention_backend="flash"), True, False)["attention_backend"].name == "flash"
