@@ -33,7 +33,7 @@ from simpo_megatron.batch.packer import RowPacker
 from simpo_megatron.batch.row import PreferenceBatch
 from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective
 from simpo_megatron.config.data import OPTIONS, DataConfig
-from simpo_megatron.config.megatron_lm import check_values, notes
+from simpo_megatron.config.megatron_lm import check_values, moe_aux_loss_coeff, notes
 from simpo_megatron.config.run import ModelConfig
 from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
@@ -73,12 +73,6 @@ def objective(args: Any) -> Objective:
     return build_objective(vars(args))
 
 
-def moe_aux_loss_coeff(args: Any) -> float:
-    """Megatron-LM's --moe-aux-loss-coeff: the sum if it is a list (one number for each loss); 0 without experts."""
-    coefficient = args.moe_aux_loss_coeff if args.num_experts else 0.0
-    return float(sum(coefficient)) if isinstance(coefficient, list) else coefficient
-
-
 def data_config(args: Any) -> DataConfig:
     """The data that Megatron-LM's arguments ask for; --train-data-path takes the same sources as our --train-data."""
     paths = {"train_data": args.train_data_path, "valid_data": args.valid_data_path}
@@ -98,10 +92,10 @@ def check_args(args: Any) -> None:
     """
     check_values(args)
     check_rows(args.seq_length, _layout(args))
+    data_config(args)  # its settings check themselves, as those of the objective do
+    chosen = objective(args)
     if args.share_prompts:
-        transformer_engine = args.transformer_impl != "local"
-        check_shared_prompts(objective(args).responses, args.context_parallel_size, transformer_engine)
-    objective(args), data_config(args)  # their settings check themselves
+        check_shared_prompts(chosen.responses, args.context_parallel_size, args.transformer_impl != "local")
     _check_architecture(args, hf_checkpoint(args))
 
 

@@ -1,4 +1,4 @@
-"""Which of Megatron-LM's arguments work with preferences: `megatron_lm.py` refuses the others, one sentence each."""
+"""Megatron-LM's arguments: which work with preferences. The plug `megatron_lm.py` refuses the others, one sentence each."""
 
 from __future__ import annotations
 
@@ -70,6 +70,12 @@ def check_values(args: Any) -> None:
         f"--tokenizer-type {args.tokenizer_type} has no chat template; use HuggingFaceTokenizer",
     )
     required(args.train_data_path, "--train-data-path is missing; give preferences: a prepared prefix or a .jsonl file")
+
+
+def moe_aux_loss_coeff(args: Any) -> float:
+    """Megatron-LM's --moe-aux-loss-coeff: the sum if it is a list (one number for each loss); 0 without experts."""
+    coefficient = args.moe_aux_loss_coeff if args.num_experts else 0.0
+    return float(sum(coefficient)) if isinstance(coefficient, list) else coefficient
 
 
 def notes(args: Any) -> list[str]:
