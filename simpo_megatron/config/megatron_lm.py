@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments: which work with preferences. The plug `megatron_lm.py` refuses the others, one sentence each."""
+"""Which of Megatron-LM's arguments work with preferences: the plug, `megatron_lm.py`, refuses the others."""
 
 from __future__ import annotations
 
