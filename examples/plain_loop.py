@@ -41,7 +41,7 @@ def main(checkpoint: Path, preferences: str, steps: int) -> None:
     """
     device = resolve_device("auto")
     hf = read_hf_checkpoint(checkpoint)
-    config = transformer_config(hf, bf16=False, variable_seq_lengths=True, **LAYOUT)
+    config = transformer_config(hf, bf16=False, **LAYOUT)
     initialize(config, timeout_minutes=10, device=device, seed=1)
 
     # Your model. The output layer of the last stage becomes the head before DDP wraps the model.
@@ -66,7 +66,7 @@ def main(checkpoint: Path, preferences: str, steps: int) -> None:
             data_iterator=packer.microbatches(batch),
             model=wrapped,
             num_microbatches=len(batch.microbatches),
-            seq_length=SEQ_LENGTH,
+            seq_length=batch.row_length or SEQ_LENGTH,
             micro_batch_size=1,
             forward_only=False,
         )

@@ -120,7 +120,9 @@ def _remarks(config: Config, hf: HFCheckpoint) -> list[str]:
             "need it"
         )
     if config.model.gradient_accumulation_fusion:
-        found.append("--gradient-accumulation-fusion: the machines of the run need a GPU and Apex's extension")
+        found.append(
+            "--gradient-accumulation-fusion: the machines of the run need a GPU and Transformer Engine or Apex"
+        )
     if config.model.head == "plain":
         found.append("--head plain: it holds all logits of a packed row, which the memory above leaves out")
     return found
@@ -134,10 +136,14 @@ def _check_layout(config: Config, hf: HFCheckpoint) -> Cut:
     """
     from simpo_megatron.trainer.setup import build_transformer_config
 
-    model = replace(config.model, gradient_accumulation_fusion=None)
+    unknown = {"gradient_accumulation_fusion": None, "rope_fusion": None, "moe_permute_fusion": None}
+    model = replace(config.model, **unknown, attention_backend="auto")  # kernels are checked where the run is
     if not compat.have_transformer_engine() and model.transformer_impl == "transformer_engine":
         model = replace(model, transformer_impl="auto")
-    build_transformer_config(replace(config, model=model), hf)
+    parallel = config.parallel
+    if not compat.have_transformer_engine():
+        parallel = replace(parallel, cp_comm_type=None)
+    build_transformer_config(replace(config, model=model, parallel=parallel), hf)
     layout = layout_arguments(config.parallel, hf.architecture.num_layers)
     experts = hf.architecture.num_experts is not None
     needed = processes_needed(experts, layout)

@@ -8,7 +8,10 @@ logging, evaluation and resuming are Megatron-LM's. Batch, head, step and loss a
 
 A sample is a pair: `--global-batch-size 128` is 128 pairs, and `consumed_train_samples` counts pairs. Megatron-LM
 always runs global-batch-size / data-parallel-size microbatches of `--micro-batch-size 1`. The pairs are packed into as
-few packed rows of `--seq-length` as they need; the other microbatches run empty rows of one or two tokens.
+few packed rows of `--seq-length` as they need; the other microbatches run empty rows. These have one or two tokens.
+With pipeline parallelism all rows have `--seq-length` tokens, the empty ones too: Megatron-LM tells its schedule one
+length. Then `--seq-length` should be no longer than the longest pair needs, or `--variable-seq-lengths` lets the stages
+exchange the shapes, for which they wait at every transfer.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from simpo_megatron.batch.packer import RowPacker
 from simpo_megatron.batch.row import PreferenceBatch
 from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective
 from simpo_megatron.config.data import OPTIONS, DataConfig
+from simpo_megatron.config.megatron_lm import check_values, moe_aux_loss_coeff, notes
 from simpo_megatron.config.run import ModelConfig
 from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
@@ -36,8 +41,9 @@ from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import Metric, Objective
-from simpo_megatron.parallel.limits import check_shared_prompts
-from simpo_megatron.settings import flag, parse_size, require, required
+from simpo_megatron.parallel.config import ParallelConfig
+from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
+from simpo_megatron.settings import flag, parse_size
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 
@@ -51,6 +57,14 @@ def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_objectives(parser, with_defaults=True)
     add_settings(parser.add_argument_group("preferences"), DataConfig, _DATA)  # a flag that is not given is None
     add_settings(parser.add_argument_group("head"), ModelConfig, _HEAD, with_defaults=True)
+    # Megatron-LM sets `variable_seq_lengths` to False itself (validate_args), so the flag is kept under another name.
+    parser.add_argument_group("packed rows").add_argument(
+        "--variable-seq-lengths",
+        dest="simpo_variable_seq_lengths",
+        action="store_true",
+        help="with pipeline parallelism: rows end after their last pair, and the stages tell each other the shape of "
+        "all that they send (default: off, every row has --seq-length tokens)",
+    )
     return parser
 
 
@@ -59,29 +73,12 @@ def objective(args: Any) -> Objective:
     return build_objective(vars(args))
 
 
-def moe_aux_loss_coeff(args: Any) -> float:
-    """Megatron-LM's --moe-aux-loss-coeff: the sum if it is a list (one number for each loss); 0 without experts."""
-    coefficient = args.moe_aux_loss_coeff if args.num_experts else 0.0
-    return float(sum(coefficient)) if isinstance(coefficient, list) else coefficient
-
-
 def data_config(args: Any) -> DataConfig:
     """The data that Megatron-LM's arguments ask for; --train-data-path takes the same sources as our --train-data."""
     paths = {"train_data": args.train_data_path, "valid_data": args.valid_data_path}
     sources = {name: tuple(given) if given else None for name, given in paths.items()}
     given = {name: value for name in _DATA if (value := getattr(args, name)) is not None}
     return DataConfig(**sources, seq_length=args.seq_length, **given, given=frozenset(given))
-
-
-# Megatron-LM's argument, the one value that works, and why or what to do.
-_NEEDED: tuple[tuple[str, Any, str], ...] = (
-    ("micro_batch_size", 1, "a microbatch is one packed row; set it to 1"),
-    ("dataloader_type", "external", "the datasets provider yields microbatches; set it to external"),
-    ("calculate_per_token_loss", False, "the loss is a mean over pairs; drop it"),
-    ("fp16", False, "a log-prob sum leaves fp16's range; use --bf16"),
-    ("sft", False, "it changes how losses are averaged; use --objective sft"),
-    ("mtp_num_layers", None, "the head scores one token ahead; drop it"),
-)
 
 
 def check_args(args: Any) -> None:
@@ -93,36 +90,23 @@ def check_args(args: Any) -> None:
     Raises:
         UserError: it names the flag, its value and what to do.
     """
-    for name, needed, why in _NEEDED:
-        value = getattr(args, name)
-        require(value == needed, f"{flag(name)} {value} cannot be used with SimPO: {why}")
-    _check_model_args(args)
-    _check_data_args(args)
+    check_values(args)
+    check_rows(args.seq_length, _layout(args))
+    data_config(args)  # its settings check themselves, as those of the objective do
+    chosen = objective(args)
+    if args.share_prompts:
+        check_shared_prompts(chosen.responses, args.context_parallel_size, args.transformer_impl != "local")
     _check_architecture(args, hf_checkpoint(args))
 
 
-def _check_model_args(args: Any) -> None:
-    dispatcher = args.moe_token_dispatcher_type
-    require(
-        not args.num_experts or dispatcher == "alltoall",
-        f"--moe-token-dispatcher-type {dispatcher} does not work with packed rows of changing length; use alltoall",
+def _layout(args: Any) -> ParallelConfig:
+    """What packed rows depend on. Megatron-LM tells its pipeline schedule that all rows have --seq-length tokens."""
+    return ParallelConfig(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        variable_seq_lengths=args.pipeline_model_parallel_size == 1 or args.simpo_variable_seq_lengths,
     )
-    require(
-        not args.attention_dropout and not args.hidden_dropout,
-        "--attention-dropout and --hidden-dropout must be 0: the two responses of a pair must not see different noise",
-    )
-    chosen = objective(args)  # its settings check themselves
-    if args.share_prompts:
-        check_shared_prompts(chosen.responses, args.context_parallel_size, args.transformer_impl != "local")
-
-
-def _check_data_args(args: Any) -> None:
-    require(
-        args.tokenizer_type == "HuggingFaceTokenizer",
-        f"--tokenizer-type {args.tokenizer_type} has no chat template; use HuggingFaceTokenizer",
-    )
-    required(args.train_data_path, "--train-data-path is missing; give preferences: a prepared prefix or a .jsonl file")
-    data_config(args)  # its settings check themselves
 
 
 def hf_checkpoint(args: Any) -> HFCheckpoint:
@@ -176,9 +160,12 @@ def with_logprob_head(model_provider: Callable[..., Any]) -> Callable[..., Any]:
     def provider(*args: Any, **kwargs: Any) -> Any:
         settings = _args()
         check_args(settings)
-        # An empty row must not cost as much as a full one. Megatron-LM sets no value of its own (validate_args).
-        settings.variable_seq_lengths = True
-        settings.moe_token_dispatcher_type = "alltoall"  # TransformerConfig requires it with variable lengths
+        settings.variable_seq_lengths = settings.simpo_variable_seq_lengths
+        if not settings.num_experts:
+            settings.moe_token_dispatcher_type = "alltoall"  # TransformerConfig requires it with variable lengths
+        if torch.distributed.get_rank() == 0:
+            for line in notes(settings):
+                print(line, flush=True)
         model = model_provider(*args, **kwargs)
         _pack_attention(model)
         if settings.head == "fused":
@@ -246,13 +233,14 @@ def _microbatches(args: Any, pairs: Pairs, position: int) -> Iterator[Preference
         responses=objective(args).responses,
         hidden_size=args.hidden_size,
         share_prompts=bool(args.share_prompts),
+        fixed_length=not _layout(args).variable_seq_lengths,
         sequence_parallel=args.sequence_parallel,
     )
     while True:
         size = get_current_global_batch_size()
-        yield from packer.microbatches(
-            packer.pack(pairs, pairs.order(position, size, args.seed), get_num_microbatches())
-        )
+        batch = packer.pack(pairs, pairs.order(position, size, args.seed), get_num_microbatches())
+        # Without fixed rows the stages exchange shapes, so that an empty row need not be as long as the longest.
+        yield from packer.microbatches(batch if packer.fixed_length else replace(batch, row_length=None))
         position += size
 
 

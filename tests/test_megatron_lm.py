@@ -21,6 +21,7 @@ import torch
 
 from examples.megatron_lm.pretrain_simpo import require_weights
 from simpo_megatron import compat, megatron_lm
+from simpo_megatron.config.megatron_lm import notes
 from simpo_megatron.errors import UserError
 from tests.support.distributed import BOTH, LOCAL, WorkerPool, free_environment
 from tests.support.runs import flags, run_and_read
@@ -199,6 +200,11 @@ def args(model: Path, data: Path, **changes: Any) -> Any:
         "valid_data_path": None,
         "transformer_impl": "local",
         "context_parallel_size": 1,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "bf16": True,
+        "accumulate_allreduce_grads_in_fp32": True,
         "seq_length": 256,
         "num_layers": 4,
         "hidden_size": 32,
@@ -233,6 +239,21 @@ def args(model: Path, data: Path, **changes: Any) -> Any:
             "no attention for it under --context-parallel-size 2",
         ),
         ({"simpo_gamma": 1.0, "simpo_gamma_beta_ratio": 0.5}, "give one of them"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp cannot be used with SimPO: .* --use-distributed-optimizer"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 cannot be used"),
+        ({"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute cannot .* drop it"),
+        ({"tp_comm_overlap": True}, "--tp-comm-overlap cannot .* change in length"),
+        ({"fp8": "hybrid"}, "--fp8-format hybrid cannot .* multiple of 16 tokens"),
+        ({"fp4": "e2m1"}, "--fp4-format e2m1 cannot"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm cannot"),
+        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute cannot"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local cannot .* set it to none"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel cannot"),
+        ({"share_prompts": True, "apply_rope_fusion": True}, "--share-prompts: .* give --no-rope-fusion"),
+        (
+            {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 3, "sequence_parallel": True},
+            "--seq-length 256 must be a multiple of 3",
+        ),
     ],
     ids=str,
 )
@@ -240,6 +261,20 @@ def test_what_the_loss_cannot_serve_is_refused(inputs: tuple[Path, Path], change
     megatron_lm.check_args(args(*inputs))
     with pytest.raises(UserError, match=words):
         megatron_lm.check_args(args(*inputs, **changes))
+
+
+def test_what_is_off_and_what_costs_more_is_not_refused(inputs: tuple[Path, Path]) -> None:
+    """Values that Megatron-LM gives to what is off; then what works, with a line that says what it costs."""
+    off = {"use_megatron_fsdp": False, "fp8": None, "cuda_graph_impl": "none", "apply_rope_fusion": True}
+    given = args(*inputs, **off)
+    megatron_lm.check_args(given)
+    assert notes(given) == []
+    given = args(*inputs, accumulate_allreduce_grads_in_fp32=False, pipeline_model_parallel_size=2)
+    megatron_lm.check_args(given)
+    bf16, rows = notes(given)
+    assert "an fp32 copy of the output layer's gradient" in bf16
+    assert "--seq-length 256" in rows and "--variable-seq-lengths" in rows
+    assert notes(args(*inputs, simpo_variable_seq_lengths=True, pipeline_model_parallel_size=2)) == []
 
 
 class Extended(torch.nn.Module):

@@ -50,7 +50,10 @@ USED: dict[str, tuple[str, ...]] = {
     "model": (
         "hf_checkpoint",
         "transformer_impl",
+        "attention_backend",
         "gradient_accumulation_fusion",
+        "rope_fusion",
+        "moe_permute_fusion",
         "make_vocab_size_divisible_by",
         "head",
         "head_slab_bytes",

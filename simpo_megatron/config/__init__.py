@@ -6,6 +6,7 @@ layers.py        defaults, preset, file and flags as one set; settings that take
 yaml_file.py     the file of --config as names and values
 arguments.py     groups -> flags and YAML keys -> `Config`; flags win over the file, the file over the preset
 data_tools.py    the flags of the tools that turn rows into pairs
+megatron_lm.py   which of Megatron-LM's arguments work with preferences
 other_names.py   the settings of TRL and Megatron-LM, and what does the same here: "did you mean"
 presets.py       the hyperparameters of the SimPO paper, by model
 

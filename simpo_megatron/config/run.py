@@ -36,10 +36,23 @@ class ModelConfig(Group):
         "code of the layers: transformer_engine, local (Megatron's own, on plain torch), or auto: Transformer Engine "
         "if it is installed",
     )
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = setting(
+        "auto",
+        "attention of Transformer Engine: flash (FlashAttention), fused (cuDNN), unfused, or auto: the fastest that "
+        "runs; local: the one of the layers on plain torch",
+    )
     gradient_accumulation_fusion: bool | None = setting(
         None,
-        "accumulate weight gradients directly in fp32 with Apex's kernel; needs a GPU and Apex's extension (default: "
-        "on if both are there)",
+        "accumulate weight gradients directly in fp32; needs a GPU and Transformer Engine's layers or Apex's extension "
+        "(default: on if they are there)",
+    )
+    rope_fusion: bool | None = setting(
+        None, "rotary embedding by Transformer Engine's kernel, on a GPU (default: on with Transformer Engine's layers)"
+    )
+    moe_permute_fusion: bool | None = setting(
+        None,
+        "sort tokens by expert with Transformer Engine's kernel, on a GPU (default: on with Transformer Engine's "
+        "layers)",
     )
     make_vocab_size_divisible_by: int = setting(
         VOCAB_DIVISOR, "pad the vocabulary to a multiple of this number times --tensor-model-parallel-size"

@@ -105,9 +105,9 @@ class PackedAttention(torch.nn.Module):
         offsets, order = _row_layout(packed_seq_params, size)
         if offsets[-1] != size * query.shape[0]:
             raise ValueError(f"cu_seqlens end at {offsets[-1]}, but the row has {size * query.shape[0]} tokens")
-        if size > 1:
+        if order is not None:
             gathered: Any = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
-            key, value = gathered.index_select(0, order.to(gathered.device)).unbind(1)
+            key, value = gathered.index_select(0, order).unbind(1)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, tokens, D]
         if isinstance(packed_seq_params, SharedPromptParams):
             outs = self._attend_pairs(q, k, v, offsets, packed_seq_params.splits)
@@ -209,25 +209,32 @@ def _pieces(offsets: list[int], size: int, rank: int) -> Iterator[tuple[slice, s
 _rows = WeakTensorKeyDictionary()
 
 
-def _row_layout(packed: PackedSeqParams, size: int) -> tuple[list[int], Tensor]:
-    """Where the sequences of a row start, and where the gathered slices of all ranks hold its tokens.
-
-    Computed once for all layers of a microbatch: on a GPU every copy to the host waits for the device.
+def note_row_layout(cu_seqlens: Tensor, size: int, offsets: list[int], order: Tensor | None) -> None:
+    """Saves the attention from reading `cu_seqlens` on the host, where its values are known: reading waits for a GPU.
 
     Args:
-        packed: of the row.
+        cu_seqlens: of a row. It is read again after it is changed.
         size: context-parallel ranks.
-
-    Returns:
-        The offsets, and for every token of the row its index in the concatenated slices of all ranks.
+        offsets: its values: where the sequences of the row start, and the end of the last.
+        order: for every token of the row its index in the concatenated slices of all ranks; None for one rank.
     """
+    _rows[cu_seqlens] = ((cu_seqlens._version, size), offsets, order)
+
+
+def _row_layout(packed: PackedSeqParams, size: int) -> tuple[list[int], Tensor | None]:
+    """What `note_row_layout` says of a row, computed once for all layers of a microbatch where it was not called."""
     cu_seqlens = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
     version, *layout = _rows.get(cu_seqlens) or (None,)
     if version != (cu_seqlens._version, size):
-        offsets = cu_seqlens.tolist()
-        if size > 1 and any((stop - start) % (2 * size) for start, stop in pairwise(offsets)):
-            raise ValueError(f"every sequence must be a multiple of {2 * size} tokens, but cu_seqlens are {offsets}")
-        gathered = np.concatenate([positions(offsets, size, rank) for rank in range(size)]) if size > 1 else np.zeros(0)
-        layout = [offsets, torch.from_numpy(np.argsort(gathered)).to(cu_seqlens.device)]
-        _rows[cu_seqlens] = ((cu_seqlens._version, size), *layout)
+        offsets, order = cu_seqlens.tolist(), None
+        if size > 1:
+            multiple = 2 * size
+            if any((stop - start) % multiple for start, stop in pairwise(offsets)):
+                raise ValueError(
+                    f"every sequence must be a multiple of {multiple} tokens, but cu_seqlens are {offsets}"
+                )
+            gathered = np.concatenate([positions(offsets, size, rank) for rank in range(size)])
+            order = torch.from_numpy(np.argsort(gathered)).to(cu_seqlens.device)
+        note_row_layout(cu_seqlens, size, offsets, order)
+        layout = [offsets, order]
     return layout[0], layout[1]

@@ -17,9 +17,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_te_version, is_te_min_version
 
-from simpo_megatron.compat import have_fused_weight_gradient
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
@@ -29,13 +30,15 @@ from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.limits import check_layout
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 
+_AUTO = Kernels()
+
 
 def transformer_config(
     hf: HFCheckpoint,
     *,
     bf16: bool,
     transformer_impl: str = "auto",
-    gradient_accumulation_fusion: bool | None = None,
+    kernels: Kernels = _AUTO,
     **parallel: Any,
 ) -> TransformerConfig:
     """Megatron's config of a model and its parallel layout.
@@ -44,8 +47,7 @@ def transformer_config(
         hf: the checkpoint.
         bf16: parameters and activations in bfloat16, else in float32.
         transformer_impl: "auto" (Transformer Engine where it is installed), "local" or "transformer_engine".
-        gradient_accumulation_fusion: accumulate weight gradients directly in fp32 with Apex's kernel; None for where
-            Apex's extension is installed.
+        kernels: the fused kernels and the attention to run with.
         **parallel: fields of TransformerConfig for parallel sizes, recomputation and communication. They win over the
             values set here.
 
@@ -54,20 +56,10 @@ def transformer_config(
     """
     model = hf.architecture.transformer
     check_layout(model, parallel)
-    grouped = use_transformer_engine(transformer_impl)
-    if grouped and "window_size" in model and parallel.get("context_parallel_size", 1) > 1:
-        raise UserError(
-            "Transformer Engine has no sliding window under context parallelism; use --transformer-impl local, or "
-            "--context-parallel-size 1"
-        )
+    transformer_engine, experts = use_transformer_engine(transformer_impl), hf.architecture.num_experts is not None
+    if parallel.get("context_parallel_size", 1) > 1:
+        _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    on_gpu = torch.empty(0, device=torch.cuda.current_device()).is_cuda
-    fusable = on_gpu and have_fused_weight_gradient()
-    if gradient_accumulation_fusion and not fusable:
-        raise UserError(
-            "--gradient-accumulation-fusion needs a GPU and Apex's extension fused_weight_gradient_mlp_cuda; "
-            "drop the flag"
-        )
     fields: dict[str, Any] = {
         "bf16": bf16,
         "params_dtype": dtype,
@@ -79,24 +71,56 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,  # every weight is loaded
-        "bias_activation_fusion": on_gpu,  # these two are compiled, which is slower on a CPU
-        "bias_dropout_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu(),  # these two are compiled, which is slower on a CPU
+        "bias_dropout_fusion": on_gpu(),
         "masked_softmax_fusion": False,  # belongs to an attention that is not used here
         "persist_layer_norm": False,
-        "moe_token_dispatcher_type": "alltoall",  # Megatron requires it with variable_seq_lengths, even without experts
+        "moe_token_dispatcher_type": "alltoall",  # the rows of the expert-parallel ranks differ in length
         "moe_router_dtype": "fp32",  # small differences decide which experts are chosen
-        "moe_grouped_gemm": hf.architecture.num_experts is not None and grouped,
+        "moe_grouped_gemm": experts and transformer_engine,
         "cuda_graph_scope": [],  # the default is deprecated, and Megatron warns about it
-        "gradient_accumulation_fusion": fusable
-        if gradient_accumulation_fusion is None
-        else gradient_accumulation_fusion,
+        **kernel_fields(kernels, transformer_engine, experts),
     }
-    if parallel.get("virtual_pipeline_model_parallel_size"):
-        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    # As Megatron-LM does it (`arguments.py`): the interleaved schedule sends while it computes, the other cannot.
+    overlap = parallel.get("overlap_p2p_comm", bool(parallel.get("virtual_pipeline_model_parallel_size")))
+    fields |= {"overlap_p2p_comm": overlap, "batch_p2p_comm": not overlap}
+    # What was sent to the next stage is not read again. But gloo reads it after an overlapped send has returned.
+    fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
     try:
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
         raise UserError(f"Megatron refuses this layout for {hf.path}: {error}") from error
+
+
+def _check_context_attention(transformer_engine: bool, comm_type: str | None, window: bool) -> None:
+    """Refuses what the attention under context parallelism cannot do, which it would say in the first step.
+
+    Args:
+        transformer_engine: whether the layers are Transformer Engine's.
+        comm_type: --cp-comm-type, or None for Transformer Engine's default, p2p.
+        window: whether the model has a sliding window.
+
+    Raises:
+        UserError: it names what to use.
+    """
+    if not transformer_engine:
+        if comm_type is not None:
+            raise UserError(
+                f"--cp-comm-type {comm_type} needs Transformer Engine's layers: those on plain torch gather keys and "
+                "values; drop the flag"
+            )
+        return
+    if window and comm_type not in ("all_gather", "a2a"):
+        raise UserError(
+            f"Transformer Engine has no sliding window under context parallelism with --cp-comm-type "
+            f"{comm_type or 'p2p'}; use a2a or all_gather, --transformer-impl local, or --context-parallel-size 1"
+        )
+    # 2.11 asserts that nothing is packed (`context_parallel.py`, AttnFuncWithCPAndKVAllGather); 2.20 takes packed rows.
+    if comm_type == "all_gather" and not is_te_min_version("2.20.0"):
+        raise UserError(
+            f"--cp-comm-type all_gather: Transformer Engine {get_te_version()} cannot gather packed rows; use "
+            "a2a, or install 2.20 or newer"
+        )
 
 
 def build_model(
@@ -147,6 +171,7 @@ def build_model(
         frequencies = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
         rotary.inv_freq = frequencies.to(torch.cuda.current_device())
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
+        plain_output_layer(model)
         models.append(model)
     return models
 

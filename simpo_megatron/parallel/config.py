@@ -19,6 +19,11 @@ class ParallelConfig(Group):
     decoder_last_pipeline_num_layers: int | None = setting(None, "layers of the last stage, where stages are uneven")
     sequence_parallel: bool = setting(False, "shard activations between tensor-parallel regions")
     context_parallel_size: int = setting(1, "ranks that share every sequence")
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = setting(
+        None,
+        "with context parallelism and Transformer Engine: keys and values go around a ring (p2p, the default) or are "
+        "gathered (all_gather), or ranks exchange heads (a2a); a sliding window needs one of the last two",
+    )
     expert_model_parallel_size: int = setting(1, "ranks that share the experts of a layer")
     expert_tensor_parallel_size: int | None = setting(
         None, "ranks that share every expert; default --tensor-model-parallel-size"
@@ -32,7 +37,9 @@ class ParallelConfig(Group):
     recompute_method: Literal["uniform", "block"] | None = setting(None, "with full recompute: which layers")
     recompute_num_layers: int | None = setting(None, "with full recompute: layers a recomputed block holds")
     variable_seq_lengths: bool = setting(
-        True, "end every row after its last pair; off: pad each to --seq-length, so that shapes never change"
+        True,
+        "end every row after its last pair, or with pipeline parallelism at the longest row of the step; off: pad each "
+        "to --seq-length, so that shapes never change",
     )
     distributed_timeout_minutes: int = setting(10, "give up on a collective after this long")
 

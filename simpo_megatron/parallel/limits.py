@@ -48,7 +48,7 @@ def layout_arguments(parallel: ParallelConfig, num_layers: int) -> dict[str, Any
         "recompute_granularity": parallel.recompute_granularity,
         "recompute_method": parallel.recompute_method,
         "recompute_num_layers": parallel.recompute_num_layers,
-        "variable_seq_lengths": parallel.variable_seq_lengths,
+        "cp_comm_type": parallel.cp_comm_type,
     }
 
 
@@ -63,6 +63,7 @@ def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
         UserError: the layout does not divide the model, or Megatron would train it wrongly.
     """
     _check_tensor_parallel(model, parallel)
+    _check_context_parallel(model, parallel)
     if model.get("num_moe_experts") is None:
         _check_no_experts(parallel)
     else:
@@ -90,6 +91,17 @@ def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> N
             raise UserError(f"--tensor-model-parallel-size {tp} does not divide {key} {size}; use {listed}")
     if parallel.get("sequence_parallel") and tp == 1:
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; drop it, or split the tensors")
+
+
+def _check_context_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    """Refuses an all-to-all that cannot divide the heads: Transformer Engine would assert in the first step."""
+    context, tensor = parallel.get("context_parallel_size", 1), parallel.get("tensor_model_parallel_size", 1)
+    groups = model["num_query_groups"]
+    if context > 1 and parallel.get("cp_comm_type") == "a2a" and groups % (context * tensor):
+        raise UserError(
+            f"--cp-comm-type a2a deals the heads to the context-parallel ranks: --context-parallel-size {context} x "
+            f"--tensor-model-parallel-size {tensor} does not divide num_query_groups {groups}; use p2p or all_gather"
+        )
 
 
 def _check_no_experts(parallel: dict[str, Any]) -> None:

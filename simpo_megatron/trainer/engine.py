@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import tee
 from typing import Any
 
 import torch
@@ -153,10 +154,10 @@ class Engine:
             forward_step_func=PreferenceStep(
                 objective, self.hf.architecture.vocab_size, len(batch.microbatches), coefficient, on_sums
             ),
-            data_iterator=[self.packer.microbatches(batch) for _ in self.chunks],
+            data_iterator=list(tee(self.packer.microbatches(batch), len(self.chunks))),  # all chunks read every row
             model=self.chunks,
             num_microbatches=len(batch.microbatches),
-            seq_length=self.packer.seq_length,
+            seq_length=batch.row_length or self.packer.seq_length,  # read only where there are several stages
             micro_batch_size=1,
             forward_only=forward_only,
         )

@@ -134,7 +134,8 @@ def _describe_kernels(config: Config, transformer: TransformerConfig) -> str:
     layers = "Transformer Engine's" if fused else "Megatron's on plain torch"
     if not compat.have_transformer_engine():
         layers += " (Transformer Engine is not installed)"
-    weight_gradients = "fused, by Apex" if transformer.gradient_accumulation_fusion else "not fused"
+    package = "Transformer Engine" if fused else "Apex"
+    weight_gradients = f"fused, by {package}" if transformer.gradient_accumulation_fusion else "not fused"
     return f"layers: {layers}; Adam: {compat.adam()}; accumulation of weight gradients: {weight_gradients}"
 
 

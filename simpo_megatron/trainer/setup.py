@@ -19,6 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from simpo_megatron.config.run import Config
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.build import build_model, transformer_config
+from simpo_megatron.models.fusions import Kernels
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.load import load_hf_weights
 from simpo_megatron.models.spec import use_transformer_engine
@@ -56,7 +57,7 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
         hf,
         bf16=config.train.bf16,
         transformer_impl=config.model.transformer_impl,
-        gradient_accumulation_fusion=config.model.gradient_accumulation_fusion,
+        kernels=Kernels(**{name: getattr(config.model, name) for name in vars(Kernels())}),
         moe_aux_loss_coeff=config.train.moe_aux_loss_coeff,
         deterministic_mode=config.train.deterministic_mode,
         **layout_arguments(config.parallel, hf.architecture.num_layers),

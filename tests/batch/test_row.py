@@ -81,7 +81,8 @@ def check(batch: PreferenceBatch, row: Naive) -> None:
         assert cu_seqlens.tolist() == [*row.starts, len(row.tokens)]
         assert cu_seqlens.dtype == torch.int32
     longest = max(end - start for start, end in zip(row.starts, [*row.starts[1:], len(row.tokens)], strict=True))
-    assert packed.max_seqlen_q == packed.max_seqlen_kv == longest
+    assert packed.max_seqlen_q == packed.max_seqlen_kv >= longest
+    assert (packed.max_seqlen_q == len(row.tokens)) == (longest == len(row.tokens))  # see `whole_row._max_seqlen`
     assert scored_here(batch) == row.scored
     assert batch.lengths.tolist() == row.lengths
     scored = batch.scored
@@ -230,6 +231,26 @@ def _used(indices: list[int], responses: int) -> list[tuple[int, int]]:
 def test_padding_is_marked() -> None:
     batch = pack_row(make_pairs([(3, 2, 1)]), [0], COUNTS, RowFormat(row_length=12))
     assert batch.padding_mask.tolist() == [[False] * 9 + [True] * 3]
+
+
+@pytest.mark.parametrize("size, piece", [(1, 128), (3, 126)])
+def test_padding_is_in_short_sequences(size: int, piece: int) -> None:
+    """Attention costs the square of a sequence, and the longest one is the bound of all."""
+    row_format = RowFormat(row_length=606, context_parallel_size=size)
+    packed = pack_row(make_pairs([(30, 12, 6)]), [0], COUNTS, row_format).packed_seq_params
+    lengths = packed.cu_seqlens_q.diff().tolist()
+    assert lengths == [42, 36, *[piece] * 4, 606 - 78 - 4 * piece]
+    assert max(lengths) <= packed.max_seqlen_q < 606
+
+
+def test_max_seqlen_takes_few_values() -> None:
+    """Rows of different pairs have one bound, so that Transformer Engine does not choose its attention again."""
+    pairs = make_pairs([(5 + i, 100 + 3 * i, 90 + i) for i in range(20)])
+    found = [pack_row(pairs, [i, i + 1], COUNTS).packed_seq_params.max_seqlen_q for i in range(19)]
+    assert set(found) == {256}
+    row_format = RowFormat(context_parallel_size=3)
+    found = [pack_row(pairs, [i, i + 1, i + 2], COUNTS, row_format).packed_seq_params.max_seqlen_q for i in range(18)]
+    assert all(bound % 6 == 0 and bound >= 168 for bound in found) and max(found) <= 768
 
 
 def test_a_shared_prompt_written_out() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import transformer_config
+from simpo_megatron.models.fusions import Kernels
 from simpo_megatron.parallel.stages import padded_vocab_size
 from tests.support import families as tiny
 
@@ -23,7 +24,7 @@ def refusals(path: Path) -> list[str]:
     for call in (
         lambda: transformer_config(hf, bf16=True, recompute_granularity="some"),
         lambda: build_model(hf, config, transformer_impl="transformer_engine"),
-        lambda: transformer_config(hf, bf16=True, gradient_accumulation_fusion=True),
+        lambda: transformer_config(hf, bf16=True, kernels=Kernels(gradient_accumulation_fusion=True)),
     ):
         with pytest.raises(UserError) as raised:
             call()
@@ -36,7 +37,7 @@ def test_what_is_not_available_is_refused(pool: Any, tmp_path: Path) -> None:
     [[recompute, engine, fusion]] = pool.run(1, refusals, tmp_path)
     assert "Megatron refuses this layout" in recompute
     assert "Transformer Engine is not installed" in engine
-    assert "--gradient-accumulation-fusion needs a GPU and Apex's extension" in fusion
+    assert "--gradient-accumulation-fusion needs a GPU and Transformer Engine's layers, or Apex's extension" in fusion
 
 
 def parameters(path: Path, layout: dict[str, Any]) -> dict[str, Any]:
