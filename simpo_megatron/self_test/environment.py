@@ -68,7 +68,9 @@ def bounds() -> dict[str, str]:
     setup = Path(__file__).resolve().parents[2] / "setup.py"
     if setup.is_file():
         tree = ast.parse(setup.read_text(encoding="utf-8"))
-        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
     else:
         try:
             texts = metadata.requires("simpo-megatron") or []

@@ -56,7 +56,7 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-OWN: dict[str, dict[str, Any]] = {}  # by model_type
+OWN: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 8}}  # by model_type
 # With all experts chosen there are no near-ties between experts, which bf16 would decide by rounding.
 ALL_EXPERTS = {"num_experts_per_tok": EXPERTS}
 LONGEST, SEQ_LENGTH, PAIRS = 48, 128, 8  # tokens of a sequence and of a packed row; pairs of a step

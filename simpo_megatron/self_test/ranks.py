@@ -60,9 +60,7 @@ class Ranks:
             dist.destroy_process_group()
             gc.collect()
             store = dist.PrefixStore(f"self_test/{self._restarts}", self._store)  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(
-                backend, store=store, rank=self.rank, world_size=self.size, timeout=self.timeout
-            )
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self.timeout)
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         except (RuntimeError, dist.DistError) as error:
             raise NoAnswer(" ".join(str(error).split())[:200]) from error

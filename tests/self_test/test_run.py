@@ -1,0 +1,158 @@
+"""Rows that fail, crash or are not possible; the registry; versions; and the command line."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from simpo_megatron.models.families.registry import FAMILIES
+from simpo_megatron.self_test import environment
+from simpo_megatron.self_test.report import as_csv_rows, summary
+from simpo_megatron.self_test.rows import Bench, Outcome, Row, judge, worst
+from simpo_megatron.self_test.run import Found
+from simpo_megatron.self_test.speed import count_waits, judge_waits
+from tests.support.distributed import WorkerPool
+from tools import self_test
+
+
+def fine(bench: Bench) -> Outcome:
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return Outcome("proved", f"{total.item():.0f} ranks")
+
+
+def crash_everywhere(bench: Bench) -> Outcome:
+    raise ZeroDivisionError("nothing is divided")
+
+
+def crash_on_one(bench: Bench) -> Outcome:
+    """Rank 1 leaves the others in a collective, which times out."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    if bench.rank == 1:
+        raise MemoryError("rank 1 is full")
+    dist.all_reduce(torch.ones(1), group=group)
+    return Outcome("proved")
+
+
+def slow_on_one(bench: Bench) -> Outcome | None:
+    return Outcome("slow", "late") if bench.rank == 1 else None
+
+
+ROWS = [
+    Row("crash on all", crash_everywhere, advice="mend it"),
+    Row("after it", fine),
+    Row("crash on one", crash_on_one),
+    Row("after that", fine),
+    Row("slow on one", slow_on_one),
+    Row("three", fine, processes=3),
+    Row("a GPU", fine, gpu=True),
+]
+
+
+def run_them(device: str) -> list[tuple[str, str, str]]:
+    """On a rank: name, result and figure of `ROWS`."""
+    from simpo_megatron.self_test.run import benches, run_rows
+
+    with benches(device, None) as bench:
+        return [(found.name, found.outcome.result, found.outcome.figure) for found in run_rows(ROWS, bench)]
+
+
+def test_a_crash_is_a_row_and_the_rest_goes_on(pool: WorkerPool) -> None:
+    for found in pool.run(2, run_them, "cpu"):
+        assert [(name, result) for name, result, _ in found] == [
+            ("crash on all", "FAILED"),
+            ("after it", "proved"),
+            ("crash on one", "FAILED"),
+            ("after that", "proved"),
+            ("slow on one", "slow"),
+            ("three", "not here"),
+            ("a GPU", "not here"),
+        ]
+        figures = {name: figure for name, _, figure in found}
+        assert "ZeroDivisionError: nothing is divided (test_run.py:" in figures["crash on all"]
+        assert "MemoryError: rank 1 is full" in figures["crash on one"]
+        assert figures["after that"] == "2 ranks" and figures["three"] == "needs a multiple of 3 processes"
+
+
+def program(argv: list[str]) -> int:
+    """On a rank: the exit code of the program."""
+    return self_test.main(argv)
+
+
+def test_the_whole_program(pool: WorkerPool, tmp_path: Path) -> None:
+    report, measured, save = tmp_path / "report.json", tmp_path / "rows.csv", tmp_path / "save"
+    save.mkdir()
+    argv = ["--device", "cpu", "--json", str(report), "--csv", str(measured), "--save", str(save)]
+    assert pool.run(2, program, argv) == [0, 0]
+    found = json.loads(report.read_text())
+    results = {row["name"]: row["result"] for row in found["rows"]}
+    assert found["passed"] and found["processes"] == 2 and found["versions"]["torch"] == torch.__version__
+    assert set(results.values()) == {"proved", "not here"}
+    assert results["gradients: TP 2 + SP"] == results["gradients: TP 2 + SP (bf16)"] == "proved"
+    assert results["gradients: TP 4 + SP"] == results["speed: host waits of a step"] == "not here"
+    assert {f"family: {family.name}" for family in FAMILIES} <= results.keys()
+    lines = measured.read_text().splitlines()
+    assert lines[0].startswith("date,machine,processes,load_before,torch") and any(
+        "tokens_per_second" in x for x in lines
+    )
+    assert not list(save.iterdir()), "what was written under --save is gone"
+
+
+def test_a_failed_row_is_exit_code_1(pool: WorkerPool, capfd: pytest.CaptureFixture[str]) -> None:
+    assert pool.run(1, broken_version) == [1]
+    assert "FAILED" in capfd.readouterr().out
+
+
+def broken_version() -> int:
+    """On a rank: the exit code where transformers is too old."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(environment, "bounds", lambda: {"transformers": ">=999"})
+    try:
+        return self_test.main(["--device", "cpu", "--only", "version: transformers"])
+    finally:
+        patch.undo()
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["--jsn", "x"], "--jsn is not a flag; did you mean --json?"),
+        (["--save", "/absent/folder"], "--save /absent/folder is not a folder; create it"),
+        (["--json", "/absent/report.json"], "--json /absent/report.json cannot be written"),
+        (["--only", "gradient: TP"], "--only 'gradient: TP' is in the name of no row"),
+        (["--device", "tpu"], "invalid choice"),
+    ],
+)
+def test_a_mistake_on_the_command_line(
+    pool: WorkerPool, capfd: pytest.CaptureFixture[str], argv: list[str], text: str
+) -> None:
+    assert pool.run(1, program, argv) == [2]
+    assert text in capfd.readouterr().err
+
+
+def test_the_worst_rank_counts() -> None:
+    assert worst([None, Outcome("proved"), Outcome("FAILED", "b"), Outcome("slow")]).figure == "b"
+    assert judge(float("nan"), 1.0, "it", "").result == "FAILED"
+    assert summary([Found("a", Outcome("proved")), Found("b", Outcome("FAILED"))]) == "FAILED 1, proved 1"
+    rows = as_csv_rows([Found("a", Outcome("proved", measured={"seconds": 0.25}))])
+    assert rows == [{"row": "a", "result": "proved", "measure": "seconds", "value": "0.25"}]
+
+
+def test_host_waits_are_counted() -> None:
+    names = ["cudaStreamSynchronize"] * 12 + ["cudaLaunchKernel", "cudaMemcpyAsync", "cudaDeviceSynchronize"]
+    waits = count_waits(names)
+    assert waits == {"cudaStreamSynchronize": 12, "cudaDeviceSynchronize": 1}
+    assert judge_waits(waits, 2).result == "slow" and judge_waits({}, 2).result == "proved"
+
+
+def test_versions_are_those_of_setup_py() -> None:
+    bounds = environment.bounds()
+    assert {"torch", "megatron-core", "transformers", "transformer-engine"} <= bounds.keys()
+    bench: Any = None
+    assert environment._version("torch", bench).result == "proved"
