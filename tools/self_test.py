@@ -76,25 +76,30 @@ def run(argv: Sequence[str] | None) -> int:
     compat.check_megatron_core()
     from simpo_megatron.self_test.registry import chosen_rows
     from simpo_megatron.self_test.report import as_csv_rows, as_json, device_name, has_failed, printing_journal
-    from simpo_megatron.self_test.run import benches, run_rows
+    from simpo_megatron.self_test.run import Found, benches, run_rows
 
     load = f"{os.getloadavg()[0]:.1f}"
     with benches(args.device, args.save) as bench:
         rows = chosen_rows(bench, args.only)
         journal = printing_journal(bench, rows)
+        show = journal.finish
+
+        def finish(found: list[Found]) -> None:
+            show(found)
+            if bench.rank == 0:
+                report = as_json(found, bench, device_name(bench, processor()))
+                if args.json is not None:
+                    # JSON has no NaN; it is written as a string.
+                    content = json.loads(json.dumps(report), parse_constant=str)
+                    write_report("--json", args.json, json.dumps(content, indent=1) + "\n")
+                if args.csv is not None and (measured := as_csv_rows(found)):
+                    append_rows(args.csv, measured, _where(report, load))
+
+        journal.finish = finish
         try:
             run_rows(rows, bench, journal)
         finally:  # also where a rank has ended, and torchrun stops this one
-            journal.finish(journal.found)
-        if bench.rank == 0:
-            machine = device_name(bench, processor())
-            report = as_json(journal.found, bench, machine)
-            if args.json is not None:
-                # JSON has no NaN; it is written as a string.
-                content = json.loads(json.dumps(report), parse_constant=str)
-                write_report("--json", args.json, json.dumps(content, indent=1) + "\n")
-            if args.csv is not None and (measured := as_csv_rows(journal.found)):
-                append_rows(args.csv, measured, _where(report, load))
+            finish(journal.found)
     return 1 if has_failed(journal.found) else 0
 
 

@@ -3,6 +3,7 @@
 rows.py          a row of the table: its name, what it needs, what it found
 registry.py      all rows; a new feature adds its rows here
 run.py           runs rows one after the other, on ranks that may fail
+guard.py         ends the program where the ranks no longer answer
 ranks.py         what the ranks agree on after each row
 models.py        tiny random models of every family, and an engine with one in a layout
 gradients.py     rows: layouts and families against transformers

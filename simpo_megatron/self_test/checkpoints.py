@@ -31,7 +31,10 @@ from simpo_megatron.self_test.rows import Bench, Outcome, Row, judge
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.progress import new_progress
 
-STEPS_BEFORE, STEPS_AFTER = 2, 2
+STEPS_BEFORE, STEPS_AFTER = (
+    2,
+    2,
+)  # there is a checkpoint after each of the first, to see whether the right one is loaded
 ALLOWED = {False: 1e-4, True: 2e-2}  # relative, of the losses after a resume: in fp32 and in bf16
 # A loss moves by more than what is allowed between two steps, so that weights of another step are seen.
 LR = 2e-3

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from simpo_megatron.models.families.registry import FAMILIES
-from simpo_megatron.self_test.models import ALL_EXPERTS, engine_in, tiny_checkpoint
+from simpo_megatron.self_test.models import ALL_EXPERTS, DEEP, engine_in, tiny_checkpoint
 from simpo_megatron.self_test.rows import Bench, Outcome, Row
 from simpo_megatron.verify.compare import compare
 from simpo_megatron.verify.report import Difference, Report
@@ -116,8 +116,10 @@ def _variant(implementation: str, bf16: bool) -> str:
 
 def _compare(model_type: str, settings: dict[str, Any], bench: Bench) -> Outcome | None:
     bf16 = settings.get("bf16", False)
-    experts = ALL_EXPERTS if bf16 and model_type == SPARSE else {}
-    path = tiny_checkpoint(bench.models, model_type, torch.bfloat16 if bf16 else torch.float32, **experts)
+    own = ALL_EXPERTS if bf16 and model_type == SPARSE else {}
+    if settings.get("pipeline_model_parallel_size", 1) > 2 or "num_layers_per_virtual_pipeline_stage" in settings:
+        own = {**own, **DEEP}
+    path = tiny_checkpoint(bench.models, model_type, torch.bfloat16 if bf16 else torch.float32, **own)
     with engine_in(bench, path, settings) as made:
         report = compare(made.engine, made.hf, made.pairs, made.config, reference_device="cpu")
     return None if report is None else describe(report)

@@ -38,7 +38,7 @@ SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "moe_intermediate_size": 32,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 16,
@@ -57,6 +57,7 @@ SIZES = {
     "pad_token_id": None,
 }
 OWN: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 8}}  # by model_type
+DEEP = {"num_hidden_layers": 4}  # for four stages, virtual ones included
 # With all experts chosen there are no near-ties between experts, which bf16 would decide by rounding.
 ALL_EXPERTS = {"num_experts_per_tok": EXPERTS}
 LONGEST, SEQ_LENGTH, PAIRS = 48, 128, 8  # tokens of a sequence and of a packed row; pairs of a step
@@ -130,7 +131,7 @@ def layout_config(bench: Bench, path: Path, settings: dict[str, Any]) -> Config:
         "transformer_impl": "local",
         "lr": 1e-3,
         "lr_warmup_fraction": 0.0,
-        "distributed_timeout_minutes": 1,
+        "distributed_timeout_minutes": 1 if bench.device == "cpu" else 6,
         **settings,
     }
     if not given.pop("bf16", False):

@@ -30,6 +30,8 @@ class Ranks:
         self.timeout = timeout
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._store = dist.distributed_c10d._get_default_store()
+        # A second connection, for the thread that watches: the main thread may wait for the store with the first.
+        self._watched = self._store.clone() if hasattr(self._store, "clone") else self._store
         self._restarts = 0
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
 
@@ -45,6 +47,21 @@ class Ranks:
         except (RuntimeError, dist.DistError) as error:  # gloo raises both
             raise NoAnswer(" ".join(str(error).split())[:200]) from error
         return said
+
+    def tell_crash(self, text: str) -> None:
+        """Tells the other ranks that this one has raised, before they answer."""
+        self._store.set(self._crash_key, text)
+
+    def crash(self) -> str | None:
+        """The error of a rank that has raised since the last restart; any thread may call it."""
+        try:
+            return self._watched.get(self._crash_key).decode() if self._watched.check([self._crash_key]) else None
+        except (RuntimeError, dist.DistError) as error:  # the process that holds the store has ended
+            return f"the ranks have lost each other: {' '.join(str(error).split())[:200]}"
+
+    @property
+    def _crash_key(self) -> str:
+        return f"self_test/crash/{self._restarts}"
 
     def restart(self) -> None:
         """Replaces all process groups by new ones. Every rank calls it.

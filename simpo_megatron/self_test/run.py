@@ -15,28 +15,30 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from simpo_megatron import compat
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.self_test.guard import Guard, Limits
 from simpo_megatron.self_test.models import SEED, layout_config, tiny_checkpoint
 from simpo_megatron.self_test.ranks import NoAnswer, Ranks, leave_layout
 from simpo_megatron.self_test.rows import Bench, Outcome, Row, worst
 from simpo_megatron.trainer.distributed import initialize, resolve_device
 from simpo_megatron.trainer.setup import build_transformer_config
 
-ROW_SECONDS = {"cpu": 150.0, "cuda": 300.0}  # after this long without an end of the row, the program ends
+LIMITS = {"cpu": Limits(row=150, after_crash=150), "cuda": Limits(row=300, after_crash=30)}
+AGREE_SECONDS = 75  # for the other ranks to end a row; more than the timeout of a collective over gloo
 
 
 @dataclass
@@ -70,6 +72,11 @@ class Journal:
     ended: Callable[[Found], None] = lambda found: None
     finish: Callable[[list[Found]], None] = lambda found: None
 
+    def add(self, found: Found) -> None:
+        """Takes a row that has ended."""
+        self.found.append(found)
+        self.ended(found)
+
 
 @contextlib.contextmanager
 def benches(device: str, save: Path | None) -> Iterator[Bench]:
@@ -89,9 +96,11 @@ def benches(device: str, save: Path | None) -> Iterator[Bench]:
         models = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simpo_self_test.")))
         alone = Bench(device, 0, 1, models, models)
         path = tiny_checkpoint(models, "llama")
+        config = layout_config(alone, path, {})
+        transformer = build_transformer_config(config, read_hf_checkpoint(path))
         if not dist.is_initialized():
             stack.callback(_leave)
-        initialize(_transformer(alone, path), 1 if device == "cpu" else 3, device, SEED)
+        initialize(transformer, config.parallel.distributed_timeout_minutes, device, SEED)
         leave_layout()
         made: list[str] = [""]
         with raise_on_all_ranks():
@@ -105,12 +114,6 @@ def benches(device: str, save: Path | None) -> Iterator[Bench]:
             stack.callback(shutil.rmtree, made[0], ignore_errors=True)
         layers = ("local", "transformer_engine") if compat.have_transformer_engine() else ("local",)
         yield Bench(device, dist.get_rank(), dist.get_world_size(), models, Path(made[0]), layers)
-
-
-def _transformer(bench: Bench, path: Path) -> Any:
-    from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
-
-    return build_transformer_config(layout_config(bench, path, {}), read_hf_checkpoint(path))
 
 
 def _leave() -> None:
@@ -131,35 +134,30 @@ def run_rows(rows: Sequence[Row], bench: Bench, journal: Journal | None = None) 
         are absent.
     """
     journal = journal or Journal()
-    seconds = ROW_SECONDS[bench.device]
-    ranks = Ranks(timedelta(seconds=seconds / 2))
+    ranks = Ranks(timedelta(seconds=AGREE_SECONDS))
     for row in rows:
         if missing := row.missing(bench):
-            journal.found.append(Found(row.name, Outcome("not here", missing)))
-            journal.ended(journal.found[-1])
+            journal.add(Found(row.name, Outcome("not here", missing)))
             continue
         journal.started(row)
         started = time.perf_counter()
-        guard = threading.Timer(seconds, _give_up, (row, journal, seconds))
-        guard.daemon = True
-        guard.start()
+        end = partial(_give_up, row, journal)
         try:
-            outcome = _run(row, bench, ranks)
+            with Guard(LIMITS[bench.device], ranks.crash, end):
+                outcome = _run(row, bench, ranks)
         except NoAnswer as error:
             outcome = Outcome("FAILED", f"a rank no longer answers: {error}", "look at the output of the ranks above")
-            journal.found.append(Found(row.name, outcome, time.perf_counter() - started))
+            journal.add(Found(row.name, outcome, time.perf_counter() - started))
             break
-        finally:
-            guard.cancel()
-        journal.found.append(Found(row.name, outcome, time.perf_counter() - started))
-        journal.ended(journal.found[-1])
+        journal.add(Found(row.name, outcome, time.perf_counter() - started))
     return journal.found
 
 
-def _give_up(row: Row, journal: Journal, seconds: float) -> None:
+def _give_up(row: Row, journal: Journal, reason: str) -> None:
     """Ends the process from a thread: the main thread is stuck in a collective or on the device."""
-    advice = "find the collective in which the ranks wait with TORCH_NCCL_TRACE_BUFFER_SIZE or py-spy"
-    journal.finish([*journal.found, Found(row.name, Outcome("FAILED", f"no end after {seconds:.0f} s", advice))])
+    advice = "see where the ranks wait with py-spy dump; run this row alone with --only"
+    journal.add(Found(row.name, Outcome("FAILED", f"the ranks no longer answer: {reason}", advice)))
+    journal.finish(journal.found)
     sys.stdout.flush()
     os._exit(1)
 
@@ -176,6 +174,7 @@ def _run(row: Row, bench: Bench, ranks: Ranks) -> Outcome:
             outcome = row.function(bench)
     except Exception as raised:
         error = _one_line(raised)
+        ranks.tell_crash(f"rank {bench.rank}: {error}")
     everyone = ranks.agree((outcome, error))
     errors = [(rank, text) for rank, (_, text) in enumerate(everyone) if text]
     if not errors:

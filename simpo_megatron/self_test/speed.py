@@ -97,7 +97,8 @@ def _reset(bench: Bench) -> int:
 
 def _head(bench: Bench) -> Outcome:
     pairs, length, hidden, vocab = HEAD_SHAPES[bench.device]
-    device, dtype = torch.cuda.current_device(), torch.bfloat16 if bench.on_gpu else torch.float32
+    device = torch.device(torch.cuda.current_device())
+    dtype = torch.bfloat16 if bench.on_gpu else torch.float32
     try:
         parallel_state.initialize_model_parallel(1)
         generator = torch.Generator(device).manual_seed(SEED)
@@ -183,8 +184,7 @@ def _step(bench: Bench) -> Outcome:
         free(engine)
     finally:
         leave_layout()
-    tokens = batch.tokens / bench.processes  # of a rank, without padding
-    tflops = 6e-12 * hf.architecture.num_parameters * tokens / seconds  # without attention
+    tflops = 1e-12 * _flops(hf, batch) / bench.processes / seconds
     measured = {"step_seconds": seconds, "tokens_per_second": batch.tokens / seconds, "tflops_of_a_rank": tflops}
     figure = f"{batch.tokens / seconds:,.0f} tokens/s, {tflops:.2g} TFLOP/s a rank"
     if peaks is None:
@@ -196,6 +196,14 @@ def _step(bench: Bench) -> Outcome:
     if allocated > MOST_OF_ESTIMATE * expected:
         return Outcome("slow", figure, f"plan with --gpu-memory {expected / allocated:.0%} of a GPU's", measured)
     return Outcome("proved", figure, measured=measured)
+
+
+def _flops(hf: HFCheckpoint, batch: GlobalBatch) -> float:
+    """Of a step: 6 for each weight and token that it sees. The output layer sees responses alone; no attention."""
+    vocabulary = hf.architecture.vocab_size * hf.config["hidden_size"]
+    pairs = batch.pairs
+    scored = int(pairs.chosen_length.sum() + pairs.rejected_length.sum())  # the batch holds all pairs
+    return 6.0 * ((hf.architecture.num_parameters - 2 * vocabulary) * batch.tokens + vocabulary * scored)
 
 
 def _expected_bytes(bench: Bench, config: Config, hf: HFCheckpoint, batch: GlobalBatch) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import queue
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch.distributed as dist
 
 from simpo_megatron.models.families.registry import FAMILIES
 from simpo_megatron.self_test import environment
+from simpo_megatron.self_test.guard import Guard, Limits
 from simpo_megatron.self_test.report import as_csv_rows, summary
 from simpo_megatron.self_test.rows import Bench, Outcome, Row, judge, worst
 from simpo_megatron.self_test.run import Found
@@ -80,16 +84,23 @@ def test_a_crash_is_a_row_and_the_rest_goes_on(pool: WorkerPool) -> None:
         assert figures["after that"] == "2 ranks" and figures["three"] == "needs a multiple of 3 processes"
 
 
-def program(argv: list[str]) -> int:
-    """On a rank: the exit code of the program."""
-    return self_test.main(argv)
+def program(argv: list[str], accepted: dict[str, str] | None = None) -> tuple[int, str, str]:
+    """On a rank: exit code, stdout and stderr of the program; `accepted` replaces the versions that are accepted."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        if accepted is not None:
+            patch.setattr(environment, "bounds", lambda: accepted)
+        code = self_test.main(argv)
+    return code, out.getvalue(), err.getvalue()
 
 
 def test_the_whole_program(pool: WorkerPool, tmp_path: Path) -> None:
     report, measured, save = tmp_path / "report.json", tmp_path / "rows.csv", tmp_path / "save"
     save.mkdir()
     argv = ["--device", "cpu", "--json", str(report), "--csv", str(measured), "--save", str(save)]
-    assert pool.run(2, program, argv) == [0, 0]
+    (code, out, _), (other, silent, _) = pool.run(2, program, argv)
+    assert code == other == 0, out
+    assert "gradients: TP 2 + SP" in out and "what to do" in out and not silent
     found = json.loads(report.read_text())
     results = {row["name"]: row["result"] for row in found["rows"]}
     assert found["passed"] and found["processes"] == 2 and found["versions"]["torch"] == torch.__version__
@@ -104,19 +115,10 @@ def test_the_whole_program(pool: WorkerPool, tmp_path: Path) -> None:
     assert not list(save.iterdir()), "what was written under --save is gone"
 
 
-def test_a_failed_row_is_exit_code_1(pool: WorkerPool, capfd: pytest.CaptureFixture[str]) -> None:
-    assert pool.run(1, broken_version) == [1]
-    assert "FAILED" in capfd.readouterr().out
-
-
-def broken_version() -> int:
-    """On a rank: the exit code where transformers is too old."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(environment, "bounds", lambda: {"transformers": ">=999"})
-    try:
-        return self_test.main(["--device", "cpu", "--only", "version: transformers"])
-    finally:
-        patch.undo()
+def test_a_failed_row_is_exit_code_1(pool: WorkerPool) -> None:
+    argv = ["--device", "cpu", "--only", "version: transformers"]
+    ((code, out, _),) = pool.run(1, program, argv, {"transformers": ">=999"})
+    assert code == 1 and "pip install 'transformers>=999'" in out and "FAILED 1" in out
 
 
 @pytest.mark.parametrize(
@@ -129,11 +131,24 @@ def broken_version() -> int:
         (["--device", "tpu"], "invalid choice"),
     ],
 )
-def test_a_mistake_on_the_command_line(
-    pool: WorkerPool, capfd: pytest.CaptureFixture[str], argv: list[str], text: str
-) -> None:
-    assert pool.run(1, program, argv) == [2]
-    assert text in capfd.readouterr().err
+def test_a_mistake_on_the_command_line(pool: WorkerPool, argv: list[str], text: str) -> None:
+    ((code, _, err),) = pool.run(1, program, argv)
+    assert code == 2 and text in err
+
+
+@pytest.mark.parametrize("crash, reason", [(None, "no end after 0 s"), ("rank 1: MemoryError", "rank 1: MemoryError")])
+def test_a_row_without_an_end_ends_the_program(crash: str | None, reason: str) -> None:
+    ended: queue.Queue[str] = queue.Queue()
+    limits = Limits(row=0.0 if crash is None else 600.0, after_crash=0.0, poll=0.01)
+    with Guard(limits, lambda: crash, ended.put):
+        assert ended.get(timeout=60) == reason
+
+
+def test_a_row_that_ends_is_left_alone() -> None:
+    ended: queue.Queue[str] = queue.Queue()
+    with Guard(Limits(row=600.0, after_crash=600.0, poll=0.01), lambda: "rank 1: MemoryError", ended.put):
+        pass
+    assert ended.empty()
 
 
 def test_the_worst_rank_counts() -> None:
