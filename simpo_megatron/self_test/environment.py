@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
@@ -54,7 +56,8 @@ def versions() -> dict[str, str]:
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        nccl: Any = importlib.import_module("torch.cuda.nccl")
+        found["nccl"] = ".".join(map(str, nccl.version()))
     return found
 
 

@@ -29,7 +29,7 @@ class Ranks:
     def __init__(self, timeout: timedelta) -> None:
         self.timeout = timeout
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store: Any = dist.distributed_c10d._get_default_store()
         # A second connection, for the thread that watches: the main thread may wait for the store with the first.
         self._watched = self._store.clone() if hasattr(self._store, "clone") else self._store
         self._restarts = 0

@@ -40,10 +40,10 @@ def printing_journal(bench: Bench, rows: Sequence[Row]) -> Journal:
             markup=False,
         )
 
-    return Journal(started=started if out.is_terminal else lambda row: None, ended=ended, finish=_table(out))
+    return Journal(started=started if out.is_terminal else lambda row: None, ended=ended, finish=_table(out, total))
 
 
-def _table(out: Console) -> Callable[[list[Found]], None]:
+def _table(out: Console, total: int) -> Callable[[list[Found]], None]:
     def show(found: list[Found]) -> None:
         table = Table("row", "result", "figure", "what to do")
         for row in found:
@@ -53,7 +53,7 @@ def _table(out: Console) -> Callable[[list[Found]], None]:
             name, figure, advice = (cell.replace("[", "\\[") for cell in cells)
             table.add_row(name, f"[{colour}]{outcome.result}[/]", figure, advice)
         out.print(table)
-        out.print(summary(found))
+        out.print(summary(found) + ("" if len(found) == total else f"; {total - len(found)} rows did not run"))
 
     return show
 

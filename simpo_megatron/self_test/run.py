@@ -38,6 +38,7 @@ from simpo_megatron.trainer.distributed import initialize, resolve_device
 from simpo_megatron.trainer.setup import build_transformer_config
 
 LIMITS = {"cpu": Limits(row=150, after_crash=150), "cuda": Limits(row=300, after_crash=30)}
+ADVICE = "look at what the other ranks have printed"
 AGREE_SECONDS = 75  # for the other ranks to end a row; more than the timeout of a collective over gloo
 
 
@@ -146,9 +147,12 @@ def run_rows(rows: Sequence[Row], bench: Bench, journal: Journal | None = None) 
             with Guard(LIMITS[bench.device], ranks.crash, end):
                 outcome = _run(row, bench, ranks)
         except NoAnswer as error:
-            outcome = Outcome("FAILED", f"a rank no longer answers: {error}", "look at the output of the ranks above")
+            outcome = Outcome("FAILED", f"a rank no longer answers: {error}", ADVICE)
             journal.add(Found(row.name, outcome, time.perf_counter() - started))
             break
+        except BaseException:  # SIGTERM of torchrun after another rank has ended, or the keyboard
+            journal.add(Found(row.name, Outcome("FAILED", "stopped before it ended", ADVICE)))
+            raise
         journal.add(Found(row.name, outcome, time.perf_counter() - started))
     return journal.found
 

@@ -229,7 +229,7 @@ def _host_waits(bench: Bench) -> Outcome:
         free(engine)
     finally:
         leave_layout()
-    return judge_waits(count_waits(event.name for event in profile.events()), len(batch.microbatches))
+    return judge_waits(count_waits(event.name for event in profile.events() or ()), len(batch.microbatches))
 
 
 def count_waits(names: Iterable[str]) -> dict[str, int]:
