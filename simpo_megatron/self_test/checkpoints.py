@@ -36,6 +36,7 @@ STEPS_BEFORE, STEPS_AFTER = (
     2,
 )  # there is a checkpoint after each of the first, to see whether the right one is loaded
 ALLOWED = {False: 1e-4, True: 2e-2}  # relative, of the losses after a resume: in fp32 and in bf16
+ADVICE = "do not resume runs here; report it with --json"
 # A loss moves by more than what is allowed between two steps, so that weights of another step are seen.
 LR = 2e-3
 
@@ -51,15 +52,18 @@ def checkpoint_rows(bench: Bench) -> Iterator[Row]:
         yield Row(
             f"checkpoint: resume{words}{title}",
             partial(_resume, DENSE, {**base, **before}, {**base, **after}),
-            advice="do not resume runs here; report it with --json",
+            advice=ADVICE,
         )
         if not bf16:
             yield Row(
                 f"checkpoint: resume with experts{title}",
                 partial(_resume, SPARSE, {**base, **SP2, **ETP1}, {**base, **EP2}),
                 processes=2,
-                advice="do not resume runs here; report it with --json",
+                advice=ADVICE,
             )
+    if len(bench.implementations) > 1:
+        both = [{"transformer_impl": name, "bf16": bench.on_gpu, "lr": LR} for name in bench.implementations]
+        yield Row("checkpoint: resume with other layers", partial(_resume, DENSE, *both), advice=ADVICE)
     split = SP2 if bench.processes % 2 == 0 else {}
     yield Row("weights: export" + (" from TP 2 + SP" if split else ""), partial(_export, split))
     yield Row("conversion: to Megatron and back", _convert)
@@ -87,7 +91,7 @@ def _resume(model_type: str, before: dict[str, Any], after: dict[str, Any], benc
     """Saves after each step and goes on; then goes on from the last checkpoint in another layout."""
     bf16 = bool(before["bf16"])
     path = tiny_checkpoint(bench.models, model_type, torch.bfloat16 if bf16 else torch.float32)
-    root = bench.save / f"resume-{model_type}-{before['transformer_impl']}"
+    root = bench.save / f"resume-{model_type}-{before['transformer_impl']}-{after['transformer_impl']}"
     with engine_in(bench, path, before) as made:
         state = new_progress(made.config, made.pairs)
         for step in range(STEPS_BEFORE):
@@ -99,7 +103,7 @@ def _resume(model_type: str, before: dict[str, Any], after: dict[str, Any], benc
         checkpointing.load(made.engine, iteration_folder(root, STEPS_BEFORE))
         found = _train(made, STEPS_BEFORE, STEPS_AFTER)
     error = max(abs(now - then) / abs(then) for now, then in zip(found, expected, strict=True))
-    return judge(error, ALLOWED[bf16], "loss after the resume", "do not resume runs here; report it with --json")
+    return judge(error, ALLOWED[bf16], "loss after the resume", ADVICE)
 
 
 def _export(settings: dict[str, Any], bench: Bench) -> Outcome | None:

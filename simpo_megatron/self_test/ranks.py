@@ -41,15 +41,15 @@ class Ranks:
         Raises:
             NoAnswer: see there.
         """
-        said: list[Any] = [None] * self.size
+        answers: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(said, mine, group=self._group)
+            dist.all_gather_object(answers, mine, group=self._group)
         except (RuntimeError, dist.DistError) as error:  # gloo raises both
             raise NoAnswer(" ".join(str(error).split())[:200]) from error
-        return said
+        return answers
 
-    def tell_crash(self, text: str) -> None:
-        """Tells the other ranks that this one has raised, before they answer."""
+    def announce_crash(self, text: str) -> None:
+        """Lets the other ranks know that this one has raised, before they answer."""
         self._store.set(self._crash_key, text)
 
     def crash(self) -> str | None:

@@ -178,7 +178,7 @@ def _run(row: Row, bench: Bench, ranks: Ranks) -> Outcome:
             outcome = row.function(bench)
     except Exception as raised:
         error = _one_line(raised)
-        ranks.tell_crash(f"rank {bench.rank}: {error}")
+        ranks.announce_crash(f"rank {bench.rank}: {error}")
     everyone = ranks.agree((outcome, error))
     errors = [(rank, text) for rank, (_, text) in enumerate(everyone) if text]
     if not errors:

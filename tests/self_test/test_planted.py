@@ -34,7 +34,7 @@ def unmarked_norms() -> list[tuple[Any, str, Any]]:
 
 
 def wrong_shard() -> list[tuple[Any, str, Any]]:
-    """The slice of one weight is that of the neighbour."""
+    """A rank holds its neighbour's shard of one weight."""
     from simpo_megatron.trainer import setup
 
     load = setup.load_hf_weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import queue
 from datetime import timedelta
@@ -82,6 +83,44 @@ def test_a_crash_is_a_row_and_the_rest_goes_on(pool: WorkerPool) -> None:
         assert "ZeroDivisionError: nothing is divided (test_run.py:" in figures["crash on all"]
         assert "MemoryError: rank 1 is full" in figures["crash on one"]
         assert figures["after that"] == "2 ranks" and figures["three"] == "needs a multiple of 3 processes"
+
+
+def stop(bench: Bench) -> Outcome:
+    raise SystemExit(143)
+
+
+def run_until(stopped: bool) -> list[tuple[str, str, str]]:
+    """On a rank: what is found where SIGTERM arrives in a row, or where a rank does not answer."""
+    from simpo_megatron.self_test.ranks import NoAnswer, Ranks
+    from simpo_megatron.self_test.run import Journal, benches, run_rows
+
+    def no_answer(self: Any, mine: Any) -> Any:
+        raise NoAnswer("Connection closed by peer")
+
+    journal = Journal()
+    with benches("cpu", None) as bench, pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        if not stopped:
+            patch.setattr(Ranks, "agree", no_answer)
+        run_rows([Row("a", stop if stopped else fine), Row("b", fine)], bench, journal)
+    return [(found.name, found.outcome.result, found.outcome.figure) for found in journal.found]
+
+
+@pytest.mark.parametrize("stopped, figure", [(True, "stopped before it ended"), (False, "a rank no longer answers")])
+def test_where_the_program_cannot_go_on_the_row_has_failed(pool: WorkerPool, stopped: bool, figure: str) -> None:
+    ((found,),) = pool.run(1, run_until, stopped)
+    assert found[:2] == ("a", "FAILED") and figure in found[2]
+
+
+def test_names_of_rows_are_unique_on_every_bench(tmp_path: Path) -> None:
+    from simpo_megatron.self_test.registry import all_rows
+
+    both = ("local", "transformer_engine")
+    for device, processes in itertools.product(("cpu", "cuda"), (1, 2, 4, 8)):
+        names = [row.name for row in all_rows(Bench(device, 0, processes, tmp_path, tmp_path, both))]
+        assert len(names) == len(set(names))
+        assert {"gradients: TP 2 + SP (Transformer Engine)", "gradients: TP 2 + SP"} <= set(names) or processes == 8
+    assert "gradients: CP 2 (Transformer Engine, bf16)" in names  # of 8 GPUs
+    assert "gradients: CP 2 (Transformer Engine)" not in names, "Transformer Engine has no ring attention in fp32"
 
 
 def program(argv: list[str], accepted: dict[str, str] | None = None) -> tuple[int, str, str]:
