@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -35,15 +36,34 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing_folder(folder)).free
 
 
-def cannot_write(what: str, error: OSError, otherwise: str, then: str = "") -> UserError:
+def cannot_write(what: str, error: BaseException, otherwise: str, then: str = "") -> UserError:
     """The error for a file or folder that cannot be written. It advises to free space only where space is missing.
 
     Args:
         what: flag and path.
-        error: of the system.
+        error: of the system, or of a library that writes files.
         otherwise: what the user can do in any case, such as "give another --save".
         then: what follows on freeing space, such as " and go on with --resume".
+
+    >>> failure = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    >>> print(cannot_write("--save run", failure, "choose another --save"))
+    --save run cannot be written: No space left on device; free space there, or choose another --save
     """
-    fix = f"free space there{then}, or {otherwise}" if error.errno in FULL else otherwise
-    reason = os.strerror(error.errno) if error.errno else str(error)
+    number = _error_number(error)
+    fix = f"free space there{then}, or {otherwise}" if number in FULL else otherwise
+    reason = os.strerror(number) if number else " ".join(str(error).split()) or type(error).__name__
     return UserError(f"{what} cannot be written: {reason}; {fix}")
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The system's number of an error; None where neither the error nor its text has one.
+
+    safetensors puts the number into its text. torch's writer of zip files says only that a file is shorter than what
+    it wrote.
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"(?:os error|Errno) (\d+)", str(error))
+    if found is not None:
+        return int(found[1])
+    return errno.ENOSPC if re.search(r"inline_container.*unexpected pos", str(error), re.DOTALL) else None

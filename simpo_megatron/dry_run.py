@@ -5,7 +5,8 @@
 
 It checks the flags, the layout and the number of processes, the names and shapes of the checkpoint, the tokenizer on
 the first rows of the data, and the folders. It prints what the run would be, with an estimate of the memory of a GPU.
-It builds no model and no process group, and writes nothing.
+It builds no model and no process group, and writes nothing. The machine of the dry run need not be that of the run. So
+a disk that is too small is a warning here, and an error in training.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from simpo_megatron import compat, cpu
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
-from simpo_megatron.checkpoint.source import has_weights
+from simpo_megatron.checkpoint.source import has_weights, lacks_tokenizer, model_folder
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
@@ -37,7 +38,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.limits import check_processes, layout_arguments, processes_needed
-from simpo_megatron.planning.checkpoint_size import check_disk
+from simpo_megatron.planning.checkpoint_size import disk_use
 from simpo_megatron.planning.memory import Memory, Workload, estimate
 from simpo_megatron.settings import require
 
@@ -80,7 +81,7 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
 
     cut = _check_layout(config, hf)
     start, done = _check_start(config, hf)
-    disk = check_disk(config, hf.architecture, config.train.train_iters, done)
+    disk = disk_use(config, hf.architecture, config.train.train_iters, done)
     tokens = _check_data(config, hf)
     parallel, precision = config.parallel, "bf16" if config.train.bf16 else "fp32"
     rows = math.ceil(config.train.global_batch_size * tokens / config.data.seq_length)
@@ -94,18 +95,22 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
         "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} packed rows a step, "
         f"{microbatches} a data-parallel rank",
         "starts from": start,
-        **({"disk": disk[0]} if disk else {}),
+        **({"disk": disk.lines[0]} if disk.lines else {}),
         "memory of a GPU": describe_memory(_estimate(config, hf, cut, microbatches)),
     }
     if config.train.preset is not None:
         lines["settings"] = describe(config.train.preset, flat(config))
-    _show(lines, [*remarks(config, hf, count_pairs(config), cut.data_parallel), *_remarks(config, hf)])
+    too_small = [f"{sentence}; a run on this machine would end here" for sentence in disk.missing]
+    of_run = remarks(config, hf, count_pairs(config), cut.data_parallel)
+    _show(lines, [*of_run, *_remarks(config, hf), *too_small, *disk.warnings])
+    right = "flags, layout, data and checkpoint" if too_small else "flags, layout, data, checkpoint and folders"
+    print(f"dry run: nothing is wrong with {right}")
 
 
 def _remarks(config: Config, hf: HFCheckpoint) -> list[str]:
     """What cannot be checked on this machine, or is left out of the estimate."""
     found = []
-    if _config_alone(hf):
+    if lacks_tokenizer(hf.path):
         found.append(
             f"{hf.path} has no tokenizer: raw data was not tokenized, and a pair is taken as half of --seq-length"
         )
@@ -167,7 +172,7 @@ def _check_data(config: Config, hf: HFCheckpoint) -> float:
     Raises:
         UserError: as training, as far as the first rows show.
     """
-    tokenizer = None if _config_alone(hf) else load_tokenizer(hf.path)
+    tokenizer = None if lacks_tokenizer(hf.path) else load_tokenizer(model_folder(hf.path))
     tokens = _pair_tokens(config.data.training_sources, "--train-data", config, hf, tokenizer)
     if config.data.valid_data is not None:
         _pair_tokens(config.data.valid_data, "--valid-data", config, hf, tokenizer)
@@ -210,25 +215,19 @@ def _pair_tokens(values: Sequence[str], flag: str, config: Config, hf: HFCheckpo
     return float(np.concatenate(found).mean()) if found else config.data.seq_length / 2
 
 
-def _config_alone(hf: HFCheckpoint) -> bool:
-    """Whether the checkpoint is a config.json without weights and tokenizer, as the examples have them."""
-    return not has_weights(hf.path) and not any(hf.path.glob("tokenizer*"))
-
-
 def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
-    """Checks the folder of --export-hf, and names and shapes of the checkpoint that the run starts from.
+    """Checks the folders of the run, and names and shapes of the checkpoint that it starts from.
 
     Returns:
         The folder of that checkpoint, with the settings that differ from its run's; and the steps that run has taken.
 
     Raises:
-        UserError: the checkpoint is not complete, or is of another model; or the export would overwrite something.
+        UserError: the checkpoint is not complete, or is of another model; or a folder cannot be written to.
     """
-    from simpo_megatron.trainer.folders import check_export, check_new_run
+    from simpo_megatron.trainer.folders import check_folders
     from simpo_megatron.trainer.resume import find_saved_run, follow, weights_folder
 
-    check_new_run(config.checkpoint)
-    check_export(config)
+    check_folders(config)
     check_tensors(hf)
     saved = find_saved_run(config.checkpoint)
     _, changes = follow(config, saved)
@@ -254,4 +253,3 @@ def _show(lines: dict[str, str], remarks: list[str]) -> None:
         console.print(f"{name + ':':<17}{text}", markup=False)
     for remark in remarks:
         console.print(f"warning: {remark}", markup=False)
-    console.print("dry run: nothing is wrong with flags, layout, data, checkpoint and folders", markup=False)

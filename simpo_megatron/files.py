@@ -1,4 +1,4 @@
-"""Small files that are written whole or not at all, and JSON files that are read with clear errors."""
+"""Small files written whole or not at all, JSON files read with clear errors, and the record of what was written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.errors import UserError
+
+WRITTEN = "written_files.json"  # in a model that this package wrote: {"files": {NAME: size}}
 
 
 @contextmanager
@@ -63,6 +65,33 @@ def follow_umask(file: Path) -> None:
     mask = os.umask(0o077)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
+
+
+def record_files(folder: Path) -> None:
+    """Writes down the files of a folder, so that `wrote_all` knows later that nothing else is in it.
+
+    Args:
+        folder: otherwise complete. It has no folders in it.
+    """
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != WRITTEN}
+    atomic_write(folder / WRITTEN, json.dumps({"files": sizes}, indent=1) + "\n")
+
+
+def wrote_all(folder: Path) -> bool:
+    """Whether all that a folder holds was there when `record_files` was called, and was not changed since.
+
+    Sizes and times are compared, not bytes: a file must not be newer than the record.
+    """
+    record = folder / WRITTEN
+    try:
+        sizes = read_json(record)["files"]
+        latest = record.stat().st_mtime_ns
+        found = {path.name: path.stat() for path in folder.iterdir() if path.name != WRITTEN}
+    except (OSError, KeyError, UserError):
+        return False
+    return isinstance(sizes, dict) and all(
+        sizes.get(name) == status.st_size and status.st_mtime_ns <= latest for name, status in found.items()
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:

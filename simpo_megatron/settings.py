@@ -56,7 +56,7 @@ def parse_size(name: str, text: str) -> int:
         text: a number with the unit B, KB, MB, GB, KiB, MiB or GiB; without a unit it counts bytes.
 
     Raises:
-        UserError: the text is not a size, or not above 0.
+        UserError: the text is not a size, or not above 0, or without a unit below 1 MiB.
 
     >>> parse_size("--gpu-memory", "80GiB"), parse_size("--max-memory", "1.5 GB")
     (85899345920, 1500000000)
@@ -68,6 +68,9 @@ def parse_size(name: str, text: str) -> int:
         size = int(float(number) * (1024 if binary else 1000) ** (" KMG".index(unit.upper()) if unit else 0))
     if size <= 0:
         raise UserError(f"{name} {text} is not a size; give a number of bytes, or a size such as 256MiB or 1.5GB")
+    if size < 2**20 and text.strip()[-1].isdecimal():  # the unit was forgotten
+        unit = "G" if size < 100 else "M"
+        raise UserError(f"{name} {text} is {size} bytes; give the unit too, as in {text.strip()}{unit}")
     return size
 
 

@@ -36,7 +36,7 @@ def run(config: Config) -> None:
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
     from simpo_megatron.trainer.folders import check_writable, hold_folders
     from simpo_megatron.trainer.loop import start_run
-    from simpo_megatron.trainer.setup import build_transformer_config
+    from simpo_megatron.trainer.setup import build_transformer_config, name_layers
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device)
     load = config.checkpoint.load
@@ -53,6 +53,7 @@ def run(config: Config) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             dry_run(config, hf)
         return
+    config = name_layers(config)
     transformer = build_transformer_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
     with hold_folders(config):  # after `initialize`: no rank is still writing its probe into a folder

@@ -7,17 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.distributed import WorkerPool
+from tests.support.distributed import LOCAL, Pools, WorkerPool
 from tests.support.runs import Inputs
 from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[WorkerPool]:
-    """The gloo workers of the session, see `tests/support/distributed.py`."""
-    workers = WorkerPool()
-    yield workers
-    workers.close()
+def pools() -> Iterator[Pools]:
+    """The gloo workers of the session by kind, see `tests/support/distributed.py`."""
+    pools = Pools()
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool(request: pytest.FixtureRequest, pools: Pools) -> WorkerPool:
+    """The workers of the kind that is the parameter of the test; without one, those with Megatron's plain layers."""
+    return pools[getattr(request, "param", LOCAL)]
 
 
 @pytest.fixture(scope="session")

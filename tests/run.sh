@@ -8,7 +8,7 @@
 # of core_v0.16.1, for the tests that train with Megatron-LM itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. tools/venv.sh
+. tools/venv.sh with-te
 [[ -z ${MEGATRON_CORE_PATH:-} ]] || export PYTHONPATH=$MEGATRON_CORE_PATH${PYTHONPATH:+:$PYTHONPATH}
 tests=tests
 if [[ ${1:-} == --quick ]]; then

@@ -21,7 +21,7 @@ import torch
 
 from simpo_megatron import compat, megatron_lm
 from simpo_megatron.errors import UserError
-from tests.support.distributed import WorkerPool, free_environment
+from tests.support.distributed import BOTH, LOCAL, WorkerPool, free_environment
 from tests.support.runs import flags, run_and_read
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
@@ -51,13 +51,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_checkpoint(folder / "model", rms_norm_eps=1e-6), write_rows(folder / "pairs.jsonl", make_rows(30))
 
 
-def pretrain(argv: list[str]) -> subprocess.CompletedProcess:
+def pretrain(argv: list[str], kind: str) -> subprocess.CompletedProcess:
     environment = free_environment()
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (MEGATRON_LM, str(ROOT), environment.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    script = str(ROOT / "examples" / "megatron_lm" / "pretrain_simpo.py")
+    script = [str(ROOT / "examples" / "megatron_lm" / "pretrain_simpo.py")]
+    arguments = ARGUMENTS
+    if kind != LOCAL:
+        script = ["-m", "tests.te_on_cpu", kind, *script]
+        layers = {"local": "transformer_engine", "unfused": "auto"}
+        arguments = [layers.get(word, word) for word in ARGUMENTS]
     return subprocess.run(
-        [*command, script, *ARGUMENTS, *argv], capture_output=True, text=True, env=environment, timeout=280, check=False
+        [*command, *script, *arguments, *argv], capture_output=True, text=True, env=environment, timeout=280, check=False
     )
 
 
@@ -96,6 +101,7 @@ def test_without_megatron_lm_the_script_ends_with_one_sentence() -> None:
 
 
 @pytest.mark.skipif(not MEGATRON_LM or bool(MISSING), reason=f"MEGATRON_LM_PATH is not set, or lacks {MISSING}")
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 def test_megatron_lm_trains_as_our_trainer_does(pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Ten steps from a converted checkpoint, saved at the fifth; then the last five again, resumed."""
     model, data = inputs
@@ -113,11 +119,12 @@ def test_megatron_lm_trains_as_our_trainer_does(pool: WorkerPool, inputs: tuple[
     common = ["--tokenizer-model", str(model), "--train-data-path", str(data), "--valid-data-path", str(data)]
     common += ["--train-iters", str(STEPS), "--save", str(tmp_path / "run"), "--save-interval", "5"]
     start = ["--load", str(tmp_path / "converted"), "--finetune", "--tensorboard-dir", str(tmp_path / "first")]
-    done = pretrain([*common, *start])
+    done = pretrain([*common, *start], pool.kind)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "validation loss at iteration 5" in done.stdout and "rewards/accuracies" in done.stdout
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("5")
-    resumed = pretrain([*common, "--load", str(tmp_path / "run"), "--tensorboard-dir", str(tmp_path / "second")])
+    again = ["--load", str(tmp_path / "run"), "--tensorboard-dir", str(tmp_path / "second")]
+    resumed = pretrain([*common, *again], pool.kind)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
 
     settings: dict[str, Any] = {

@@ -152,7 +152,9 @@ def export_below_a_file(inputs: Inputs) -> Wrong:
 def export_over_something(inputs: Inputs) -> Wrong:
     """Known before training, not after it: `--save` stays empty."""
     checkpoint = inputs.copy_checkpoint()
-    return Wrong({"export_hf": checkpoint, **TP2}, [f"{checkpoint} is not empty; export to a new directory"], world=2)
+    return Wrong(
+        {"export_hf": checkpoint, **TP2}, [f"--export-hf {checkpoint} is not empty; export to a new directory"], world=2
+    )
 
 
 def save_among_the_checkpoints_of_another_run(inputs: Inputs) -> Wrong:
@@ -160,6 +162,33 @@ def save_among_the_checkpoints_of_another_run(inputs: Inputs) -> Wrong:
     folder.mkdir()
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     return Wrong({"save": folder}, [f"--save {folder} holds another run; resume it with --load {folder}"])
+
+
+def save_into_the_model(inputs: Inputs) -> Wrong:
+    checkpoint = inputs.copy_checkpoint()
+    return Wrong({"hf_checkpoint": checkpoint, "save": checkpoint}, [f"--save {checkpoint} is the folder of a model"])
+
+
+def save_into_a_checkpoint(inputs: Inputs) -> Wrong:
+    folder = inputs.folder / "run" / "iter_0000001"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text("{}")
+    return Wrong({"save": folder}, [f"--save {folder} is the folder of a checkpoint"])
+
+
+def export_into_a_checkpoint_to_come(inputs: Inputs) -> Wrong:
+    folder = inputs.folder / "run" / "iter_0000001"
+    return Wrong({"export_hf": folder}, [f"--export-hf {folder} is in iter_0000001 of --save", "run/hf"])
+
+
+def export_where_the_run_logs(inputs: Inputs) -> Wrong:
+    folder = inputs.folder / "run" / "tensorboard"
+    return Wrong({"export_hf": folder}, [f"--export-hf {folder} is where the run writes --tensorboard-dir {folder}"])
+
+
+def export_above_the_run(inputs: Inputs) -> Wrong:
+    folder, run = inputs.folder / "new", inputs.folder / "new" / "run"
+    return Wrong({"export_hf": folder, "save": run}, [f"--export-hf {folder} is where the run writes --save {run}"])
 
 
 def resume_from_nothing(inputs: Inputs) -> Wrong:
@@ -243,6 +272,11 @@ WRONG: list[Callable[[Inputs], Wrong]] = [
     export_below_a_file,
     export_over_something,
     save_among_the_checkpoints_of_another_run,
+    save_into_the_model,
+    save_into_a_checkpoint,
+    export_into_a_checkpoint_to_come,
+    export_where_the_run_logs,
+    export_above_the_run,
     resume_from_nothing,
     half_precision,
     unknown_flag,

@@ -55,6 +55,11 @@ def run(argv: Sequence[str] | None) -> int:
     for flag, source in (("--hf-checkpoint", args.hf_checkpoint), ("--load", args.load)):
         if source is not None and args.save.resolve() == source.resolve():
             raise UserError(f"--save {args.save} is the folder of {flag}, which is read; give a new folder")
+    if args.hf_checkpoint is not None and args.vocab_size is not None:
+        raise UserError(
+            f"--vocab-size {args.vocab_size} is for conversions without --hf-checkpoint, and config.json in "
+            f"{args.hf_checkpoint} has a vocabulary; drop one of the two"
+        )
     folder = checkpoint_folder(args.load)
     if args.hf_checkpoint:
         hf = read_hf_config(args.hf_checkpoint)

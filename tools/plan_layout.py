@@ -90,8 +90,6 @@ def read_request(args: argparse.Namespace) -> Request:
     if pair > args.seq_length:
         raise UserError(f"--pair-tokens {pair} exceeds --seq-length {args.seq_length}; a row holds whole pairs")
     memory = parse_size("--gpu-memory", args.gpu_memory)
-    if memory < 2**20:
-        raise UserError(f"--gpu-memory {args.gpu_memory} is {memory} bytes; give the unit too, as in 80GiB")
     if args.json is not None:
         check_report("--json", args.json, [args.hf_checkpoint])
     return Request(

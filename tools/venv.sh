@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Makes .venv in the repository root, installs this package and its development tools, and activates it.
 #
-#     . tools/venv.sh        # from the repository root, in bash
+#     . tools/venv.sh            # from the repository root, in bash
+#     . tools/venv.sh with-te    # also Transformer Engine's wheels for the tests (tests/te_on_cpu), in .venv/te
 #
 # Exact versions come from constraints.txt. Installs again when they, or setup.py, have changed.
 
@@ -26,4 +27,21 @@ simpo_venv() {
     . .venv/bin/activate
 }
 
+# Transformer Engine stands beside the environment: in it, the wheel without its compiled part breaks Megatron-Core.
+simpo_te() {
+    local release
+    while read -r release; do
+        [[ -n $release && $release != \#* && ! -f .venv/te/$release/installed ]] || continue
+        echo "Installing Transformer Engine $release into .venv/te"
+        rm -rf ".venv/te/$release"
+        # Its own needs that the environment lacks lie with it.
+        .venv/bin/python -m pip install --quiet --no-deps --target ".venv/te/$release" -c constraints.txt \
+            "transformer_engine==$release" einops ml_dtypes onnx onnx_ir onnxscript
+        touch ".venv/te/$release/installed"
+    done <tests/te_on_cpu/releases.txt
+}
+
 simpo_venv
+if [[ ${1:-} == with-te ]]; then
+    simpo_te
+fi

@@ -119,10 +119,11 @@ def _sources(given: dict[str, Any], settings: dict[str, Any]) -> Any:
     Raises:
         UserError: --data is missing, or is given without a tokenizer to read it.
     """
-    from simpo_megatron.verify.random_weights import RANDOM_PAIRS, config_alone, has_tokenizer
+    from simpo_megatron.checkpoint.source import lacks_tokenizer
+    from simpo_megatron.verify.random_weights import RANDOM_PAIRS
 
     model = settings.get("hf_checkpoint")
-    if model is not None and config_alone(Path(model)) and not has_tokenizer(Path(model)):
+    if model is not None and lacks_tokenizer(Path(model)):
         if "train_data" in given:
             raise UserError(f"--data needs a tokenizer, and {model} has none; leave --data out to use random token ids")
         return [RANDOM_PAIRS]
@@ -146,12 +147,12 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     compat.check_megatron_core()
     import torch.distributed as dist
 
-    from simpo_megatron.checkpoint.source import read_model
+    from simpo_megatron.checkpoint.source import config_alone, read_model
     from simpo_megatron.trainer.data import load_data
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
     from simpo_megatron.trainer.setup import build_engine, build_transformer_config
     from simpo_megatron.verify.compare import compare
-    from simpo_megatron.verify.random_weights import RANDOM_PAIRS, config_alone, random_pairs, random_weights
+    from simpo_megatron.verify.random_weights import RANDOM_PAIRS, random_pairs, random_weights
 
     device = resolve_device(config.train.device)
     alone = config_alone(config.model.checkpoint_folder)

@@ -27,6 +27,7 @@ from simpo_megatron.models.hf_checkpoint import (
 )
 
 BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # a tokenizer has one of them at least
 _TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -60,8 +61,26 @@ def read_model(path: Path, *, loaded: bool, dry_run: bool) -> HFCheckpoint:
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a directory holds weights, or at least an index of them."""
-    return any((path / name).exists() for name in (INDEX, SINGLE, BIN_INDEX, BIN))
+    """Whether a directory holds weights, or at least an index or a part of them."""
+    names = (INDEX, BIN_INDEX, "*.safetensors", "pytorch_model*.bin")
+    return any(True for name in names for _ in path.glob(name))
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of --hf-checkpoint, which may be a config.json of any name."""
+    return path.parent if path.is_file() else path
+
+
+def config_alone(path: Path) -> bool:
+    """Whether --hf-checkpoint is a config.json, or a folder with a config.json and without weights."""
+    if path.is_dir():
+        return (path / "config.json").is_file() and not has_weights(path)
+    return path.suffix == ".json" and path.is_file()
+
+
+def lacks_tokenizer(path: Path) -> bool:
+    """Whether --hf-checkpoint is a config.json without weights, and no tokenizer lies beside it."""
+    return config_alone(path) and not any((model_folder(path) / name).exists() for name in TOKENIZER)
 
 
 def imagine_weights(hf: HFCheckpoint) -> HFCheckpoint:

@@ -21,9 +21,8 @@ from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
 from simpo_megatron.checkpoint.transfer.moves import OutFile, Rect, Unit
 from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, PlanLine, file_stamps, fingerprint
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write
+from simpo_megatron.files import atomic_write, record_files, wrote_all
 from simpo_megatron.models.hf_checkpoint import (
-    COPIED,
     INDEX,
     MAX_FILE_BYTES,
     HFCheckpoint,
@@ -103,6 +102,7 @@ def plan_to_hf(
             shutil.copyfile(source, folder / source.name)
         if not (folder / "config.json").exists():
             atomic_write(folder / "config.json", json.dumps(hf.config, indent=2) + "\n")
+        record_files(folder)
 
     return Conversion(
         units=tuple(units),
@@ -112,7 +112,7 @@ def plan_to_hf(
         identity=identity,
         finish=finish,
         publish=lambda: None,
-        replaceable=partial(_replaceable, save),
+        replaceable=partial(wrote_all, save),
     )
 
 
@@ -163,8 +163,3 @@ def _nonzero_padding_rows(files: Files, stored: StoredParameter) -> int:
             read_rect(files, Rect(block.file, at, 1, row_bytes, 0, row_bytes), data)
             count += int(data.any())
     return count
-
-
-def _replaceable(save: Path) -> bool:
-    patterns = (*COPIED, "*.safetensors", INDEX)
-    return all(path.is_file() and any(path.match(pattern) for pattern in patterns) for path in save.iterdir())

@@ -11,12 +11,13 @@ from simpo_megatron.checkpoint.formats.rank_files_reader import read_rank_files
 from simpo_megatron.checkpoint.formats.rank_files_writer import RankLayout, lay_out_ranks
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.checkpoint.formats.torch_dist_writer import lay_out_files, write_metadata
-from simpo_megatron.checkpoint.manifest import MANIFEST, write_manifest
+from simpo_megatron.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter, model_parameters
 from simpo_megatron.checkpoint.saved_args import common_state, megatron_args, namespace, yaml_text
 from simpo_megatron.checkpoint.transfer.cut import piece_bytes, plan_into_blocks
 from simpo_megatron.checkpoint.transfer.moves import Unit
 from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, PlanLine, file_stamps, fingerprint
+from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR
@@ -80,7 +81,17 @@ def _line(parameter: MegatronParameter, blocks: list[Block]) -> PlanLine:
 
 
 def _replaceable(save: Path) -> bool:
+    """Whether a folder holds a converted checkpoint with exactly the files of its manifest, and nothing else."""
     names = {path.name for path in save.iterdir()}
-    return names <= {TRACKER, RELEASE, f".{RELEASE}.conversion", f".{RELEASE}.old"} and (
-        RELEASE not in names or (save / RELEASE / MANIFEST).exists()
-    )
+    if not names <= {TRACKER, RELEASE, f".{RELEASE}.conversion", f".{RELEASE}.old"}:
+        return False
+    if RELEASE not in names:
+        return True
+    release = save / RELEASE
+    try:
+        manifest = read_manifest(release)
+    except UserError:
+        return False
+    files = [path for path in release.rglob("*") if not path.is_dir() and path != release / MANIFEST]
+    found = {path.relative_to(release).as_posix(): path.lstat().st_size for path in files}
+    return manifest is not None and found == {name: facts["size"] for name, facts in manifest["files"].items()}

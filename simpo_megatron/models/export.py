@@ -23,8 +23,9 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
+from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write, follow_umask, sync
+from simpo_megatron.files import atomic_write, follow_umask, record_files, sync
 from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     MAX_FILE_BYTES,
@@ -72,7 +73,7 @@ def export_hf(
     name: list[str | None] = [_partial_name(directory)]
     dist.broadcast_object_list(name, src=0)
     partial = directory.with_name(str(name[0]))
-    with raise_on_all_ranks(), _failed_writes():
+    with raise_on_all_ranks(), _failed_writes(directory):
         if dist.get_rank() == 0:
             _prepare(directory, partial)
     tied, table = hf.architecture.tied, hf.architecture.weights if table is None else table
@@ -97,7 +98,7 @@ def export_hf(
         with raise_on_all_ranks():
             if error := next(filter(None, errors), None):
                 raise UserError(error)
-        with raise_on_all_ranks(), _failed_writes():
+        with raise_on_all_ranks(), _failed_writes(directory):
             if dist.get_rank() == 0:
                 for file, text in (more_files or {}).items():
                     (partial / file).write_text(text, encoding="utf-8")
@@ -115,7 +116,7 @@ def check_target(directory: Path) -> None:
         UserError: the target is neither absent nor an empty directory.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} is not empty; export to a new directory, or remove it")
+        raise UserError(f"--export-hf {directory} is not empty; export to a new directory, or remove it")
 
 
 def assign_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File]:
@@ -185,7 +186,7 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], p
             save_file(held, str(path), metadata={"format": "pt"})
             follow_umask(path)  # safetensors writes a temporary file that is the owner's alone
         except Exception as failure:  # a full disk raises an OSError or a SafetensorError
-            error = f"{path} cannot be written ({failure}); free space on that file system, or export elsewhere"
+            error = str(cannot_write(f"--export-hf: {path}", failure, "export elsewhere"))
     for _ in tensors:
         pass  # runs the remaining gathers, and ends the progress bar
     return error
@@ -217,7 +218,7 @@ def _was_left_behind(path: Path, directory: Path) -> bool:
 
 
 def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, File]) -> None:
-    """Adds the index and the copied files, and renames the directory, on rank 0."""
+    """Adds the index, the copied files and the record of all files, and renames the directory, on rank 0."""
     if missing := [name for name in files if not (partial / name).exists()]:
         raise UserError(
             f"{partial} lacks {missing[0]}, which another node wrote; export to a file system all nodes share"
@@ -227,6 +228,7 @@ def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, F
         atomic_write(partial / INDEX, index_text(by_tensor, sum(sum(file.values()) for file in files.values())))
     for source in copied_files(hf.path):
         shutil.copyfile(source, partial / source.name)
+    record_files(partial)
     for path in (*partial.iterdir(), partial):
         sync(path)
     os.replace(partial, directory)
@@ -234,11 +236,9 @@ def _finish(hf: HFCheckpoint, partial: Path, directory: Path, files: dict[str, F
 
 
 @contextlib.contextmanager
-def _failed_writes() -> Iterator[None]:
+def _failed_writes(directory: Path) -> Iterator[None]:
     """Turns an OSError into a UserError."""
     try:
         yield
     except OSError as failure:
-        raise UserError(
-            f"the export cannot be written ({failure}); check the space and the permissions there"
-        ) from failure
+        raise cannot_write(f"--export-hf: {failure.filename or directory}", failure, "export elsewhere") from failure

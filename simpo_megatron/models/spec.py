@@ -74,6 +74,9 @@ def layer_spec(
     spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if experts is not None:
+        # Checkpoints then have Transformer Engine's name of the norm before experts. Both kinds of layers read it.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention: Any = layer.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

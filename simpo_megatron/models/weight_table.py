@@ -64,7 +64,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
 # Names in Megatron's local spec that differ from the canonical ones: there, norms are separate modules. The norm before
-# experts is a separate module in both specs. Its entry keeps the dense name, which is the local spec's torch_dist key.
+# experts is a separate module in both specs. Its entry keeps the dense name.
 _LOCAL_TO_CANONICAL = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",

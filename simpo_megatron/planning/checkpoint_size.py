@@ -11,13 +11,13 @@ Not counted are 1 to 2 KiB for every tensor that a rank writes.
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpo_megatron.disk import free_bytes, human
+from simpo_megatron.disk import existing_folder, free_bytes, human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.weight_table import WeightEntry
@@ -92,8 +92,34 @@ def checkpoints_of(steps: int, interval: int | None, done: int = 0) -> int:
     return whole + (interval is None or steps % interval > 0)
 
 
+@dataclass(frozen=True)
+class DiskUse:
+    """What a run writes, compared with the space that is free.
+
+    Attributes:
+        lines: about the checkpoints; none where the run writes none.
+        missing: a sentence for every disk without room for one checkpoint and the exported model.
+        warnings: a sentence where the disk has room for one checkpoint, but not for all of the run.
+    """
+
+    lines: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Something that a run writes `count` times; at least one must fit."""
+
+    flag: str
+    folder: Path
+    what: str
+    size: int
+    count: int = 1
+
+
 def check_disk(config: Config, architecture: Architecture, steps: int | None, done: int = 0) -> list[str]:
-    """Compares what a run writes with the space that is free, before its first step.
+    """Makes sure, before the first step of a run, that the disk holds a checkpoint and the exported model.
 
     Args:
         config: of the run.
@@ -102,45 +128,76 @@ def check_disk(config: Config, architecture: Architecture, steps: int | None, do
         done: steps that were taken before the run was resumed.
 
     Returns:
-        A line on the checkpoints; none where the run writes none.
+        Lines about the checkpoints; none where the run writes none.
 
     Raises:
-        UserError: the disk of --save has no room for one checkpoint, or that of --export-hf for the model.
+        UserError: the disk has no room.
     """
-    if config.model.export_hf is not None:
+    use = disk_use(config, architecture, steps, done)
+    for sentence in use.missing:
+        raise UserError(sentence)
+    return [*use.lines, *(f"warning: {text}" for text in use.warnings)]
+
+
+def disk_use(config: Config, architecture: Architecture, steps: int | None, done: int = 0) -> DiskUse:
+    """Compares what a run writes with the space that is free; arguments as for `check_disk`."""
+    save, export, writes, lines = config.checkpoint.save, config.model.export_hf, [], []
+    count = None if steps is None else checkpoints_of(steps, config.checkpoint.save_interval, done)
+    if save is not None and count != 0:
+        size = checkpoint_size(
+            architecture,
+            bf16=config.train.bf16,
+            distributed_optimizer=config.parallel.use_distributed_optimizer,
+            vocabulary_multiple=config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size,
+        )
+        writes.append(_Write("--save", save, "a checkpoint", size.total, count or 1))
+        lines.append(_describe(size, count, config.checkpoint.save_interval, save))
+    if export is not None:
         model = architecture.num_parameters * (2 if config.train.bf16 else 4)
-        _require_space("--export-hf", config.model.export_hf, "the exported model", model)
-    save, interval = config.checkpoint.save, config.checkpoint.save_interval
-    count = None if steps is None else checkpoints_of(steps, interval, done)
-    if save is None or count == 0:
-        return []
-    size = checkpoint_size(
-        architecture,
-        bf16=config.train.bf16,
-        distributed_optimizer=config.parallel.use_distributed_optimizer,
-        vocabulary_multiple=config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size,
-    )
-    free = _require_space("--save", save, "a checkpoint", size.total)
+        writes.append(_Write("--export-hf", export, "the exported model", model))
+    disks: dict[int, list[_Write]] = {}
+    for write in writes:
+        disks.setdefault(os.stat(existing_folder(write.folder)).st_dev, []).append(write)
+    missing = [sentence for disk in disks.values() if (sentence := _missing(disk))]
+    warnings = [] if missing else [sentence for disk in disks.values() if (sentence := _too_many(disk))]
+    return DiskUse(tuple(lines), tuple(missing), tuple(warnings))
+
+
+def _describe(size: CheckpointSize, count: int | None, interval: int | None, save: Path) -> str:
     if count is None:
         written = "one at the end" + ("" if interval is None else f" and one every {interval} steps")
     else:
         written = f"this run writes {count}, {human(count * size.total)} in all"
-    line = f"a checkpoint takes {size}; {written}; {human(free)} are free in {save}"
-    if count is not None and count * size.total > free:
-        line += f", room for {math.floor(free / size.total)}: free space in time, or raise --save-interval"
-    return [line]
+    return f"a checkpoint takes {size}; {written}; {human(free_bytes(save))} are free in {save}"
 
 
-def _require_space(flag: str, folder: Path, what: str, size: int) -> int:
-    """The bytes that are free in a folder.
-
-    Raises:
-        UserError: they are fewer than `size`.
-    """
-    free = free_bytes(folder)
-    if size > free:
-        raise UserError(
-            f"{flag} {folder}: {what} takes {human(size)}, but only {human(free)} are free; free space there, or "
-            f"choose another {flag}"
+def _missing(disk: list[_Write]) -> str | None:
+    """The sentence for a disk that does not hold one of everything."""
+    needed, free = sum(write.size for write in disk), free_bytes(disk[0].folder)
+    if needed <= free:
+        return None
+    if len(disk) == 1:
+        [only] = disk
+        return (
+            f"{only.flag} {only.folder}: {only.what} takes {human(needed)}, but only {human(free)} are free; free "
+            f"space there, or choose another {only.flag}"
         )
-    return free
+    folders = " and ".join(f"{write.flag} {write.folder}" for write in disk)
+    return (
+        f"{folders} are on one disk: {' and '.join(write.what for write in disk)} take {human(needed)}, but only "
+        f"{human(free)} are free; free space there, or choose another disk for one of them"
+    )
+
+
+def _too_many(disk: list[_Write]) -> str | None:
+    """The sentence for a disk that does not hold all checkpoints; the first of its writes are they, if it has any."""
+    first, *others = disk
+    needed, free = sum(write.size * write.count for write in disk), free_bytes(first.folder)
+    if needed <= free:
+        return None
+    room = (free - sum(write.size for write in others)) // first.size
+    beside = "".join(f" beside {write.what}" for write in others)
+    return (
+        f"the disk of {first.flag} {first.folder} has room for {room} of the {first.count} checkpoints of this run"
+        f"{beside}: {human(needed)} are needed, {human(free)} are free; free space in time, or raise --save-interval"
+    )

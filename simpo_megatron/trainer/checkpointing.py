@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,6 +32,7 @@ from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 from simpo_megatron.checkpoint.manifest import check_manifest
 from simpo_megatron.checkpoint.saved_args import megatron_args, namespace
 from simpo_megatron.config.arguments import flat
+from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
@@ -138,13 +140,16 @@ def _save_error(error: BaseException, directory: Path, root: Path) -> UserError:
         shutil.rmtree(directory, ignore_errors=True)
     latest = latest_step(root)
     kept = "no checkpoint was complete yet" if latest is None else f"{iteration_folder(root, latest)} is still complete"
-    return UserError(f"saving {directory} failed: {_reason(error)}; {kept}; free space there, or choose another --save")
+    return UserError(f"{cannot_write(f'--save: {directory}', _first(error), 'choose another --save')}; {kept}")
+
+
+def _first(error: BaseException) -> BaseException:
+    """The failure of the first rank that failed. Ranks other than 0 may have no details."""
+    return next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on the first rank that failed. Ranks other than 0 may have no details."""
-    failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
-    return " ".join(str(failures[0] if failures else error).split())[:400] or type(error).__name__
+    return " ".join(str(_first(error)).split())[:400] or type(error).__name__
 
 
 def load(engine: Engine, directory: Path) -> None:
@@ -168,7 +173,7 @@ def load(engine: Engine, directory: Path) -> None:
     with torch_adam.loadable(engine.optimizer):
         state = _load_strictly(_sharded_state(engine, is_loading=True), directory)
         for index, model in enumerate(engine.models):
-            model.load_state_dict(state["model" if len(engine.models) == 1 else f"model{index}"])
+            _fill(model, state["model" if len(engine.models) == 1 else f"model{index}"])
         engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["opt_param_scheduler"])
     for group, values in zip(engine.optimizer.param_groups, given, strict=True):
@@ -196,19 +201,35 @@ def load_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, directory:
     }
     loaded = _load_strictly(state, directory, weights_alone=True)
     for name, model in zip(names, models, strict=True):
-        model.load_state_dict(loaded[name])
+        _fill(model, loaded[name])
+
+
+# The norm before experts: its name in checkpoints, and the one that runs of Megatron's plain layers wrote in 0.1.
+_NORM, _OLD_NORM = "layers.pre_mlp_layernorm.weight", "layers.mlp.linear_fc1.layer_norm_weight"
+
+
+def _ask_for_saved_names(sharded_state: Any, directory: Path) -> None:
+    """Asks for the norm before experts by its old name where the checkpoint has that one alone."""
+    wanted = [value for value in nested_values(sharded_state) if _NORM in getattr(value, "key", "")]
+    saved = dist_checkpointing.load_tensors_metadata(str(directory)) if wanted else {}
+    for tensor in wanted:
+        old = tensor.key.replace(_NORM, _OLD_NORM)
+        if tensor.key not in saved and old in saved:
+            tensor.key = old
 
 
 def _is_spare(key: str) -> bool:
-    """Keys that only the other layer spec asks for; they are ignored on load.
+    """Keys of a checkpoint that a model may leave unread.
 
-    They are Transformer Engine's empty `_extra_state` and the second name of the norm before experts.
+    They are the empty `_extra_state` of Transformer Engine's layers, and the second name of the norm before experts,
+    which a converted checkpoint has.
     """
-    return "_extra_state" in key or key.endswith("layers.pre_mlp_layernorm.weight")
+    return "_extra_state" in key or key.endswith((_NORM, _OLD_NORM))
 
 
 def _load_strictly(sharded_state: Any, directory: Path, weights_alone: bool = False) -> dict[str, Any]:
     try:
+        _ask_for_saved_names(sharded_state, directory)
         loaded = dist_checkpointing.load(sharded_state, str(directory), strict=StrictHandling.RETURN_ALL)
     except FAILURES as error:
         raise UserError(f"{directory} does not fit this model or cannot be read: {_reason(error)}") from error
@@ -216,7 +237,15 @@ def _load_strictly(sharded_state: Any, directory: Path, weights_alone: bool = Fa
     state, extra, absent = loaded
     ignored = _NO_WEIGHTS if weights_alone else ("rng_state",)
     extra = {key for key in extra if not _is_spare(key) and not key.startswith(ignored)}
+    # Without FP8 an extra state is empty. Megatron's plain norms write none.
+    absent = {key for key in absent if "_extra_state" not in key}
     for keys, fault in ((absent, "lacks"), (extra, "also holds")):
         if names := sorted(key for key in keys if not key.startswith(ignored)):
             raise UserError(f"{directory} {fault} {', '.join(names[:5])} ({len(names)} in all): it is of another model")
     return state
+
+
+def _fill(model: torch.nn.Module, weights: dict[str, Any]) -> None:
+    """Fills a model, which keeps the extra states that the checkpoint lacks."""
+    own = model.state_dict()
+    model.load_state_dict({**{name: own[name] for name in own if name.endswith("_extra_state")}, **weights})

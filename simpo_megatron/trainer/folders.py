@@ -11,6 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from simpo_megatron.checkpoint.folder import TRACKER
+from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
+from simpo_megatron.checkpoint.source import has_weights, model_folder
 from simpo_megatron.config.run import CheckpointConfig, Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.export import check_target
@@ -42,7 +44,20 @@ def check_writable(flag: str, folder: Path) -> None:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror}; choose a folder that can") from error
 
 
-def check_new_run(settings: CheckpointConfig) -> None:
+def check_folders(config: Config) -> None:
+    """Checks the folders that a run writes to, before it trains. The dry run calls it too.
+
+    Raises:
+        UserError: --save holds another run, a checkpoint or a model; --export-hf holds something else than the export
+            of the checkpoint that this run resumes; or the run would write both to one place.
+    """
+    _check_new_run(config.checkpoint)
+    _check_save(config)
+    _check_apart(config)
+    _check_export(config)
+
+
+def _check_new_run(settings: CheckpointConfig) -> None:
     """Keeps a new run from writing into the folder of another run.
 
     Raises:
@@ -63,7 +78,47 @@ def check_new_run(settings: CheckpointConfig) -> None:
         )
 
 
-def check_export(config: Config) -> None:
+def _check_save(config: Config) -> None:
+    """Keeps a run from writing into a model or a checkpoint.
+
+    Raises:
+        UserError: --save is the folder of one.
+    """
+    save, model = config.checkpoint.save, config.model.hf_checkpoint
+    if save is None:
+        return
+    if has_weights(save) or (model is not None and save.resolve() == model_folder(model).resolve()):
+        raise UserError(f"--save {save} is the folder of a model; choose another folder for the run")
+    if (save / FORMAT_FILE).exists():
+        raise UserError(f"--save {save} is the folder of a checkpoint; choose another folder for the run")
+
+
+def _check_apart(config: Config) -> None:
+    """Makes sure that nothing else of the run is written into --export-hf, which must be empty at its end.
+
+    Raises:
+        UserError: --export-hf is, or holds, a place that the run writes to; or it is the place of a checkpoint.
+    """
+    save, export = config.checkpoint.save, config.model.export_hf
+    if export is None:
+        return
+    target, board = export.resolve(), config.log.tensorboard_dir or (save and save / "tensorboard")
+    for flag, folder in (("--save", save), ("--tensorboard-dir", board)):
+        if folder is not None and target in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(
+                f"--export-hf {export} is where the run writes {flag} {folder}; choose a folder for the model alone, "
+                f"such as {folder.with_name(folder.name + '_hf')}"
+            )
+    if save is not None and save.resolve() in target.parents:
+        first = target.relative_to(save.resolve()).parts[0]
+        if first.startswith("iter_"):
+            raise UserError(
+                f"--export-hf {export} is in {first} of --save, the folder of a checkpoint; choose another, such as "
+                f"{save / 'hf'}"
+            )
+
+
+def _check_export(config: Config) -> None:
     """Makes sure that --export-hf is absent, empty, or the export of the checkpoint that this run resumes.
 
     Raises:

@@ -35,7 +35,7 @@ from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
-from simpo_megatron.trainer.folders import check_export, check_new_run, export_record, is_export_of
+from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
 from simpo_megatron.trainer.remarks import remarks
 from simpo_megatron.trainer.resume import check_pairs, find_saved_run, follow, step_to_resume, weights_folder
@@ -57,8 +57,7 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
         UserError: data or checkpoint cannot be read, or the run cannot be resumed; the same on every rank.
     """
     with raise_on_all_ranks():
-        check_new_run(config.checkpoint)
-        check_export(config)
+        check_folders(config)
         saved = find_saved_run(config.checkpoint)
         config, changes = follow(config, saved)
     train_pairs, valid_pairs, messages = load_data(config.data, hf)

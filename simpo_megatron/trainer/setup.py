@@ -1,5 +1,6 @@
 """From a configuration to an engine: the TransformerConfig of a run, its models, and what is done to them before DDP.
 
+    config = name_layers(config)                             # "auto" is Transformer Engine's or Megatron's
     transformer = build_transformer_config(config, hf)       # needs no process group
     initialize(transformer, ...)                             # `distributed.py`
     engine = build_engine(config, hf, transformer, train_iters)
@@ -8,6 +9,8 @@
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -24,6 +27,16 @@ from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer.checkpointing import load_weights
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.resume import step_to_resume, weights_folder
+
+
+def name_layers(config: Config) -> Config:
+    """The configuration with the layers that `--transformer-impl auto` comes to, which checkpoints then record.
+
+    Raises:
+        UserError: Transformer Engine is asked for and not installed.
+    """
+    fused = use_transformer_engine(config.model.transformer_impl)
+    return replace(config, model=replace(config.model, transformer_impl="transformer_engine" if fused else "local"))
 
 
 def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerConfig:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.checkpoint.formats.dtypes import TORCH
-from simpo_megatron.checkpoint.source import has_weights, tensor_bytes
+from simpo_megatron.checkpoint.source import model_folder, tensor_bytes
 from simpo_megatron.checkpoint.to_hf import safetensors_header
 from simpo_megatron.data import InMemoryPairs
 from simpo_megatron.disk import cannot_write, free_bytes, human
@@ -42,20 +42,6 @@ from simpo_megatron.parallel.together import raise_on_all_ranks
 
 RANDOM_PAIRS = "random token ids"  # stands for a source in the settings
 BLOCK = 2**22  # numbers that a thread draws at a time
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
-
-def config_alone(path: Path) -> bool:
-    """Whether --hf-checkpoint is a config.json, or a folder with a config.json and without weights."""
-    if path.is_dir():
-        weights = has_weights(path) or any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-        return (path / "config.json").is_file() and not weights
-    return path.suffix == ".json" and path.is_file()
-
-
-def has_tokenizer(path: Path) -> bool:
-    """Whether a tokenizer lies in the folder of the config.json; `path` as for `config_alone`."""
-    return any((_folder(path) / name).exists() for name in _TOKENIZER)
 
 
 def random_pairs(vocab_size: int, max_length: int, pairs: int, seed: int) -> InMemoryPairs:
@@ -109,10 +95,6 @@ def random_weights(hf: HFCheckpoint, seed: int) -> Iterator[HFCheckpoint]:
         yield found
 
 
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
 def _write(hf: HFCheckpoint, seed: int, stack: ExitStack) -> Path:
     """Writes the checkpoint into a new folder, which `stack` removes.
 
@@ -132,7 +114,7 @@ def _write(hf: HFCheckpoint, seed: int, stack: ExitStack) -> Path:
             f"{hf.path} has no weights: random ones are used, {human(sum(sizes))} in {folder}, removed at the end",
             flush=True,
         )
-        for file in copied_files(_folder(hf.path)):
+        for file in copied_files(model_folder(hf.path)):
             shutil.copyfile(file, folder / file.name)
         shutil.copyfile(hf.path / "config.json" if hf.path.is_dir() else hf.path, folder / "config.json")
         _write_tensors(hf, sizes, folder, seed)

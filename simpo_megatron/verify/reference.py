@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,6 +27,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from simpo_megatron.checkpoint.formats.dtypes import TORCH
+from simpo_megatron.checkpoint.source import tensor_bytes
 from simpo_megatron.data import Pairs
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
@@ -145,8 +148,13 @@ class Reference:
         return config
 
     def _tensor(self, name: str) -> Tensor:
-        with safe_open(str(self.hf.tensors[name].file), framework="pt", device="cpu") as file:
-            return file.get_tensor(name).to(self.device, self.dtype)
+        tensor = self.hf.tensors[name]
+        if tensor.file.suffix == ".safetensors":
+            with safe_open(str(tensor.file), framework="pt", device="cpu") as file:
+                return file.get_tensor(name).to(self.device, self.dtype)
+        # A .bin file: its bytes are read, and nothing in it is unpickled.
+        data = np.fromfile(tensor.file, np.uint8, tensor_bytes(tensor), offset=tensor.start)
+        return torch.from_numpy(data).view(TORCH[tensor.dtype]).view(tensor.shape).to(self.device, self.dtype)
 
     def _layer(self, layer: int) -> Any:
         """A causal model of this one layer, with a final norm that does nothing."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from simpo_megatron.files import WRITTEN
 from tests.support import families as tiny
 from tests.support.checkpoints import PROGRAMS, argv, to_megatron
 from tools import verify_checkpoint
@@ -221,6 +222,8 @@ def test_trained_padding_is_not_dropped_silently(tmp_path: Path, capsys: pytest.
     ("flags", "message"),
     [
         ({"max_memory": "lots"}, "256MiB"),
+        ({"max_memory": "5"}, "--max-memory 5 is 5 bytes; give the unit too, as in 5G"),
+        ({"max_memory": "5MiB", "workers": 2}, "--max-memory 5.0 MiB is too little for 2 workers; give at least 14MiB"),
         ({"shard": "3/2"}, "3/2"),
         ({"tensor_model_parallel_size": 2}, "torch_dist loads at every layout"),
         ({"format": "torch", "tensor_model_parallel_size": 5}, "does not divide"),
@@ -251,7 +254,54 @@ def test_a_folder_that_holds_something_else(
         ("to_hf", {"load": models[1], "hf_reference": models[0]}),
     ):
         check_refused(PROGRAMS[program], argv(save=tmp_path / "out", **flags), "not empty", capsys)
-        check_refused(
-            PROGRAMS[program], argv(save=tmp_path / "out", overwrite=True, **flags), "holds more than", capsys
-        )
+        check_refused(PROGRAMS[program], argv(save=tmp_path / "out", overwrite=True, **flags), "did not write", capsys)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_overwrite_replaces_no_model_that_came_from_elsewhere(
+    models: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names tell nothing: a downloaded model has those of a converted one."""
+    downloaded = tmp_path / "downloaded"
+    shutil.copytree(models[0], downloaded)
+    before = {path.name: path.read_bytes() for path in downloaded.iterdir()}
+    flags = {"load": models[1], "hf_reference": models[0], "overwrite": True}
+    check_refused(PROGRAMS["to_hf"], argv(save=downloaded, **flags), "did not write", capsys)
+    assert {path.name: path.read_bytes() for path in downloaded.iterdir()} == before
+    for folder in (tmp_path / "empty", tmp_path / "out"):
+        assert PROGRAMS["to_hf"](argv(save=folder, **flags)) == 0
+    out = tmp_path / "out"
+    assert PROGRAMS["to_hf"](argv(save=out, **flags)) == 0, "what a conversion wrote is replaced"
+    whole = {path.name for path in out.iterdir()}
+    weights = next(out.glob("*.safetensors"))
+    latest = (out / WRITTEN).stat().st_mtime_ns
+    for change in (
+        lambda: (out / "notes.txt").write_text("x"),
+        lambda: (out / "runs").mkdir(),
+        lambda: os.truncate(weights, weights.stat().st_size + 1),
+        lambda: os.utime(weights, ns=(latest + 1, latest + 1)),  # another model of the same size
+        lambda: (out / WRITTEN).unlink(),
+    ):
+        change()
+        check_refused(PROGRAMS["to_hf"], argv(save=out, **flags), "did not write", capsys)
+        assert {path.name for path in out.iterdir()} | {WRITTEN} >= whole
+        shutil.rmtree(out)
+        shutil.copytree(tmp_path / "empty", out, copy_function=shutil.copy2)
+
+
+def test_overwrite_keeps_what_was_added_to_a_converted_checkpoint(
+    models: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = to_megatron(models[0], tmp_path / "out")
+    (out / "release" / "notes.txt").write_text("x")
+    line = argv(hf_checkpoint=models[0], save=out, overwrite=True)
+    check_refused(PROGRAMS["to_megatron"], line, "did not write", capsys)
+    (out / "release" / "notes.txt").unlink()
+    assert PROGRAMS["to_megatron"](line) == 0
+
+
+def test_a_vocabulary_given_twice(
+    models: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = argv(load=models[1], hf_checkpoint=models[0], vocab_size=5, save=tmp_path / "out")
+    check_refused(PROGRAMS["to_hf"], line, "--vocab-size 5 is for conversions without --hf-checkpoint", capsys)

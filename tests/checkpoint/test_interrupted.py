@@ -206,4 +206,4 @@ def test_resume_notices_another_source(source: Path, tmp_path: Path, capsys: pyt
     assert PROGRAMS["to_megatron"]([*line, "--overwrite"]) == 0
     (tmp_path / "out" / "iter_0000001").mkdir()
     assert PROGRAMS["to_megatron"]([*line, "--overwrite"]) == 2
-    assert "more than a conversion wrote" in capsys.readouterr().err
+    assert "did not write" in capsys.readouterr().err

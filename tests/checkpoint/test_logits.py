@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from simpo_megatron.checkpoint.source import read_source
 from simpo_megatron.checkpoint.to_hf import read_checkpoint
 from tests.support import families as tiny
@@ -31,6 +34,8 @@ def test_layer_by_layer(tmp_path: Path) -> None:
         tiny.make(name, tmp_path / name)
         release = to_megatron(tmp_path / name, tmp_path / f"{name}.megatron") / "release"
         pairs.append(f"{tmp_path / name}:{release}")
+    torch.save(load_file(tmp_path / "llama3" / "model.safetensors"), tmp_path / "llama3" / "pytorch_model.bin")
+    (tmp_path / "llama3" / "model.safetensors").unlink()
     last = read_checkpoint(release, read_source(tmp_path / name))
     stored = next(
         one for one in last.parameters if one.parameter.name.endswith("layers.2.self_attention.linear_proj.weight")

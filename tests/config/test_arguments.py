@@ -162,6 +162,7 @@ SP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
         ),
         (["--head-slab-bytes", "9" * 400], "9 is not a size; give a number of bytes"),
         (["--head-slab-bytes", "0"], "--head-slab-bytes 0 is not a size"),
+        (["--head-slab-bytes", "256"], "--head-slab-bytes 256 is 256 bytes; give the unit too, as in 256M"),
         (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0 must be greater than 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be greater than 0"),
         (["--pipeline-model-parallel-size", "-1"], "--pipeline-model-parallel-size -1 must be greater than 0"),
@@ -271,7 +272,7 @@ def test_what_is_missing(argv: list[str], words: str) -> None:
         parse(argv)
 
 
-@pytest.mark.parametrize("text, size", [("1024", 1024), ("3KiB", 3072), ("256MiB", 2**28), ("2 GiB", 2**31)])
+@pytest.mark.parametrize("text, size", [("1048576", 2**20), ("3KiB", 3072), ("256MiB", 2**28), ("2 GiB", 2**31)])
 def test_sizes(yaml_file: Path, text: str, size: int) -> None:
     assert parse([*ENOUGH, "--head-slab-bytes", text]).model.slab_bytes == size
     assert parse_yaml(yaml_file, f"train_iters: 1\nhead_slab_bytes: {text}").model.slab_bytes == size

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from simpo_megatron.errors import UserError
 from tests.support import families as tiny
+from tests.support.distributed import BOTH
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
@@ -39,7 +41,7 @@ def fail_to_export(source: Path, target: Path, layout: dict[str, Any]) -> str:
     from simpo_megatron.models import export
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     hf, _, models = tiny.build(source, **layout)
     original = export.save_file
@@ -57,6 +59,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 @pytest.mark.parametrize(
     ("name", "world", "layout"),
     [
@@ -145,8 +148,8 @@ def test_a_full_disk_is_an_error_on_every_rank(pool: Any, tmp_path: Path) -> Non
     target = tmp_path / "target"
     messages = pool.run(4, fail_to_export, tmp_path / "source", target, {**TP2, **PP2})
     assert len(set(messages)) == 1
-    assert "No space left" in messages[0]
-    assert "model-00002-of-00002.safetensors" in messages[0]
+    assert "--export-hf: " in messages[0] and "model-00002-of-00002.safetensors cannot be written" in messages[0]
+    assert messages[0].endswith("No space left on device; free space there, or export elsewhere")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

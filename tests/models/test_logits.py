@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support import families as tiny
+from tests.support.distributed import BOTH
 
 LENGTHS = [17, 30, 5]  # the window of the Mistral model is 8, the original context of the Llama 3 model 32
 IDS = torch.randint(0, tiny.VOCAB, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(2))
@@ -34,6 +35,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()  # an expert may get no token
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_every_family_equals_transformers(name: str, pool: Any, tmp_path: Path) -> None:
     model = tiny.make(name, tmp_path)
@@ -58,6 +60,7 @@ def test_every_layout_equals_transformers(name: str, layout: dict[str, Any], poo
         assert error(result, expected) < 1e-5
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 def test_bf16_is_as_close_as_transformers_bf16(pool: Any, tmp_path: Path) -> None:
     half = tiny.make("llama3", tmp_path, torch.bfloat16)
     with torch.no_grad():
@@ -71,6 +74,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 SELECTIVE = {"recompute_granularity": "selective"}
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from simpo_megatron.config.arguments import parse
+from simpo_megatron.disk import human
+from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import read_hf_config
-from simpo_megatron.planning.checkpoint_size import checkpoint_size
+from simpo_megatron.planning.checkpoint_size import check_disk, checkpoint_size, disk_use
 from tests.support.disks import fill, small_disk
 from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, run_main, train
@@ -65,13 +68,39 @@ def test_a_run_says_the_size_and_is_refused_where_it_does_not_fit(
         assert (code, err) == (0, "")
         assert f"a checkpoint takes {size}; this run writes 1" in out and f"free in {disk}/run" in out
         [(code, out, err)] = pool.run(1, run_main, [*argv, "--train-iters", "4", "--save-interval", "1", "--dry-run"])
-        assert code == 0 and "this run writes 4" in out and "room for 1: free space in time" in out
+        assert code == 0 and "this run writes 4" in out
+        assert f"warning: the disk of --save {disk}/run has room for 1 of the 4 checkpoints" in out
         fill(disk, size.total // 2)
-        for more in ([], ["--dry-run"]):
-            [(code, out, err)] = pool.run(1, run_main, [*argv, *more])
-            [line] = err.splitlines()
-            assert code == 2 and f"--save {disk}/run: a checkpoint takes" in line and "free space there" in line
-            assert "step 1" not in out and [path.name for path in disk.iterdir()] == ["filler"]
-        fill(disk, size.weights // 8)
-        [(code, _, err)] = pool.run(1, run_main, [*flags(*inputs, **settings, export_hf=disk / "hf"), "--dry-run"])
-        assert code == 2 and f"--export-hf {disk}/hf: the exported model takes" in err
+        [(code, out, err)] = pool.run(1, run_main, argv)
+        [line] = err.splitlines()
+        assert code == 2 and f"--save {disk}/run: a checkpoint takes" in line and "free space there" in line
+        assert "step 1" not in out and [path.name for path in disk.iterdir()] == ["filler"]
+        [(code, out, err)] = pool.run(1, run_main, [*argv, "--dry-run"])
+        assert (code, err) == (0, ""), "the machine of the dry run may be another one"
+        assert (
+            f"warning: --save {disk}/run: a checkpoint takes" in out and "a run on this machine would end here" in out
+        )
+        assert out.endswith("dry run: nothing is wrong with flags, layout, data and checkpoint\n")
+
+
+def test_the_folders_on_one_disk_are_counted_together(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    architecture = read_hf_config(inputs[0]).architecture
+    size, model = checkpoint_size(architecture, bf16=False).total, architecture.num_parameters * 4
+    with small_disk(tmp_path / "disk", "60m") as disk:
+        both = parse(flags(*inputs, save=disk / "run", export_hf=disk / "hf", save_interval=2))
+        apart = parse(flags(*inputs, save=disk / "run", export_hf=tmp_path / "hf", save_interval=2))
+        fill(disk, size + model // 2)
+        assert not disk_use(apart, architecture, 2).missing
+        [sentence] = disk_use(both, architecture, 2).missing
+        assert f"--save {disk}/run and --export-hf {disk}/hf are on one disk: a checkpoint and the exported" in sentence
+        assert human(size + model) in sentence
+        with pytest.raises(UserError, match="are on one disk"):
+            check_disk(both, architecture, 2)
+        fill(disk, 2 * size + model // 2)
+        assert not disk_use(apart, architecture, 4).warnings
+        [warning] = disk_use(both, architecture, 4).warnings
+        assert "has room for 1 of the 2 checkpoints of this run beside the exported model" in warning
+        assert f"warning: {warning}" in check_disk(both, architecture, 4)
+        fill(disk, model // 2)
+        [sentence] = disk_use(parse(flags(*inputs, export_hf=disk / "hf")), architecture, 1).missing
+        assert f"--export-hf {disk}/hf: the exported model takes" in sentence

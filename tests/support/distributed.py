@@ -7,6 +7,10 @@
 
 A worker imports torch and Megatron once, which takes seconds, and then runs task after task. Each task gets a process
 group of its own and leaves no Megatron state behind. A task that hangs is killed with its pool after `TIMEOUT` seconds.
+
+The workers of a pool have Megatron's plain layers, or a release of Transformer Engine on a CPU (`tests/te_on_cpu`):
+
+    @pytest.mark.parametrize("pool", BOTH, indirect=True)      # the test runs with each
 """
 
 from __future__ import annotations
@@ -20,19 +24,27 @@ from datetime import timedelta
 from typing import Any
 
 import psutil
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import te_on_cpu
+
 TIMEOUT = 150.0
+LOCAL = "local"  # the kind of a pool without Transformer Engine; the other kinds are releases of it
+NEWEST = te_on_cpu.NEWEST
+BOTH = [LOCAL, pytest.param(NEWEST, marks=pytest.mark.te)]
 
 
 class WorkerError(AssertionError):
     """A rank raised; the message is its traceback."""
 
 
-def _serve(rank: int, connection: Any) -> None:
+def _serve(rank: int, kind: str, connection: Any) -> None:
     """Runs in a worker: tasks from the connection, one after the other."""
+    if kind != LOCAL:
+        te_on_cpu.enable(te_on_cpu.folder(kind))
     import torch
     import torch.distributed as dist
 
@@ -79,12 +91,14 @@ class WorkerPool:
     """Worker processes, which start when a task first needs them.
 
     Attributes:
+        kind: `LOCAL`, or the release of Transformer Engine that the workers have.
         workers: process and connection of each rank.
         store: the TCP store through which the process groups meet.
         tasks: how many tasks have run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = LOCAL) -> None:
+        self.kind = kind
         self.context = mp.get_context("spawn")
         self.workers: list[tuple[Any, Any]] = []
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -94,7 +108,7 @@ class WorkerPool:
         while len(self.workers) < size:
             ours, theirs = self.context.Pipe()
             # Not daemonic: Megatron's checkpoint writer starts processes of its own.
-            process = self.context.Process(target=_serve, args=(len(self.workers), theirs))
+            process = self.context.Process(target=_serve, args=(len(self.workers), self.kind, theirs))
             process.start()
             self.workers.append((process, ours))
 
@@ -138,6 +152,14 @@ class WorkerPool:
         for process, _ in self.workers:
             process.join()
         self.workers = []
+
+
+class Pools(dict[str, WorkerPool]):
+    """The pools of the session, by kind. Each starts when a test first needs it."""
+
+    def __missing__(self, kind: str) -> WorkerPool:
+        self[kind] = WorkerPool(kind)
+        return self[kind]
 
 
 class Collectives(TorchDispatchMode):

@@ -67,7 +67,7 @@ NAMES = (
     "quickstart",
     "plot",
 )
-KEEPS = ("to_megatron", "to_hf", "quickstart")  # a work folder for --resume; a folder that the quick start may replace
+KEEPS = ("quickstart",)  # a folder that the quick start may replace
 
 
 @pytest.mark.parametrize("leave", [0, 8 << 10, 100 << 10])

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from simpo_megatron.checkpoint.source import config_alone
 from simpo_megatron.config import arguments
 from simpo_megatron.config.run import CheckpointConfig, OptimizerConfig
 from simpo_megatron.errors import UserError
@@ -217,9 +218,9 @@ def test_data_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_weights_that_are_there_are_never_replaced(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model")
-    assert not random_weights.config_alone(model)
+    assert not config_alone(model)
     shutil.move(model / "model.safetensors", model / "model-00001-of-00002.safetensors")  # the index is missing
-    assert not random_weights.config_alone(model) and not random_weights.config_alone(tmp_path / "nowhere")
+    assert not config_alone(model) and not config_alone(tmp_path / "nowhere")
 
 
 def test_random_weights_and_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

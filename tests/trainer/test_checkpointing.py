@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_step
 from simpo_megatron.errors import UserError
 from simpo_megatron.trainer.folders import check_writable
-from tests.support.distributed import WorkerPool
-from tests.support.runs import flags, read_rows, run_and_read, train
+from tests.support.distributed import BOTH, LOCAL, NEWEST, Pools, WorkerPool
+from tests.support.runs import flags, read_rows, run_and_read, run_main, train
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
 MEASURED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "learning_rate")
@@ -36,6 +36,7 @@ def numbers(rows: list[dict[str, float]]) -> list[list[float]]:
     return [[row[name] for name in MEASURED] for row in rows]
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 @pytest.mark.parametrize(
     "world, layout",
     [
@@ -59,6 +60,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert numbers(resumed) == numbers(whole)
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 def test_resume_in_another_layout(pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     argv = flags(*inputs, train_iters=6, save_interval=3)
     whole = run_and_read(pool, 1, argv, tmp_path / "run")
@@ -70,6 +72,7 @@ def test_resume_in_another_layout(pool: WorkerPool, inputs: tuple[Path, Path], t
         assert all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 def test_experts_and_context_parallelism_resume_too(pool: WorkerPool, tmp_path: Path) -> None:
     """Saved with experts over 2 ranks, resumed with experts split over tensor-parallel ranks and sequences over two."""
     inputs = (
@@ -90,6 +93,60 @@ def test_experts_and_context_parallelism_resume_too(pool: WorkerPool, tmp_path: 
     assert exported[0].keys() == exported[1].keys() == load_tensors(inputs[0]).keys()
     for name, tensor in exported[0].items():
         torch.testing.assert_close(tensor, exported[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("architecture, settings", [("Qwen3", {}), ("Mixtral", EXPERTS)], ids=["dense", "experts"])
+@pytest.mark.parametrize("first, second", [(LOCAL, NEWEST), (NEWEST, LOCAL)], ids=["to te", "to local"])
+def test_a_run_resumes_with_the_other_layers(
+    pools: Pools, tmp_path: Path, architecture: str, settings: dict[str, Any], first: str, second: str
+) -> None:
+    """Installing Transformer Engine, or removing it, between two parts of a run changes nothing but rounding."""
+    model = make_checkpoint(tmp_path / "model", architecture, **settings)
+    data = write_rows(tmp_path / "pairs.jsonl", make_rows(30))
+    argv = flags(model, data, train_iters=4, save_interval=2, tensor_model_parallel_size=2, sequence_parallel=True)
+    whole = run_and_read(pools[first], 2, argv, tmp_path / "run")
+    (tmp_path / "run" / TRACKER).write_text("2")
+    [(code, out, err), _] = pools[second].run(
+        2, run_main, [*argv, "--load", str(tmp_path / "run"), "--save", str(tmp_path / "other")]
+    )
+    assert code == 0, err
+    names = {LOCAL: "local", NEWEST: "transformer_engine"}
+    assert f"resumed with transformer_impl {names[second]}, was {names[first]}" in out
+    resumed = read_rows(tmp_path / "other")
+    for ours, theirs in zip(numbers(resumed), numbers(whole[2:]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def with_the_old_name(argv: list[str]) -> str | None:
+    """On a rank: trains with the name that the norm before experts had in checkpoints of 0.1."""
+    from simpo_megatron.models import spec
+
+    make = spec.get_gpt_layer_local_spec
+
+    class Kept(dict[str, str]):
+        def __delitem__(self, key: str) -> None: ...
+
+    def local_spec(**settings: Any) -> Any:
+        made: Any = make(**settings)
+        made.submodules.sharded_state_dict_keys_map = Kept(made.submodules.sharded_state_dict_keys_map)
+        return made
+
+    spec.get_gpt_layer_local_spec = local_spec
+    try:
+        return train(argv)
+    finally:
+        spec.get_gpt_layer_local_spec = make
+
+
+def test_experts_of_an_older_release_resume(pool: WorkerPool, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS)
+    argv = flags(model, write_rows(tmp_path / "pairs.jsonl", make_rows(30)), train_iters=4, save_interval=2)
+    assert pool.run(1, with_the_old_name, [*argv, "--save", str(tmp_path / "run")]) == [None]
+    whole = read_rows(tmp_path / "run")
+    (tmp_path / "run" / TRACKER).write_text("2")
+    resumed = run_and_read(pool, 1, [*argv, "--load", str(tmp_path / "run")], tmp_path / "other")
+    assert numbers(resumed) == numbers(whole[2:])
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:

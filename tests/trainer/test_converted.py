@@ -12,9 +12,9 @@ import transformers
 
 from simpo_megatron.models.hf_checkpoint import read_hf_config
 from tests.support.checkpoints import same_bits, tensors, to_hf, to_megatron
-from tests.support.distributed import WorkerPool
+from tests.support.distributed import BOTH, LOCAL, NEWEST, WorkerPool
 from tests.support.runs import flags, read_rows, run_and_read, train
-from tests.support.tiny import make_checkpoint, make_rows, write_rows
+from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return model, write_rows(folder / "pairs.jsonl", make_rows(20)), to_megatron(model, folder / "megatron")
 
 
-def test_the_same_run_as_from_the_source(inputs: tuple[Path, Path, Path], pool: WorkerPool, tmp_path: Path) -> None:
-    model, data, converted = inputs
-    argv = flags(model, data, train_iters=2, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+@pytest.fixture(scope="module")
+def experts(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("experts")
+    model = make_checkpoint(folder / "model", "Mixtral", **EXPERTS)
+    return model, inputs[1], to_megatron(model, folder / "megatron")
+
+
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
+@pytest.mark.parametrize("which", ["inputs", "experts"])
+def test_the_same_run_as_from_the_source(
+    request: pytest.FixtureRequest, which: str, pool: WorkerPool, tmp_path: Path
+) -> None:
+    model, data, converted = request.getfixturevalue(which)
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    argv = flags(model, data, train_iters=2, **layout)
     direct = run_and_read(pool, 4, argv, tmp_path / "direct")
     loaded = run_and_read(pool, 4, [*argv, "--load", str(converted)], tmp_path / "loaded")
     for row in (*direct, *loaded):
@@ -49,12 +61,23 @@ def test_another_model_is_refused(inputs: tuple[Path, Path, Path], pool: WorkerP
     assert model != other
 
 
-@pytest.mark.parametrize("optimizer", ["use_distributed_optimizer", "no_use_distributed_optimizer"])
+@pytest.mark.parametrize(
+    "pool, which, optimizer",
+    [
+        (LOCAL, "inputs", "use_distributed_optimizer"),
+        (LOCAL, "inputs", "no_use_distributed_optimizer"),
+        (LOCAL, "experts", "use_distributed_optimizer"),
+        pytest.param(NEWEST, "inputs", "no_use_distributed_optimizer", marks=pytest.mark.te),
+        pytest.param(NEWEST, "experts", "use_distributed_optimizer", marks=pytest.mark.te),
+    ],
+    indirect=["pool"],
+)
 def test_a_run_with_optimizer_state_converts_to_its_export(
-    optimizer: str, inputs: tuple[Path, Path, Path], pool: WorkerPool, tmp_path: Path
+    request: pytest.FixtureRequest, which: str, optimizer: str, pool: WorkerPool, tmp_path: Path
 ) -> None:
-    model, data, _ = inputs
-    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, optimizer: True}
+    model, data, _ = request.getfixturevalue(which)
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
+    layout |= {optimizer: True}
     argv = flags(model, data, train_iters=2, **layout)
     more = ["--save", str(tmp_path / "run"), "--export-hf", str(tmp_path / "export")]
     assert pool.run(4, train, [*argv, *more]) == [None] * 4

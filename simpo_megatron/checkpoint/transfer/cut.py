@@ -10,6 +10,8 @@ from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter, StoredParameter
 from simpo_megatron.checkpoint.transfer.execute import BUFFERS
 from simpo_megatron.checkpoint.transfer.moves import Piece, Rect, TensorMove
+from simpo_megatron.disk import human
+from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFTensor
 from simpo_megatron.models.part_layout import parameter_rows, part_rows
 
@@ -21,8 +23,17 @@ def piece_bytes(max_memory: int, workers: int) -> int:
     """The size of a piece, so that the buffers of all workers stay within `max_memory` bytes.
 
     A worker has `BUFFERS` pieces in flight, one copy of each (strided, or in another dtype), and one piece being read.
+
+    Raises:
+        UserError: `max_memory` has no room for pieces of `SMALLEST_PIECE` bytes.
     """
-    return max(SMALLEST_PIECE, min(LARGEST_PIECE, max_memory // (workers * (2 * BUFFERS + 1))))
+    held = workers * (2 * BUFFERS + 1)
+    if max_memory < held * SMALLEST_PIECE:
+        raise UserError(
+            f"--max-memory {human(max_memory)} is too little for {workers} workers; give at least "
+            f"{math.ceil(held * SMALLEST_PIECE / 2**20)}MiB"
+        )
+    return min(LARGEST_PIECE, max_memory // held)
 
 
 def plan_into_blocks(

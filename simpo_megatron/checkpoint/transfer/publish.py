@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +129,6 @@ def run(conversion: Conversion, options: Options) -> bool:
             _clean_up(conversion)
             return True
         index, count = options.shard
-        check_space(conversion)
         run_units(conversion.units[index::count], conversion.work, options.workers, f"to {conversion.final}")
         return _publish(conversion, identity)
     except OSError as error:
@@ -137,7 +136,11 @@ def run(conversion: Conversion, options: Options) -> bool:
 
 
 def _prepare(conversion: Conversion, options: Options, identity: str) -> bool:
-    """Makes the folder to work in; returns whether the target is complete already."""
+    """Makes the folder to work in; returns whether the target is complete already.
+
+    Raises:
+        UserError: the target is not empty, or the disk has no room. No folder is left that was not there before.
+    """
     if options.overwrite and options.shard[1] > 1:
         raise UserError("--overwrite with --shard would let one node remove what another wrote; empty the folder first")
     _complete_exchange(conversion)
@@ -145,7 +148,10 @@ def _prepare(conversion: Conversion, options: Options, identity: str) -> bool:
     others = [path for path in _listed(root) if path != work]
     if options.overwrite:
         if others and not conversion.replaceable():
-            raise UserError(f"--overwrite: {root} holds more than a conversion wrote; give another --save")
+            raise UserError(
+                f"--overwrite: --save {root} holds files that this program did not write, or that were changed since; "
+                "give another --save, or remove the folder"
+            )
         shutil.rmtree(work, ignore_errors=True)
     elif others:
         published = _published_as(conversion) if options.resume else None
@@ -155,12 +161,22 @@ def _prepare(conversion: Conversion, options: Options, identity: str) -> bool:
         return True
     elif work.exists() and not options.resume and options.shard[1] == 1:
         raise UserError(f"{work} holds an interrupted conversion; --resume goes on, --overwrite starts again")
-    (work / "journal").mkdir(parents=True, exist_ok=True)
-    conversion.data.mkdir(exist_ok=True)
-    if conversion.plan.exists():
-        _check_identity(conversion.plan, identity)
-    else:
-        atomic_write(conversion.plan, json.dumps({"plan": identity}))
+    check_space(conversion)
+    absent = [path for path in (work, *work.parents) if not path.exists()]
+    try:
+        (work / "journal").mkdir(parents=True, exist_ok=True)
+        conversion.data.mkdir(exist_ok=True)
+        if conversion.plan.exists():
+            _check_identity(conversion.plan, identity)
+        else:
+            atomic_write(conversion.plan, json.dumps({"plan": identity}))
+    except OSError:
+        if work in absent and options.shard[1] == 1:  # other nodes may be at work in it
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):
+                for path in absent[1:]:
+                    path.rmdir()
+        raise
     return False
 
 

@@ -26,6 +26,16 @@ def query_groups(config: dict[str, Any]) -> int:
     return required(config, key)
 
 
+def refuse_sliding_window(config: dict[str, Any]) -> None:
+    """Refuses Qwen's `use_sliding_window`, which gives a window to some layers only.
+
+    Raises:
+        UserError: it is set.
+    """
+    fix = "set it to false, which is exact for sequences up to the window's length"
+    refuse(config, "use_sliding_window", False, None, fix=fix)
+
+
 def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of TransformerConfig that every dense family has.
 

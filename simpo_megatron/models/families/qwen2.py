@@ -6,19 +6,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from simpo_megatron.models.architecture import Family, refuse
-from simpo_megatron.models.families.dense import dense_kwargs, dense_weights
+from simpo_megatron.models.architecture import Family
+from simpo_megatron.models.families.dense import dense_kwargs, dense_weights, refuse_sliding_window
 from simpo_megatron.models.megatron_args import default_config
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(
-        config,
-        "use_sliding_window",
-        False,
-        None,
-        fix="set it to false, which is exact for sequences up to the window's length",
-    )
+    refuse_sliding_window(config)
     return {**dense_kwargs(config), "add_qkv_bias": True}
 
 

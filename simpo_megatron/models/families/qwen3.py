@@ -6,19 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from simpo_megatron.models.architecture import Family, refuse
-from simpo_megatron.models.families.dense import dense_kwargs, dense_weights
+from simpo_megatron.models.families.dense import dense_kwargs, dense_weights, refuse_sliding_window
 from simpo_megatron.models.megatron_args import default_config
 from simpo_megatron.models.weight_table import WeightEntry
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(
-        config,
-        "use_sliding_window",
-        False,
-        None,
-        fix="set it to false, which is exact for sequences up to the window's length",
-    )
+    refuse_sliding_window(config)
     refuse(config, "attention_bias", False, None, fix="only Qwen3 models without biases run")
     # Qwen3's heads are 128 wide by default, independent of the hidden size.
     return {**dense_kwargs({"head_dim": 128, **config}), "qk_layernorm": True}

@@ -6,20 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from simpo_megatron.models.architecture import Family, refuse, required
-from simpo_megatron.models.families.dense import dense_weights
+from simpo_megatron.models.families.dense import dense_weights, refuse_sliding_window
 from simpo_megatron.models.families.moe import moe_feed_forward, moe_kwargs
 from simpo_megatron.models.megatron_args import default_config, expert_config
 from simpo_megatron.models.weight_table import WeightEntry
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(
-        config,
-        "use_sliding_window",
-        False,
-        None,
-        fix="set it to false, which is exact for sequences up to the window's length",
-    )
+    refuse_sliding_window(config)
     refuse(config, "attention_bias", False, None, fix="only Qwen3 models without biases run")
     refuse(config, "decoder_sparse_step", 1, fix="only models with experts in every layer run")
     refuse(config, "mlp_only_layers", [], None, fix="only models with experts in every layer run")
