@@ -32,6 +32,7 @@ config/         the settings: flags, YAML file, presets
 trainer/        processes, engine, checkpoints, logging, and the training loop
 planning/       memory and pipeline bubble of a layout before it runs
 verify/         a layout compared with Hugging Face: log-probs, loss, every gradient
+self_test/      everything above with tiny models, in one table: what works on this machine
 
 Used by all:
 

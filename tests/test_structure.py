@@ -34,7 +34,7 @@ FLOORS = (
     ("checkpoint", "step", "planning"),
     ("trainer",),
     ("verify", "dry_run", "megatron_lm"),
-    ("train",),
+    ("train", "self_test"),
 )
 # What can be imported where a package is absent: the modules, and the packages that nothing they import may import.
 WITHOUT = {

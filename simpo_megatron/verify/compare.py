@@ -36,7 +36,13 @@ from simpo_megatron.verify.report import Difference, Report, allowed_error, larg
 from simpo_megatron.verify.shards import ShardErrors, complete_gradients
 
 
-def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> Report | None:
+def compare(
+    engine: Engine,
+    hf: HFCheckpoint,
+    pairs: Pairs,
+    config: Config,
+    reference_device: torch.device | str | None = None,
+) -> Report | None:
     """Runs layout and reference, and compares them. Every rank calls it.
 
     Collectives: those of a training step; a gather of the sums; for each tensor of the checkpoint a broadcast of its
@@ -47,6 +53,7 @@ def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> R
         hf: the checkpoint.
         pairs: of the data; the first global batch of their order is used.
         config: of the run.
+        reference_device: where the reference runs on rank 0; None for the device of the layout.
 
     Returns:
         The report on rank 0, None on the others.
@@ -64,7 +71,8 @@ def compare(engine: Engine, hf: HFCheckpoint, pairs: Pairs, config: Config) -> R
     found = _gather(seen)
 
     errors = ShardErrors(engine, hf)
-    expected = _Expected(hf, pairs, indices.tolist(), config) if dist.get_rank() == 0 else None
+    device = torch.device(reference_device or torch.cuda.current_device())
+    expected = _Expected(hf, pairs, indices.tolist(), config, device) if dist.get_rank() == 0 else None
     for name, gradient in _broadcast_gradients(expected):
         errors.add(name, gradient)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -96,9 +104,10 @@ def _gather(seen: SeenSums) -> dict[int, list[tuple[list[float], list[int]]]]:
 class _Expected:
     """The side of the reference, on rank 0 alone."""
 
-    def __init__(self, hf: HFCheckpoint, pairs: Pairs, indices: list[int], config: Config) -> None:
+    def __init__(
+        self, hf: HFCheckpoint, pairs: Pairs, indices: list[int], config: Config, device: torch.device
+    ) -> None:
         self.pairs, self.indices, self.config = pairs, indices, config
-        device = torch.device(torch.cuda.current_device())
         self.reference = Reference(hf, torch.float32, device)
         self.sums, self.loss, self.slopes = self._loss(self.reference)
         self.rounded = Reference(hf, torch.bfloat16, device) if config.train.bf16 else None
@@ -233,7 +242,7 @@ def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tens
             return
         if expected is None:
             tensor = torch.empty(header[1], device=torch.cuda.current_device())
-        tensor = tensor.contiguous()
+        tensor = tensor.to(torch.cuda.current_device()).contiguous()
         dist.broadcast(tensor, src=0)
         yield header[0], tensor
 

@@ -1,0 +1,1 @@
+"""Tests of `simpo_megatron/self_test` and `tools/self_test.py`."""
