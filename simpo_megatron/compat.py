@@ -45,10 +45,7 @@ def adam() -> str:
 
 
 def have_fused_weight_gradient() -> bool:
-    """Whether Apex's kernel for `gradient_accumulation_fusion` is installed.
-
-    The output layer needs it with Transformer Engine's layers too.
-    """
+    """Whether Apex's kernel for `gradient_accumulation_fusion` in Megatron's own linear layers is installed."""
     return _importable("fused_weight_gradient_mlp_cuda")
 
 

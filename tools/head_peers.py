@@ -18,6 +18,8 @@ import torch
 from head_oracle import lay_out, oracle
 from torch import Tensor
 
+from simpo_megatron.objectives.simpo import simpo_slopes
+
 BETA, GAMMA = 2.0, 1.0
 
 
@@ -121,6 +123,12 @@ class Problem:
         means_PM = BETA * sums_PM / self.shape.response
         return -torch.nn.functional.logsigmoid(means_PM[:, 0] - means_PM[:, 1] - GAMMA).sum() / self.shape.pairs
 
+    def pair_slopes(self, sums_PM: Tensor) -> Tensor:
+        """Its derivative with respect to each sum, as training gives it to our head."""
+        means_PM = sums_PM / self.shape.response
+        slopes_P = simpo_slopes(means_PM[:, 0], means_PM[:, 1], beta=BETA, gamma_P=GAMMA)
+        return torch.stack((slopes_P, -slopes_P), 1) / (self.shape.response * self.shape.pairs)
+
     def loss_of_logps(self, logps_R: Tensor) -> Tensor:
         """The loss from the log-probs of the response tokens."""
         return self.pair_loss(logps_R.view(self.shape.pairs, 2, self.shape.response).sum(2))
@@ -200,6 +208,7 @@ def ours(problem: Problem) -> Tensor:
         vocab_size=shape.vocab,
         loss=problem.pair_loss,
         loss_gradient=1.0,
+        slopes=problem.pair_slopes,
     )
     with head.scoring(task):
         return split_output(head(problem.hidden_TH[:, None])[0], 2)[0]

@@ -151,6 +151,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     import torch.distributed as dist
 
     from simpo_megatron.checkpoint.source import config_alone, read_model
+    from simpo_megatron.parallel.together import host_group
     from simpo_megatron.trainer.data import load_data
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
     from simpo_megatron.trainer.setup import build_engine, build_transformer_config
@@ -185,7 +186,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
             # JSON has no NaN; it is written as a string.
             content = json.loads(json.dumps(_as_json(report, config)), parse_constant=str)
             write_report("--json", report_file, json.dumps(content, indent=1) + "\n")
-    dist.broadcast_object_list(passed, src=0)
+    dist.broadcast_object_list(passed, src=0, group=host_group())
     if started_here:
         shut_down()
     return 0 if passed[0] else 1

@@ -7,16 +7,20 @@ from typing import Any
 from simpo_megatron.objectives import OBJECTIVES
 from simpo_megatron.settings import require
 
-# Setting the key in a higher layer (flags over file over preset) drops the lower layers' value of the other setting.
-# The two are two ways to set one thing, or the default of the other follows from the key.
-DROPS = {
-    "train_iters": "train_epochs",
-    "train_epochs": "train_iters",
-    "max_length": "max_prompt_length",
-    "fp32": "bf16",
-    "bf16": "fp32",
-    **{name: other for cls in OBJECTIVES.values() for name, other in cls.drops.items()},
-}
+
+def drops() -> dict[str, str]:
+    """Settings that drop another one: a higher layer that sets the key drops the lower layers' value of the other.
+
+    The two are two ways to set one thing, or the default of the other follows from the key.
+    """
+    return {
+        "train_iters": "train_epochs",
+        "train_epochs": "train_iters",
+        "max_length": "max_prompt_length",
+        "fp32": "bf16",
+        "bf16": "fp32",
+        **{name: other for cls in OBJECTIVES.values() for name, other in cls.drops.items()},
+    }
 
 
 def layered(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def layered(*layers: dict[str, Any]) -> dict[str, Any]:
             not (layer.get("fp32") and layer.get("bf16")),
             "--fp32 and --bf16 are both on; give one of them, by a flag or in the file",
         )
-        for name, other in DROPS.items():
+        for name, other in drops().items():
             if is_set(layer.get(name)):
                 settings.pop(other, None)
         settings |= layer
@@ -54,4 +58,4 @@ def in_place_of(name: str, settings: dict[str, Any]) -> str | None:
     """
     if is_set(settings.get(name)):
         return None
-    return next((key for key, other in DROPS.items() if other == name and is_set(settings.get(key))), None)
+    return next((key for key, other in drops().items() if other == name and is_set(settings.get(key))), None)

@@ -37,7 +37,7 @@ from simpo_megatron.models.hf_checkpoint import (
 )
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
 from simpo_megatron.models.weight_table import OUTPUT, WeightEntry
-from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 
 File = dict[str, int]  # the tensors of one file by name, with their bytes
 
@@ -71,7 +71,7 @@ def export_hf(
     """
     directory = Path(directory)
     name: list[str | None] = [_partial_name(directory)]
-    dist.broadcast_object_list(name, src=0)
+    dist.broadcast_object_list(name, src=0, group=host_group())
     partial = directory.with_name(str(name[0]))
     with raise_on_all_ranks(), _failed_writes(directory):
         if dist.get_rank() == 0:
@@ -85,7 +85,7 @@ def export_hf(
     halves = [[place for place in placed if bool(place.entry.experts) == experts] for experts in (False, True)]
     written = [assign_files(half, max_file_bytes) if half and half[0].group.rank() == 0 else [] for half in halves]
     ranks: list[list[File]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, [*written[0], *written[1]])
+    dist.all_gather_object(ranks, [*written[0], *written[1]], group=host_group())
     names = file_names(sum(map(len, ranks)))
 
     errors, first = [], sum(map(len, ranks[: dist.get_rank()]))

@@ -38,7 +38,7 @@ from simpo_megatron.models.hf_checkpoint import (
     read_hf_checkpoint,
     split_files,
 )
-from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 
 RANDOM_PAIRS = "random token ids"  # stands for a source in the settings
 BLOCK = 2**22  # numbers that a thread draws at a time
@@ -82,7 +82,7 @@ def random_weights(hf: HFCheckpoint, seed: int) -> Iterator[HFCheckpoint]:
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 made[0] = _write(hf, seed, stack)
-        dist.broadcast_object_list(made, src=0)
+        dist.broadcast_object_list(made, src=0, group=host_group())
         folder = made[0]
         assert folder is not None, "rank 0 has written"
         with raise_on_all_ranks():
