@@ -208,13 +208,6 @@ def enable() -> None:
 
     _replace(random, "_get_cuda_rng_state", _get_rng_state)
     _replace(random, "_set_cuda_rng_state", _set_rng_state)
-    run_backward = torch.autograd._engine_run_backward
-
-    def with_mode(*args: Any, **kwargs: Any) -> Any:
-        with _CudaMeansCpu():
-            return run_backward(*args, **kwargs)
-
-    _replace(torch.autograd, "_engine_run_backward", with_mode)
     mode = _CudaMeansCpu()
     mode.__enter__()
     _undo.append(lambda: mode.__exit__(None, None, None))

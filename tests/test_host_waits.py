@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.distributed import WorkerPool
+from simpo_megatron import compat
+from tests.support.distributed import BOTH, LOCAL, WorkerPool
 from tests.support.steps import CASES, build_engine, command_line
 from tests.support.tiny import EXPERTS, make_checkpoint
 from tests.test_layouts import CP2, EP2, PP2, SP, VPP
@@ -25,8 +26,6 @@ from tests.test_layouts import CP2, EP2, PP2, SP, VPP
 METHODS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 FUNCTIONS = ((torch.cuda, "synchronize"), (torch, "nonzero"), (torch.autograd, "backward"), (torch.autograd, "grad"))
 
-# The head differentiates the objective after every slab.
-HEAD = ("simpo_megatron.head.slabs", "grad")
 # The backward pass of a microbatch.
 BACKWARD = ("megatron.core.pipeline_parallel.schedules", "backward")
 # Megatron's rotary embedding on plain torch reads the lengths of the sequences; Transformer Engine's kernel does not.
@@ -45,14 +44,22 @@ EXPERT = {
     ("megatron.core.transformer.moe.moe_utils", "tolist"),
     ("megatron.core.tensor_parallel.mappings", "tolist"),
 }
+# Transformer Engine's experts read the sizes once more.
+TE_EXPERT = ("transformer_engine.pytorch.module.grouped_linear", "tolist")
+NO_PERMUTE = {"no_moe_permute_fusion": True}  # a Triton kernel
 
 
 def caller() -> str:
-    """The nearest module of ours or of Megatron's that a call comes from; that of a test's worker does not count."""
+    """The nearest module of ours, of Megatron's or of Transformer Engine's that a call comes from.
+
+    A worker of the tests does not count, and neither do the functions that stand for kernels.
+    """
     frame = sys._getframe(2)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith(("megatron.", "simpo_megatron.")) and name != "simpo_megatron.cpu":
+        if name.startswith("tests.te_on_cpu.") and frame.f_code.co_name not in ("with_modes", "__torch_function__"):
+            return "kernel"
+        if name.startswith(("megatron.", "simpo_megatron.", "transformer_engine.")) and name != "simpo_megatron.cpu":
             return name
         frame = frame.f_back  # type: ignore[assignment]
     return "nobody"
@@ -83,10 +90,18 @@ def watched(found: Counter[tuple[str, str]]) -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-def waits_of_a_step(checkpoint: Path, layout: dict[str, Any]) -> tuple[int, dict[tuple[str, str], int]]:
-    """On a rank: the microbatches of a step, and what its schedule waits for."""
+def waits_of_a_step(checkpoint: Path, layout: dict[str, Any]) -> dict[tuple[str, str], int]:
+    """On a rank: what the schedule of a step waits for."""
+    from simpo_megatron.models import build, fusions  # `build` takes the name `on_gpu` when it is imported
+
     case = CASES["sigmoid"]
-    engine, _ = build_engine(command_line(checkpoint, {**layout, **case.loss}))
+    on_gpu = fusions.on_gpu
+    assert build.on_gpu is on_gpu
+    fusions.on_gpu = compat.have_transformer_engine  # its fused kernels, which a GPU turns on
+    try:
+        engine, _ = build_engine(command_line(checkpoint, {**layout, **case.loss}))
+    finally:
+        fusions.on_gpu = on_gpu
     batch = engine.packer.pack(case.pairs, np.array(case.indices))
     found: Counter[tuple[str, str]] = Counter()
     real = engine.run_schedule
@@ -97,9 +112,10 @@ def waits_of_a_step(checkpoint: Path, layout: dict[str, Any]) -> tuple[int, dict
 
     engine.run_schedule = schedule  # type: ignore[assignment]
     engine.compute_gradients(batch)
-    return len(batch.microbatches), dict(found)
+    return {call: times for call, times in found.items() if call[0] != "kernel"}
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 @pytest.mark.parametrize(
     ("model", "world", "layout", "megatron"),
     [
@@ -121,6 +137,8 @@ def test_a_step_waits_for_nothing_of_ours(
     megatron: set[tuple[str, str]],
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "model", model, **(EXPERTS if model == "Mixtral" else {}))
-    for _, found in pool.run(world, waits_of_a_step, checkpoint, layout):
-        assert not {call for call in found if call[0].startswith("simpo_megatron.")} - {HEAD}
-        assert found.keys() - {HEAD, BACKWARD} == megatron
+    if pool.kind != LOCAL:
+        megatron = megatron - ROPE | ({TE_EXPERT} if model == "Mixtral" else set())
+    for found in pool.run(world, waits_of_a_step, checkpoint, {**layout, **NO_PERMUTE}):
+        assert not {call for call in found if call[0].startswith("simpo_megatron.")}
+        assert found.keys() - {BACKWARD} == megatron

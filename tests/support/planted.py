@@ -55,7 +55,10 @@ def planted(mistake: str) -> Iterator[None]:
         ],
         "plain all-reduce": [(step, "vocab_parallel_logprobs", plain_all_reduce)],
         "hidden gradient not reduced": [(layer, "_reduce", lambda grad_TH, _head: grad_TH)],
-        "mean of means": [(step, "batch_loss", lambda *a, _f=step.batch_loss: _mean_of_means(_f, *a))],
+        "mean of means": [
+            (step, name, lambda *a, _f=getattr(step, name): _mean_of_means(_f, *a))
+            for name in ("batch_loss", "batch_slopes")
+        ],
         "context factor dropped": [(step, "sum_over_context", _without_context_factor)],
     }[mistake]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
@@ -68,13 +71,13 @@ def planted(mistake: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _mean_of_means(batch_loss: Any, objective: Any, batch: Any, sums_PM: Tensor) -> Any:
+def _mean_of_means(share_of_loss: Any, objective: Any, batch: Any, sums_PM: Tensor) -> Any:
     """Every microbatch divides by its own number of pairs, and the schedule by microbatches and ranks."""
     from megatron.core import parallel_state
 
     rows = 3  # of the test's batch
     share = max(1, len(batch.weight)) * max(rows, parallel_state.get_data_parallel_world_size())
-    return batch_loss(objective, batch, sums_PM) * batch.counts.pairs / share
+    return share_of_loss(objective, batch, sums_PM) * batch.counts.pairs / share
 
 
 def _without_context_factor(sums_PM: Tensor) -> Tensor:

@@ -85,3 +85,27 @@ def thd_grad_correction(grad: Tensor, step: Tensor, cu_seqlens: Tensor, *how: st
             continue
         value = step[index] if whole else step.narrow(dim, 0, len(rows))
         grad[index] = value if action == "copy" else grad[index] + value
+
+
+def _rank_order(cu_seqlens: Tensor, cp_size: int) -> Tensor:
+    """The rows of whole sequences in the order of the ranks: each holds two chunks of every sequence."""
+    spans = [torch.arange(a, b).chunk(2 * cp_size) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]
+    return torch.cat([chunks[i] for rank in range(cp_size) for chunks in spans for i in (rank, 2 * cp_size - 1 - rank)])
+
+
+def thd_sequence_order_to_cp_rank_order(x: Tensor, cu_seqlens: Tensor, cp_size: int, rows: int) -> Tensor:
+    """Gathered rows in the order of the ranks."""
+    return x[_rank_order(cu_seqlens, cp_size)]
+
+
+def thd_cp_rank_order_to_sequence_order(x: Tensor, cu_seqlens: Tensor, cp_size: int, rows: int) -> Tensor:
+    """The inverse."""
+    return x[_rank_order(cu_seqlens, cp_size).argsort()]
+
+
+def thd_copy_valid_tokens_from_per_split_to_rank_local(
+    out: Tensor, split: Tensor, starts: Tensor, cu_seqlens: Tensor
+) -> None:
+    """Copies the rows that a step computed, from where each sequence starts."""
+    for start, length in zip(starts.tolist(), cu_seqlens.diff().tolist(), strict=False):
+        out[start : start + length] = split[start : start + length]

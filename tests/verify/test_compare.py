@@ -14,7 +14,7 @@ from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.verify.reference import Reference
 from simpo_megatron.verify.report import TOLERANCE
 from tests.support import families
-from tests.support.distributed import WorkerPool
+from tests.support.distributed import BOTH, WorkerPool
 from tests.support.pairs import make_pairs
 from tests.support.planted import PLANTED, planted
 from tests.support.runs import flags
@@ -50,6 +50,7 @@ def command_line(inputs: dict[str, Path], model: str, settings: dict[str, Any]) 
     return flags(inputs[model], inputs["data"], **{"seq_length": SEQ_LENGTH, **of_training, **settings})
 
 
+@pytest.mark.parametrize("pool", BOTH, indirect=True)
 @pytest.mark.parametrize(
     "model, world, settings",
     [
