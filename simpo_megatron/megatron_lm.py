@@ -31,7 +31,7 @@ from torch import Tensor
 
 from simpo_megatron.batch.packer import RowPacker
 from simpo_megatron.batch.row import PreferenceBatch
-from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective
+from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective, check_owner
 from simpo_megatron.config.data import OPTIONS, DataConfig
 from simpo_megatron.config.megatron_lm import check_values, moe_aux_loss_coeff, notes
 from simpo_megatron.config.run import ModelConfig

@@ -92,7 +92,9 @@ TRL = {
     "logging_dir": Counterpart(("tensorboard_dir",)),
     "report_to": Counterpart(("tensorboard_dir", "wandb_project"), "TensorBoard is on with `--save`"),
     "push_to_hub": Counterpart((), "nothing is uploaded; `--export-hf` writes a local folder"),
-    "precompute_ref_log_probs": Counterpart((), "SimPO has no reference model"),
+    "precompute_ref_log_probs": Counterpart(
+        ("reference_checkpoint",), "reference log-probs are always computed once, before the first step"
+    ),
 }
 SIMPO_REPOSITORY = {
     "gamma": Counterpart(("simpo_gamma",), "absolute, in units of reward"),

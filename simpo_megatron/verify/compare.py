@@ -271,6 +271,7 @@ def reference_scores(pairs: Pairs, indices: list[int], sums_PM: Tensor) -> PairS
 
 def reference_loss(objective: Objective, scores: PairScores) -> Tensor:
     """The loss of a whole batch in float64, in one process."""
-    loss = -objective.nll_weight * scores.sums_PM[:, 0].sum() / scores.lengths_PM[:, 0].sum()
+    sums_P, tokens = scores.sums_PM[:, 0], scores.lengths_PM[:, 0].sum().item()
+    loss = -objective.nll_factor(len(sums_P), tokens) * sums_P.sum()
     losses_P = objective.pair_losses(scores)
     return loss if losses_P is None else loss + (scores.weight_P * losses_P).mean()
