@@ -258,14 +258,14 @@ def reference_scores(pairs: Pairs, indices: list[int], sums_PM: Tensor) -> PairS
     Returns:
         Scores whose lengths are counted in the data, not in a packed row.
     """
-    responses, known = sums_PM.shape[1], pairs.reference_sums
+    responses, known_PM = sums_PM.shape[1], pairs.reference_sums(np.asarray(indices, np.int64))
     lengths = [[len(response) for response in pairs.pair(index)[1 : 1 + responses]] for index in indices]
     return PairScores(
         sums_PM=sums_PM,
         lengths_PM=torch.tensor(lengths, dtype=torch.float64),
         margin_P=torch.from_numpy(pairs.columns["margin"][indices]).double(),
         weight_P=torch.from_numpy(pairs.columns["weight"][indices]).double(),
-        reference_sums_PM=None if known is None else torch.from_numpy(known[indices, :responses]).double(),
+        reference_sums_PM=torch.from_numpy(known_PM[:, :responses]).double(),
     )
 
 
