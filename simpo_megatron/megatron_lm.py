@@ -241,9 +241,9 @@ def _with_reference(args: Any, pairs: Pairs) -> Pairs:
     found = known_reference(pairs, hf_checkpoint(args).path, "bf16" if args.bf16 else "fp32")
     if found is None:
         raise UserError(
-            f"--objective {objective(args).name} compares with a reference model, and the data has no log-probs of one; "
-            "prepare it with tools/preprocess_preferences.py and score it with tools/score_reference.py, or give the "
-            "rows the columns ref_chosen_logps and ref_rejected_logps"
+            f"--objective {objective(args).name} compares with a reference model, and the data has no log-probs of "
+            "one; prepare it with tools/preprocess_preferences.py and score it with tools/score_reference.py, or give "
+            "the rows the columns ref_chosen_logps and ref_rejected_logps"
         )
     return found
 

@@ -1,6 +1,6 @@
-"""Computes the log-probs of a prepared set under a reference model, and writes them beside it.
+r"""Computes the log-probs of a prepared set under a reference model, and writes them beside it.
 
-    torchrun --nproc-per-node 4 tools/score_reference.py --hf-checkpoint REFERENCE --data PREFIX \\
+    torchrun --nproc-per-node 4 tools/score_reference.py --hf-checkpoint REFERENCE --data PREFIX \
         --tensor-model-parallel-size 2 --seq-length 4096
 
 It writes PREFIX.reference, which training with --objective dpo and the like reads. It takes the flags of the layout and

@@ -115,7 +115,7 @@ class Pairs(ABC):
         return pairs_of_batch(position, batch, len(self), seed, shuffle)
 
     def reference_sums(self, indices: np.ndarray) -> np.ndarray:
-        """Summed log-probs of some pairs under a reference model, float32 [len(indices), 2], chosen first; NaN: none."""
+        """Summed log-probs under a reference model, float32 [len(indices), 2], chosen first; NaN: there are none."""
         return np.stack([self.columns[name][indices] for name in REFERENCE], axis=1).astype(np.float32)
 
     def with_reference_sums(self, sums_PM: np.ndarray) -> Pairs:

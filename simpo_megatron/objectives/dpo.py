@@ -6,8 +6,9 @@ With u = log pi(y | x) / pi_ref(y | x), summed over the tokens of a response, an
     LN-DPO  (arXiv 2405.14734)    loss = -log sigmoid(beta * (u_w / |w| - u_l / |l|))
     R-DPO   (arXiv 2403.19159)    loss = -log sigmoid(beta * (u_w - u_l) + alpha * (|w| - |l|))
 
-The sign of alpha: R-DPO subtracts alpha * |y| from the reward that the policy maximises. The reward that a policy stands
-for is then beta * u + alpha * |y|. So a longer chosen response has a part of its margin already, and is pushed less.
+The sign of alpha: R-DPO subtracts alpha * |y| from the reward that the policy maximises. The reward that a policy
+stands for is then beta * u + alpha * |y|. So a longer chosen response has a part of its margin already, and is
+pushed less.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ With u = log pi(y | x) / pi_ref(y | x), summed over the tokens of a response, an
     --ipo-form average    loss = (u_w / |w| - u_l / |l| - 1 / (2 beta))^2
     --ipo-form sum        loss = (u_w - u_l - 1 / (2 beta))^2
 
-The averages are TRL's form, which the authors of IPO confirmed to TRL. The tables of the SimPO paper print sums. beta is
-TRL's name for the paper's tau.
+The averages are TRL's form, which the authors of IPO confirmed to TRL. The tables of the SimPO paper print sums.
+beta is TRL's name for the paper's tau.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def _averages(scores: PairScores) -> Tensor:
 
 
 def log_odds_ratios(scores: PairScores) -> Tensor:
-    """log odds(w) - log odds(l), [P]."""
+    """The log-odds of the chosen response minus those of the rejected one, [P]."""
     averages_PM = _averages(scores)
     log_odds_PM = averages_PM - torch.log(-torch.expm1(averages_PM))
     return log_odds_PM[:, 0] - log_odds_PM[:, 1]

@@ -149,9 +149,9 @@ class _Finder:
                 sums = None if file.missing else file.sums
             if dist.get_rank() == 0 and sums is None and self.checkpoint is None:
                 raise UserError(
-                    f"{path} is missing: a resumed run cannot compute the reference log-probs of its {name} pairs, because "
-                    "its weights are no longer those it started from; copy the file there, or give the reference model "
-                    "as --reference-checkpoint from the start"
+                    f"{path} is missing: a resumed run cannot compute the reference log-probs of its {name} pairs, "
+                    "because its weights are no longer those it started from; copy the file there, or give the "
+                    "reference model as --reference-checkpoint from the start"
                 )
         sums = broadcast_sums(sums)
         if sums is None:
@@ -257,6 +257,6 @@ def _check_tokenizer(checkpoint: Path, reference: HFCheckpoint, hf: HFCheckpoint
     both = [fingerprint(load_tokenizer(one.path), ())["tokenizer"] for one in (reference, hf)]
     if both[0] != both[1]:
         raise UserError(
-            f"--reference-checkpoint {checkpoint} has another tokenizer than --hf-checkpoint {hf.path}, so the ids of the "
-            "pairs mean something else to it; give a reference model with the same tokenizer"
+            f"--reference-checkpoint {checkpoint} has another tokenizer than --hf-checkpoint {hf.path}, so the ids of "
+            "the pairs mean something else to it; give a reference model with the same tokenizer"
         )

@@ -2,6 +2,8 @@
 
 engine = ScoringEngine.build(config, hf, transformer)       # or the engine of the run
 score_missing(engine, pairs, training_batches(pairs, config), file, sums, "Scoring")
+
+Every rank calls these functions. `reference.py` decides when.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class ScoringEngine(Engine):
 
 
 def training_batches(pairs: Pairs, config: Config) -> list[np.ndarray]:
-    """The batches of the first epoch. A batch that begins in the epoch is whole, so that it is packed as in training."""
+    """The batches of the first epoch. The last one may reach into the second epoch, as it does in training."""
     size = config.train.global_batch_size
     return [pairs.order(start, size, config.train.seed) for start in range(0, len(pairs), size)]
 

@@ -1,6 +1,8 @@
 """What reference log-probs are made of, and those that the data brings along.
 
 train = known_reference(pairs, weights, "bf16")       # None where the data has none
+
+A file of log-probs is refused where its fingerprints of weights, tokenizer, template or tokens are others.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ def has_columns(pairs: Pairs) -> bool:
     if known.any() and not known.all():
         row = int(pairs.columns["row"][:][~known][0])
         raise UserError(
-            f"{int((~known).sum())} of {len(pairs)} pairs have no `ref_chosen_logps` and `ref_rejected_logps`, first the "
-            f"pair of row {row}; give them to all pairs, or to none"
+            f"{int((~known).sum())} of {len(pairs)} pairs have no `ref_chosen_logps` and `ref_rejected_logps`, first "
+            f"the pair of row {row}; give them to all pairs, or to none"
         )
     return bool(known.all())
 

@@ -22,7 +22,10 @@ EVERY = [
     SimPO(simpo_beta=10.0, simpo_label_smoothing=0.1),
     SimPO(simpo_loss_type="hinge"),
     SimPO(simpo_sft_weight=0.3),
+    SimPO(simpo_length_normalization=False, nll_weight=0.2, nll_normalizer="pair"),
     SFT(),
+    SFT(nll_weight=0.5, nll_normalizer="pair"),
+    *(kind() for name, kind in OBJECTIVES.items() if name not in ("simpo", "sft")),
 ]
 
 
@@ -33,9 +36,10 @@ def random_batch(responses: int) -> tuple[Any, Tensor]:
     margin = torch.full((20,), torch.nan)
     margin[::3] = torch.rand(7, generator=generator)
     weight = (torch.arange(20) % 4) / 2
+    known = -lengths * 3 * torch.rand(20, responses, dtype=torch.float64, generator=generator)
 
     def scores(sums_PM: Tensor) -> PairScores:
-        return PairScores(sums_PM, lengths, margin, weight)
+        return PairScores(sums_PM, lengths, margin, weight, known)
 
     batch = SimpleNamespace(scores=scores, weight=weight, counts=BatchCounts(64, 1000, 3))
     return batch, -lengths * 3 * torch.rand(20, responses, dtype=torch.float64, generator=generator)
