@@ -277,6 +277,12 @@ class RewardObjective(Objective):
     The reward is the summed log-prob (with `needs_reference` the log-ratio) times `reward_scale`.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Where a subclass has a loss of the margin and no slope of it, the head differentiates with autograd."""
+        super().__init_subclass__(**options)
+        if "margin_losses" in vars(cls) and "margin_slopes" not in vars(cls):
+            cls.pair_slopes = Objective.pair_slopes
+
     def reward_scale(self, scores: PairScores) -> Tensor | float:
         """The reward of one unit of summed log-prob: a number, or [P, M]."""
         raise NotImplementedError

@@ -247,6 +247,17 @@ def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tens
         yield header[0], tensor
 
 
+def with_any_reference(pairs: Pairs) -> Pairs:
+    """The pairs with log-probs of a reference model: their own where they have them, else -2 for every token.
+
+    An objective that compares with a reference model is verified with any numbers: both sides read the same.
+    """
+    indices = np.arange(len(pairs))
+    known = pairs.reference_sums(indices)
+    lengths = np.stack([pairs.chosen_length[:], pairs.rejected_length[:]], axis=1).astype(np.float32)
+    return pairs.with_reference_sums(np.where(np.isnan(known), -2 * lengths, known))
+
+
 def reference_scores(pairs: Pairs, indices: list[int], sums_PM: Tensor) -> PairScores:
     """The scores of these pairs in float64, for the objective.
 

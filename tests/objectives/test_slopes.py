@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simpo_megatron.batch.row import BatchCounts
 from simpo_megatron.objectives import OBJECTIVES, SFT, Objective, PairScores, SimPO
+from simpo_megatron.objectives.cpo import CPO
 from simpo_megatron.step import batch_loss, batch_slopes
 
 EVERY = [
@@ -80,5 +81,12 @@ def test_an_objective_without_one_leaves_it_to_autograd() -> None:
         def pair_losses(self, scores: PairScores) -> Tensor:
             return super().pair_losses(scores).square()
 
+    class OtherCPO(CPO):
+        name = "other cpo"
+
+        def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
+            return super().margin_losses(margins_P, scores).square()
+
     batch, sums = random_batch(2)
     assert batch_slopes(Other(), batch, sums) is None
+    assert batch_slopes(OtherCPO(), batch, sums) is None
