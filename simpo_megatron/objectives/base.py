@@ -64,6 +64,11 @@ class PairScores:
         return self.sums_PM / self.lengths_PM
 
     @property
+    def token_shares_PM(self) -> Tensor:
+        """One by the length of each response, in the dtype of the sums (an integer length alone would give fp32)."""
+        return torch.ones_like(self.sums_PM) / self.lengths_PM
+
+    @property
     def log_ratios_PM(self) -> Tensor:
         """The sums minus those of the reference model: log pi(y | x) / pi_ref(y | x) of each response.
 

@@ -80,7 +80,7 @@ class LNDPO(RewardObjective):
 
     def reward_scale(self, scores: PairScores) -> Tensor:
         """The value of --ln-dpo-beta by the length."""
-        return self.ln_dpo_beta / scores.lengths_PM
+        return self.ln_dpo_beta * scores.token_shares_PM
 
     def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
         """-log sigmoid of the margin."""
@@ -117,7 +117,8 @@ class RDPO(RewardObjective):
         return self.rdpo_beta
 
     def _logits(self, margins_P: Tensor, scores: PairScores) -> Tensor:
-        return margins_P + self.rdpo_alpha * (scores.lengths_PM[:, 0] - scores.lengths_PM[:, 1])
+        longer_P = (scores.lengths_PM[:, 0] - scores.lengths_PM[:, 1]).to(margins_P.dtype)
+        return margins_P + self.rdpo_alpha * longer_P
 
     def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
         """-log sigmoid of the margin with the part that the length gives to it."""

@@ -37,8 +37,7 @@ class IPO(Objective):
 
     def _scale(self, scores: PairScores) -> Tensor:
         """The factor of each summed log-ratio in the difference, [P, M]."""
-        ones_PM = torch.ones_like(scores.sums_PM)
-        return ones_PM / scores.lengths_PM if self.ipo_form == "average" else ones_PM
+        return scores.token_shares_PM if self.ipo_form == "average" else torch.ones_like(scores.sums_PM)
 
     def _misses(self, scores: PairScores) -> Tensor:
         """How far the difference is above its target, [P]."""

@@ -28,7 +28,7 @@ class RRHF(RewardObjective):
 
     def reward_scale(self, scores: PairScores) -> Tensor:
         """1 by the length: the rewards are the average log-probs."""
-        return 1 / scores.lengths_PM
+        return scores.token_shares_PM
 
     def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
         """How far the rejected response is above the chosen one."""

@@ -106,7 +106,7 @@ def score(argv: list[str]) -> int:
 
 def test_a_file_beside_a_prepared_set(pool: WorkerPool, inputs: Inputs, tmp_path: Path) -> None:
     prefix = tmp_path / "set"
-    prepare(inputs.data, inputs.checkpoint, prefix, DataOptions(max_length=256))
+    prepare(inputs.data, inputs.checkpoint, prefix, DataOptions(max_length=256, max_prompt_length=128))
     layout = ["--seq-length", "512", "--global-batch-size", "4", "--device", "cpu", "--fp32"]
     argv = ["--hf-checkpoint", str(inputs.checkpoint), "--data", str(prefix), *layout]
     assert pool.run(1, score, argv) == [0]
