@@ -8,7 +8,10 @@ Every rank calls these functions. `reference.py` decides when.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -116,13 +119,17 @@ def score_missing(
                 file.write()
 
 
-def _with_time_left(batches: Iterable[Any], title: str) -> Iterator[Any]:
-    """The same batches, counted in a bar on stderr of rank 0, with the time that is left."""
+def _with_time_left(batches: Sequence[Any], title: str) -> Iterator[Any]:
+    """The same batches. Rank 0 shows the time that is left: in a bar on a terminal, else in a line for every tenth."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console, first, started = Console(stderr=True), dist.get_rank() == 0, time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    hidden = dist.get_rank() != 0 or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        yield from bar.track(batches, description=title)
+    tenth = -(-len(batches) // 10)
+    with Progress(*columns, console=console, transient=True, disable=not (first and console.is_terminal)) as bar:
+        for number, batch in enumerate(bar.track(batches, description=title), start=1):
+            yield batch
+            if first and not console.is_terminal and number % tenth == 0:
+                left = timedelta(seconds=round((time.monotonic() - started) / number * (len(batches) - number)))
+                print(f"{title}: {number} of {len(batches)} batches, {left} left", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from simpo_megatron.config.arguments import parse
-from simpo_megatron.objectives import OBJECTIVES, PairScores
+from simpo_megatron.objectives import OBJECTIVES, Measured, PairScores
 from tests.support.distributed import WorkerPool
 from tests.support.formulas import FORMULAS, TERMS, Pair
 from tests.support.steps import (
@@ -140,6 +141,24 @@ def test_averages_divide_by_the_response_not_by_the_packed_row() -> None:
     for name, cls in OBJECTIVES.items():
         if cls.needs_reference:
             assert not torch.allclose(cls().pair_losses(scores), cls().pair_losses(wrong), rtol=1e-3), name
+
+
+def test_orpo_has_the_odds_ratio_of_trl() -> None:
+    trl = pytest.importorskip("trl.experimental.orpo")
+    trainer = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
+    scores, _ = scores_of()
+    averages = scores.averages_PM.detach()
+    term, *rewards, ratio, odds = trl.ORPOTrainer.odds_ratio_loss(trainer, *averages.unbind(1))
+    objective = OBJECTIVES["orpo"](orpo_lambda=0.3)
+    found = objective.pair_losses(scores).detach() + averages[:, 0]  # the other term is the NLL
+    torch.testing.assert_close(found, -term.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(objective.rewards(scores).detach(), torch.stack(rewards, dim=1).double())
+    nothing = torch.zeros(())
+    measured = Measured(scores, nothing, nothing, nothing, nothing)
+    values = {metric.name: metric.value for metric in objective.metrics if metric.name.startswith("log_odds")}
+    found = {name: value(measured).mean().item() for name, value in values.items()}
+    wanted = {"log_odds_ratio": ratio.item(), "log_odds_chosen": odds.item()}
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_orpo_stays_finite_where_the_model_is_certain() -> None:
