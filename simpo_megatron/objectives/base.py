@@ -308,7 +308,7 @@ class RewardObjective(Objective):
         """See `Objective`."""
         return self.margin_losses(self._margins(scores), scores)
 
-    def pair_slopes(self, scores: PairScores) -> Tensor:
+    def pair_slopes(self, scores: PairScores) -> Tensor | None:
         """See `Objective`."""
         slopes_P = self.margin_slopes(self._margins(scores), scores)
         return torch.stack((slopes_P, -slopes_P), dim=1) * self.reward_scale(scores)

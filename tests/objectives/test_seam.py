@@ -140,7 +140,8 @@ def test_its_keys_work_in_the_file_and_flags_win(registered: None, checkpoint: P
     file.write_text("objective: ranking\nranking_scale: 0.3\nnll_weight: 2\nnll_normalizer: pair")
     argv = [*command_line(checkpoint, {}), "--config", str(file)]
     assert parse(argv).objective == Ranking(0.3, nll_weight=2.0, nll_normalizer="pair")
-    assert parse([*argv, "--ranking-scale", "0.7"]).objective.ranking_scale == 0.7
+    again = parse([*argv, "--ranking-scale", "0.7"]).objective
+    assert again == Ranking(0.7, nll_weight=2.0, nll_normalizer="pair")
     with pytest.raises(UserError, match=r"run.yaml: ranking_scale belongs to --objective ranking and has no effect"):
         parse([*argv, "--objective", "sppo"])
     file.write_text("objective: sppo\nsppo_temperature: 4")

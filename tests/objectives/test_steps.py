@@ -72,6 +72,9 @@ def test_step(pool: WorkerPool, checkpoint: Path, oracles: dict[str, Any], layou
                 assert relative_error(gradient, wanted_gradients[key]) < 2e-5, (name, key)
 
 
+KINDS: dict[str, Any] = dict(OBJECTIVES)  # built with flags of their own
+
+
 def test_every_objective_has_a_case() -> None:
     assert {case.loss["objective"] for case in OBJECTIVE_CASES.values()} | {"sft"} == set(OBJECTIVES)
 
@@ -90,7 +93,7 @@ def formula_losses(name: str, scores: PairScores) -> torch.Tensor:
     settings, known = TERMS[name][2], scores.reference_sums_PM
     assert known is not None
     pairs = [
-        Pair(*sums, *map(int, lengths), *map(float, reference))
+        Pair(*sums.unbind(), *map(int, lengths.tolist()), *map(float, reference.tolist()))
         for sums, lengths, reference in zip(scores.sums_PM, scores.lengths_PM, known, strict=True)
     ]
     return torch.stack([FORMULAS[settings["objective"]](pair, settings)[0] for pair in pairs])
@@ -120,15 +123,15 @@ def one_pair(chosen: int, rejected: int, ratio: float = 0.0) -> PairScores:
 def test_a_longer_chosen_response_is_pushed_less_by_rdpo() -> None:
     """The sign of alpha: with a minus it would be pushed more."""
     slope = {
-        name: OBJECTIVES[name](**settings).pair_slopes(one_pair(30, 10))[0, 0].item()
+        name: KINDS[name](**settings).pair_slopes(one_pair(30, 10))[0, 0].item()
         for name, settings in {"dpo": {"dpo_beta": 0.1}, "rdpo": {"rdpo_beta": 0.1, "rdpo_alpha": 0.05}}.items()
     }
     assert slope["dpo"] < slope["rdpo"] < 0
 
 
-@pytest.mark.parametrize("name", [name for name, cls in OBJECTIVES.items() if cls.responses == 2])
+@pytest.mark.parametrize("name", [name for name, cls in KINDS.items() if cls.responses == 2])
 def test_every_objective_raises_the_chosen_and_lowers_the_rejected_response(name: str) -> None:
-    objective = OBJECTIVES[name]()
+    objective = KINDS[name]()
     scores = one_pair(10, 10, ratio=-20.0)  # the chosen response is the less likely one
     slopes = objective.pair_slopes(scores)
     assert slopes is not None and slopes[0, 0] < 0 < slopes[0, 1]
@@ -137,8 +140,9 @@ def test_every_objective_raises_the_chosen_and_lowers_the_rejected_response(name
 def test_averages_divide_by_the_response_not_by_the_packed_row() -> None:
     """A planted error: the length of the packed row as the divisor changes the loss of IPO."""
     scores, _ = scores_of()
+    assert scores.reference_sums_PM is not None
     wrong = replace(scores, reference_sums_PM=scores.reference_sums_PM.roll(1, 0))
-    for name, cls in OBJECTIVES.items():
+    for name, cls in KINDS.items():
         if cls.needs_reference:
             assert not torch.allclose(cls().pair_losses(scores), cls().pair_losses(wrong), rtol=1e-3), name
 
@@ -149,7 +153,7 @@ def test_orpo_has_the_odds_ratio_of_trl() -> None:
     scores, _ = scores_of()
     averages = scores.averages_PM.detach()
     term, *rewards, ratio, odds = trl.ORPOTrainer.odds_ratio_loss(trainer, *averages.unbind(1))
-    objective = OBJECTIVES["orpo"](orpo_lambda=0.3)
+    objective = KINDS["orpo"](orpo_lambda=0.3)
     found = objective.pair_losses(scores).detach() + averages[:, 0]  # the other term is the NLL
     torch.testing.assert_close(found, -term.double(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(objective.rewards(scores).detach(), torch.stack(rewards, dim=1).double())
@@ -164,5 +168,5 @@ def test_orpo_has_the_odds_ratio_of_trl() -> None:
 def test_orpo_stays_finite_where_the_model_is_certain() -> None:
     nothing = torch.full((1,), NAN)
     scores = PairScores(torch.tensor([[0.0, -8.0]]), torch.tensor([[4, 4]]), nothing, nothing)
-    objective = OBJECTIVES["orpo"]()
+    objective = KINDS["orpo"]()
     assert torch.isfinite(objective.pair_losses(scores)).all() and torch.isfinite(objective.pair_slopes(scores)).all()
