@@ -31,7 +31,7 @@ from torch import Tensor
 
 from simpo_megatron.batch.packer import RowPacker
 from simpo_megatron.batch.row import PreferenceBatch
-from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective
+from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective, check_owner, settable
 from simpo_megatron.config.data import OPTIONS, DataConfig
 from simpo_megatron.config.megatron_lm import check_values, moe_aux_loss_coeff, notes
 from simpo_megatron.config.run import ModelConfig
@@ -40,12 +40,13 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
-from simpo_megatron.objectives import Metric, Objective
+from simpo_megatron.objectives import OBJECTIVES, Metric, Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
 from simpo_megatron.settings import flag, parse_size
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
+from simpo_megatron.trainer.reference_source import known_reference
 
 ARGS_DEFAULTS = {"dataloader_type": "external", "micro_batch_size": 1, "tokenizer_type": "HuggingFaceTokenizer"}
 _DATA = [*OPTIONS, "share_prompts"]
@@ -69,7 +70,14 @@ def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def objective(args: Any) -> Objective:
-    """The objective that Megatron-LM's arguments ask for."""
+    """The objective that Megatron-LM's arguments ask for.
+
+    Raises:
+        UserError: a setting of another objective is not at its default, or settings contradict each other.
+    """
+    fields = {field.name: field.default for cls in OBJECTIVES.values() for field in settable(cls)}
+    given = [name for name, default in fields.items() if getattr(args, name) != default]
+    check_owner(given, args.objective)
     return build_objective(vars(args))
 
 
@@ -220,10 +228,24 @@ def _load_pairs(args: Any) -> tuple[Pairs, Pairs | None]:
     """Training and validation pairs. Megatron-LM asks once for each virtual stage; they are read once."""
     if not _loaded:
         train, valid, messages = load_data(data_config(args), hf_checkpoint(args))
+        if objective(args).needs_reference:
+            train, valid = _with_reference(args, train), None if valid is None else _with_reference(args, valid)
         for line in messages:
             print(line, flush=True)
         _loaded.append((train, valid))
     return _loaded[0]
+
+
+def _with_reference(args: Any, pairs: Pairs) -> Pairs:
+    """The pairs with the reference log-probs that the data brings along: here no model computes them."""
+    found = known_reference(pairs, hf_checkpoint(args).path, "bf16" if args.bf16 else "fp32")
+    if found is None:
+        raise UserError(
+            f"--objective {objective(args).name} compares with a reference model, and the data has no log-probs of "
+            "one; prepare it with tools/preprocess_preferences.py and score it with tools/score_reference.py, or give "
+            "the rows the columns ref_chosen_logps and ref_rejected_logps"
+        )
+    return found
 
 
 def _microbatches(args: Any, pairs: Pairs, position: int) -> Iterator[PreferenceBatch]:

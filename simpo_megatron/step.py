@@ -3,9 +3,9 @@
 The loss of a global batch is
 
     sum over pairs of weight * (the objective's loss of the pair) / number of pairs
-      + nll_weight * (sum over chosen response tokens of -log p) / number of those tokens
+      + nll_weight * (sum over chosen response tokens of -log p) / number of those tokens, or of the pairs
 
-Both divisors count the *global* batch. They are known before the step (`BatchCounts`), so packing, accumulation and
+The divisors count the *global* batch. They are known before the step (`BatchCounts`), so packing, accumulation and
 data parallelism cannot change the loss. Megatron divides the loss of a microbatch by num_microbatches
 (`pipeline_parallel/schedules.py`, forward_step_calc_loss), and DDP averages gradients over the data-parallel ranks. So
 the step multiplies the loss by both numbers.
@@ -190,8 +190,8 @@ def batch_loss(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor) ->
         sums_PM: summed log-probs of the responses, chosen first; fp32.
     """
     loss = sums_PM.new_zeros(())
-    if objective.nll_weight:
-        loss = loss - objective.nll_weight * sums_PM[:, 0].sum() / batch.counts.chosen_tokens
+    if factor := objective.nll_factor(batch.counts.pairs, batch.counts.chosen_tokens):
+        loss = loss - factor * sums_PM[:, 0].sum()
     losses_P = objective.pair_losses(batch.scores(sums_PM))
     if losses_P is not None:
         loss = loss + (batch.weight * losses_P).sum() / batch.counts.pairs
@@ -210,7 +210,7 @@ def batch_slopes(objective: Objective, batch: PreferenceBatch, sums_PM: Tensor) 
     if slopes_PM is None:
         return None
     slopes_PM = slopes_PM * (batch.weight / batch.counts.pairs)[:, None]
-    slopes_PM[:, 0] -= objective.nll_weight / batch.counts.chosen_tokens
+    slopes_PM[:, 0] -= objective.nll_factor(batch.counts.pairs, batch.counts.chosen_tokens)
     return slopes_PM
 
 

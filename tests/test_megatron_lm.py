@@ -238,6 +238,7 @@ def args(model: Path, data: Path, **changes: Any) -> Any:
             {"share_prompts": True, "context_parallel_size": 2},
             "no attention for it under --context-parallel-size 2",
         ),
+        ({"objective": "dpo", "simpo_beta": 3.0}, "--simpo-beta belongs to --objective simpo and has no effect"),
         ({"simpo_gamma": 1.0, "simpo_gamma_beta_ratio": 0.5}, "give one of them"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp cannot be used with SimPO: .* --use-distributed-optimizer"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 cannot be used"),

@@ -26,6 +26,7 @@ EXPECTED = {
     "rewards/accuracies": 3 / 5,  # strict: the tie is not a win
     "rewards/above_gamma": 3 / 5,  # strict, and each pair has its own gamma: pairs 0, 3 and 4
     "rewards/ties": 1 / 5,
+    "likelihood_accuracy": 3 / 5,
     "logps/chosen": -7 / 5,
     "logps/rejected": -9.25 / 5,
     "response_length/chosen": 51 / 5,

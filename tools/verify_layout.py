@@ -155,7 +155,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     from simpo_megatron.trainer.data import load_data
     from simpo_megatron.trainer.distributed import initialize, resolve_device, shut_down
     from simpo_megatron.trainer.setup import build_engine, build_transformer_config
-    from simpo_megatron.verify.compare import compare
+    from simpo_megatron.verify.compare import compare, with_any_reference
     from simpo_megatron.verify.random_weights import RANDOM_PAIRS, random_pairs, random_weights
 
     device = resolve_device(config.train.device, config.train.deterministic_mode)
@@ -178,6 +178,8 @@ def verify(config: Config, report_file: Path | None = None) -> int:
             pairs, _, messages = load_data(config.data, model)
         if dist.get_rank() == 0:
             print("\n".join(messages), flush=True)
+        if config.objective.needs_reference:
+            pairs = with_any_reference(pairs)
         report = compare(build_engine(config, model, transformer, train_iters=1), model, pairs, config)
     passed = [report is None or report.passed]
     if report is not None:

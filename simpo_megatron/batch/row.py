@@ -67,7 +67,7 @@ class PreferenceBatch:
         truncated: [S] bool, True where the response lost its end.
         weight: [P] fp32, factor of the pair's loss.
         margin: [P] fp32, the pair's own target reward margin; NaN where that of the objective holds.
-        reference_sums: [P, M] fp32, summed log-probs under a reference model; None if the data has none.
+        reference_sums: [P, M] fp32, summed log-probs under a reference model; NaN for pairs without.
         pairs: [P] indices of the pairs in the data set.
         responses: scored responses of a pair, M.
         counts: of the global batch.
@@ -82,7 +82,7 @@ class PreferenceBatch:
     truncated: Tensor
     weight: Tensor
     margin: Tensor
-    reference_sums: Tensor | None
+    reference_sums: Tensor
     pairs: tuple[int, ...]
     responses: int
     counts: BatchCounts
@@ -137,9 +137,8 @@ def pack_row(
         "truncated": np.stack([pairs.columns["truncated"][index] & bit != 0 for bit in bits], axis=1).reshape(-1),
         "weight": pairs.columns["weight"][index].astype(np.float32),
         "margin": pairs.columns["margin"][index].astype(np.float32),
+        "reference_sums": pairs.reference_sums(index)[:, :responses],
     }
-    if pairs.reference_sums is not None:
-        arrays["reference_sums"] = pairs.reference_sums[index, :responses].astype(np.float32)
     if size > 1:
         arrays["order"] = np.argsort(np.concatenate(held))
     sent = send(arrays, torch.device(device))
@@ -153,7 +152,6 @@ def pack_row(
             per_pair=tuple(per_pair[rank].tolist()),
             per_pair_max=tuple(per_pair.max(axis=0).tolist()),
         ),
-        reference_sums=sent.pop("reference_sums", None),
         pairs=tuple(index.tolist()),
         responses=responses,
         counts=counts,

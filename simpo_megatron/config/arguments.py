@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import reprlib
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,35 @@ def add_objectives(parser: argparse.ArgumentParser, with_defaults: bool = False)
     default: dict[str, Any] = {"default": DEFAULT_OBJECTIVE} if with_defaults else {}
     text = f"what the model is trained for (default: {DEFAULT_OBJECTIVE})"
     section.add_argument("--objective", choices=tuple(OBJECTIVES), help=text, **default)
+    add_settings(section, Objective, with_defaults=with_defaults)
     for cls in OBJECTIVES.values():
-        if settable(cls):
-            add_settings(parser.add_argument_group(heading(cls)), cls, with_defaults=with_defaults)
+        if names := own_settings(cls):
+            add_settings(parser.add_argument_group(heading(cls)), cls, names, with_defaults)
+
+
+def own_settings(objective: type[Objective]) -> list[str]:
+    """The names of the settings that an objective has beside those of all objectives."""
+    common = {field.name for field in settable(Objective)}
+    return [field.name for field in settable(objective) if field.name not in common]
+
+
+def check_owner(names: Collection[str], objective: str, spell: Callable[[str], str] = flag) -> None:
+    """Refuses settings of another objective, which would have no effect.
+
+    Args:
+        names: of the settings that were given.
+        objective: the name of the one that was chosen.
+        spell: writes a setting as the user gave it.
+
+    Raises:
+        UserError: it names the setting and its objective.
+    """
+    for name, cls in OBJECTIVES.items():
+        for field in own_settings(cls) if name != objective else ():
+            require(
+                field not in names,
+                f"{spell(field)} belongs to --objective {name} and has no effect with --objective {objective}; drop it",
+            )
 
 
 def build_objective(settings: dict[str, Any]) -> Objective:
@@ -240,6 +266,10 @@ def with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> 
     file = read_yaml(path) if path else {}
     preset = {**(defaults or {}), **file, **given}.get("preset")
     require(preset is None or preset in PRESETS, f"--preset {preset} is not known; use {' or '.join(PRESETS)}")
+    objective = {"objective": DEFAULT_OBJECTIVE, **(defaults or {}), **file, **given}["objective"]
+    if objective in OBJECTIVES:  # `build_objective` refuses others
+        check_owner(file, objective, lambda name: f"--config {path}: {name}")
+        check_owner(given, objective)
     return layered(defaults or {}, PRESETS.get(str(preset), {}), file, given)
 
 

@@ -34,12 +34,13 @@ _ADAM = Counterpart((), "the optimizer is Adam with decoupled weight decay")
 
 # Fields of CPOConfig, DPOConfig, TrainingArguments, ModelConfig and ScriptArguments, in the order of FROM_TRL.md.
 TRL = {
-    "beta": Counterpart(("simpo_beta",), "default 2; TRL's is 0.1"),
+    "beta": Counterpart(("simpo_beta",), "default 2; TRL's is 0.1; other objectives have a beta of their own"),
     "simpo_gamma": Counterpart(("simpo_gamma",), "absolute in both; default half of beta, TRL's is 0.5"),
     "loss_type": Counterpart(("objective", "simpo_loss_type"), "TRL's `simpo` is the default: `simpo` with `sigmoid`"),
     "cpo_alpha": Counterpart(("simpo_sft_weight",), "default 0; TRL's is 1"),
     "label_smoothing": Counterpart(("simpo_label_smoothing",)),
     "alpha": Counterpart((), "AlphaPO is not supported"),
+    "ld_alpha": Counterpart((), "LD-DPO is not supported"),
     "per_device_train_batch_size": Counterpart(("global_batch_size",), _PAIRS),
     "gradient_accumulation_steps": Counterpart(("global_batch_size",), _PAIRS),
     "per_device_eval_batch_size": Counterpart((), "an evaluation packs pairs as training does"),
@@ -92,7 +93,9 @@ TRL = {
     "logging_dir": Counterpart(("tensorboard_dir",)),
     "report_to": Counterpart(("tensorboard_dir", "wandb_project"), "TensorBoard is on with `--save`"),
     "push_to_hub": Counterpart((), "nothing is uploaded; `--export-hf` writes a local folder"),
-    "precompute_ref_log_probs": Counterpart((), "SimPO has no reference model"),
+    "precompute_ref_log_probs": Counterpart(
+        ("reference_checkpoint",), "reference log-probs are always computed once, before the first step"
+    ),
 }
 SIMPO_REPOSITORY = {
     "gamma": Counterpart(("simpo_gamma",), "absolute, in units of reward"),

@@ -27,6 +27,12 @@ class ModelConfig(Group):
     hf_checkpoint: Path | None = setting(
         None, "folder of the Hugging Face checkpoint to train: weights, config.json and tokenizer; needed"
     )
+    reference_checkpoint: Path | None = setting(
+        None,
+        "folder of the Hugging Face checkpoint of the reference model, for objectives that compare with one: its "
+        "log-probs of the pairs are computed once, before the first step (default: the weights that the run starts "
+        "from, unless the data has the log-probs)",
+    )
     export_hf: Path | None = setting(
         None,
         "after training, write the model as a Hugging Face checkpoint into this folder, which must be new or empty",
@@ -254,6 +260,11 @@ class Config:
         require(
             save is None or save != export,
             f"--export-hf {export} is also the folder of --save; export to another folder",
+        )
+        require(
+            self.model.reference_checkpoint is None or self.objective.needs_reference,
+            f"--reference-checkpoint has no effect with --objective {self.objective.name}, which compares with no "
+            "reference model; drop it",
         )
         check_rows(self.data.seq_length, self.parallel)
         if self.data.share_prompts:

@@ -17,6 +17,7 @@ Pairs:
     prepared_format.py   the files of a prepared set
     prepared_writer.py   writes them
     prepared_set.py      opens them, and compares them with a run
+    reference_file.py    log-probs of the pairs under a reference model, on disk
     blend.py             the values of `--train-data`
 
 From pairs to batches:

@@ -217,6 +217,8 @@ def _pairs(kept: list[tuple[Preference, EncodedPair]]) -> InMemoryPairs:
         "score_rejected": [_or_nan(p.scores[1]) for p in preferences],
         "truncated": [CHOSEN_CUT * p.chosen_cut | REJECTED_CUT * p.rejected_cut for p in pairs],
         "prompt_cut": [p.prompt_cut for p in pairs],
+        "ref_chosen_logps": [_or_nan(p.reference_logps[0]) for p in preferences],
+        "ref_rejected_logps": [_or_nan(p.reference_logps[1]) for p in preferences],
     }
     return InMemoryPairs.build(np.fromiter(ids, np.int32, count=int(lengths.sum())), lengths, columns)
 

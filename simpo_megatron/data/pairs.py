@@ -48,7 +48,10 @@ COLUMNS = (
     Column("score_rejected", "<f4", math.nan, "score of the rejected response; NaN: the source has none"),
     Column("truncated", "u1", 0, "CHOSEN_CUT and REJECTED_CUT: the response was cut and lost its EOS"),
     Column("prompt_cut", "u1", 0, "1: the prompt was cut"),
+    Column("ref_chosen_logps", "<f4", math.nan, "summed log-prob of the chosen response under a reference; NaN: none"),
+    Column("ref_rejected_logps", "<f4", math.nan, "the same for the rejected response"),
 )
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 Numbers = Any  # an array [P], or what an index array or a slice reads like one
 
 
@@ -111,20 +114,18 @@ class Pairs(ABC):
         """Indices int64 [batch] at positions [position, position + batch) of the endless order of these pairs."""
         return pairs_of_batch(position, batch, len(self), seed, shuffle)
 
-    @property
-    def reference_sums(self) -> np.ndarray | None:
-        """Summed log-probs under a reference model, float32 [P, M], chosen first; None where there are none."""
-        return self.columns.get("reference_sums")
+    def reference_sums(self, indices: np.ndarray) -> np.ndarray:
+        """Summed log-probs under a reference model, float32 [len(indices), 2], chosen first; NaN: there are none."""
+        return np.stack([self.columns[name][indices] for name in REFERENCE], axis=1).astype(np.float32)
 
     def with_reference_sums(self, sums_PM: np.ndarray) -> Pairs:
         """A view of these pairs that carries log-probs of a reference model, for objectives that compare with one.
 
         Args:
-            sums_PM: summed log-probs of the responses, float32 [P, M], chosen first; `trainer.scoring.score_pairs`
-                computes them.
+            sums_PM: summed log-probs of the responses, float32 [P, 2], chosen first; `trainer.scoring` computes them.
         """
         pairs = copy.copy(self)
-        columns = {**self.columns, "reference_sums": sums_PM}
+        columns = {**self.columns, **dict(zip(REFERENCE, sums_PM.T, strict=True))}
         object.__setattr__(pairs, "columns", columns)  # the class may be frozen
         return pairs
 

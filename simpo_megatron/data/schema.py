@@ -39,6 +39,7 @@ class Preference:
         weight: factor of the pair's loss.
         margin: target reward margin of this pair, in place of gamma.
         scores: of the chosen and of the rejected response.
+        reference_logps: summed log-probs of both under a reference model.
     """
 
     where: str
@@ -48,6 +49,7 @@ class Preference:
     weight: float = 1.0
     margin: float | None = None
     scores: tuple[float | None, float | None] = (None, None)
+    reference_logps: tuple[float | None, float | None] = (None, None)
 
     @property
     def tie(self) -> bool:
@@ -101,7 +103,20 @@ def parse_preference(row: Mapping[str, Any], where: str) -> Preference:
         weight=1.0 if weight is None else weight,
         margin=_number(row, "margin", where),
         scores=(_number(row, "score_chosen", where), _number(row, "score_rejected", where)),
+        reference_logps=_reference_logps(row, where),
     )
+
+
+def _reference_logps(row: Mapping[str, Any], where: str) -> tuple[float | None, float | None]:
+    """The columns of TRL: summed log-probs of both responses under a reference model; both or none."""
+    chosen, rejected = (_number(row, name, where) for name in ("ref_chosen_logps", "ref_rejected_logps"))
+    if (chosen is None) != (rejected is None):
+        given, other = ("chosen", "rejected") if rejected is None else ("rejected", "chosen")
+        raise UserError(f"{where}: `ref_{given}_logps` without `ref_{other}_logps`; give both, or leave both out")
+    for name, value in (("ref_chosen_logps", chosen), ("ref_rejected_logps", rejected)):
+        if value is not None and value > 0:
+            raise UserError(f"{where}: `{name}` is {value:g}; the log-prob of a response is at most 0")
+    return chosen, rejected
 
 
 def _from_text(row: Mapping[str, Any], where: str) -> tuple[str, str, str]:

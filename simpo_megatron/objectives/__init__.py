@@ -2,6 +2,12 @@
 
 simpo.py   SimPO: the formula, its flags, its rewards. Read this file first
 sft.py     SFT: the negative log-likelihood of the chosen responses
+cpo.py     CPO: summed log-probs and an NLL term
+orpo.py    ORPO: the log-odds ratio of the average probabilities
+slic.py    SLiC-HF: a hinge on summed log-probs and an NLL term
+rrhf.py    RRHF: a ranking loss on average log-probs and an NLL term
+dpo.py     DPO, LN-DPO and R-DPO: against a reference model
+ipo.py     IPO: against a reference model
 base.py    what an objective is: from the scores of pairs to their losses, rewards and metrics
 
 A new objective is a file here, with its flags as fields, and a line in `OBJECTIVES`. README.md explains how.
@@ -10,8 +16,14 @@ A new objective is a file here, with its flags as fields, and a line in `OBJECTI
 from __future__ import annotations
 
 from simpo_megatron.objectives.base import Measured, Metric, Objective, PairScores
+from simpo_megatron.objectives.cpo import CPO
+from simpo_megatron.objectives.dpo import DPO, LNDPO, RDPO
+from simpo_megatron.objectives.ipo import IPO
+from simpo_megatron.objectives.orpo import ORPO
+from simpo_megatron.objectives.rrhf import RRHF
 from simpo_megatron.objectives.sft import SFT
 from simpo_megatron.objectives.simpo import SimPO
+from simpo_megatron.objectives.slic import SLiC
 
 __all__ = ["OBJECTIVES", "SFT", "Measured", "Metric", "Objective", "PairScores", "SimPO"]
 
@@ -20,5 +32,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
     for objective in (
         SimPO,  # the default
         SFT,
+        DPO,
+        LNDPO,
+        IPO,
+        CPO,
+        ORPO,
+        RDPO,
+        SLiC,
+        RRHF,
     )
 }

@@ -1,11 +1,11 @@
 """What an objective is: a function from the summed log-probs of a pair to its loss. Pure torch; no Megatron.
 
-    class CPO(Objective):                # a file of this folder, and one line in `__init__.py`
+    class CPO(RewardObjective):          # a file of this folder, and one line in `__init__.py`
         name = "cpo"                                                    # --objective cpo
         cpo_beta: float = setting(0.1, "scale of the rewards")          # the flag --cpo-beta
 
-        def rewards(self, scores): return self.cpo_beta * scores.sums_PM
-        def pair_losses(self, scores): ...
+        def reward_scale(self, scores): return self.cpo_beta            # of the summed log-probs
+        def margin_losses(self, margins_P, scores): return sigmoid_loss(margins_P)
 
 The head, the step, the trainer and the verifier call the methods of `Objective` and know nothing else of an objective.
 README.md in this folder has the whole example.
@@ -19,9 +19,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from simpo_megatron.settings import Group
+from simpo_megatron.settings import Group, required, setting
+
+Normalizer = Literal["token", "pair"]
+
+
+def sigmoid_loss(logits_P: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid of the logits; smoothed: the mean over a pair whose responses were swapped with that probability."""
+    return -(1 - label_smoothing) * F.logsigmoid(logits_P) - label_smoothing * F.logsigmoid(-logits_P)
+
+
+def sigmoid_slope(logits_P: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The derivative of `sigmoid_loss` with respect to the logits."""
+    # sigmoid(-z), not 1 - sigmoid(z), which would lose the small slopes of pairs with a large margin
+    return label_smoothing * torch.sigmoid(logits_P) - (1 - label_smoothing) * torch.sigmoid(-logits_P)
 
 
 @dataclass(frozen=True)
@@ -33,8 +48,8 @@ class PairScores:
         lengths_PM: scored tokens of the responses, int64 or floating.
         margin_P: target reward margin that the data sets for the pair; NaN if the data sets none.
         weight_P: factor of the pair's loss. The step multiplies by it; an objective need not.
-        reference_sums_PM: the same sums under a reference model, without gradient; None if the data has none
-            (`Pairs.with_reference_sums`).
+        reference_sums_PM: the same sums under a reference model, without gradient; NaN for pairs without
+            (`Pairs.with_reference_sums`), None where the caller has none at all.
     """
 
     sums_PM: Tensor
@@ -47,6 +62,21 @@ class PairScores:
     def averages_PM(self) -> Tensor:
         """The average log-prob of each response's tokens, in the dtype of the sums."""
         return self.sums_PM / self.lengths_PM
+
+    @property
+    def token_shares_PM(self) -> Tensor:
+        """One by the length of each response, in the dtype of the sums (an integer length alone would give fp32)."""
+        return torch.ones_like(self.sums_PM) / self.lengths_PM
+
+    @property
+    def log_ratios_PM(self) -> Tensor:
+        """The sums minus those of the reference model: log pi(y | x) / pi_ref(y | x) of each response.
+
+        Raises:
+            UserError: there is no reference model.
+        """
+        known_PM = required(self.reference_sums_PM, "the objective needs log-probs of a reference model")
+        return self.sums_PM - known_PM
 
 
 @dataclass(frozen=True)
@@ -99,29 +129,51 @@ CHOSEN_METRICS = (
     Metric("response_length/chosen", lambda found: found.scores.lengths_PM[:, 0]),
     Metric("truncated/chosen", lambda found: found.truncated_PM[:, 0]),
 )
-# For objectives that compare two responses.
-PAIR_METRICS = (
-    *LOSS_METRICS,
+_REWARDS = (
     Metric("rewards/chosen", lambda found: found.rewards_PM[:, 0]),
     Metric("rewards/rejected", lambda found: found.rewards_PM[:, 1]),
     Metric("rewards/margins", lambda found: found.margins_P),
     Metric("rewards/accuracies", lambda found: found.margins_P > 0),  # strict: a tie counts as wrong
-    Metric("rewards/above_gamma", lambda found: found.margins_P > found.target_margins_P),
     Metric("rewards/ties", lambda found: found.margins_P == 0),
-    Metric("logps/chosen", lambda found: found.scores.averages_PM[:, 0]),
-    Metric("logps/rejected", lambda found: found.scores.averages_PM[:, 1]),
+)
+_RESPONSES = (
+    Metric("likelihood_accuracy", lambda found: found.scores.averages_PM[:, 0] > found.scores.averages_PM[:, 1]),
     Metric("response_length/chosen", lambda found: found.scores.lengths_PM[:, 0]),
     Metric("response_length/rejected", lambda found: found.scores.lengths_PM[:, 1]),
     Metric("truncated/chosen", lambda found: found.truncated_PM[:, 0]),
     Metric("truncated/rejected", lambda found: found.truncated_PM[:, 1]),
 )
+# For objectives that compare the averages of two responses. TRL then gives the names `logps/*` to averages.
+AVERAGE_METRICS = (
+    *LOSS_METRICS,
+    *_REWARDS,
+    Metric("logps/chosen", lambda found: found.scores.averages_PM[:, 0]),
+    Metric("logps/rejected", lambda found: found.scores.averages_PM[:, 1]),
+    *_RESPONSES,
+)
+# The same with a target margin.
+PAIR_METRICS = (
+    *AVERAGE_METRICS,
+    Metric("rewards/above_gamma", lambda found: found.margins_P > found.target_margins_P),
+)
+# For objectives that compare the sums of two responses, or their log-ratios. TRL then gives `logps/*` to sums.
+SUM_METRICS = (
+    *LOSS_METRICS,
+    *_REWARDS,
+    Metric("logps/chosen", lambda found: found.scores.sums_PM[:, 0]),
+    Metric("logps/rejected", lambda found: found.scores.sums_PM[:, 1]),
+    Metric("logps_mean/chosen", lambda found: found.scores.averages_PM[:, 0]),
+    Metric("logps_mean/rejected", lambda found: found.scores.averages_PM[:, 1]),
+    *_RESPONSES,
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Objective(Group):
     """The base of all objectives.
 
-    The fields of a subclass are its flags. The first line of its docstring is their heading in `--help`.
+    The fields of a subclass are its flags. The first line of its docstring is their heading in `--help`. The fields of
+    this class are flags of all objectives.
 
     Attributes:
         name: the value of `--objective`.
@@ -129,12 +181,34 @@ class Objective(Group):
         metrics: what a step reports, in this order.
         drops: pairs of settings of which one replaces the other. A flag that is a key here drops the value that the
             YAML file or the preset gives to the other setting.
+        needs_reference: the loss compares with log-probs of a reference model.
+        own_nll_weight: the weight of the NLL term where --nll-weight is not given.
+        own_nll_normalizer: its divisor where --nll-normalizer is not given.
+        nll_weight: of --nll-weight, or None. `nll_factor` has the value in force.
+        nll_normalizer: of --nll-normalizer, or None.
     """
 
     name: ClassVar[str]
     responses: ClassVar[int] = 2
     metrics: ClassVar[tuple[Metric, ...]] = PAIR_METRICS
     drops: ClassVar[Mapping[str, str]] = {}
+    needs_reference: ClassVar[bool] = False
+    own_nll_weight: ClassVar[float] = 0.0
+    own_nll_normalizer: ClassVar[Normalizer] = "token"
+    nll_weight: float | None = setting(
+        None,
+        "weight of the negative log-likelihood (NLL) of the chosen responses (default: 1 for sft, cpo, slic and rrhf; "
+        "0 for the others)",
+    )
+    nll_normalizer: Normalizer | None = setting(
+        None,
+        "divide the NLL of the global batch by its chosen tokens, as TRL, or by its pairs, as the tables of the papers "
+        "(default: pair for slic and rrhf, token for the others)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.not_negative("nll_weight")
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Where a subclass has a loss of its own and no slopes of its own, those of its parent would be wrong."""
@@ -143,9 +217,24 @@ class Objective(Group):
             cls.pair_slopes = Objective.pair_slopes
 
     @property
-    def nll_weight(self) -> float:
-        """The weight of the NLL term: the negative log-likelihood of the chosen responses, a mean over their tokens."""
-        return 0.0
+    def effective_nll_weight(self) -> float:
+        """The weight of the NLL term: --nll-weight, or that of the objective."""
+        return self.own_nll_weight if self.nll_weight is None else self.nll_weight
+
+    def nll_factor(self, pairs: int, chosen_tokens: float) -> float:
+        """The factor of the summed negative log-likelihood of the chosen responses in the loss.
+
+        Args:
+            pairs: of the global batch.
+            chosen_tokens: scored tokens of its chosen responses.
+        """
+        normalizer = self.nll_normalizer or self.own_nll_normalizer
+        return self.effective_nll_weight / (pairs if normalizer == "pair" else chosen_tokens)
+
+    def describe_nll(self) -> str:
+        """The NLL term for `describe`, with a comma before it; empty where the weight is 0."""
+        weight, normalizer = self.effective_nll_weight, self.nll_normalizer or self.own_nll_normalizer
+        return f", NLL {weight:g} a {normalizer}" if weight else ""
 
     def pair_losses(self, scores: PairScores) -> Tensor | None:
         """The loss of each pair, [P], neither weighted nor summed; None if the NLL term is the whole loss.
@@ -184,3 +273,46 @@ class Objective(Group):
             num_parameters: of the model.
         """
         return []
+
+
+@dataclass(frozen=True)
+class RewardObjective(Objective):
+    """An objective whose loss depends on the margin alone: the reward of the chosen response minus the other.
+
+    The reward is the summed log-prob (with `needs_reference` the log-ratio) times `reward_scale`.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Where a subclass has a loss of the margin and no slope of it, the head differentiates with autograd."""
+        super().__init_subclass__(**options)
+        if "margin_losses" in vars(cls) and "margin_slopes" not in vars(cls):
+            cls.pair_slopes = Objective.pair_slopes
+
+    def reward_scale(self, scores: PairScores) -> Tensor | float:
+        """The reward of one unit of summed log-prob: a number, or [P, M]."""
+        raise NotImplementedError
+
+    def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
+        """The loss of each pair, [P], from its margin."""
+        raise NotImplementedError
+
+    def margin_slopes(self, margins_P: Tensor, scores: PairScores) -> Tensor:
+        """The derivative of `margin_losses` with respect to the margin, [P]."""
+        raise NotImplementedError
+
+    def rewards(self, scores: PairScores) -> Tensor:
+        """See `Objective`."""
+        return self.reward_scale(scores) * (scores.log_ratios_PM if self.needs_reference else scores.sums_PM)
+
+    def pair_losses(self, scores: PairScores) -> Tensor:
+        """See `Objective`."""
+        return self.margin_losses(self._margins(scores), scores)
+
+    def pair_slopes(self, scores: PairScores) -> Tensor | None:
+        """See `Objective`."""
+        slopes_P = self.margin_slopes(self._margins(scores), scores)
+        return torch.stack((slopes_P, -slopes_P), dim=1) * self.reward_scale(scores)
+
+    def _margins(self, scores: PairScores) -> Tensor:
+        chosen_P, rejected_P = self.rewards(scores).unbind(1)
+        return chosen_P - rejected_P

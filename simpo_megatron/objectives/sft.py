@@ -18,11 +18,11 @@ class SFT(Objective):
     name: ClassVar[str] = "sft"
     responses: ClassVar[int] = 1
     metrics: ClassVar[tuple[Metric, ...]] = CHOSEN_METRICS
+    own_nll_weight: ClassVar[float] = 1.0
 
-    @property
-    def nll_weight(self) -> float:
-        """1: the NLL term is the whole loss."""
-        return 1.0
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("nll_weight")
 
     def pair_losses(self, scores: PairScores) -> None:
         """None: the NLL term is the whole loss."""
@@ -37,5 +37,5 @@ class SFT(Objective):
         return scores.averages_PM
 
     def describe(self) -> str:
-        """The name and the loss."""
-        return "SFT: negative log-likelihood of the chosen responses"
+        """The name, the loss, and its weight and divisor."""
+        return f"SFT: negative log-likelihood of the chosen responses{self.describe_nll()}"

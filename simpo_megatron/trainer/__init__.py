@@ -5,7 +5,10 @@ progress.py        where a run stands, and how far it goes
 resume.py          what a run starts from, and which settings may differ on resume
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
-scoring.py         summed log-probs of a whole data set
+scoring.py         summed log-probs of a whole data set; its evaluation
+reference.py       reference log-probs of the pairs, for objectives that compare with a reference model
+reference_source.py   what they are made of, and those that the data brings along
+reference_scoring.py  computes them with the reference model
 checkpointing.py   save and load in Megatron-LM's format
 torch_adam.py      loads Megatron's optimizer checkpoints into torch's Adam
 folders.py         checks of the folders that a run writes to

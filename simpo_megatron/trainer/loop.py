@@ -39,8 +39,10 @@ from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
+from simpo_megatron.trainer.reference import with_reference
 from simpo_megatron.trainer.remarks import remarks
 from simpo_megatron.trainer.resume import check_pairs, find_saved_run, follow, step_to_resume, weights_folder
+from simpo_megatron.trainer.scoring import evaluate_pairs
 from simpo_megatron.trainer.setup import build_engine
 
 
@@ -83,6 +85,7 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
     engine = build_engine(config, hf, transformer, length.steps)
     if saved is not None:
         checkpointing.load(engine, saved.folder)
+    train_pairs, valid_pairs, scored = with_reference(engine, train_pairs, valid_pairs, resumed=saved is not None)
     with raise_on_all_ranks():
         disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
         logger = Logger(config, length.steps, state.step)
@@ -90,7 +93,7 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
     data_parallel = parallel_state.get_data_parallel_world_size()
     found = [*remarks(config, hf, len(train_pairs), data_parallel), *connection_warnings(config.parallel)]
     warnings = [f"warning: {text}" for text in found]
-    for line in (*messages, *_describe_run(run), *disk, _describe_start(run), *changes, *warnings):
+    for line in (*messages, *scored, *_describe_run(run), *disk, _describe_start(run), *changes, *warnings):
         logger.message(line)
     return run
 
@@ -218,8 +221,7 @@ class Run:
     def _evaluate(self) -> None:
         if self.valid_pairs is None:
             return
-        indices = self.valid_pairs.order(0, len(self.valid_pairs), seed=0, shuffle=False)
-        metrics = self.engine.evaluate(self.engine.packer.pack(self.valid_pairs, indices))
+        metrics = evaluate_pairs(self.engine, self.valid_pairs)
         self.evaluations[self.state.step] = metrics
         self.logger.record(self.state.step, {f"eval/{name}": value for name, value in metrics.items()})
         self.logger.eval_line(self.state.step, metrics)

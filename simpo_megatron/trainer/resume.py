@@ -25,7 +25,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.settings import flag, require
 from simpo_megatron.trainer.progress import Progress
 
-REFUSED = ("objective", "seed", "use_distributed_optimizer")
+REFUSED = ("objective", "seed", "use_distributed_optimizer", "reference_checkpoint")
 NOT_OF_THE_RUN = (
     *("train_data", "save", "load", "finetune", "export_hf", "tensorboard_dir", "wandb_project"),
     *("save_interval", "eval_interval", "log_interval", "preset", "dry_run", "distributed_timeout_minutes"),

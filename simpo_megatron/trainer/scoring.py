@@ -1,6 +1,7 @@
-"""The summed log-probs of the responses of a data set, under the model of an engine.
+"""The summed log-probs of the responses of a data set, under the model of an engine; and its evaluation.
 
     sums_PM = score_pairs(engine, pairs)         # every rank calls it, and every rank gets the sums of all pairs
+    metrics = evaluate_pairs(engine, pairs)
 
 Shapes: P pairs, M scored responses of a pair.
 """
@@ -9,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from simpo_megatron.batch.row import PreferenceBatch
 from simpo_megatron.data import Pairs
+from simpo_megatron.metrics import spearman
 from simpo_megatron.trainer.engine import Engine
 
 
@@ -43,10 +43,35 @@ class SeenSums:
             yield from zip(batch.pairs, sums_PM.tolist(), lengths_PM.tolist(), strict=True)
 
 
+def score_batch(engine: Engine, pairs: Pairs, indices: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    """Scores some pairs as one global batch, packed as a step or an evaluation packs them.
+
+    Collectives: those of an evaluation, and one all-reduce of the sums.
+
+    Args:
+        engine: with the model.
+        pairs: the data set.
+        indices: of the pairs, int64; a pair may be there twice.
+
+    Returns:
+        Summed log-probs of the scored responses, fp32 [len(indices), M], chosen first; and the metrics of the batch.
+        Both are the same on all ranks.
+    """
+    found = SeenSums()
+    metrics = engine.evaluate(engine.packer.pack(pairs, indices), found)
+    known, places = np.unique(indices, return_inverse=True)
+    sums_PM = torch.full((len(known), engine.packer.responses), -torch.inf, device=torch.cuda.current_device())
+    for batch, of_batch_PM in found.seen:
+        sums_PM[torch.from_numpy(np.searchsorted(known, batch.pairs)).to(sums_PM.device)] = of_batch_PM.float()
+    # Tensor- and context-parallel ranks have the same sums, and those of other pairs are -inf: the maximum joins them.
+    dist.all_reduce(sums_PM, op=dist.ReduceOp.MAX)
+    return sums_PM.cpu().numpy()[places], metrics
+
+
 def score_pairs(engine: Engine, pairs: Pairs) -> np.ndarray:
     """Scores a whole data set, --global-batch-size pairs at a time, in its order.
 
-    Collectives: those of an evaluation for every batch, and one all-reduce of the sums.
+    Collectives: those of `score_batch` for every batch.
 
     Args:
         engine: with the model.
@@ -55,17 +80,30 @@ def score_pairs(engine: Engine, pairs: Pairs) -> np.ndarray:
     Returns:
         [P, M] fp32: the summed log-probs of the scored responses, chosen first. The same on all ranks.
     """
-    size, total = engine.config.train.global_batch_size, len(pairs)
-    indices = pairs.order(0, total, seed=0, shuffle=False)
-    found = SeenSums()
-    for start in range(0, total, size):
-        engine.evaluate(engine.packer.pack(pairs, indices[start : start + size]), found)
-    sums_PM = torch.zeros(total, engine.packer.responses, device=torch.cuda.current_device())
-    # All tensor- and context-parallel ranks see the same pairs. Only one of them adds its sums, so that each counts
-    # once.
-    if parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0:
-        seen = list(chain.from_iterable(batch.pairs for batch, _ in found.seen))
-        if seen:
-            sums_PM[torch.tensor(seen, device=sums_PM.device)] = torch.cat([sums for _, sums in found.seen]).float()
-    dist.all_reduce(sums_PM)
-    return sums_PM.cpu().numpy()
+    size, indices = engine.config.train.global_batch_size, np.arange(len(pairs))
+    return np.concatenate(
+        [score_batch(engine, pairs, indices[start : start + size])[0] for start in range(0, len(indices), size)]
+    )
+
+
+def evaluate_pairs(engine: Engine, pairs: Pairs) -> dict[str, float]:
+    """Evaluates a whole data set as one batch.
+
+    Collectives: those of `score_batch`.
+
+    Args:
+        engine: with the model.
+        pairs: the data set.
+
+    Returns:
+        The metrics of the objective, and `length_spearman`: Spearman's rank correlation of the average log-prob of a
+        response with its length, over all scored responses. It shows whether the model likes long responses.
+    """
+    sums_PM, metrics = score_batch(engine, pairs, evaluation_order(pairs))
+    lengths = np.stack([pairs.chosen_length[:], pairs.rejected_length[:]], axis=1)[:, : sums_PM.shape[1]]
+    return {**metrics, "length_spearman": spearman((sums_PM / lengths).ravel(), lengths.ravel())}
+
+
+def evaluation_order(pairs: Pairs) -> np.ndarray:
+    """The indices of all pairs, as an evaluation takes them."""
+    return pairs.order(0, len(pairs), seed=0, shuffle=False)

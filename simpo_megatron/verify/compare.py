@@ -247,6 +247,17 @@ def _broadcast_gradients(expected: _Expected | None) -> Iterator[tuple[str, Tens
         yield header[0], tensor
 
 
+def with_any_reference(pairs: Pairs) -> Pairs:
+    """The pairs with log-probs of a reference model: their own where they have them, else -2 for every token.
+
+    An objective that compares with a reference model is verified with any numbers: both sides read the same.
+    """
+    indices = np.arange(len(pairs))
+    known = pairs.reference_sums(indices)
+    lengths = np.stack([pairs.chosen_length[:], pairs.rejected_length[:]], axis=1).astype(np.float32)
+    return pairs.with_reference_sums(np.where(np.isnan(known), -2 * lengths, known))
+
+
 def reference_scores(pairs: Pairs, indices: list[int], sums_PM: Tensor) -> PairScores:
     """The scores of these pairs in float64, for the objective.
 
@@ -258,19 +269,20 @@ def reference_scores(pairs: Pairs, indices: list[int], sums_PM: Tensor) -> PairS
     Returns:
         Scores whose lengths are counted in the data, not in a packed row.
     """
-    responses, known = sums_PM.shape[1], pairs.reference_sums
+    responses, known_PM = sums_PM.shape[1], pairs.reference_sums(np.asarray(indices, np.int64))
     lengths = [[len(response) for response in pairs.pair(index)[1 : 1 + responses]] for index in indices]
     return PairScores(
         sums_PM=sums_PM,
         lengths_PM=torch.tensor(lengths, dtype=torch.float64),
         margin_P=torch.from_numpy(pairs.columns["margin"][indices]).double(),
         weight_P=torch.from_numpy(pairs.columns["weight"][indices]).double(),
-        reference_sums_PM=None if known is None else torch.from_numpy(known[indices, :responses]).double(),
+        reference_sums_PM=torch.from_numpy(known_PM[:, :responses]).double(),
     )
 
 
 def reference_loss(objective: Objective, scores: PairScores) -> Tensor:
     """The loss of a whole batch in float64, in one process."""
-    loss = -objective.nll_weight * scores.sums_PM[:, 0].sum() / scores.lengths_PM[:, 0].sum()
+    sums_P, tokens = scores.sums_PM[:, 0], scores.lengths_PM[:, 0].sum().item()
+    loss = -objective.nll_factor(len(sums_P), tokens) * sums_P.sum()
     losses_P = objective.pair_losses(scores)
     return loss if losses_P is None else loss + (scores.weight_P * losses_P).mean()

@@ -105,7 +105,7 @@ def test_the_page_names_metrics_that_there_are() -> None:
 @pytest.mark.parametrize(
     "word, hint",
     [
-        ("--beta", "did you mean --simpo-beta? (default 2; TRL's is 0.1)"),
+        ("--beta", "did you mean --simpo-beta? (default 2; TRL's is 0.1; other objectives have a beta of their own)"),
         ("--gamma-beta-ratio", "did you mean --simpo-gamma-beta-ratio?"),
         ("--micro-batch-size", "did you mean --global-batch-size or --seq-length? (a microbatch is one packed row of"),
         ("--per_device_train_batch_size", "did you mean --global-batch-size? (the pairs of a step, over all processes"),
@@ -115,7 +115,7 @@ def test_the_page_names_metrics_that_there_are() -> None:
         ("--train-dat=x", "did you mean --train-data?"),
         ("--output_dir", "did you mean --save or --export-hf?"),
         ("-lr", "did you mean --lr?"),
-        ("--ld-alpha", "--help lists the flags"),  # not a typo of TRL's alpha
+        ("--ld-alpha", "LD-DPO is not supported"),  # not a typo of --rdpo-alpha
         ("--optim", "the optimizer is Adam with decoupled weight decay"),
         ("--num-layers", "did you mean --hf-checkpoint? (its config.json describes the model)"),
         ("--use-peft", "LoRA, other adapters and quantized weights are not supported yet"),

@@ -125,7 +125,7 @@ def test_sizes(yaml_file: Path, text: str, size: int) -> None:
     assert parse_yaml(yaml_file, f"train_iters: 1\nhead_slab_bytes: {text}").model.slab_bytes == size
 
 
-@pytest.mark.parametrize("text", ["objective: dpo", "simpo_loss_type: ipo", "tie_policy: keep", "device: tpu"])
+@pytest.mark.parametrize("text", ["objective: ppo", "simpo_loss_type: ipo", "tie_policy: keep", "device: tpu"])
 def test_choices_bind_in_the_file_too(yaml_file: Path, text: str) -> None:
     name, value = text.split(": ")
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value} is not known; use "):

@@ -65,6 +65,8 @@ def test_arrays_and_back(write: Write) -> None:
         "score_rejected": "float32",
         "truncated": "uint8",
         "prompt_cut": "uint8",
+        "ref_chosen_logps": "float32",
+        "ref_rejected_logps": "float32",
     }
     copy = InMemoryPairs.from_arrays({name: array.copy() for name, array in arrays.items()})
     for name, array in copy.arrays().items():

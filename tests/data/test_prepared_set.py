@@ -112,15 +112,17 @@ def test_the_records_are_those_of_version_1() -> None:
         ("score_rejected", "<f4"),
         ("truncated", "|u1"),
         ("prompt_cut", "|u1"),
+        ("ref_chosen_logps", "<f4"),
+        ("ref_rejected_logps", "<f4"),
     ]
-    assert record_type().itemsize == 26
+    assert record_type().itemsize == 34
 
 
 def test_a_new_column_is_one_line_and_its_numbers(
     made: Path, source: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once declared, it is in memory, in blends, on other ranks and on disk. Sets made before it read its default."""
-    new = pairs_module.Column("reference", "<f4", -1.5, "summed log-prob of the chosen response under a reference")
+    new = pairs_module.Column("reference", "<f4", -1.5, "any number")
     monkeypatch.setattr(pairs_module, "COLUMNS", (*pairs_module.COLUMNS, new))
     tokenizer = load_tokenizer(model)
     empty, report = load_preferences(source, tokenizer, OPTIONS)

@@ -131,7 +131,20 @@ def test_columns() -> None:
     assert not parse({**TEXT_ROW, "score_chosen": 1.0, "score_rejected": 0.5}).tie
 
 
-@pytest.mark.parametrize("name", ["weight", "margin", "score_chosen", "score_rejected"])
+def test_reference_log_probs() -> None:
+    assert parse(TEXT_ROW).reference_logps == (None, None)
+    both = {**TEXT_ROW, "ref_chosen_logps": -12.5, "ref_rejected_logps": 0}
+    assert parse(both).reference_logps == (-12.5, 0.0)
+    one = {**both, "ref_rejected_logps": None}
+    assert error_of(one).endswith("`ref_chosen_logps` without `ref_rejected_logps`; give both, or leave both out")
+    positive = {**both, "ref_rejected_logps": 0.5}
+    assert error_of(positive).endswith("`ref_rejected_logps` is 0.5; the log-prob of a response is at most 0")
+
+
+NUMBERS = ["weight", "margin", "score_chosen", "score_rejected", "ref_chosen_logps"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, 10**400, "1", True, [1]])
 def test_column_that_is_not_a_finite_number(name: str, value: Any) -> None:
     message = error_of({**TEXT_ROW, name: value})

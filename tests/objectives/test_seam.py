@@ -1,9 +1,11 @@
 """A new objective is a class and a line in the registry: nothing else changes for it.
 
-Two objectives are registered here and go through command line, YAML file, both heads, layouts and the verifier's loss:
+Two objectives are registered here, both without slopes in closed form. They go through command line, YAML file, both
+heads, layouts and the verifier's loss:
 
-* CPO (arXiv 2401.08417) works on summed log-probs, has an NLL term, and sets no margin.
-* DPO (arXiv 2305.18290) compares with a reference model, reports metrics of its own, and has two flags for one value.
+* Ranking: the distance of two summed log-probs from a fixed margin, with an NLL term.
+* SPPO (arXiv 2405.00675, TRL's `sppo_hard`) compares with a reference model, reports metrics of its own, and has two
+  flags for one value.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from simpo_megatron import objectives
@@ -29,7 +30,7 @@ from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES, Metric, Objective, PairScores
 from simpo_megatron.objectives.base import PAIR_METRICS
-from simpo_megatron.settings import require, setting
+from simpo_megatron.settings import setting
 from simpo_megatron.verify.compare import reference_loss, reference_scores
 from tests.support.distributed import WorkerPool
 from tests.support.families import on_disk
@@ -48,77 +49,69 @@ from tests.test_layouts import CP2, PP2, TP2
 
 
 @dataclass(frozen=True)
-class CPO(Objective):
-    """CPO."""
+class Ranking(Objective):
+    """Ranking."""
 
-    name: ClassVar[str] = "cpo"
-    cpo_beta: float = setting(0.1, "scale of the rewards")
-    cpo_lambda: float = setting(1.0, "weight of the NLL")
-
-    @property
-    def nll_weight(self) -> float:
-        return self.cpo_lambda
+    name: ClassVar[str] = "ranking"
+    own_nll_weight: ClassVar[float] = 1.0
+    ranking_scale: float = setting(0.1, "scale of the rewards")
+    ranking_margin: float = setting(1.0, "target of the margin")
 
     def pair_losses(self, scores: PairScores) -> torch.Tensor:
         rewards_PM = self.rewards(scores)
-        return -F.logsigmoid(rewards_PM[:, 0] - rewards_PM[:, 1])
+        return (rewards_PM[:, 0] - rewards_PM[:, 1] - self.ranking_margin).square()
 
     def rewards(self, scores: PairScores) -> torch.Tensor:
-        return self.cpo_beta * scores.sums_PM
+        return self.ranking_scale * scores.sums_PM
 
     def describe(self) -> str:
-        return f"CPO: beta {self.cpo_beta:g}"
+        return f"Ranking: scale {self.ranking_scale:g}"
 
 
 @dataclass(frozen=True)
-class DPO(Objective):
-    """DPO."""
+class SPPO(Objective):
+    """SPPO."""
 
-    name: ClassVar[str] = "dpo"
+    name: ClassVar[str] = "sppo"
     metrics: ClassVar[tuple[Metric, ...]] = (
         *PAIR_METRICS,
         Metric("logps/summed_chosen", lambda found: found.scores.sums_PM[:, 0]),
-        Metric("kl_a_token", lambda found: (found.scores.sums_PM - _reference(found.scores))[:, 0], "chosen_tokens"),
+        Metric("kl_a_token", lambda found: found.scores.log_ratios_PM[:, 0], "chosen_tokens"),
     )
-    drops: ClassVar[Mapping[str, str]] = {"dpo_beta": "dpo_temperature", "dpo_temperature": "dpo_beta"}
-    dpo_beta: float | None = setting(None, "scale of the rewards")
-    dpo_temperature: float | None = setting(None, "the same, as 1 / beta")
+    needs_reference: ClassVar[bool] = True
+    drops: ClassVar[Mapping[str, str]] = {"sppo_beta": "sppo_temperature", "sppo_temperature": "sppo_beta"}
+    sppo_beta: float | None = setting(None, "scale of the rewards")
+    sppo_temperature: float | None = setting(None, "the same, as 1 / beta")
 
     @property
     def beta(self) -> float:
-        return self.dpo_beta or 1 / (self.dpo_temperature or 10.0)
+        return self.sppo_beta or 1 / (self.sppo_temperature or 10.0)
 
     def pair_losses(self, scores: PairScores) -> torch.Tensor:
-        rewards_PM = self.rewards(scores)
-        return -F.logsigmoid(rewards_PM[:, 0] - rewards_PM[:, 1])
+        target = 0.5 / self.beta
+        return (scores.log_ratios_PM - scores.sums_PM.new_tensor([target, -target])).square().sum(1)
 
     def rewards(self, scores: PairScores) -> torch.Tensor:
-        return self.beta * (scores.sums_PM - _reference(scores))
+        return self.beta * scores.log_ratios_PM
 
     def describe(self) -> str:
-        return f"DPO: beta {self.beta:g}"
-
-
-def _reference(scores: PairScores) -> torch.Tensor:
-    require(scores.reference_sums_PM is not None, "--objective dpo needs log-probs of a reference model")
-    assert scores.reference_sums_PM is not None
-    return scores.reference_sums_PM
+        return f"SPPO: beta {self.beta:g}"
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "cpo": {"objective": "cpo", "cpo_beta": 0.05, "cpo_lambda": 0.4},
-    "dpo": {"objective": "dpo", "dpo_beta": 0.08},
+    "ranking": {"objective": "ranking", "ranking_scale": 0.05, "ranking_margin": 0.4, "nll_weight": 0.4},
+    "sppo": {"objective": "sppo", "sppo_beta": 0.08},
 }
 
 
 @contextmanager
 def registration() -> Iterator[None]:
     """Within it the two objectives have their line in the registry."""
-    OBJECTIVES.update({cls.name: cls for cls in (CPO, DPO)})
+    OBJECTIVES.update({cls.name: cls for cls in (Ranking, SPPO)})
     try:
         yield
     finally:
-        for cls in (CPO, DPO):
+        for cls in (Ranking, SPPO):
             del OBJECTIVES[cls.name]
 
 
@@ -134,49 +127,49 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_its_flags_are_there(registered: None, checkpoint: Path) -> None:
-    config = parse(command_line(checkpoint, SETTINGS["cpo"]))
-    assert config.objective == CPO(cpo_beta=0.05, cpo_lambda=0.4)
-    assert {name: flat(config)[name] for name in SETTINGS["cpo"]} == SETTINGS["cpo"]
+    config = parse(command_line(checkpoint, SETTINGS["ranking"]))
+    assert config.objective == Ranking(0.05, 0.4, nll_weight=0.4)
+    assert {name: flat(config)[name] for name in SETTINGS["ranking"]} == SETTINGS["ranking"]
     text = " ".join(build_parser().format_help().split())
-    for words in (
-        "CPO",
-        "--cpo-lambda X weight of the NLL (default",
-        "DPO",
-        "--dpo-beta X",
-        "{simpo,sft,cpo,dpo}",
-    ):
+    for words in ("Ranking", "--ranking-margin X target of the margin (default", "SPPO", "--sppo-beta X", "sppo}"):
         assert words in text
 
 
 def test_its_keys_work_in_the_file_and_flags_win(registered: None, checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("objective: cpo\ncpo_beta: 0.3\ncpo_lambda: 2")
+    file.write_text("objective: ranking\nranking_scale: 0.3\nnll_weight: 2\nnll_normalizer: pair")
     argv = [*command_line(checkpoint, {}), "--config", str(file)]
-    assert parse(argv).objective == CPO(cpo_beta=0.3, cpo_lambda=2.0)
-    assert parse([*argv, "--cpo-beta", "0.7"]).objective == CPO(cpo_beta=0.7, cpo_lambda=2.0)
-    file.write_text("objective: dpo\ndpo_temperature: 4")
-    assert parse(argv).objective == DPO(dpo_temperature=4.0)
-    assert parse([*argv, "--dpo-beta", "0.5"]).objective == DPO(dpo_beta=0.5), "one of two flags for one value"
-    with pytest.raises(UserError, match="--cpo-beta inf must be a finite number"):
-        parse([*argv, "--objective", "cpo", "--cpo-beta", "inf"])
+    assert parse(argv).objective == Ranking(0.3, nll_weight=2.0, nll_normalizer="pair")
+    again = parse([*argv, "--ranking-scale", "0.7"]).objective
+    assert again == Ranking(0.7, nll_weight=2.0, nll_normalizer="pair")
+    with pytest.raises(UserError, match=r"run.yaml: ranking_scale belongs to --objective ranking and has no effect"):
+        parse([*argv, "--objective", "sppo"])
+    file.write_text("objective: sppo\nsppo_temperature: 4")
+    assert parse(argv).objective == SPPO(sppo_temperature=4.0)
+    assert parse([*argv, "--sppo-beta", "0.5"]).objective == SPPO(sppo_beta=0.5), "one of two flags for one value"
+    with pytest.raises(UserError, match="--sppo-beta inf must be a finite number"):
+        parse([*argv, "--sppo-beta", "inf"])
 
 
 def test_the_example_of_the_readme_is_this_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     readme = Path(objectives.__file__).with_name("README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
-    module = types.ModuleType("cpo")
+    module = types.ModuleType("ranking")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look types up
     exec(code, vars(module))
-    example = vars(module)["CPO"](cpo_beta=0.05, cpo_lambda=0.4)
+    example = vars(module)["Ranking"](0.05, 0.4)
     sums_PM, nothing = torch.tensor([[-3.0, -9.0], [-8.0, -2.0]]), torch.full((2,), NAN)
     scores = PairScores(sums_PM, torch.ones(2, 2), nothing, nothing)
-    assert torch.equal(example.pair_losses(scores), CPO(0.05, 0.4).pair_losses(scores))
-    assert (example.name, example.nll_weight, example.describe()) == ("cpo", 0.4, "CPO: beta 0.05, lambda 0.4")
+    torch.testing.assert_close(example.pair_losses(scores), Ranking(0.05, 0.4).pair_losses(scores))
+    sums_PM.requires_grad_()
+    (wanted,) = torch.autograd.grad(example.pair_losses(scores).sum(), sums_PM)
+    torch.testing.assert_close(example.pair_slopes(scores), wanted)
+    assert (example.name, example.own_nll_weight) == ("ranking", 1.0)
 
 
 def test_an_unknown_objective_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("objective: cpo\n")
-    with pytest.raises(UserError, match="--objective cpo is not known; use simpo or sft"):
+    (tmp_path / "run.yaml").write_text("objective: ppo\n")
+    with pytest.raises(UserError, match="--objective ppo is not known; use simpo or sft or dpo"):
         parse([*command_line(checkpoint, {}), "--config", str(tmp_path / "run.yaml")])
 
 
@@ -216,7 +209,8 @@ class Expected:
 def oracle(checkpoint: Path) -> Expected:
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     pairs = pairs_with_reference()
-    weight, known = torch.from_numpy(pairs.columns["weight"]).double(), torch.from_numpy(pairs.reference_sums).double()
+    weight = torch.from_numpy(pairs.columns["weight"]).double()
+    known = torch.from_numpy(pairs.reference_sums(np.arange(len(pairs)))).double()
     with one_thread():
         every = [
             [response_logps(model, p, response) for response in both] for p, *both in map(pairs.pair, range(len(pairs)))
@@ -226,8 +220,8 @@ def oracle(checkpoint: Path) -> Expected:
         chosen, rejected = sums.unbind(1)
         away = sums - known
         values = {
-            "cpo": (weight * F.softplus(-0.05 * (chosen - rejected))).mean() - 0.4 * chosen.sum() / tokens,
-            "dpo": (weight * F.softplus(-0.08 * (away[:, 0] - away[:, 1]))).mean(),
+            "ranking": (weight * (0.05 * (chosen - rejected) - 0.4) ** 2).mean() - 0.4 * chosen.sum() / tokens,
+            "sppo": (weight * ((away[:, 0] - 6.25) ** 2 + (away[:, 1] + 6.25) ** 2)).mean(),
         }
         gradients = {}
         for name, loss in values.items():
@@ -235,9 +229,9 @@ def oracle(checkpoint: Path) -> Expected:
             loss.backward(retain_graph=True)
             found = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
             gradients[name] = on_disk(model, found)
-    margins = {"cpo": 0.05 * (chosen - rejected), "dpo": 0.08 * (away[:, 0] - away[:, 1])}
+    margins = {"ranking": 0.05 * (chosen - rejected), "sppo": 0.08 * (away[:, 0] - away[:, 1])}
     metrics = {name: {"rewards/margins": margin.mean().item()} for name, margin in margins.items()}
-    metrics["dpo"] |= {
+    metrics["sppo"] |= {
         "logps/summed_chosen": chosen.mean().item(),
         "kl_a_token": away[:, 0].sum().item() / tokens,
     }
@@ -247,14 +241,11 @@ def oracle(checkpoint: Path) -> Expected:
 @pytest.mark.parametrize(
     "name, world, layout",
     [
-        ("cpo", 1, {}),
-        ("cpo", 1, {"head": "plain"}),
-        ("cpo", 2, {**TP2}),
-        ("cpo", 4, {**PP2, **CP2}),
-        ("cpo", 2, {"global_batch_size": 3}),
-        ("dpo", 1, {}),
-        ("dpo", 2, {"head": "plain"}),
-        ("dpo", 4, {**TP2, **CP2}),
+        ("ranking", 1, {"head": "plain"}),
+        ("ranking", 4, {**PP2, **CP2}),
+        ("ranking", 2, {**TP2, "global_batch_size": 3}),
+        ("sppo", 1, {}),
+        ("sppo", 2, {**CP2, "head": "plain"}),
     ],
     ids=str,
 )
@@ -271,13 +262,15 @@ def test_step_and_scores(
         np.testing.assert_allclose(scores, oracle.sums.numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [CPO(0.05, 0.4), DPO(0.08)], ids=lambda objective: objective.name)
+@pytest.mark.parametrize(
+    "objective", [Ranking(0.05, 0.4, nll_weight=0.4), SPPO(0.08)], ids=lambda objective: objective.name
+)
 def test_the_verifier_computes_its_loss(oracle: Expected, objective: Objective) -> None:
     scores = reference_scores(pairs_with_reference(), list(range(8)), oracle.sums)
     assert reference_loss(objective, scores).item() == pytest.approx(oracle.losses[objective.name], rel=1e-6)
 
 
-def test_a_reference_that_is_missing_is_a_sentence(checkpoint: Path) -> None:
-    scores = reference_scores(CASES["columns"].pairs, [0, 1], torch.zeros(2, 2))
-    with pytest.raises(UserError, match="needs log-probs of a reference model"):
-        DPO().rewards(scores)
+def test_a_reference_that_is_missing_is_a_sentence() -> None:
+    nothing = torch.full((2,), NAN)
+    with pytest.raises(UserError, match="the objective needs log-probs of a reference model"):
+        SPPO().rewards(PairScores(torch.zeros(2, 2), torch.ones(2, 2), nothing, nothing))

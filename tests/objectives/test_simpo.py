@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_unknown_loss_type() -> None:
         ({"simpo_beta": 2.0, "simpo_gamma": 0.0}, 0.0),
     ],
 )
-def test_gamma_and_its_ratio_meet(settings: dict[str, float], gamma: float) -> None:
+def test_gamma_and_its_ratio_meet(settings: dict[str, Any], gamma: float) -> None:
     assert math.isclose(SimPO(**settings).gamma, gamma)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simpo_megatron.batch.row import BatchCounts
 from simpo_megatron.objectives import OBJECTIVES, SFT, Objective, PairScores, SimPO
+from simpo_megatron.objectives.cpo import CPO
 from simpo_megatron.step import batch_loss, batch_slopes
 
 EVERY = [
@@ -22,7 +23,10 @@ EVERY = [
     SimPO(simpo_beta=10.0, simpo_label_smoothing=0.1),
     SimPO(simpo_loss_type="hinge"),
     SimPO(simpo_sft_weight=0.3),
+    SimPO(simpo_length_normalization=False, nll_weight=0.2, nll_normalizer="pair"),
     SFT(),
+    SFT(nll_weight=0.5, nll_normalizer="pair"),
+    *(kind() for name, kind in OBJECTIVES.items() if name not in ("simpo", "sft")),
 ]
 
 
@@ -33,9 +37,10 @@ def random_batch(responses: int) -> tuple[Any, Tensor]:
     margin = torch.full((20,), torch.nan)
     margin[::3] = torch.rand(7, generator=generator)
     weight = (torch.arange(20) % 4) / 2
+    known = -lengths * 3 * torch.rand(20, responses, dtype=torch.float64, generator=generator)
 
     def scores(sums_PM: Tensor) -> PairScores:
-        return PairScores(sums_PM, lengths, margin, weight)
+        return PairScores(sums_PM, lengths, margin, weight, known)
 
     batch = SimpleNamespace(scores=scores, weight=weight, counts=BatchCounts(64, 1000, 3))
     return batch, -lengths * 3 * torch.rand(20, responses, dtype=torch.float64, generator=generator)
@@ -76,5 +81,12 @@ def test_an_objective_without_one_leaves_it_to_autograd() -> None:
         def pair_losses(self, scores: PairScores) -> Tensor:
             return super().pair_losses(scores).square()
 
+    class OtherCPO(CPO):
+        name = "other cpo"
+
+        def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
+            return super().margin_losses(margins_P, scores).square()
+
     batch, sums = random_batch(2)
     assert batch_slopes(Other(), batch, sums) is None
+    assert batch_slopes(OtherCPO(), batch, sums) is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from simpo_megatron.data import InMemoryPairs
 from tests.support.distributed import WorkerPool
 from tests.support.families import on_disk
+from tests.support.formulas import FORMULAS, SUMS, TERMS, Pair
 from tests.support.pairs import make_pairs
 from tests.support.runs import flags
 from tests.support.tiny import make_tokenizer
@@ -70,6 +72,14 @@ CASES = {
     "partial": Case({"simpo_beta": 2.5, "simpo_sft_weight": 0.3}, COLUMNS, indices=(6, 1, 4)),
     "sft": Case({"objective": "sft"}, COLUMNS),
 }
+REFERENCE = {
+    "ref_chosen_logps": [-20.0, -260.5, -70.0, -9.0, -110.0, -6.0, -61.0, -48.0],
+    "ref_rejected_logps": [-30.0, -80.0, -4.0, -22.0, -75.0, -29.0, -20.0, -11.0],
+}
+# One of every objective beside SimPO and SFT: the formulas of `formulas.py`.
+OBJECTIVE_CASES = {
+    name: Case(settings, {**COLUMNS, **REFERENCE, "margin": [NAN] * 8}) for name, (_, _, settings) in TERMS.items()
+}
 
 
 @contextlib.contextmanager
@@ -91,6 +101,8 @@ def response_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
 def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss, with its autograd graph, and every metric."""
     pairs, loss = case.pairs, case.loss
+    if case in OBJECTIVE_CASES.values():
+        return _metrics_of_formula(model, case)
     sft = loss.get("objective") == "sft"
     beta = loss.get("simpo_beta", 2.0)
     total, nll, tokens, found = torch.zeros((), dtype=torch.float64), 0, 0, {}
@@ -109,6 +121,7 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
             count(f"truncated/{name}", bool(pairs.columns["truncated"][i] & bit))
         if sft:
             continue
+        count("likelihood_accuracy", logps[0].mean() > logps[1].mean())
         chosen, rejected = beta * logps[0].mean(), beta * logps[1].mean()
         margin = float(pairs.columns["margin"][i])
         gamma = loss.get("simpo_gamma", beta / 2) if math.isnan(margin) else margin
@@ -130,6 +143,50 @@ def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, floa
             count(f"rewards/{name}", value)
     total = total + (1.0 if sft else loss.get("simpo_sft_weight", 0.0)) * nll / tokens
     return total, {"loss": total.item(), "nll_loss": (nll / tokens).item(), **found}
+
+
+def _metrics_of_formula(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, float]]:
+    """`oracle_metrics` of an objective whose formula is in `formulas.py`."""
+    pairs, settings = case.pairs, case.loss
+    name = settings["objective"]
+    ((weight, normalizer, _),) = (term for term in TERMS.values() if term[2] == settings)
+    total, nll, tokens, found = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0, Counter[str]()
+    for i in case.indices:
+        prompt, *responses = pairs.pair(i)
+        logps = [response_logps(model, prompt, response) for response in responses]
+        known = [float(pairs.columns[column][i]) for column in REFERENCE]
+        (a, b), (n, m) = [part.sum() for part in logps], [len(part) for part in logps]
+        loss, chosen, rejected = FORMULAS[name](Pair(a, b, n, m, *known), settings)
+        total = total + float(pairs.columns["weight"][i]) * loss / len(case.indices)
+        nll, tokens = nll - a, tokens + n
+        averages = "logps_mean" if name in SUMS else "logps"
+        values: dict[str, Any] = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": chosen > rejected,
+            "rewards/ties": chosen == rejected,
+            "logps/chosen": a,
+            "logps/rejected": b,
+            f"{averages}/chosen": a / n,
+            f"{averages}/rejected": b / m,
+            "likelihood_accuracy": a / n > b / m,
+            "response_length/chosen": n,
+            "response_length/rejected": m,
+            "truncated/chosen": bool(pairs.columns["truncated"][i] & 1),
+            "truncated/rejected": bool(pairs.columns["truncated"][i] & 2),
+        }
+        if name == "orpo":
+            odds = [(part / count).exp() / (1 - (part / count).exp()) for part, count in ((a, n), (b, m))]
+            values |= {
+                "log_odds_chosen": (odds[0] / odds[1]).log(),
+                "log_odds_ratio": -F.softplus(-(odds[0] / odds[1]).log()),
+            }
+        if name == "simpo":
+            values["rewards/above_gamma"] = chosen - rejected > settings["simpo_gamma"]
+        found.update({key: float(value) / len(case.indices) for key, value in values.items()})
+    total = total + weight * nll / (tokens if normalizer == "token" else len(case.indices))
+    return total, {"loss": total.item(), "nll_loss": nll.item() / tokens, **found}
 
 
 def oracle(model: Any, case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -190,7 +247,7 @@ def run_cases(checkpoint: Path, layout: dict[str, Any], names: list[str]) -> dic
     """On a rank: for each case the metrics of an evaluation, those of a step, and the step's gradients."""
     found = {}
     for name in names:
-        case = CASES[name]
+        case = {**CASES, **OBJECTIVE_CASES}[name]
         settings = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in layout, **layout, **case.loss}
         engine, hf = build_engine(command_line(checkpoint, settings))
         batch = engine.packer.pack(case.pairs, np.array(case.indices))

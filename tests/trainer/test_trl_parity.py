@@ -1,4 +1,4 @@
-"""The whole engine against TRL's CPOTrainer: same model, batches and hyperparameters, 20 optimizer steps in fp32."""
+"""The whole engine against TRL's trainers: same model, batches and hyperparameters, 20 optimizer steps in fp32."""
 
 from __future__ import annotations
 
@@ -23,20 +23,29 @@ NAMES = (
     "logps/chosen",
     "logps/rejected",
 )
-Setting = tuple[Path, Path, list[dict[str, float]]]  # checkpoint, preferences, and what TRL logged
 
 
-def trl_history(checkpoint: Path, rows: list[dict[str, Any]], output: Path) -> list[dict[str, float]]:
-    """TRL's loss, metrics and gradient norm of each step, on the pairs in our order."""
+def trl_history(
+    checkpoint: Path, rows: list[dict[str, Any]], output: Path, kind: str, **settings: Any
+) -> list[dict[str, float]]:
+    """The loss, the metrics and the gradient norm of each step of TRL, on the pairs in our order.
+
+    Args:
+        checkpoint: the model.
+        rows: the pairs.
+        output: a folder for the trainer.
+        kind: CPO or DPO: whose trainer.
+        settings: of the loss.
+    """
     datasets = pytest.importorskip("datasets")
-    cpo = pytest.importorskip("trl.experimental.cpo")
+    trl = pytest.importorskip("trl.experimental.cpo" if kind == "CPO" else "trl")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     order = [i for step in range(STEPS) for i in pairs_of_batch(step * BATCH, BATCH, PAIRS, SEED)]
     losses: list[float] = []
 
-    class Recorder(cpo.CPOTrainer):
+    class Recorder(getattr(trl, f"{kind}Trainer")):
         def _get_train_sampler(self, *args: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -47,12 +56,9 @@ def trl_history(checkpoint: Path, rows: list[dict[str, Any]], output: Path) -> l
 
     trainer = Recorder(
         model=AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
-        args=cpo.CPOConfig(
+        args=getattr(trl, f"{kind}Config")(
             output_dir=str(output),
-            loss_type="simpo",
-            cpo_alpha=0.0,
-            beta=BETA,
-            simpo_gamma=GAMMA,
+            **settings,
             max_length=256,
             per_device_train_batch_size=BATCH,
             max_steps=STEPS,
@@ -77,35 +83,65 @@ def trl_history(checkpoint: Path, rows: list[dict[str, Any]], output: Path) -> l
     return [{**row, "loss": loss} for row, loss in zip(history, losses, strict=True)]
 
 
+# What TRL is given, and our flags of the same run.
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "simpo": (
+        {"kind": "CPO", "loss_type": "simpo", "cpo_alpha": 0.0, "beta": BETA, "simpo_gamma": GAMMA},
+        {"simpo_beta": BETA, "simpo_gamma": GAMMA},
+    ),
+    "cpo": (
+        {"kind": "CPO", "loss_type": "sigmoid", "cpo_alpha": 0.5, "beta": 0.1},
+        {"cpo_beta": 0.1, "nll_weight": 0.5},
+    ),
+    "dpo": ({"kind": "DPO", "loss_type": ["sigmoid"], "beta": 0.1}, {"dpo_beta": 0.1}),
+    "ipo": ({"kind": "DPO", "loss_type": ["ipo"], "beta": 0.5}, {"ipo_beta": 0.5}),
+    "ln-dpo": ({"kind": "DPO", "loss_type": ["sigmoid_norm"], "beta": 2.0}, {"ln_dpo_beta": 2.0}),
+}
+# TRL reports other rewards there: those of the sums.
+OTHER_REWARDS = ("ln-dpo",)
+
+
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("trl")
     rows = make_rows(PAIRS)
-    checkpoint = make_checkpoint(folder / "model")
-    return checkpoint, write_rows(folder / "pairs.jsonl", rows), trl_history(checkpoint, rows, folder / "out")
+    return make_checkpoint(folder / "model"), write_rows(folder / "pairs.jsonl", rows), rows
 
 
-@pytest.mark.parametrize("tensor, pipeline", [(1, 1), (2, 2)])
-def test_twenty_steps_equal_trl(pool: WorkerPool, setting: Setting, tmp_path: Path, tensor: int, pipeline: int) -> None:
-    checkpoint, data, history = setting
+@pytest.mark.parametrize(
+    "objective, tensor, pipeline",
+    [("simpo", 2, 2), ("cpo", 1, 1), ("dpo", 2, 1), ("ipo", 1, 1), ("ln-dpo", 1, 1)],
+)
+def test_twenty_steps_equal_trl(
+    pool: WorkerPool,
+    setting: tuple[Path, Path, list[dict[str, Any]]],
+    tmp_path: Path,
+    objective: str,
+    tensor: int,
+    pipeline: int,
+) -> None:
+    checkpoint, data, rows_of_data = setting
+    theirs_given, ours_given = RUNS[objective]
+    history = trl_history(checkpoint, rows_of_data, tmp_path / "trl", **theirs_given)
     argv = flags(
         checkpoint,
         data,
+        objective=objective,
         train_iters=STEPS,
         global_batch_size=BATCH,
         seed=SEED,
         lr=LR,
         lr_decay_style="cosine",
         lr_warmup_fraction=5 / STEPS,
-        simpo_beta=BETA,
-        simpo_gamma=GAMMA,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        **ours_given,
     )
     rows = run_and_read(pool, tensor * pipeline, argv, tmp_path / "run")
     assert len(rows) == len(history) == STEPS
+    names = [name for name in NAMES if not (objective in OTHER_REWARDS and name.startswith("rewards/"))]
     for ours, theirs in zip(rows, history, strict=True):
         assert math.isclose(ours["learning_rate"], theirs["learning_rate"], rel_tol=1e-6, abs_tol=1e-12)
-        for name in ("loss", "grad_norm", *NAMES):
-            assert math.isclose(ours[name], theirs[name], rel_tol=1e-4, abs_tol=2e-5), (ours["step"], name)
-    assert history[-1]["loss"] < 0.8 * history[0]["loss"], "the steps must have changed something"
+        for name in ("loss", "grad_norm", *names):
+            assert math.isclose(ours[name], theirs[name], rel_tol=2e-4, abs_tol=1e-4), (ours["step"], name)
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"], "the steps must have changed something"

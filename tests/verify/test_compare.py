@@ -58,7 +58,7 @@ def command_line(inputs: dict[str, Path], model: str, settings: dict[str, Any]) 
         ("llama", 4, {**CP2, **SP, "simpo_sft_weight": 0.5}),
         ("llama", 2, {"objective": "sft"}),
         ("mixtral", 4, {**SP, **EP2, **WHOLE, "pipeline_model_parallel_size": 2}),
-        ("llama", 2, {"head": "plain", "tensor_model_parallel_size": 2}),
+        ("llama", 2, {"head": "plain", "tensor_model_parallel_size": 2, "objective": "dpo"}),
         ("bf16", 2, {**CP2, "fp32": False}),
     ],
     ids=str,

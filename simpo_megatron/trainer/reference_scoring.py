@@ -1,0 +1,135 @@
+"""Scores pairs with a reference model: forward passes alone, in the batches of training, resumable after a kill.
+
+engine = ScoringEngine.build(config, hf, transformer)       # or the engine of the run
+score_missing(engine, pairs, training_batches(pairs, config), file, sums, "Scoring")
+
+Every rank calls these functions. `reference.py` decides when.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+
+from simpo_megatron.config.run import Config
+from simpo_megatron.data import Pairs
+from simpo_megatron.data.reference_file import ReferenceFile
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.build import build_model
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.scoring import evaluation_order, score_batch
+from simpo_megatron.trainer.setup import prepare_models
+
+_WRITES = 100  # times that the file is written while the training pairs are scored
+
+
+class ScoringEngine(Engine):
+    """An engine that only scores: no DDP, no optimizer, no gradients."""
+
+    def __init__(
+        self, config: Config, hf: HFCheckpoint, models: list[GPTModel], transformer: TransformerConfig
+    ) -> None:
+        self.config, self.hf, self.models, self.transformer = config, hf, models, transformer
+        self.chunks = list(models)
+        self.packer = self._build_packer()
+        self.run_schedule = get_forward_backward_func()
+
+    @classmethod
+    def build(cls, config: Config, hf: HFCheckpoint, transformer: TransformerConfig) -> ScoringEngine:
+        """Builds the models and loads the weights.
+
+        Collectives: those of `build_model` and of `prepare_models`.
+
+        Args:
+            config: of the run, with this model as its --hf-checkpoint.
+            hf: the Hugging Face checkpoint.
+            transformer: from `build_transformer_config`.
+        """
+        models = build_model(
+            hf,
+            transformer,
+            transformer_impl=config.model.transformer_impl,
+            make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        )
+        prepare_models(models, config, hf)
+        return cls(config, hf, models, transformer)
+
+
+def training_batches(pairs: Pairs, config: Config) -> list[np.ndarray]:
+    """The batches of the first epoch. The last one may reach into the second epoch, as it does in training."""
+    size = config.train.global_batch_size
+    return [pairs.order(start, size, config.train.seed) for start in range(0, len(pairs), size)]
+
+
+def evaluation_batches(pairs: Pairs) -> list[np.ndarray]:
+    """The one batch of an evaluation."""
+    return [evaluation_order(pairs)]
+
+
+def score_missing(
+    engine: Engine,
+    pairs: Pairs,
+    batches: list[np.ndarray],
+    file: ReferenceFile | None,
+    sums: np.ndarray,
+    title: str,
+) -> None:
+    """Fills what is missing in `sums`; every rank calls it.
+
+    Args:
+        engine: with the reference model.
+        pairs: the data set.
+        batches: indices of pairs, in the order of scoring. Pairs in none of them come last, in batches of the same
+            size.
+        file: to write the sums into from time to time, on rank 0; None for no file, and on the other ranks.
+        sums: float32 [P, 2], the same on every rank; NaN where a pair is missing.
+        title: of the progress bar.
+
+    Raises:
+        UserError: a log-prob is not finite, or the file cannot be written; the same on every rank.
+    """
+    reached = np.zeros(len(pairs), bool)
+    for indices in batches:
+        reached[indices] = True
+    rest = np.flatnonzero(~reached)  # a blend with weights leaves some pairs to later epochs
+    size = len(batches[0])
+    batches = [*batches, *(rest[start : start + size] for start in range(0, len(rest), size))]
+    batches = [indices for indices in batches if np.isnan(sums[indices]).any()]
+    interval = -(-len(batches) // _WRITES)
+    for number, indices in enumerate(_with_time_left(batches, title), start=1):
+        found, _ = score_batch(engine, pairs, indices)
+        new = np.isnan(sums[indices]).any(axis=1)
+        sums[indices[new]] = found[new]
+        with raise_on_all_ranks():
+            if not np.isfinite(found).all():
+                pair = int(indices[~np.isfinite(found).all(axis=1)][0])
+                raise UserError(f"the reference log-prob of pair {pair} is not finite; the reference model is broken")
+            if file is not None and (number % interval == 0 or number == len(batches)):
+                file.write()
+
+
+def _with_time_left(batches: Sequence[Any], title: str) -> Iterator[Any]:
+    """The same batches. Rank 0 shows the time that is left: in a bar on a terminal, else in a line for every tenth."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, first, started = Console(stderr=True), dist.get_rank() == 0, time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    tenth = -(-len(batches) // 10)
+    with Progress(*columns, console=console, transient=True, disable=not (first and console.is_terminal)) as bar:
+        for number, batch in enumerate(bar.track(batches, description=title), start=1):
+            yield batch
+            if first and not console.is_terminal and number % tenth == 0:
+                left = timedelta(seconds=round((time.monotonic() - started) / number * (len(batches) - number)))
+                print(f"{title}: {number} of {len(batches)} batches, {left} left", file=sys.stderr, flush=True)

@@ -1,0 +1,172 @@
+"""Every objective in a step: loss, metrics and all gradients on some layouts, against its formula in plain torch.
+
+SimPO and SFT are compared on all layouts in `tests/test_layouts.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from simpo_megatron.config.arguments import parse
+from simpo_megatron.objectives import OBJECTIVES, Measured, PairScores
+from tests.support.distributed import WorkerPool
+from tests.support.formulas import FORMULAS, TERMS, Pair
+from tests.support.steps import (
+    NAN,
+    OBJECTIVE_CASES,
+    build_engine,
+    command_line,
+    gather_gradients,
+    one_thread,
+    oracle,
+    relative_error,
+)
+from tests.support.tiny import make_checkpoint
+from tests.test_layouts import CP2, PP2, SP
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def oracles(checkpoint: Path) -> dict[str, Any]:
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with one_thread():
+        return {name: oracle(model, case) for name, case in OBJECTIVE_CASES.items()}
+
+
+def run_objectives(checkpoint: Path, layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """On a rank: metrics and gradients of every case, all with one engine, because no weight changes."""
+    engine, hf = build_engine(command_line(checkpoint, {"objective": "dpo", **layout}))
+    found = {}
+    for name, case in OBJECTIVE_CASES.items():
+        objective = parse(command_line(checkpoint, case.loss)).objective
+        engine.config = replace(engine.config, objective=objective)
+        metrics = engine.compute_gradients(engine.packer.pack(case.pairs, np.array(case.indices)))
+        found[name] = metrics, {key: grad.clone() for key, grad in gather_gradients(engine, hf).items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{**SP, "head_slab_bytes": "16KiB"}, {**CP2, "head": "plain"}, PP2, {}],
+    ids=["tp2 sp, small slabs", "cp2, plain head", "pp2", "dp2"],
+)
+def test_step(pool: WorkerPool, checkpoint: Path, oracles: dict[str, Any], layout: dict[str, Any]) -> None:
+    for found in pool.run(2, run_objectives, checkpoint, layout):
+        for name, (wanted, wanted_gradients) in oracles.items():
+            metrics, gradients = found[name]
+            expected = {key: value for key, value in wanted.items() if key != "grad_norm"}
+            assert metrics == pytest.approx(expected, rel=2e-5, abs=2e-5), name
+            for key, gradient in gradients.items():
+                assert relative_error(gradient, wanted_gradients[key]) < 2e-5, (name, key)
+
+
+KINDS: dict[str, Any] = dict(OBJECTIVES)  # built with flags of their own
+
+
+def test_every_objective_has_a_case() -> None:
+    assert {case.loss["objective"] for case in OBJECTIVE_CASES.values()} | {"sft"} == set(OBJECTIVES)
+
+
+def scores_of(count: int = 20) -> tuple[PairScores, torch.Tensor]:
+    """Random scores in fp64, and their sums with gradient."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 90, (count, 2), generator=generator)
+    sums, known = -lengths * 3 * torch.rand(2, count, 2, dtype=torch.float64, generator=generator)
+    sums.requires_grad_()
+    return PairScores(sums, lengths, torch.full((count,), NAN), torch.ones(count), known), sums
+
+
+def formula_losses(name: str, scores: PairScores) -> torch.Tensor:
+    """The loss of every pair by the formula of a case."""
+    settings, known = TERMS[name][2], scores.reference_sums_PM
+    assert known is not None
+    pairs = [
+        Pair(*sums.unbind(), *map(int, lengths.tolist()), *map(float, reference.tolist()))
+        for sums, lengths, reference in zip(scores.sums_PM, scores.lengths_PM, known, strict=True)
+    ]
+    return torch.stack([FORMULAS[settings["objective"]](pair, settings)[0] for pair in pairs])
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_pair_losses_and_slopes_in_fp64(checkpoint: Path, name: str) -> None:
+    scores, sums = scores_of()
+    objective = parse(command_line(checkpoint, TERMS[name][2])).objective
+    wanted = formula_losses(name, scores)
+    found = objective.pair_losses(scores)
+    assert found is not None
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    slopes = objective.pair_slopes(scores)
+    (gradient,) = torch.autograd.grad(wanted.sum(), sums)
+    assert slopes is not None and gradient.abs().max() > 0
+    torch.testing.assert_close(slopes, gradient, rtol=1e-8, atol=1e-12)
+
+
+def one_pair(chosen: int, rejected: int, ratio: float = 0.0) -> PairScores:
+    """A pair of these lengths; the policy's log-ratio of the chosen response is `ratio`."""
+    sums, known = torch.tensor([[-30.0 + ratio, -40.0]]).double(), torch.tensor([[-30.0, -40.0]]).double()
+    nothing = torch.full((1,), NAN)
+    return PairScores(sums, torch.tensor([[chosen, rejected]]), nothing, nothing, known)
+
+
+def test_a_longer_chosen_response_is_pushed_less_by_rdpo() -> None:
+    """The sign of alpha: with a minus it would be pushed more."""
+    slope = {
+        name: KINDS[name](**settings).pair_slopes(one_pair(30, 10))[0, 0].item()
+        for name, settings in {"dpo": {"dpo_beta": 0.1}, "rdpo": {"rdpo_beta": 0.1, "rdpo_alpha": 0.05}}.items()
+    }
+    assert slope["dpo"] < slope["rdpo"] < 0
+
+
+@pytest.mark.parametrize("name", [name for name, cls in KINDS.items() if cls.responses == 2])
+def test_every_objective_raises_the_chosen_and_lowers_the_rejected_response(name: str) -> None:
+    objective = KINDS[name]()
+    scores = one_pair(10, 10, ratio=-20.0)  # the chosen response is the less likely one
+    slopes = objective.pair_slopes(scores)
+    assert slopes is not None and slopes[0, 0] < 0 < slopes[0, 1]
+
+
+def test_averages_divide_by_the_response_not_by_the_packed_row() -> None:
+    """A planted error: the length of the packed row as the divisor changes the loss of IPO."""
+    scores, _ = scores_of()
+    assert scores.reference_sums_PM is not None
+    wrong = replace(scores, reference_sums_PM=scores.reference_sums_PM.roll(1, 0))
+    for name, cls in KINDS.items():
+        if cls.needs_reference:
+            assert not torch.allclose(cls().pair_losses(scores), cls().pair_losses(wrong), rtol=1e-3), name
+
+
+def test_orpo_has_the_odds_ratio_of_trl() -> None:
+    trl = pytest.importorskip("trl.experimental.orpo")
+    trainer = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
+    scores, _ = scores_of()
+    averages = scores.averages_PM.detach()
+    term, *rewards, ratio, odds = trl.ORPOTrainer.odds_ratio_loss(trainer, *averages.unbind(1))
+    objective = KINDS["orpo"](orpo_lambda=0.3)
+    found = objective.pair_losses(scores).detach() + averages[:, 0]  # the other term is the NLL
+    torch.testing.assert_close(found, -term.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(objective.rewards(scores).detach(), torch.stack(rewards, dim=1).double())
+    nothing = torch.zeros(())
+    measured = Measured(scores, nothing, nothing, nothing, nothing)
+    values = {metric.name: metric.value for metric in objective.metrics if metric.name.startswith("log_odds")}
+    found = {name: value(measured).mean().item() for name, value in values.items()}
+    wanted = {"log_odds_ratio": ratio.item(), "log_odds_chosen": odds.item()}
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_orpo_stays_finite_where_the_model_is_certain() -> None:
+    nothing = torch.full((1,), NAN)
+    scores = PairScores(torch.tensor([[0.0, -8.0]]), torch.tensor([[4, 4]]), nothing, nothing)
+    objective = KINDS["orpo"]()
+    assert torch.isfinite(objective.pair_losses(scores)).all() and torch.isfinite(objective.pair_slopes(scores)).all()
