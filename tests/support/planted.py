@@ -56,8 +56,8 @@ def planted(mistake: str) -> Iterator[None]:
         "plain all-reduce": [(step, "vocab_parallel_logprobs", plain_all_reduce)],
         "hidden gradient not reduced": [(layer, "_reduce", lambda grad_TH, _head: grad_TH)],
         "mean of means": [
-            (step, name, lambda *a, _f=getattr(step, name): _mean_of_means(_f, *a))
-            for name in ("batch_loss", "batch_slopes")
+            (step, "batch_loss", lambda *a, _f=step.batch_loss: _mean_of_means(_f, *a)),
+            (step, "batch_slopes", lambda *a, _f=step.batch_slopes: _mean_of_means(_f, *a)),
         ],
         "context factor dropped": [(step, "sum_over_context", _without_context_factor)],
     }[mistake]
