@@ -2,6 +2,7 @@
 
 run.py           `Config` and its groups: model, training, optimizer, checkpoints, logging
 data.py          the group of the data: sources, lengths, and how rows become pairs
+stop.py          the group that stops a run before its end
 layers.py        defaults, preset, file and flags as one set; settings that take the place of another
 yaml_file.py     the file of --config as names and values
 arguments.py     groups -> flags and YAML keys -> `Config`; flags win over the file, the file over the preset

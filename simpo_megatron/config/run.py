@@ -13,11 +13,12 @@ from typing import Literal
 
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.presets import Preset
+from simpo_megatron.config.stop import StopConfig
 from simpo_megatron.objectives import Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR
-from simpo_megatron.settings import Group, parse_size, require, required, setting
+from simpo_megatron.settings import Group, flag, parse_size, require, required, setting
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,7 @@ class Config:
     train: TrainConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
+    stop: StopConfig
     log: LogConfig
 
     def __post_init__(self) -> None:
@@ -254,6 +256,11 @@ class Config:
         require(
             save is None or save != export,
             f"--export-hf {export} is also the folder of --save; export to another folder",
+        )
+        given = self.stop.given
+        require(
+            given is None or save is not None,
+            f"{flag(given or '')} needs --save: a run that stops early saves a checkpoint to resume from",
         )
         check_rows(self.data.seq_length, self.parallel)
         if self.data.share_prompts:

@@ -1,6 +1,8 @@
 """The parts of the training program, which wires them in `simpo_megatron.train`. README.md of this folder guides users.
 
 loop.py            `Run`: data in, steps, evaluations, checkpoints, export
+signals.py         stops a run before its end: signals, minutes, steps
+record.py          `SAVE/run.yaml`: settings, versions, command
 progress.py        where a run stands, and how far it goes
 resume.py          what a run starts from, and which settings may differ on resume
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine

@@ -39,18 +39,23 @@ from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
+from simpo_megatron.trainer.record import write_record
 from simpo_megatron.trainer.remarks import remarks
 from simpo_megatron.trainer.resume import check_pairs, find_saved_run, follow, step_to_resume, weights_folder
 from simpo_megatron.trainer.setup import build_engine
+from simpo_megatron.trainer.signals import Stopping
 
 
-def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) -> Run | None:
+def start_run(
+    config: Config, hf: HFCheckpoint, transformer: TransformerConfig, stopping: Stopping | None = None
+) -> Run | None:
     """Loads data and model, resumes if --load asks for it, and prints what the run is.
 
     Args:
         config: of the run.
         hf: the Hugging Face checkpoint.
         transformer: from `setup.build_transformer_config`; Megatron's groups exist for it.
+        stopping: from `signals.watch`; None: no signal stops the run before its end.
 
     Returns:
         The run; None if the run that is resumed has ended and --export-hf is its export.
@@ -86,7 +91,10 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
     with raise_on_all_ranks():
         disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
         logger = Logger(config, length.steps, state.step)
-    run = Run(engine, train_pairs, valid_pairs, length, state, logger)
+        if config.checkpoint.save is not None and dist.get_rank() == 0:
+            write_record(config, config.checkpoint.save)
+    stopping = Stopping(config.stop, handles_signals=False) if stopping is None else stopping
+    run = Run(engine, train_pairs, valid_pairs, length, state, logger, stopping)
     data_parallel = parallel_state.get_data_parallel_world_size()
     found = [*remarks(config, hf, len(train_pairs), data_parallel), *connection_warnings(config.parallel)]
     warnings = [f"warning: {text}" for text in found]
@@ -149,6 +157,7 @@ class Run:
         length: how far it goes.
         state: where the run stands.
         logger: reports metrics and messages.
+        stopping: whether the run stops before its end.
 
     Attributes:
         evaluations: metrics of the held-out pairs, by step.
@@ -162,10 +171,12 @@ class Run:
         length: Length,
         state: Progress,
         logger: Logger,
+        stopping: Stopping,
     ) -> None:
         self.config, self.engine, self.logger = engine.config, engine, logger
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
-        self.length, self.state = length, state
+        self.length, self.state, self.stopping = length, state, stopping
+        self._saved = state.step  # a run that has just been resumed needs no checkpoint
         self.evaluations: dict[int, dict[str, float]] = {}
 
     @property
@@ -174,13 +185,16 @@ class Run:
         return not self.length.is_reached(self.state)
 
     def execute(self) -> None:
-        """Trains to the end: evaluates, logs, saves and exports as configured."""
+        """Trains to the end, or until it is stopped: evaluates, logs, saves and exports as configured."""
         self.logger.start()
         try:
             if self.state.step == 0:  # a resumed run has logged this evaluation already
                 self._evaluate()
             while self.unfinished:
                 self._step()
+                if self.unfinished and (reason := self.stopping.reason(self.state.step)) is not None:
+                    self._stop(reason)
+                    return
             self._finish()
         finally:
             self.logger.close()
@@ -200,10 +214,28 @@ class Run:
         self.logger.advance(self.state.step)
         if self._is_due(self.config.log.eval_interval):
             self._evaluate()
+        if self._is_due(self.config.checkpoint.save_interval) or not self.unfinished:
+            self._save()
+
+    def _save(self) -> None:
+        """Saves a checkpoint of this step, unless there is one or nothing is saved."""
         folder = self.config.checkpoint.save
-        if folder is not None and (self._is_due(self.config.checkpoint.save_interval) or not self.unfinished):
+        if folder is not None and self._saved != self.state.step:
             self.state = replace(self.state, checkpoint=_random_name())
             checkpointing.save(self.engine, folder, self.state)
+            self._saved = self.state.step
+
+    def _stop(self, reason: str) -> None:
+        """Saves, and says how to resume."""
+        self._save()
+        settings, step = self.config.checkpoint, self.state.step
+        folder = settings.save
+        again = "start the same command again"
+        if settings.load != folder or settings.finetune:
+            again = f"give --load {folder} --save {folder}" + (", without --finetune" if settings.finetune else "")
+        self.logger.message(
+            f"stopped by {reason} after step {step} of {self.length.steps}, and saved in {folder}; to resume, {again}"
+        )
 
     def _next_batch(self) -> GlobalBatch:
         position = self.state.consumed_pairs
