@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from simpo_megatron.config.data import DataConfig
+from simpo_megatron.config.megatron import MegatronConfig
 from simpo_megatron.config.presets import Preset
 from simpo_megatron.config.stop import StopConfig
 from simpo_megatron.objectives import Objective
@@ -246,6 +247,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    megatron: MegatronConfig
     checkpoint: CheckpointConfig
     stop: StopConfig
     log: LogConfig

@@ -7,6 +7,7 @@ progress.py        where a run stands, and how far it goes
 resume.py          what a run starts from, and which settings may differ on resume
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
+pass_through.py    fields of Megatron's configurations from text
 scoring.py         summed log-probs of a whole data set
 checkpointing.py   save and load in Megatron-LM's format
 torch_adam.py      loads Megatron's optimizer checkpoints into torch's Adam

@@ -23,6 +23,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.step import PreferenceStep
+from simpo_megatron.trainer.pass_through import fields_of, refusals
 
 
 class Engine:
@@ -58,12 +59,14 @@ class Engine:
     def _wrap(self) -> list[DistributedDataParallel]:
         # DDP wraps the bare GPTModel, which is built in bf16 already. Float16Module would upcast all logits to fp32.
         parallel, hooks = self.config.parallel, self.transformer
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-        )
+        own = {
+            "grad_reduce_in_fp32": True,
+            "overlap_grad_reduce": parallel.overlap_grad_reduce,
+            "overlap_param_gather": parallel.overlap_param_gather,
+            "use_distributed_optimizer": parallel.use_distributed_optimizer,
+        }
+        with refusals(self.config, "ddp_config"):
+            ddp = DistributedDataParallelConfig(**{**own, **fields_of(self.config, "ddp_config")})
         chunks = [
             DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
             for index, model in enumerate(self.models)
@@ -95,8 +98,8 @@ class Engine:
 
     def _build_optimizer(self) -> Any:
         settings = self.config.optimizer
-        optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
+        with refusals(self.config, "optimizer_config"):
+            megatron = MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=settings.lr,
                 min_lr=settings.min_lr,
@@ -109,9 +112,9 @@ class Engine:
                 params_dtype=self.transformer.params_dtype,
                 use_distributed_optimizer=self.config.parallel.use_distributed_optimizer,
                 overlap_param_gather=self.config.parallel.overlap_param_gather,
-            ),
-            self.chunks,
-        )
+                **fields_of(self.config, "optimizer_config"),
+            )
+            optimizer = get_megatron_optimizer(megatron, self.chunks)
         self.transformer.grad_scale_func = optimizer.scale_loss
         measure = optimizer.get_grad_norm
 
