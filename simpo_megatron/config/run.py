@@ -230,11 +230,14 @@ class LogConfig(Group):
     tensorboard_dir: Path | None = setting(
         None, "folder for TensorBoard files (default: SAVE/tensorboard; none without --save)"
     )
+    peak_tflops: float | None = setting(
+        None, "TFLOP/s that a GPU has at most, for the MFU in the log (default: of bf16, by the name of the GPU)"
+    )
     wandb_project: str | None = setting(None, "log to this Weights & Biases project too; needs the package wandb")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("log_interval", "eval_interval")
+        self.positive("log_interval", "eval_interval", "peak_tflops")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.pass_through import fields_of, refusals
+from simpo_megatron.trainer.timing import Seconds
 
 
 class Engine:
@@ -182,11 +183,12 @@ class Engine:
         self.optimizer.zero_grad()
         return self._run(batch, forward_only=False, on_sums=on_sums)
 
-    def train_step(self, batch: GlobalBatch) -> dict[str, float]:
+    def train_step(self, batch: GlobalBatch, seconds: Seconds | None = None) -> dict[str, float]:
         """Takes one optimizer step.
 
         Args:
             batch: from `packer.pack`.
+            seconds: gets the time of `forward_backward` and of `optimizer`; None measures nothing.
 
         Returns:
             The metrics of the batch before the step, with `grad_norm` (before clipping) and `learning_rate`.
@@ -194,11 +196,14 @@ class Engine:
         Raises:
             UserError: the loss or the gradient norm is not finite; the weights are unchanged.
         """
-        metrics = self.compute_gradients(batch)
+        seconds = Seconds() if seconds is None else seconds
+        with seconds.of("forward_backward"):
+            metrics = self.compute_gradients(batch)
         if not math.isfinite(metrics["loss"]):
             raise UserError(f"the loss is {metrics['loss']} and no weight was changed; lower --lr, or look at the data")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        _, metrics["grad_norm"], _ = self.optimizer.step()
+        with seconds.of("optimizer"):
+            _, metrics["grad_norm"], _ = self.optimizer.step()
         self.scheduler.step(increment=self.config.train.global_batch_size)
         return metrics
 

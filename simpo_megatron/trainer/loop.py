@@ -12,7 +12,7 @@ import time
 import uuid
 from dataclasses import replace
 
-import psutil
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -31,6 +31,7 @@ from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
+from simpo_megatron.planning.flops import step_flops
 from simpo_megatron.settings import require
 from simpo_megatron.trainer import checkpointing
 from simpo_megatron.trainer.console import Logger, print_line
@@ -44,6 +45,7 @@ from simpo_megatron.trainer.remarks import remarks
 from simpo_megatron.trainer.resume import check_pairs, find_saved_run, follow, step_to_resume, weights_folder
 from simpo_megatron.trainer.setup import build_engine
 from simpo_megatron.trainer.signals import Stopping
+from simpo_megatron.trainer.timing import Seconds, Speed, memory
 
 
 def start_run(
@@ -177,6 +179,8 @@ class Run:
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
         self.length, self.state, self.stopping = length, state, stopping
         self._saved = state.step  # a run that has just been resumed needs no checkpoint
+        self.seconds = Seconds()
+        self.speed = Speed(self.config, length.steps - state.step)
         self.evaluations: dict[int, dict[str, float]] = {}
 
     @property
@@ -201,12 +205,12 @@ class Run:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        batch = self._next_batch()
-        metrics = self.engine.train_step(batch)
+        with self.seconds.of("data"):
+            batch, flops = self._next_batch()
+        metrics = self.engine.train_step(batch, self.seconds)
         consumed = self.state.consumed_pairs + batch.counts.pairs
         self.state = replace(self.state, step=self.state.step + 1, consumed_pairs=consumed)
-        metrics["tokens_per_second"] = batch.tokens / (time.perf_counter() - started)
-        metrics |= _memory()
+        metrics |= self.speed.measure(time.perf_counter() - started, batch.tokens, flops) | self.seconds.take()
         metrics["epoch"] = consumed / len(self.train_pairs)
         if self._is_due(self.config.log.log_interval) or not self.unfinished:
             self.logger.record(self.state.step, metrics)
@@ -222,7 +226,8 @@ class Run:
         folder = self.config.checkpoint.save
         if folder is not None and self._saved != self.state.step:
             self.state = replace(self.state, checkpoint=_random_name())
-            checkpointing.save(self.engine, folder, self.state)
+            with self.seconds.of("save"):
+                checkpointing.save(self.engine, folder, self.state)
             self._saved = self.state.step
 
     def _stop(self, reason: str) -> None:
@@ -237,11 +242,19 @@ class Run:
             f"stopped by {reason} after step {step} of {self.length.steps}, and saved in {folder}; to resume, {again}"
         )
 
-    def _next_batch(self) -> GlobalBatch:
+    def _next_batch(self) -> tuple[GlobalBatch, int]:
+        """The next global batch, and the floating-point operations that it needs."""
         position = self.state.consumed_pairs
         size = min(self.config.train.global_batch_size, self.length.pairs - position)
         indices = self.train_pairs.order(position, size, self.config.train.seed)
-        return self.engine.packer.pack(self.train_pairs, indices)
+        pairs, packer = self.train_pairs, self.engine.packer
+        prompt, chosen, rejected = (
+            column[indices].astype(np.int64)
+            for column in (pairs.prompt_length, pairs.chosen_length, pairs.rejected_length)
+        )
+        responses = (chosen, rejected)[: packer.responses]
+        flops = step_flops(self.engine.hf.architecture, prompt, responses, packer.share_prompts)
+        return packer.pack(pairs, indices), flops
 
     def _is_due(self, interval: int | None) -> bool:
         """Whether something that happens every `interval` steps (None: never) happens after this step."""
@@ -267,9 +280,9 @@ class Run:
             export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
             self.logger.message(f"exported to {folder}")
         self.logger.summary(self.evaluations)
-        memory = _memory()
-        if (reserved := memory.get("memory_reserved_gib")) is not None:
-            allocated = memory["memory_gib"]
+        used = memory()
+        if (reserved := used.get("memory_reserved_gib")) is not None:
+            allocated = used["memory_gib"]
             self.logger.message(f"GPU memory of rank 0: {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved")
 
 
@@ -278,14 +291,3 @@ def _random_name() -> str:
     name: list[str | None] = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, src=0, group=host_group())
     return str(name[0])
-
-
-def _memory() -> dict[str, float]:
-    """Memory of this rank in GiB: the most of the GPU so far, or what the process holds now on the CPU.
-
-    What torch reserves on a GPU and has not allocated is free for tensors that fit into its gaps only.
-    """
-    if torch.cuda.is_initialized():
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return {"memory_gib": allocated / 2**30, "memory_reserved_gib": reserved / 2**30}
-    return {"memory_gib": psutil.Process().memory_info().rss / 2**30}

@@ -29,7 +29,7 @@ REFUSED = ("objective", "seed", "use_distributed_optimizer")
 NOT_OF_THE_RUN = (
     *("train_data", "save", "load", "finetune", "export_hf", "tensorboard_dir", "wandb_project"),
     *("save_interval", "eval_interval", "log_interval", "preset", "dry_run", "distributed_timeout_minutes"),
-    *("exit_signal_handler", "exit_duration_in_mins", "exit_interval"),
+    *("exit_signal_handler", "exit_duration_in_mins", "exit_interval", "peak_tflops"),
 )
 # What --use-checkpoint-opt-param-scheduler takes from the checkpoint. The length of the decay goes with it.
 SCHEDULE = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
