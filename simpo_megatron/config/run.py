@@ -14,6 +14,7 @@ from typing import Literal
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.megatron import MegatronConfig
 from simpo_megatron.config.presets import Preset
+from simpo_megatron.config.profile import ProfileConfig
 from simpo_megatron.config.stop import StopConfig
 from simpo_megatron.objectives import Objective
 from simpo_megatron.parallel.config import ParallelConfig
@@ -254,6 +255,7 @@ class Config:
     checkpoint: CheckpointConfig
     stop: StopConfig
     log: LogConfig
+    profile: ProfileConfig
 
     def __post_init__(self) -> None:
         _ = self.model.checkpoint_folder, self.data.training_sources  # raises if one is missing: a run needs both
@@ -266,6 +268,13 @@ class Config:
         require(
             given is None or save is not None,
             f"{flag(given or '')} needs --save: a run that stops early saves a checkpoint to resume from",
+        )
+        profile = self.profile
+        require(
+            not (profile.profile or profile.record_memory_history)
+            or save is not None
+            or profile.profile_dir is not None,
+            "--profile and --record-memory-history write files; give --profile-dir, or --save",
         )
         check_rows(self.data.seq_length, self.parallel)
         if self.data.share_prompts:

@@ -39,6 +39,7 @@ from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
+from simpo_megatron.trainer.profiling import Profiling, check_profiling
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
 from simpo_megatron.trainer.record import write_record
 from simpo_megatron.trainer.remarks import remarks
@@ -67,6 +68,7 @@ def start_run(
     """
     with raise_on_all_ranks():
         check_folders(config)
+        check_profiling(config)
         saved = find_saved_run(config.checkpoint)
         config, changes = follow(config, saved)
     train_pairs, valid_pairs, messages = load_data(config.data, hf)
@@ -179,7 +181,7 @@ class Run:
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
         self.length, self.state, self.stopping = length, state, stopping
         self._saved = state.step  # a run that has just been resumed needs no checkpoint
-        self.seconds = Seconds()
+        self.seconds, self.save_seconds = Seconds(), Seconds()
         self.speed = Speed(self.config, length.steps - state.step)
         self.evaluations: dict[int, dict[str, float]] = {}
 
@@ -192,16 +194,22 @@ class Run:
         """Trains to the end, or until it is stopped: evaluates, logs, saves and exports as configured."""
         self.logger.start()
         try:
+            self._train()
+        finally:
+            self.logger.close()
+
+    def _train(self) -> None:
+        with Profiling(self.config) as profiling:
             if self.state.step == 0:  # a resumed run has logged this evaluation already
                 self._evaluate()
             while self.unfinished:
+                profiling.before(self.state.step + 1)
                 self._step()
+                profiling.after(self.state.step)
                 if self.unfinished and (reason := self.stopping.reason(self.state.step)) is not None:
                     self._stop(reason)
                     return
-            self._finish()
-        finally:
-            self.logger.close()
+        self._finish()
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -213,7 +221,7 @@ class Run:
         metrics |= self.speed.measure(time.perf_counter() - started, batch.tokens, flops) | self.seconds.take()
         metrics["epoch"] = consumed / len(self.train_pairs)
         if self._is_due(self.config.log.log_interval) or not self.unfinished:
-            self.logger.record(self.state.step, metrics)
+            self.logger.record(self.state.step, metrics | self.save_seconds.take())
             self.logger.step_line(self.state.step, metrics)
         self.logger.advance(self.state.step)
         if self._is_due(self.config.log.eval_interval):
@@ -226,7 +234,7 @@ class Run:
         folder = self.config.checkpoint.save
         if folder is not None and self._saved != self.state.step:
             self.state = replace(self.state, checkpoint=_random_name())
-            with self.seconds.of("save"):
+            with self.save_seconds.of("save"):
                 checkpointing.save(self.engine, folder, self.state)
             self._saved = self.state.step
 
