@@ -20,6 +20,9 @@ class StopConfig(Group):
         None, "minutes after which the run finishes its step, saves and ends; leave time for a step and a checkpoint"
     )
     exit_interval: int | None = setting(None, "after each multiple of this number of steps, save and end")
+    stop_on_alarm: bool = setting(
+        False, "save and end at the first alarm: falling log-probs of the chosen responses, a rising loss, and others"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

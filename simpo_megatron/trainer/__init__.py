@@ -5,6 +5,7 @@ signals.py         stops a run before its end: signals, minutes, steps
 record.py          `SAVE/run.yaml`: settings, versions, command
 timing.py          tokens, TFLOP/s, seconds and memory of a step
 profiling.py       traces, memory snapshots, garbage collection
+alarms.py          signs that a run goes wrong
 progress.py        where a run stands, and how far it goes
 resume.py          what a run starts from, and which settings may differ on resume
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine

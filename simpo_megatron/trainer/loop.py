@@ -34,6 +34,7 @@ from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.planning.flops import step_flops
 from simpo_megatron.settings import require
 from simpo_megatron.trainer import checkpointing
+from simpo_megatron.trainer.alarms import Alarms
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
@@ -182,6 +183,7 @@ class Run:
         self.length, self.state, self.stopping = length, state, stopping
         self._saved = state.step  # a run that has just been resumed needs no checkpoint
         self.seconds, self.save_seconds = Seconds(), Seconds()
+        self.alarms, self.alarmed = Alarms(), False
         self.speed = Speed(self.config, length.steps - state.step)
         self.evaluations: dict[int, dict[str, float]] = {}
 
@@ -206,7 +208,7 @@ class Run:
                 profiling.before(self.state.step + 1)
                 self._step()
                 profiling.after(self.state.step)
-                if self.unfinished and (reason := self.stopping.reason(self.state.step)) is not None:
+                if self.unfinished and (reason := self.stopping.reason(self.state.step, self.alarmed)) is not None:
                     self._stop(reason)
                     return
         self._finish()
@@ -223,6 +225,9 @@ class Run:
         if self._is_due(self.config.log.log_interval) or not self.unfinished:
             self.logger.record(self.state.step, metrics | self.save_seconds.take())
             self.logger.step_line(self.state.step, metrics)
+        for text in self.alarms.check(metrics):
+            self.logger.message(f"alarm: step {self.state.step}: {text}")
+            self.alarmed = True
         self.logger.advance(self.state.step)
         if self._is_due(self.config.log.eval_interval):
             self._evaluate()

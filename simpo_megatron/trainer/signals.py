@@ -61,13 +61,14 @@ class Stopping:
         elif time.monotonic() - self._received_at > ECHO:
             raise SystemExit(128 + number)
 
-    def reason(self, step: int) -> str | None:
+    def reason(self, step: int, alarmed: bool = False) -> str | None:
         """Why the run stops after this step; None if it goes on. The same on all ranks.
 
         Collectives: one all-reduce of two numbers over the host's group, if signals or minutes can stop the run.
 
         Args:
             step: that has just been taken.
+            alarmed: whether an alarm has been raised, the same on all ranks.
         """
         minutes, interval = self.config.exit_duration_in_mins, self.config.exit_interval
         if self.handles_signals or minutes is not None:
@@ -79,6 +80,8 @@ class Stopping:
                 return signal.Signals(int(number)).name
             if minutes is not None and passed >= minutes:
                 return f"--exit-duration-in-mins {minutes:g}"
+        if alarmed and self.config.stop_on_alarm:
+            return "--stop-on-alarm"
         if interval is not None and step % interval == 0:
             return f"--exit-interval {interval}"
         return None
