@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 
 WINDOW = 10  # steps whose mean is compared, so that one odd batch is no alarm
 # The mean log-prob of a chosen token may fall by so many nats: its probability is then 1/e of what it was. That
@@ -71,8 +72,8 @@ class Alarms:
         self._first = self._first or means
         growth = {name: mean - self._first[name] for name, mean in means.items()}
         self._losses.append(means["loss"])
-        first, *_, last = (*self._losses, means["loss"])
-        rises = all(a < b for a, b in zip(self._losses, list(self._losses)[1:], strict=False))
+        first, last = self._losses[0], self._losses[-1]
+        rises = all(before < after for before, after in pairwise(self._losses))
         if len(self._losses) == RISING_WINDOWS and rises and last - first > LOSS_RISE * abs(first):
             yield (
                 "loss",
