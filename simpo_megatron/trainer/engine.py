@@ -40,6 +40,7 @@ class Engine:
     Attributes:
         chunks: the models wrapped by DDP: Megatron's model chunks.
         packer: makes the global batches that the methods take (`packer.pack`).
+        seconds: the time of `forward_backward` and `optimizer` in `train_step`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Engine:
         self.optimizer = self._build_optimizer()
         self.scheduler = self._build_scheduler(train_iters)
         self.packer = self._build_packer()
+        self.seconds = Seconds()
         self.run_schedule = get_forward_backward_func()
 
     def _wrap(self) -> list[DistributedDataParallel]:
@@ -183,12 +185,11 @@ class Engine:
         self.optimizer.zero_grad()
         return self._run(batch, forward_only=False, on_sums=on_sums)
 
-    def train_step(self, batch: GlobalBatch, seconds: Seconds | None = None) -> dict[str, float]:
+    def train_step(self, batch: GlobalBatch) -> dict[str, float]:
         """Takes one optimizer step.
 
         Args:
             batch: from `packer.pack`.
-            seconds: gets the time of `forward_backward` and of `optimizer`; None measures nothing.
 
         Returns:
             The metrics of the batch before the step, with `grad_norm` (before clipping) and `learning_rate`.
@@ -196,13 +197,12 @@ class Engine:
         Raises:
             UserError: the loss or the gradient norm is not finite; the weights are unchanged.
         """
-        seconds = Seconds() if seconds is None else seconds
-        with seconds.of("forward_backward"):
+        with self.seconds.of("forward_backward"):
             metrics = self.compute_gradients(batch)
         if not math.isfinite(metrics["loss"]):
             raise UserError(f"the loss is {metrics['loss']} and no weight was changed; lower --lr, or look at the data")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        with seconds.of("optimizer"):
+        with self.seconds.of("optimizer"):
             _, metrics["grad_norm"], _ = self.optimizer.step()
         self.scheduler.step(increment=self.config.train.global_batch_size)
         return metrics

@@ -182,7 +182,7 @@ class Run:
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
         self.length, self.state, self.stopping = length, state, stopping
         self._saved = state.step  # a run that has just been resumed needs no checkpoint
-        self.seconds, self.save_seconds = Seconds(), Seconds()
+        self.save_seconds = Seconds()
         self.alarms, self.alarmed = Alarms(), False
         self.speed = Speed(self.config, length.steps - state.step)
         self.evaluations: dict[int, dict[str, float]] = {}
@@ -215,12 +215,13 @@ class Run:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        with self.seconds.of("data"):
+        with self.engine.seconds.of("data"):
             batch, flops = self._next_batch()
-        metrics = self.engine.train_step(batch, self.seconds)
+        metrics = self.engine.train_step(batch)
         consumed = self.state.consumed_pairs + batch.counts.pairs
         self.state = replace(self.state, step=self.state.step + 1, consumed_pairs=consumed)
-        metrics |= self.speed.measure(time.perf_counter() - started, batch.tokens, flops) | self.seconds.take()
+        metrics |= self.speed.measure(time.perf_counter() - started, batch.tokens, flops)
+        metrics |= self.engine.seconds.take()
         metrics["epoch"] = consumed / len(self.train_pairs)
         if self._is_due(self.config.log.log_interval) or not self.unfinished:
             self.logger.record(self.state.step, metrics | self.save_seconds.take())
@@ -239,7 +240,7 @@ class Run:
         folder = self.config.checkpoint.save
         if folder is not None and self._saved != self.state.step:
             self.state = replace(self.state, checkpoint=_random_name())
-            with self.save_seconds.of("save"):
+            with self.save_seconds.of("save"), self.stopping.shielding_children():
                 checkpointing.save(self.engine, folder, self.state)
             self._saved = self.state.step
 

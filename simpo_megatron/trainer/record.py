@@ -64,7 +64,7 @@ def _settings(config: Config) -> dict[str, Any]:
     sources = parse_blend(config.data.training_sources, "--train-data").sources
     if any(is_prepared(source) for source in sources):  # the set itself holds what was not given
         for name in set(OPTIONS) - set(config.data.given_options):
-            del values[name]
+            values.pop(name, None)
     return values
 
 

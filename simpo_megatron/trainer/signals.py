@@ -61,6 +61,23 @@ class Stopping:
         elif time.monotonic() - self._received_at > ECHO:
             raise SystemExit(128 + number)
 
+    @contextlib.contextmanager
+    def shielding_children(self) -> Iterator[None]:
+        """Processes that start inside the block do not get the signals that this process notes.
+
+        Megatron's checkpoint writer starts some, and one of them stays. A signal to all processes of a job, as Slurm
+        sends it, would end it, and no checkpoint could be saved any more. A child inherits the signals that this thread
+        blocks. This process still gets them, through its other threads or at the end of the block.
+        """
+        if not self.handles_signals:
+            yield
+            return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def reason(self, step: int, alarmed: bool = False) -> str | None:
         """Why the run stops after this step; None if it goes on. The same on all ranks.
 
@@ -90,9 +107,6 @@ class Stopping:
 @contextlib.contextmanager
 def watch(config: Config) -> Iterator[Stopping]:
     """Inside the block, SIGTERM and SIGUSR1 are noted instead of obeyed, if the settings ask for it.
-
-    Processes that Megatron's checkpoint writer forks inherit this. So a signal to all processes of a job does not end
-    the writers of a checkpoint.
 
     Args:
         config: of the run.

@@ -29,12 +29,12 @@ def run_signalled(argv: list[str], rank: int, signals: list[int], echo: float = 
     step, before, calls = Engine.train_step, module.ECHO, []
     handlers = [signal.getsignal(number) for number in module.SIGNALS]
 
-    def stepped(self: Engine, batch: Any) -> dict[str, float]:
+    def stepped(self: Engine, *args: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 2 and dist.get_rank() == rank:
             for number in signals:
                 os.kill(os.getpid(), number)
-        return step(self, batch)
+        return step(self, *args)
 
     Engine.train_step, module.ECHO = stepped, echo  # type: ignore[method-assign]
     try:
@@ -113,40 +113,53 @@ def test_a_run_that_stops_early_needs_a_folder(pool: WorkerPool, base: list[str]
     assert message == f"{more[0]} needs --save: a run that stops early saves a checkpoint to resume from"
 
 
+# The first start is killed in its third step. The second one and all its processes get SIGUSR1 in its second step, as
+# from Slurm: the process that serves Megatron's checkpoint writer, which started with the first checkpoint, among them.
 RESTARTED = """
 import os, signal, sys
+import psutil
 from simpo_megatron.trainer.engine import Engine
 step, calls = Engine.train_step, []
-def killed(self, batch):
+def struck(self, *args):
     calls.append(1)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 3:
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch)
-Engine.train_step = killed
-from simpo_megatron.train import main
-sys.exit(main())
+    if not first and len(calls) == 2:
+        me = psutil.Process()
+        children = me.children(recursive=True)
+        assert children
+        for process in (*children, me):
+            process.send_signal(signal.SIGUSR1)
+    return step(self, *args)
+Engine.train_step = struck
+if __name__ == "__main__":
+    from simpo_megatron.train import main
+    sys.exit(main())
 """
 
 
-def test_torchrun_restarts_a_killed_run(pool: WorkerPool, base: list[str], tmp_path: Path) -> None:
+def test_torchrun_restarts_a_killed_run_and_slurm_stops_it(pool: WorkerPool, base: list[str], tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(RESTARTED)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--max-restarts", "1"]
-    argv = [*base, *again(tmp_path / "run"), "--save-interval", "1"]
+    base[base.index("--train-iters") + 1] = "5"
+    argv = [*base, *again(tmp_path / "run"), "--save-interval", "1", "--exit-signal-handler"]
     environment = {**free_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launcher, str(script), *argv], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "iter_0000002, after 8 pairs" in done.stdout, done.stderr
+    assert "stopped by SIGUSR1 after step 4 of 5" in done.stdout
     whole = run_and_read(pool, 1, base, tmp_path / "whole")
-    assert [row["loss"] for row in read_rows(tmp_path / "run")] == [row["loss"] for row in whole]
+    assert [row["loss"] for row in read_rows(tmp_path / "run")] == [row["loss"] for row in whole[:4]]
 
 
 def test_the_record_of_a_run_repeats_it(pool: WorkerPool, inputs: Inputs, tmp_path: Path) -> None:
     """With a preset, a blend with a dollar sign in a path, and settings that replace each other."""
     odd = tmp_path / "a$b.jsonl"
     odd.write_bytes(inputs.data.read_bytes())
-    argv = flags(inputs.checkpoint, Path("0.5"), preset="llama3-base", train_iters=2, global_batch_size=4)
+    argv = flags(inputs.checkpoint, Path("0.5"), preset="llama3-base", train_iters=2, seq_length=4096)
     place = argv.index("--train-data") + 2
     argv[place:place] = [str(odd).replace("$", r"\$"), "0.5", str(inputs.data)]
     first = run_and_read(pool, 1, argv, tmp_path / "first")
