@@ -37,7 +37,7 @@ def test_a_record_has_speed_and_seconds(pool: WorkerPool, inputs: Inputs, base: 
         assert row["mfu"] == pytest.approx(row["tflops_per_gpu"] / 0.5)
     assert rows[0]["seconds/left"] > 0 and rows[-1]["seconds/left"] == 0
     lines = [line for line in out.splitlines() if line.startswith("step ")]
-    assert all(word in line for line in lines for word in ("TFLOP/s ", "MFU ", "left 0:00:"))
+    assert all(word in line for line in lines for word in ("TFLOP/s ", "MFU ", "left 0:"))
     # Two ranks share the operations of a step. Tokens and operations are measured over the same seconds.
     architecture = read_hf_config(inputs.checkpoint).architecture
     for_a_token = 2 * rows[0]["tflops_per_gpu"] * 1e12 / rows[0]["tokens_per_second"]
@@ -50,8 +50,8 @@ def test_a_trace_of_the_steps_and_ranks_that_are_asked_for(pool: WorkerPool, bas
     assert pool.run(2, train, argv) == [None, None]
     assert [path.name for path in tmp_path.glob("trace*")] == ["trace_rank_1.json"]
     events = json.loads((tmp_path / "trace_rank_1.json").read_text())["traceEvents"]
-    steps = [event for event in events if str(event.get("name", "")).startswith("Optimizer.step")]
-    assert len(steps) == 1, "one step"
+    starts = {event["ts"] for event in events if str(event.get("name", "")).startswith("Optimizer.step")}
+    assert len(starts) == 1, "one step"
 
 
 def _collections(argv: list[str]) -> tuple[str | None, list[bool], bool]:
