@@ -18,6 +18,7 @@ from simpo_megatron.config.data import OPTIONS
 from simpo_megatron.config.run import Config
 from simpo_megatron.data.blend import parse_blend
 from simpo_megatron.data.prepared_format import is_prepared
+from simpo_megatron.disk import cannot_write
 from simpo_megatron.files import atomic_write
 
 RECORD = "run.yaml"
@@ -32,7 +33,7 @@ def write_record(config: Config, folder: Path) -> None:
         folder: of --save.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     head = [
         f"Settings of a run of {dist.get_world_size()} processes. --config with this file repeats it; for a new run",
@@ -42,8 +43,11 @@ def write_record(config: Config, folder: Path) -> None:
         f"Python {platform.python_version()}, {', '.join(_versions())}",
     ]
     text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(_settings(config), sort_keys=False, width=120)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / RECORD, text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / RECORD, text)
+    except OSError as error:
+        raise cannot_write(f"--save: {folder / RECORD}", error, "choose another --save") from error
 
 
 def _versions() -> list[str]:

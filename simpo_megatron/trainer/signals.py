@@ -81,24 +81,25 @@ class Stopping:
     def reason(self, step: int, alarmed: bool = False) -> str | None:
         """Why the run stops after this step; None if it goes on. The same on all ranks.
 
-        Collectives: one all-reduce of two numbers over the host's group, if signals or minutes can stop the run.
+        Collectives: one all-reduce of three numbers over the host's group, if signals, minutes or alarms can stop the
+        run.
 
         Args:
             step: that has just been taken.
-            alarmed: whether an alarm has been raised, the same on all ranks.
+            alarmed: whether an alarm has been raised.
         """
         minutes, interval = self.config.exit_duration_in_mins, self.config.exit_interval
-        if self.handles_signals or minutes is not None:
+        if self.handles_signals or minutes is not None or self.config.stop_on_alarm:
             passed = (time.monotonic() - self._started) / 60
-            found = torch.tensor([self.received, passed], dtype=torch.float64)
+            found = torch.tensor([self.received, passed, alarmed], dtype=torch.float64)
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=host_group())
-            number, passed = found.tolist()
+            number, passed, alarm = found.tolist()
             if number:
                 return signal.Signals(int(number)).name
             if minutes is not None and passed >= minutes:
                 return f"--exit-duration-in-mins {minutes:g}"
-        if alarmed and self.config.stop_on_alarm:
-            return "--stop-on-alarm"
+            if alarm and self.config.stop_on_alarm:
+                return "--stop-on-alarm"
         if interval is not None and step % interval == 0:
             return f"--exit-interval {interval}"
         return None
