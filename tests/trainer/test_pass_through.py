@@ -161,8 +161,8 @@ def test_what_megatron_refuses_is_one_sentence(pool: WorkerPool, inputs: Inputs)
     argv = [*flags(inputs.checkpoint, inputs.data), "--optimizer-config", "use_precision_aware_optimizer=true"]
     [message] = pool.run(1, train, argv)
     assert message == (
-        "--optimizer-config use_precision_aware_optimizer=true: Megatron refuses it: it needs Transformer Engine, which "
-        "is not installed"
+        "--optimizer-config use_precision_aware_optimizer=true: Megatron refuses it: it needs Transformer Engine, "
+        "which is not installed"
     )
 
 
