@@ -28,7 +28,7 @@ class MegatronConfig(Group):
     )
     optimizer_config: tuple[str, ...] | None = setting(
         None,
-        "fields of Megatron's OptimizerConfig, such as use_precision_aware_optimizer=true exp_avg_dtype=bf16",
+        "fields of Megatron's OptimizerConfig, such as decoupled_weight_decay=false",
         ITEM,
     )
 
