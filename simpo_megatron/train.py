@@ -37,6 +37,7 @@ def run(config: Config) -> None:
     from simpo_megatron.trainer.folders import check_writable, hold_folders
     from simpo_megatron.trainer.loop import start_run
     from simpo_megatron.trainer.setup import build_transformer_config, name_layers
+    from simpo_megatron.trainer.signals import watch
 
     device = "cpu" if config.train.dry_run else resolve_device(config.train.device, config.train.deterministic_mode)
     load = config.checkpoint.load
@@ -56,8 +57,9 @@ def run(config: Config) -> None:
     config = name_layers(config)
     transformer = build_transformer_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
-    with hold_folders(config):  # after `initialize`: no rank is still writing its probe into a folder
-        found = start_run(config, hf, transformer)
+    # After `initialize`: no rank is still writing its probe into a folder.
+    with hold_folders(config), watch(config) as stopping:
+        found = start_run(config, hf, transformer, stopping)
         if found is not None:
             found.execute()
     shut_down()

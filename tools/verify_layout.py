@@ -60,6 +60,7 @@ USED: dict[str, tuple[str, ...]] = {
     ),
     "parallel": tuple(field.name for field in settable(ParallelConfig)),
     "data": tuple(field.name for field in settable(DataConfig) if field.name not in ("train_data", "valid_data")),
+    "megatron": ("transformer_config", "ddp_config"),
     "train": ("preset", "global_batch_size", "seed", "device", "bf16", "fp32"),
 }
 

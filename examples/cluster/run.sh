@@ -85,7 +85,7 @@ launch() {
     [[ ${SLURM_JOB_NUM_NODES:-$nodes} == "$nodes" ]] ||
         fail "the job has $SLURM_JOB_NUM_NODES nodes, but the run needs $nodes; give sbatch --nodes=$nodes, or set NODES"
     [[ -n ${MASTER_ADDR:-} || $nodes == 1 ]] || fail "MASTER_ADDR is not set: the host name of the node with rank 0"
-    # job.slurm sends USR1 before the time limit. It must not end torchrun, or a process that does not handle it.
+    # job.slurm sends USR1 before the time limit. The processes of the run save and end; torchrun must wait for them.
     trap '' USR1
     # Before Blackwell, tensor parallelism overlaps communication with GEMMs only if kernels start in launch order: one queue.
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}

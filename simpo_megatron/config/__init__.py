@@ -2,6 +2,10 @@
 
 run.py           `Config` and its groups: model, training, optimizer, checkpoints, logging
 data.py          the group of the data: sources, lengths, and how rows become pairs
+megatron.py      the group of what is passed through to Megatron's configurations
+refused.py       fields of Megatron's configurations that cannot be set, and why
+stop.py          the group that stops a run before its end
+profile.py       the group of traces, memory snapshots and garbage collection
 layers.py        defaults, preset, file and flags as one set; settings that take the place of another
 yaml_file.py     the file of --config as names and values
 arguments.py     groups -> flags and YAML keys -> `Config`; flags win over the file, the file over the preset

@@ -17,6 +17,7 @@ from typing import Any
 
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.layers import layered
+from simpo_megatron.config.megatron import MegatronConfig
 from simpo_megatron.config.other_names import advise
 from simpo_megatron.config.presets import PRESETS, ShowPresets
 from simpo_megatron.config.run import Config
@@ -41,6 +42,8 @@ WANTED: dict[Any, str] = {
     Path: "a path, in quotes where it looks like a number",
     str: "a text",
 }
+_ITEM_LISTS = tuple(field.name for field in dataclasses.fields(MegatronConfig))
+_ITEMS = "a list such as [bucket_size=40000000]"
 _SOURCES = "a source, or a list such as [a.jsonl, b.jsonl] or, with weights, [0.7, a.jsonl, 0.3, b.jsonl]"
 
 
@@ -197,7 +200,8 @@ def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[
     if kind is bool:
         section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
     elif typing.get_origin(kind) is tuple:
-        section.add_argument(name, nargs="+", type=source_value, help=text, metavar="SOURCE", **options)
+        metavar = field.metadata["metavar"] or "SOURCE"
+        section.add_argument(name, nargs="+", type=source_value, help=text, metavar=metavar, **options)
     elif allowed:
         section.add_argument(name, choices=allowed, help=text, **options)
     else:
@@ -227,7 +231,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"--config {path}: {key}: {error}") from error
         except (TypeError, ValueError, OverflowError) as error:
             found = "has no value" if value is None else f"is {reprlib.repr(value)}"
-            wanted = WANTED.get(_value_type(annotations[name]), _SOURCES)
+            wanted = WANTED.get(_value_type(annotations[name]), _ITEMS if name in _ITEM_LISTS else _SOURCES)
             raise UserError(f"--config {path}: {key} {found}; give {wanted}") from error
     return settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from simpo_megatron.config.refused import BREAKS
 from simpo_megatron.settings import flag, require, required
 
 # Megatron-LM's argument, the one value that works, and why or what to do.
@@ -15,23 +16,8 @@ _NEEDED: tuple[tuple[str, Any, str], ...] = (
     ("sft", False, "it changes how losses are averaged; use --objective sft"),
     ("mtp_num_layers", None, "the head scores one token ahead; drop it"),
 )
-# What must be off: the argument, its flag where that has another name, and why or what to do.
-_REFUSED: tuple[tuple[str, str | None, str], ...] = (
-    (
-        "use_megatron_fsdp",
-        None,
-        "the head adds to the buffers of Megatron's DDP; use --use-distributed-optimizer",
-    ),
-    ("use_torch_fsdp2", None, "the head adds to the buffers of Megatron's DDP; use --use-distributed-optimizer"),
-    ("defer_embedding_wgrad_compute", None, "it waits for activations that the head does not keep; drop it"),
-    ("tp_comm_overlap", None, "its buffers have one size, and packed rows change in length; drop it"),
-    ("fp8", "--fp8-format", "FP8 needs rows of a multiple of 16 tokens, and packed rows have any length; use --bf16"),
-    ("fp4", "--fp4-format", "FP4 needs rows of a multiple of 32 tokens, and packed rows have any length; use --bf16"),
-    ("overlap_moe_expert_parallel_comm", None, "it splits the backward pass, which the head needs whole; drop it"),
-    ("delay_wgrad_compute", None, "it splits the backward pass, which the head needs whole; drop it"),
-    ("cuda_graph_impl", None, "a CUDA graph has one shape, and packed rows change in length; set it to none"),
-    ("hybrid_context_parallel", None, "it cuts rows by a plan of its own; use --context-parallel-size alone"),
-)
+# Its flag, where that has another name than the argument.
+_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 
 
 def check_values(args: Any) -> None:
@@ -46,11 +32,11 @@ def check_values(args: Any) -> None:
     for name, needed, why in _NEEDED:
         value = getattr(args, name)
         require(value == needed, f"{flag(name)} {value} cannot be used with SimPO: {why}")
-    for name, spelled, why in _REFUSED:
+    for name, why in BREAKS.items():
         value = getattr(args, name, None)  # not every release has all of them
         off = value in (None, False, "none")
         shown = "" if value is True else f" {value}"
-        require(off, f"{spelled or flag(name)}{shown} cannot be used with SimPO: {why}")
+        require(off, f"{_FLAGS.get(name, flag(name))}{shown} cannot be used with SimPO: {why}")
     dispatcher = args.moe_token_dispatcher_type
     require(
         not args.num_experts or dispatcher == "alltoall",

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 from simpo_megatron.config.data import DataConfig
+from simpo_megatron.config.megatron import MegatronConfig
 from simpo_megatron.config.presets import Preset
+from simpo_megatron.config.profile import ProfileConfig
+from simpo_megatron.config.stop import StopConfig
 from simpo_megatron.objectives import Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR
-from simpo_megatron.settings import Group, parse_size, require, required, setting
+from simpo_megatron.settings import Group, flag, parse_size, require, required, setting
 
 
 @dataclass(frozen=True)
@@ -234,11 +237,14 @@ class LogConfig(Group):
     tensorboard_dir: Path | None = setting(
         None, "folder for TensorBoard files (default: SAVE/tensorboard; none without --save)"
     )
+    peak_tflops: float | None = setting(
+        None, "TFLOP/s that a GPU has at most, for the MFU in the log (default: of bf16, by the name of the GPU)"
+    )
     wandb_project: str | None = setting(None, "log to this Weights & Biases project too; needs the package wandb")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("log_interval", "eval_interval")
+        self.positive("log_interval", "eval_interval", "peak_tflops")
 
 
 @dataclass(frozen=True)
@@ -251,8 +257,11 @@ class Config:
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    megatron: MegatronConfig
     checkpoint: CheckpointConfig
+    stop: StopConfig
     log: LogConfig
+    profile: ProfileConfig
 
     def __post_init__(self) -> None:
         _ = self.model.checkpoint_folder, self.data.training_sources  # raises if one is missing: a run needs both
@@ -265,6 +274,18 @@ class Config:
             self.model.reference_checkpoint is None or self.objective.needs_reference,
             f"--reference-checkpoint has no effect with --objective {self.objective.name}, which compares with no "
             "reference model; drop it",
+        )
+        given = self.stop.given
+        require(
+            given is None or save is not None,
+            f"{flag(given or '')} needs --save: a run that stops early saves a checkpoint to resume from",
+        )
+        profile = self.profile
+        require(
+            not (profile.profile or profile.record_memory_history)
+            or save is not None
+            or profile.profile_dir is not None,
+            "--profile and --record-memory-history write files; give --profile-dir, or --save",
         )
         check_rows(self.data.seq_length, self.parallel)
         if self.data.share_prompts:

@@ -3,6 +3,7 @@
 parameters.py       parameters that a rank of each pipeline stage holds
 memory.py           bytes that a rank needs with one layout
 layouts.py          the layouts that fit on a number of GPUs, best first
+flops.py            floating-point operations of a step
 checkpoint_size.py  bytes of a checkpoint, how many a run writes, and whether the disk has room
 """
 

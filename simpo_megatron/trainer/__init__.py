@@ -1,10 +1,16 @@
 """The parts of the training program, which wires them in `simpo_megatron.train`. README.md of this folder guides users.
 
 loop.py            `Run`: data in, steps, evaluations, checkpoints, export
+signals.py         stops a run before its end: signals, minutes, steps
+record.py          `SAVE/run.yaml`: settings, versions, command
+timing.py          tokens, TFLOP/s, seconds and memory of a step
+profiling.py       traces, memory snapshots, garbage collection
+alarms.py          signs that a run goes wrong
 progress.py        where a run stands, and how far it goes
 resume.py          what a run starts from, and which settings may differ on resume
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
+pass_through.py    fields of Megatron's configurations from text
 scoring.py         summed log-probs of a whole data set; its evaluation
 reference.py       reference log-probs of the pairs, for objectives that compare with a reference model
 reference_source.py   what they are made of, and those that the data brings along

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,8 +103,10 @@ class Logger:
     def step_line(self, step: int, metrics: dict[str, float]) -> None:
         """Prints the line of a training step."""
         if self.enabled:
+            left = timedelta(seconds=round(metrics["seconds/left"])) if "seconds/left" in metrics else None
             self.message(
                 f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {_readable(metrics, STEP_COLUMNS)}"
+                + ("" if left is None else f"  left {left}")
             )
 
     def eval_line(self, step: int, metrics: dict[str, float]) -> None:
@@ -151,6 +154,8 @@ STEP_COLUMNS = (
     ("grad_norm", "grad", ".3f"),
     ("learning_rate", "lr", ".2e"),
     ("tokens_per_second", "tokens/s", ",.0f"),
+    ("tflops_per_gpu", "TFLOP/s", ".3g"),
+    ("mfu", "MFU", ".1%"),
     ("memory_gib", "GiB", ".1f"),
     ("memory_reserved_gib", "reserved", ".1f"),
 )

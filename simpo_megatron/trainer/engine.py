@@ -23,6 +23,8 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.step import PreferenceStep
+from simpo_megatron.trainer.pass_through import fields_of, refusals
+from simpo_megatron.trainer.timing import Seconds
 
 
 class Engine:
@@ -38,6 +40,7 @@ class Engine:
     Attributes:
         chunks: the models wrapped by DDP: Megatron's model chunks.
         packer: makes the global batches that the methods take (`packer.pack`).
+        seconds: the time of `forward_backward` and `optimizer` in `train_step`.
     """
 
     def __init__(
@@ -53,17 +56,20 @@ class Engine:
         self.optimizer = self._build_optimizer()
         self.scheduler = self._build_scheduler(train_iters)
         self.packer = self._build_packer()
+        self.seconds = Seconds()
         self.run_schedule = get_forward_backward_func()
 
     def _wrap(self) -> list[DistributedDataParallel]:
         # DDP wraps the bare GPTModel, which is built in bf16 already. Float16Module would upcast all logits to fp32.
         parallel, hooks = self.config.parallel, self.transformer
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-        )
+        own = {
+            "grad_reduce_in_fp32": True,
+            "overlap_grad_reduce": parallel.overlap_grad_reduce,
+            "overlap_param_gather": parallel.overlap_param_gather,
+            "use_distributed_optimizer": parallel.use_distributed_optimizer,
+        }
+        with refusals(self.config, "ddp_config"):
+            ddp = DistributedDataParallelConfig(**{**own, **fields_of(self.config, "ddp_config")})
         chunks = [
             DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
             for index, model in enumerate(self.models)
@@ -95,8 +101,8 @@ class Engine:
 
     def _build_optimizer(self) -> Any:
         settings = self.config.optimizer
-        optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
+        with refusals(self.config, "optimizer_config"):
+            megatron = MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=settings.lr,
                 min_lr=settings.min_lr,
@@ -109,9 +115,9 @@ class Engine:
                 params_dtype=self.transformer.params_dtype,
                 use_distributed_optimizer=self.config.parallel.use_distributed_optimizer,
                 overlap_param_gather=self.config.parallel.overlap_param_gather,
-            ),
-            self.chunks,
-        )
+                **fields_of(self.config, "optimizer_config"),
+            )
+            optimizer = get_megatron_optimizer(megatron, self.chunks)
         self.transformer.grad_scale_func = optimizer.scale_loss
         measure = optimizer.get_grad_norm
 
@@ -191,11 +197,13 @@ class Engine:
         Raises:
             UserError: the loss or the gradient norm is not finite; the weights are unchanged.
         """
-        metrics = self.compute_gradients(batch)
+        with self.seconds.of("forward_backward"):
+            metrics = self.compute_gradients(batch)
         if not math.isfinite(metrics["loss"]):
             raise UserError(f"the loss is {metrics['loss']} and no weight was changed; lower --lr, or look at the data")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        _, metrics["grad_norm"], _ = self.optimizer.step()
+        with self.seconds.of("optimizer"):
+            _, metrics["grad_norm"], _ = self.optimizer.step()
         self.scheduler.step(increment=self.config.train.global_batch_size)
         return metrics
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from dataclasses import replace
 
-import psutil
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -31,28 +31,37 @@ from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
+from simpo_megatron.planning.flops import step_flops
 from simpo_megatron.settings import require
 from simpo_megatron.trainer import checkpointing
+from simpo_megatron.trainer.alarms import Alarms
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
+from simpo_megatron.trainer.profiling import Profiling, check_profiling
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
+from simpo_megatron.trainer.record import write_record
 from simpo_megatron.trainer.reference import with_reference
 from simpo_megatron.trainer.remarks import remarks
 from simpo_megatron.trainer.resume import check_pairs, find_saved_run, follow, step_to_resume, weights_folder
 from simpo_megatron.trainer.scoring import evaluate_pairs
 from simpo_megatron.trainer.setup import build_engine
+from simpo_megatron.trainer.signals import Stopping
+from simpo_megatron.trainer.timing import Seconds, Speed, memory
 
 
-def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) -> Run | None:
+def start_run(
+    config: Config, hf: HFCheckpoint, transformer: TransformerConfig, stopping: Stopping | None = None
+) -> Run | None:
     """Loads data and model, resumes if --load asks for it, and prints what the run is.
 
     Args:
         config: of the run.
         hf: the Hugging Face checkpoint.
         transformer: from `setup.build_transformer_config`; Megatron's groups exist for it.
+        stopping: from `signals.watch`; None: no signal stops the run before its end.
 
     Returns:
         The run; None if the run that is resumed has ended and --export-hf is its export.
@@ -62,6 +71,7 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
     """
     with raise_on_all_ranks():
         check_folders(config)
+        check_profiling(config)
         saved = find_saved_run(config.checkpoint)
         config, changes = follow(config, saved)
     train_pairs, valid_pairs, messages = load_data(config.data, hf)
@@ -89,7 +99,10 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
     with raise_on_all_ranks():
         disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
         logger = Logger(config, length.steps, state.step)
-    run = Run(engine, train_pairs, valid_pairs, length, state, logger)
+        if config.checkpoint.save is not None and dist.get_rank() == 0:
+            write_record(config, config.checkpoint.save)
+    stopping = Stopping(config.stop, handles_signals=False) if stopping is None else stopping
+    run = Run(engine, train_pairs, valid_pairs, length, state, logger, stopping)
     data_parallel = parallel_state.get_data_parallel_world_size()
     found = [*remarks(config, hf, len(train_pairs), data_parallel), *connection_warnings(config.parallel)]
     warnings = [f"warning: {text}" for text in found]
@@ -152,6 +165,7 @@ class Run:
         length: how far it goes.
         state: where the run stands.
         logger: reports metrics and messages.
+        stopping: whether the run stops before its end.
 
     Attributes:
         evaluations: metrics of the held-out pairs, by step.
@@ -165,10 +179,15 @@ class Run:
         length: Length,
         state: Progress,
         logger: Logger,
+        stopping: Stopping,
     ) -> None:
         self.config, self.engine, self.logger = engine.config, engine, logger
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
-        self.length, self.state = length, state
+        self.length, self.state, self.stopping = length, state, stopping
+        self._saved = state.step  # a run that has just been resumed needs no checkpoint
+        self.save_seconds = Seconds()
+        self.alarms, self.alarmed = Alarms(), False
+        self.speed = Speed(self.config, length.steps - state.step)
         self.evaluations: dict[int, dict[str, float]] = {}
 
     @property
@@ -177,42 +196,82 @@ class Run:
         return not self.length.is_reached(self.state)
 
     def execute(self) -> None:
-        """Trains to the end: evaluates, logs, saves and exports as configured."""
+        """Trains to the end, or until it is stopped: evaluates, logs, saves and exports as configured."""
         self.logger.start()
         try:
-            if self.state.step == 0:  # a resumed run has logged this evaluation already
-                self._evaluate()
-            while self.unfinished:
-                self._step()
-            self._finish()
+            self._train()
         finally:
             self.logger.close()
 
+    def _train(self) -> None:
+        with Profiling(self.config) as profiling:
+            if self.state.step == 0:  # a resumed run has logged this evaluation already
+                self._evaluate()
+            while self.unfinished:
+                profiling.before(self.state.step + 1)
+                self._step()
+                profiling.after(self.state.step)
+                if self.unfinished and (reason := self.stopping.reason(self.state.step, self.alarmed)) is not None:
+                    self._stop(reason)
+                    return
+        self._finish()
+
     def _step(self) -> None:
         started = time.perf_counter()
-        batch = self._next_batch()
+        with self.engine.seconds.of("data"):
+            batch, flops = self._next_batch()
         metrics = self.engine.train_step(batch)
         consumed = self.state.consumed_pairs + batch.counts.pairs
         self.state = replace(self.state, step=self.state.step + 1, consumed_pairs=consumed)
-        metrics["tokens_per_second"] = batch.tokens / (time.perf_counter() - started)
-        metrics |= _memory()
+        metrics |= self.speed.measure(time.perf_counter() - started, batch.tokens, flops)
+        metrics |= self.engine.seconds.take()
         metrics["epoch"] = consumed / len(self.train_pairs)
         if self._is_due(self.config.log.log_interval) or not self.unfinished:
-            self.logger.record(self.state.step, metrics)
+            self.logger.record(self.state.step, metrics | self.save_seconds.take())
             self.logger.step_line(self.state.step, metrics)
+        for text in self.alarms.check(metrics):
+            self.logger.message(f"alarm: step {self.state.step}: {text}")
+            self.alarmed = True
         self.logger.advance(self.state.step)
         if self._is_due(self.config.log.eval_interval):
             self._evaluate()
-        folder = self.config.checkpoint.save
-        if folder is not None and (self._is_due(self.config.checkpoint.save_interval) or not self.unfinished):
-            self.state = replace(self.state, checkpoint=_random_name())
-            checkpointing.save(self.engine, folder, self.state)
+        if self._is_due(self.config.checkpoint.save_interval) or not self.unfinished:
+            self._save()
 
-    def _next_batch(self) -> GlobalBatch:
+    def _save(self) -> None:
+        """Saves a checkpoint of this step, unless there is one or nothing is saved."""
+        folder = self.config.checkpoint.save
+        if folder is not None and self._saved != self.state.step:
+            self.state = replace(self.state, checkpoint=_random_name())
+            with self.save_seconds.of("save"), self.stopping.shielding_children():
+                checkpointing.save(self.engine, folder, self.state)
+            self._saved = self.state.step
+
+    def _stop(self, reason: str) -> None:
+        """Saves, and says how to resume."""
+        self._save()
+        settings, step = self.config.checkpoint, self.state.step
+        folder = settings.save
+        again = "start the same command again"
+        if settings.load != folder or settings.finetune:
+            again = f"give --load {folder} --save {folder}" + (", without --finetune" if settings.finetune else "")
+        self.logger.message(
+            f"stopped by {reason} after step {step} of {self.length.steps}, and saved in {folder}; to resume, {again}"
+        )
+
+    def _next_batch(self) -> tuple[GlobalBatch, int]:
+        """The next global batch, and the floating-point operations that it needs."""
         position = self.state.consumed_pairs
         size = min(self.config.train.global_batch_size, self.length.pairs - position)
         indices = self.train_pairs.order(position, size, self.config.train.seed)
-        return self.engine.packer.pack(self.train_pairs, indices)
+        pairs, packer = self.train_pairs, self.engine.packer
+        prompt, chosen, rejected = (
+            column[indices].astype(np.int64)
+            for column in (pairs.prompt_length, pairs.chosen_length, pairs.rejected_length)
+        )
+        responses = (chosen, rejected)[: packer.responses]
+        flops = step_flops(self.engine.hf.architecture, prompt, responses, packer.share_prompts)
+        return packer.pack(pairs, indices), flops
 
     def _is_due(self, interval: int | None) -> bool:
         """Whether something that happens every `interval` steps (None: never) happens after this step."""
@@ -237,9 +296,9 @@ class Run:
             export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
             self.logger.message(f"exported to {folder}")
         self.logger.summary(self.evaluations)
-        memory = _memory()
-        if (reserved := memory.get("memory_reserved_gib")) is not None:
-            allocated = memory["memory_gib"]
+        used = memory()
+        if (reserved := used.get("memory_reserved_gib")) is not None:
+            allocated = used["memory_gib"]
             self.logger.message(f"GPU memory of rank 0: {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved")
 
 
@@ -248,14 +307,3 @@ def _random_name() -> str:
     name: list[str | None] = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, src=0, group=host_group())
     return str(name[0])
-
-
-def _memory() -> dict[str, float]:
-    """Memory of this rank in GiB: the most of the GPU so far, or what the process holds now on the CPU.
-
-    What torch reserves on a GPU and has not allocated is free for tensors that fit into its gaps only.
-    """
-    if torch.cuda.is_initialized():
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return {"memory_gib": allocated / 2**30, "memory_reserved_gib": reserved / 2**30}
-    return {"memory_gib": psutil.Process().memory_info().rss / 2**30}

@@ -29,6 +29,10 @@ REFUSED = ("objective", "seed", "use_distributed_optimizer", "reference_checkpoi
 NOT_OF_THE_RUN = (
     *("train_data", "save", "load", "finetune", "export_hf", "tensorboard_dir", "wandb_project"),
     *("save_interval", "eval_interval", "log_interval", "preset", "dry_run", "distributed_timeout_minutes"),
+    *("exit_signal_handler", "exit_duration_in_mins", "exit_interval", "stop_on_alarm"),
+    "peak_tflops",
+    *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"),
+    *("record_memory_history", "manual_gc", "manual_gc_interval"),
 )
 # What --use-checkpoint-opt-param-scheduler takes from the checkpoint. The length of the decay goes with it.
 SCHEDULE = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")

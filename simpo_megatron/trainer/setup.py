@@ -27,6 +27,7 @@ from simpo_megatron.parallel.limits import check_shared_prompts, layout_argument
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer.checkpointing import load_weights
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.pass_through import CLASSES, fields_of
 from simpo_megatron.trainer.resume import step_to_resume, weights_folder
 
 
@@ -53,6 +54,7 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
     if config.data.share_prompts:
         fused = use_transformer_engine(config.model.transformer_impl)
         check_shared_prompts(config.objective.responses, config.parallel.context_parallel_size, fused)
+    passed = {name: fields_of(config, name) for name in CLASSES}["transformer_config"]  # checks the others too
     return transformer_config(
         hf,
         bf16=config.train.bf16,
@@ -60,7 +62,7 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
         kernels=Kernels(**{name: getattr(config.model, name) for name in vars(Kernels())}),
         moe_aux_loss_coeff=config.train.moe_aux_loss_coeff,
         deterministic_mode=config.train.deterministic_mode,
-        **layout_arguments(config.parallel, hf.architecture.num_layers),
+        **{**layout_arguments(config.parallel, hf.architecture.num_layers), **passed},
     )
 
 

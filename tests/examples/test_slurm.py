@@ -213,7 +213,7 @@ while True:
 def run_signalled_job(folder: Path, saved: str | None, ends: str = "None") -> tuple[int, str, str]:
     """A job whose time limit comes near; a requeue stops srun, as Slurm does. Exit code, output and requeued job."""
     requeue = folder / "requeue"
-    requeue.write_text(f'echo "$2" > {folder}/requeued; kill "$(cat {folder}/pid)"')
+    requeue.write_text(f'echo "$2" > {folder}/requeued; kill "$(cat {folder}/pid)" 2>/dev/null || true')
     environment = environment_of_job(folder, REQUEUE=str(requeue))
     script = SIGNALLED.format(saved=repr(saved), ends=ends)
     write_scripts(folder / "batch", {"srun": script}, f"#!{sys.executable}")
@@ -250,10 +250,21 @@ def test_a_run_that_saved_nothing_is_not_queued_again(tmp_path: Path) -> None:
     assert not requeued and code != 0
 
 
-@pytest.mark.parametrize("ends", [0, 3])
-def test_a_run_that_ends_after_the_signal_gives_the_job_its_code(tmp_path: Path, ends: int) -> None:
-    code, _, requeued = run_signalled_job(tmp_path, "20", f"os._exit({ends})")
-    assert code == ends and not requeued
+@pytest.mark.parametrize("saved, ends, again", [("20", 0, True), (None, 0, False), ("20", 3, False)])
+def test_a_run_that_saves_at_the_signal_is_queued_again(
+    tmp_path: Path, saved: str | None, ends: int, again: bool
+) -> None:
+    """And the job has the exit code of the run. A run that fails, or gets no further, is not queued again."""
+    code, output, requeued = run_signalled_job(tmp_path, saved, f"os._exit({ends})")
+    assert code == ends and requeued == ("20007" if again else "")
+    assert ("resumes from checkpoint 20" in output) == again
+
+
+def test_a_run_that_reaches_its_end_after_the_signal_is_not_queued_again(tmp_path: Path) -> None:
+    export = f"{tmp_path}/output/aligned"
+    ends = f"(os.mkdir({export!r}), open({export!r} + '/config.json', 'w').close(), os._exit(0))"
+    code, _, requeued = run_signalled_job(tmp_path, "20", ends)
+    assert code == 0 and not requeued
 
 
 def test_the_job_outlives_a_requeue() -> None:

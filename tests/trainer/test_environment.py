@@ -10,7 +10,7 @@ import torch
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.config import ParallelConfig
-from simpo_megatron.trainer import console, environment, loop
+from simpo_megatron.trainer import console, environment, timing
 
 NAMES = (*environment._ALLOCATOR, *environment._DETERMINISTIC)
 
@@ -95,12 +95,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_reserved_memory_stands_beside_the_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loop._memory().keys() == {"memory_gib"}, "a CPU reserves nothing"
+    assert timing.memory().keys() == {"memory_gib"}, "a CPU reserves nothing"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 5 * 2**30)
-    assert loop._memory() == {"memory_gib": 3, "memory_reserved_gib": 5}
-    assert console._readable(loop._memory(), console.STEP_COLUMNS) == "GiB 3.0  reserved 5.0"
+    assert timing.memory() == {"memory_gib": 3, "memory_reserved_gib": 5}
+    assert console._readable(timing.memory(), console.STEP_COLUMNS) == "GiB 3.0  reserved 5.0"
 
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)

@@ -1,0 +1,76 @@
+"""Floating-point operations of a step: those that the model needs, whatever a layout pads or computes again.
+
+    flops = step_flops(architecture, prompt, [chosen, rejected])     # lengths of the pairs of a global batch
+
+A product of [m, k] and [k, n] is 2 * m * k * n operations. Matrices and attention are counted; norms, activations and
+the embedding are not. A query attends to the keys before it in its own sequence, and to itself: attention over a packed
+row is the sum over its sequences. The output layer is counted at the positions that are scored. A backward pass is
+twice a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from simpo_megatron.models.architecture import Architecture
+
+
+def forward_flops(architecture: Architecture, tokens: int, attended: int, scored: int) -> int:
+    """Operations of a forward pass.
+
+    Args:
+        architecture: of the model.
+        tokens: that go through the layers.
+        attended: pairs of a query and a key that it attends to, in one layer and one head.
+        scored: tokens that go through the output layer.
+    """
+    model: dict[str, Any] = architecture.transformer
+    hidden, heads, width = model["hidden_size"], model["num_attention_heads"], model["kv_channels"]
+    projections = 2 * hidden * width * (heads + model["num_query_groups"])  # query and output; key and value
+    if architecture.num_experts is None:
+        mlp = 3 * hidden * model["ffn_hidden_size"]  # gate, up, down
+    else:
+        mlp = hidden * architecture.num_experts + model["moe_router_topk"] * 3 * hidden * model["moe_ffn_hidden_size"]
+    layer = 2 * tokens * (projections + mlp) + 4 * attended * heads * width  # scores, and the sum of values
+    return architecture.num_layers * layer + 2 * scored * hidden * architecture.vocab_size
+
+
+def attended_keys(lengths: np.ndarray, window: int | None = None) -> np.ndarray:
+    """Pairs of a query and a key that it attends to, in causal sequences of these lengths.
+
+    Args:
+        lengths: of the sequences.
+        window: keys that a query attends to at most; None for all.
+
+    >>> attended_keys(np.array([3, 4]), window=2).tolist()
+    [5, 7]
+    """
+    full = lengths.astype(np.int64)
+    near = full if window is None else np.minimum(full, window)
+    return near * (near + 1) // 2 + (full - near) * near
+
+
+def step_flops(
+    architecture: Architecture, prompt: np.ndarray, responses: Sequence[np.ndarray], share_prompts: bool = False
+) -> int:
+    """Operations of a training step, forward and backward, without what is recomputed.
+
+    Args:
+        architecture: of the model.
+        prompt: tokens of the prompt of every pair of the global batch.
+        responses: tokens of the responses of every pair: chosen, or chosen and rejected.
+        share_prompts: the prompt of a pair is computed once.
+    """
+    sizes = architecture.transformer.get("window_size")
+    window = None if sizes is None else sizes[0] + 1
+    tokens = attended = 0
+    for first, response in enumerate(responses):
+        shared = share_prompts and first > 0
+        tokens += int((response if shared else prompt + response).sum())
+        keys = attended_keys(prompt + response, window)
+        attended += int((keys - attended_keys(prompt, window) if shared else keys).sum())
+    scored = int(sum(response.sum() for response in responses))
+    return 3 * forward_flops(architecture, tokens, attended, scored)

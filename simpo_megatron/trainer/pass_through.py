@@ -1,0 +1,160 @@
+"""Fields for Megatron's configurations from text: `--transformer-config`, `--ddp-config` and `--optimizer-config`.
+
+DistributedDataParallelConfig(**{**own, **fields_of(config, "ddp_config")})
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from simpo_megatron.compat import have_transformer_engine
+from simpo_megatron.config.run import Config
+from simpo_megatron.errors import UserError
+from simpo_megatron.program import nearest
+from simpo_megatron.settings import flag
+
+CLASSES: dict[str, type] = {
+    "transformer_config": TransformerConfig,
+    "ddp_config": DistributedDataParallelConfig,
+    "optimizer_config": OptimizerConfig,
+}
+# Names of Megatron-LM's flags for types of numbers.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+
+
+def fields_of(config: Config, name: str) -> dict[str, Any]:
+    """The fields that one of the settings gives, in the types of Megatron's dataclass.
+
+    Args:
+        config: of the run.
+        name: of the setting: a key of `CLASSES`.
+
+    Raises:
+        UserError: Megatron has no such field, or the value is not of its type.
+    """
+    cls, given = CLASSES[name], config.megatron.values(name)
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
+    annotations = typing.get_type_hints(cls)
+    found = {}
+    for field, text in given.items():
+        if field not in known:
+            near = nearest(field, known)
+            advice = f"did you mean {near}?" if near else "look at the class in the installed Megatron-Core"
+            raise UserError(f"{flag(name)} {field}: {cls.__name__} has no such field; {advice}")
+        try:
+            found[field] = _convert(text, annotations[field])
+        except (ValueError, KeyError, TypeError):
+            wanted = _wanted(annotations[field])
+            raise UserError(f"{flag(name)} {field}={text}: {field} is {wanted}; give such a value") from None
+    return found
+
+
+@contextlib.contextmanager
+def refusals(config: Config, name: str) -> Iterator[None]:
+    """Turns a refusal of Megatron inside the block into one sentence, where fields were passed through.
+
+    Args:
+        config: of the run.
+        name: of the setting: a key of `CLASSES`.
+
+    Raises:
+        UserError: Megatron refuses the fields.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError, ImportError, RuntimeError, TypeError) as error:
+        items = " ".join(getattr(config.megatron, name) or ())
+        if not items:
+            raise
+        why = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, TypeError) and not have_transformer_engine():  # Megatron compares its version with None
+            why = "it needs Transformer Engine, which is not installed"
+        raise UserError(f"{flag(name)} {items}: Megatron refuses it: {why}") from error
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The types that a value may have; text last, because every value is one."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return sorted(typing.get_args(annotation), key=lambda part: part is str)
+    return [annotation]
+
+
+def _convert(text: str, annotation: Any) -> Any:
+    """A text as a value of a type.
+
+    Raises:
+        ValueError: it is none.
+        KeyError: it is not the name of a dtype or of a member.
+        TypeError: no text is one.
+    """
+    parts = _parts(annotation)
+    if len(parts) > 1:
+        for part in parts:
+            try:
+                return _convert(text, part)
+            except (ValueError, KeyError, TypeError):
+                continue
+        raise ValueError
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (list, tuple):
+        items = [_convert(item.strip(), inner[0]) for item in text.split(",")]
+        return items if origin is list else tuple(items)
+    if origin is typing.Literal:
+        if text not in inner:
+            raise ValueError
+        return text
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return annotation[text]
+    return _SIMPLE[annotation](text)
+
+
+def _none(text: str) -> None:
+    if text.lower() not in ("none", "null"):
+        raise ValueError
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+_SIMPLE: dict[Any, Any] = {
+    type(None): _none,
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: _number,
+    str: str,
+    torch.dtype: DTYPES.__getitem__,
+}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
+
+
+def _wanted(annotation: Any) -> str:
+    """What a field takes, for the error."""
+    words = []
+    for part in _parts(annotation):
+        origin, inner = typing.get_origin(part), typing.get_args(part)
+        if origin is typing.Literal:
+            words.append(" or ".join(map(str, inner)))
+        elif origin in (list, tuple):
+            words.append("a list with commas")
+        elif part is torch.dtype:
+            words.append(" or ".join(DTYPES))
+        elif isinstance(part, type) and issubclass(part, enum.Enum):
+            words.append(" or ".join(part.__members__))
+        else:
+            words.append(_NAMES.get(part, "an object, which no text can be"))
+    return " or ".join(words)
