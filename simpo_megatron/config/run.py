@@ -17,7 +17,7 @@ from simpo_megatron.objectives import Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR
-from simpo_megatron.settings import Group, parse_size, require, required, setting
+from simpo_megatron.settings import Group, flag, parse_size, require, required, setting
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,49 @@ class CheckpointConfig(Group):
     save_interval: int | None = setting(
         None, "steps between two checkpoints (default: one checkpoint, after the last step, which is always saved)"
     )
+    save_retain_interval: int | None = setting(
+        None,
+        "delete a checkpoint once a newer one is complete, unless its step is a multiple of this (default: delete none)",
+    )
+    keep_last: int | None = setting(
+        None, "keep this many of the latest checkpoints and delete older ones (default: delete none)", metavar="N"
+    )
+    keep_best: str | None = setting(
+        None,
+        "of the older checkpoints, also keep the best one by this metric of metrics.jsonl, e.g. eval/loss or "
+        "eval/rewards/accuracies; a loss should be low, another metric high",
+        metavar="METRIC",
+    )
+    async_save: bool = setting(
+        False, "go on with training while a checkpoint is written; the run waits only until its state is copied"
+    )
+    save_optim: bool = setting(
+        True, "save the optimizer state too; without it a checkpoint holds weights, and a run cannot be resumed from it"
+    )
+    dist_ckpt_optim_fully_reshardable: bool = setting(
+        False,
+        "save the optimizer state such that it loads in any layout, which takes more host memory and time; off: another "
+        "data-parallel or context-parallel size only",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("save_interval")
+        self.positive("save_interval", "save_retain_interval", "keep_last")
+        for name in ("save_retain_interval", "keep_last", "keep_best"):
+            require(
+                getattr(self, name) is None or self.save is not None,
+                f"{flag(name)} needs --save, the folder to save into",
+            )
+        require(not self.async_save or self.save is not None, "--async-save needs --save, the folder to save into")
+        retain = self.save_retain_interval
+        require(
+            retain is None or (self.save_interval is not None and retain % self.save_interval == 0),
+            f"--save-retain-interval {retain} must be a multiple of --save-interval {self.save_interval or '(not set)'}",
+        )
+        require(
+            self.keep_best is None or self.keep_last is not None or retain is not None,
+            f"--keep-best {self.keep_best} has no effect where nothing is deleted; give --keep-last too",
+        )
         require(
             not self.finetune or self.load is not None,
             "--finetune needs --load, the folder of the run whose weights to start from",
@@ -255,7 +294,34 @@ class Config:
             save is None or save != export,
             f"--export-hf {export} is also the folder of --save; export to another folder",
         )
+        self._check_keep_best()
         check_rows(self.data.seq_length, self.parallel)
         if self.data.share_prompts:
             fused = self.model.transformer_impl == "transformer_engine"
             check_shared_prompts(self.objective.responses, self.parallel.context_parallel_size, fused)
+
+    def _check_keep_best(self) -> None:
+        """Makes sure that each checkpoint has a value of --keep-best.
+
+        Raises:
+            UserError: the metric is not one of the run, or is not measured at each checkpoint.
+        """
+        metric, every = self.checkpoint.keep_best, self.checkpoint.save_interval
+        if metric is None:
+            return
+        known = [one.name for one in self.objective.metrics]
+        name = metric.removeprefix("eval/")
+        require(
+            name in known,
+            f"--keep-best {metric} is not a metric of this run; use one of {', '.join(known)}, or eval/ and one of them",
+        )
+        held_out = name != metric
+        interval, option = (
+            (self.log.eval_interval, "--eval-interval") if held_out else (self.log.log_interval, "--log-interval")
+        )
+        require(not held_out or self.data.valid_data is not None, f"--keep-best {metric} needs --valid-data")
+        require(
+            every is None or (interval is not None and every % interval == 0),
+            f"--keep-best {metric} needs its value at each checkpoint; --save-interval {every} must be a multiple of {option} "
+            f"{interval or '(not set)'}",
+        )

@@ -32,7 +32,8 @@ from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.settings import require
-from simpo_megatron.trainer import checkpointing
+from simpo_megatron.trainer import loading
+from simpo_megatron.trainer.checkpointing import CheckpointWriter
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
@@ -40,7 +41,14 @@ from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
 from simpo_megatron.trainer.remarks import remarks
-from simpo_megatron.trainer.resume import check_pairs, find_saved_run, follow, step_to_resume, weights_folder
+from simpo_megatron.trainer.resume import (
+    check_optimizer,
+    check_pairs,
+    find_saved_run,
+    follow,
+    step_to_resume,
+    weights_folder,
+)
 from simpo_megatron.trainer.setup import build_engine
 
 
@@ -68,6 +76,8 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
         check_pairs(saved, state)
         state = saved.progress
     length = run_length(config, len(train_pairs))
+    if saved is not None and not length.is_reached(state):
+        check_optimizer(saved)
     export = config.model.export_hf
     if export is not None and length.is_reached(state) and is_export_of(export, state):
         require(
@@ -82,7 +92,7 @@ def start_run(config: Config, hf: HFCheckpoint, transformer: TransformerConfig) 
             check_target(export)  # it may be the export of a checkpoint that this run goes on from
     engine = build_engine(config, hf, transformer, length.steps)
     if saved is not None:
-        checkpointing.load(engine, saved.folder)
+        loading.load(engine, saved.folder)
     with raise_on_all_ranks():
         disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
         logger = Logger(config, length.steps, state.step)
@@ -167,6 +177,7 @@ class Run:
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
         self.length, self.state = length, state
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.writer = CheckpointWriter(engine)
 
     @property
     def unfinished(self) -> bool:
@@ -177,11 +188,12 @@ class Run:
         """Trains to the end: evaluates, logs, saves and exports as configured."""
         self.logger.start()
         try:
-            if self.state.step == 0:  # a resumed run has logged this evaluation already
-                self._evaluate()
-            while self.unfinished:
-                self._step()
-            self._finish()
+            with self.writer:
+                if self.state.step == 0:  # a resumed run has logged this evaluation already
+                    self._evaluate()
+                while self.unfinished:
+                    self._step()
+                self._finish()
         finally:
             self.logger.close()
 
@@ -200,10 +212,11 @@ class Run:
         self.logger.advance(self.state.step)
         if self._is_due(self.config.log.eval_interval):
             self._evaluate()
+        self.writer.poll()
         folder = self.config.checkpoint.save
         if folder is not None and (self._is_due(self.config.checkpoint.save_interval) or not self.unfinished):
             self.state = replace(self.state, checkpoint=_random_name())
-            checkpointing.save(self.engine, folder, self.state)
+            self.writer.save(folder, self.state)
 
     def _next_batch(self) -> GlobalBatch:
         position = self.state.consumed_pairs
