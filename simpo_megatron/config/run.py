@@ -204,7 +204,8 @@ class CheckpointConfig(Group):
     )
     save_retain_interval: int | None = setting(
         None,
-        "delete a checkpoint once a newer one is complete, unless its step is a multiple of this (default: delete none)",
+        "delete a checkpoint once a newer one is complete, unless its step is a multiple of this (default: delete "
+        "none)",
     )
     keep_last: int | None = setting(
         None, "keep this many of the latest checkpoints and delete older ones (default: delete none)", metavar="N"
@@ -223,8 +224,8 @@ class CheckpointConfig(Group):
     )
     dist_ckpt_optim_fully_reshardable: bool = setting(
         False,
-        "save the optimizer state such that it loads in any layout, which takes more host memory and time; off: another "
-        "data-parallel or context-parallel size only",
+        "save the optimizer state such that it loads in any layout, which takes more host memory and time; off: at "
+        "another data-parallel or context-parallel size only",
     )
 
     def __post_init__(self) -> None:
@@ -239,7 +240,8 @@ class CheckpointConfig(Group):
         retain = self.save_retain_interval
         require(
             retain is None or (self.save_interval is not None and retain % self.save_interval == 0),
-            f"--save-retain-interval {retain} must be a multiple of --save-interval {self.save_interval or '(not set)'}",
+            f"--save-retain-interval {retain} must be a multiple of --save-interval "
+            f"{self.save_interval or '(not set)'}",
         )
         require(
             self.keep_best is None or self.keep_last is not None or retain is not None,
@@ -313,15 +315,13 @@ class Config:
         name = metric.removeprefix("eval/")
         require(
             name in known,
-            f"--keep-best {metric} is not a metric of this run; use one of {', '.join(known)}, or eval/ and one of them",
+            f"--keep-best {metric} is not a metric of this run; use one of {', '.join(known)}, or eval/ and one",
         )
         held_out = name != metric
-        interval, option = (
-            (self.log.eval_interval, "--eval-interval") if held_out else (self.log.log_interval, "--log-interval")
-        )
+        interval = self.log.eval_interval if held_out else self.log.log_interval
         require(not held_out or self.data.valid_data is not None, f"--keep-best {metric} needs --valid-data")
         require(
             every is None or (interval is not None and every % interval == 0),
-            f"--keep-best {metric} needs its value at each checkpoint; --save-interval {every} must be a multiple of {option} "
-            f"{interval or '(not set)'}",
+            f"--keep-best {metric} needs its value at each checkpoint; --save-interval {every} must be a multiple of "
+            f"{'--eval-interval' if held_out else '--log-interval'} {interval or '(not set)'}",
         )

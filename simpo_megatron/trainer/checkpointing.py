@@ -49,14 +49,7 @@ from simpo_megatron.files import sync
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer.console import print_line
 from simpo_megatron.trainer.engine import Engine
-from simpo_megatron.trainer.optimizer_format import (
-    BUCKETS,
-    DP_RESHARDABLE,
-    FULLY_RESHARDABLE,
-    bucket_checksums,
-    content_metadata,
-    has_empty_share,
-)
+from simpo_megatron.trainer.optimizer_format import BUCKETS, bucket_checksums, content_metadata
 from simpo_megatron.trainer.progress import Progress
 from simpo_megatron.trainer.retention import UNFINISHED, delete, delete_old, remove_leftovers
 
@@ -131,9 +124,7 @@ def _args(engine: Engine, progress: Progress) -> Namespace:
 
 def _whole_state(engine: Engine, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that a checkpoint holds, and its `content_metadata`."""
-    content = content_metadata(engine.config)
-    if content["distrib_optim_sharding_type"] == DP_RESHARDABLE and has_empty_share(engine.optimizer):
-        content["distrib_optim_sharding_type"] = FULLY_RESHARDABLE
+    content = content_metadata(engine.config, engine.optimizer)
     common = {
         "args": _args(engine, progress),
         "checkpoint_version": 3.0,
@@ -155,8 +146,8 @@ class CheckpointWriter:
     program, the context does not wait: the checkpoint that is being written never becomes one.
 
     Args:
-        engine: with the model, the optimizer and the schedule. Its settings say what is saved, whether the run waits for
-            the disk (--async-save), and which checkpoints stay.
+        engine: with the model, the optimizer and the schedule. Its settings say what is saved, whether the run waits
+            for the disk (--async-save), and which checkpoints stay.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -24,7 +24,8 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.trainer import torch_adam
 from simpo_megatron.trainer.checkpointing import FAILURES, first_failure, model_names, sharded_models, sharded_state
 from simpo_megatron.trainer.engine import Engine
-from simpo_megatron.trainer.optimizer_format import DP_RESHARDABLE, check_buckets
+from simpo_megatron.trainer.optimizer_format import check_buckets
+from simpo_megatron.trainer.resume import DP_RESHARDABLE
 
 _NO_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state")  # first words of keys of a run
 

@@ -1,13 +1,13 @@
 """The two forms in which the distributed optimizer's state is saved, and what each of them can be loaded into.
 
-* `dp_reshardable`, the default. Every rank writes its own share, as it lies in memory. No rank holds more than its share,
-  and nothing is sent. It loads at another data-parallel size, and nowhere else.
-* `fully_reshardable` (`--dist-ckpt-optim-fully-reshardable`). Rank 0 of each data-parallel group gathers the state of its
-  tensor and pipeline shard over gloo and writes it parameter by parameter. It loads in any layout.
+* `dp_reshardable`, the default. Every rank writes its own share, as it lies in memory. No rank holds more than its
+  share, and nothing is sent. It loads at another data-parallel or context-parallel size, and in no other layout.
+* `fully_reshardable` (`--dist-ckpt-optim-fully-reshardable`). Rank 0 of each data-parallel group gathers the state of
+  its tensor and pipeline shard over gloo and writes it parameter by parameter. It loads in any layout.
 
-The first form says only where an element lies in a bucket of Megatron's gradient buffers. Buckets of equal size with other
-parameters in them would load without an error. So the checkpoint holds a checksum of the content of the buckets of every
-rank, and `check_buckets` compares it.
+The first form says only where an element lies in a bucket of Megatron's gradient buffers. Buckets of equal size with
+other parameters in them would load without an error. So the checkpoint holds a checksum of the content of the buckets
+of every rank, and `check_buckets` compares it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.together import host_group
+from simpo_megatron.trainer.resume import DP_RESHARDABLE, OTHER_LAYOUT
 
-DP_RESHARDABLE, FULLY_RESHARDABLE = "dp_reshardable", "fully_reshardable"
 BUCKETS = "optimizer_buckets"  # the key of the checksums in common.pt
-ANY_LAYOUT = (
-    "resume in the layout of the save (the data-parallel and context-parallel size may differ); a checkpoint that is saved "
-    "there with --dist-ckpt-optim-fully-reshardable loads in any layout; or start a new run from its weights with "
-    "--finetune"
-)
 
 
-def content_metadata(config: Config) -> dict[str, Any]:
-    """Megatron's `content_metadata` for the checkpoints of a run."""
-    checkpoint = config.checkpoint
-    if not config.parallel.use_distributed_optimizer or checkpoint.dist_ckpt_optim_fully_reshardable:
+def content_metadata(config: Config, optimizer: Any) -> dict[str, Any]:
+    """Megatron's `content_metadata` for the checkpoints of a run. Collectives: at most one all-reduce.
+
+    Args:
+        config: of the run.
+        optimizer: Megatron's ChainedOptimizer.
+    """
+    distributed = config.parallel.use_distributed_optimizer
+    if not distributed or config.checkpoint.dist_ckpt_optim_fully_reshardable or has_empty_share(optimizer):
         return {**CONTENT_METADATA, "distrib_optim_fully_reshardable_mem_efficient": True}
     return {**CONTENT_METADATA, "distrib_optim_sharding_type": DP_RESHARDABLE}
 
@@ -84,8 +84,8 @@ def check_buckets(optimizer: Any, common: dict[str, Any], directory: object) -> 
     """
     if bucket_checksums(optimizer) != common.get(BUCKETS) or has_empty_share(optimizer):
         raise UserError(
-            f"{directory}: its optimizer state does not fit the parameters as they lie on the ranks of this run; "
-            + ANY_LAYOUT
+            f"{directory}: its optimizer state does not fit the parameters as they lie on the ranks of this run (other "
+            f"layers, precision, --overlap-grad-reduce or release of Megatron-Core); {OTHER_LAYOUT}"
         )
 
 

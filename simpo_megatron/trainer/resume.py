@@ -47,10 +47,11 @@ LAYOUT = (
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
 )
+DP_RESHARDABLE = "dp_reshardable"  # Megatron's name for that form
 OTHER_LAYOUT = (
     "resume with the same (the data-parallel and context-parallel size may differ), and save once with "
-    "--dist-ckpt-optim-fully-reshardable: that checkpoint loads in any layout; or start a new run from its weights with "
-    "--finetune"
+    "--dist-ckpt-optim-fully-reshardable: that checkpoint loads in any layout; or start a new run from its weights "
+    "with --finetune"
 )
 
 
@@ -126,7 +127,7 @@ def find_saved_run(settings: CheckpointConfig) -> SavedRun | None:
             "with --finetune"
         )
     form = content.get("content_metadata", {}).get("distrib_optim_sharding_type")
-    return SavedRun(folder, vars(args), Progress(**progress), any_layout=form != "dp_reshardable")
+    return SavedRun(folder, vars(args), Progress(**progress), any_layout=form != DP_RESHARDABLE)
 
 
 def follow(config: Config, saved: SavedRun | None) -> tuple[Config, list[str]]:
@@ -204,9 +205,8 @@ def _refuse(config: Config, saved: SavedRun) -> None:
     bf16 = before.get("bf16", now["bf16"])
     require(
         bf16 == now["bf16"] or saved.any_layout,
-        f"{saved.folder} was saved in {'bf16' if bf16 else 'fp32'}, in a form that cannot change the precision; resume in "
-        "the same, and save once with --dist-ckpt-optim-fully-reshardable; or start a new run from its weights with "
-        "--finetune",
+        f"{saved.folder} was saved in {'bf16' if bf16 else 'fp32'}, in a form that serves no other precision; "
+        f"{OTHER_LAYOUT}",
     )
     require(
         bf16 == now["bf16"] or now["use_distributed_optimizer"],
@@ -238,8 +238,8 @@ def check_optimizer(saved: SavedRun) -> None:
     """
     require(
         saved.settings.get("save_optim", True),
-        f"{saved.folder} was saved with --no-save-optim and has no optimizer state to go on with; start a new run from its "
-        "weights with --finetune",
+        f"{saved.folder} was saved with --no-save-optim and has no optimizer state to go on with; start a new run from "
+        "its weights with --finetune",
     )
 
 

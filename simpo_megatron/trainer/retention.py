@@ -1,7 +1,7 @@
 """Which checkpoints of a run stay, and how a folder is removed so that it never looks complete when it is not.
 
-A folder gets a name that begins with `.deleted-` before its files go. A checkpoint that is being written has a name that
-begins with `.unfinished-`. A run that was killed leaves such folders behind; the next save removes them.
+A folder gets a name that begins with `.deleted-` before its files go. A checkpoint that is being written has a name
+that begins with `.unfinished-`. A run that was killed leaves such folders behind; the next save removes them.
 """
 
 from __future__ import annotations
