@@ -189,8 +189,8 @@ def remarks(hf: HFCheckpoint, method: Method, pairs: int) -> list[str]:
         gpus, sharded = _spread(method.layouts[0])
         default, full = (save_host_bytes(size, gpus, sharded, fully_reshardable=form) for form in (False, True))
         lines.append(
-            f"a save takes {human(default)} of host memory on a node of {min(gpus, 8)} GPUs in the best layout, and up to "
-            f"{human(full)} with --dist-ckpt-optim-fully-reshardable"
+            f"a save takes {human(default)} of host memory on a node of {min(gpus, 8)} GPUs in the best layout, and up "
+            f"to {human(full)} with --dist-ckpt-optim-fully-reshardable"
         )
     if any(one.data_parallel_size > pairs for one in method.layouts[:SHOWN]):
         lines.append(

@@ -118,9 +118,9 @@ def save_host_bytes(
 ) -> int:
     """Host memory that a save takes on the node that needs most, above what the processes hold anyway.
 
-    By default every rank copies its share of the checkpoint to the host. With --dist-ckpt-optim-fully-reshardable, rank 0
-    of a data-parallel group also gathers the state of its tensor and pipeline shard, in one buffer that it slices into
-    parameters, and copies those: `_GATHERED` times the state.
+    By default every rank copies its share of the checkpoint to the host. With --dist-ckpt-optim-fully-reshardable,
+    rank 0 of each data-parallel group gathers the state of its tensor and pipeline shard in one buffer, and copies the
+    parameters out of it: `_GATHERED` times the state.
 
     Args:
         size: of a checkpoint.
@@ -246,5 +246,6 @@ def _too_many(disk: list[_Write]) -> str | None:
     beside = "".join(f" beside {write.what}" for write in others)
     return (
         f"the disk of {first.flag} {first.folder} has room for {room} of the {first.count} checkpoints of this run"
-        f"{beside}: {human(needed)} are needed, {human(free)} are free; free space in time, raise --save-interval, or delete old ones with --keep-last"
+        f"{beside}: {human(needed)} are needed, {human(free)} are free; free space in time, raise --save-interval, or "
+        "delete old ones with --keep-last"
     )

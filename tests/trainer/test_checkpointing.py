@@ -91,9 +91,7 @@ def test_resume_in_another_layout(
     assert [row["step"] for row in resumed] == [4, 5, 6]
     tolerance = 2e-2 if "--bf16" in settings else 1e-4
     for ours, theirs in zip(numbers(resumed), numbers(whole[3:]), strict=True):
-        assert all(
-            math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance / 100) for a, b in zip(ours, theirs, strict=True)
-        )
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance / 100)
 
 
 @pytest.mark.parametrize("pool", BOTH, indirect=True)
@@ -238,10 +236,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert None not in messages
     assert "No space left" in messages[0] and "iter_0000003 is still complete" in messages[0]
     assert latest_step(tmp_path / "run") == 3
-    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == [
-        "iter_0000003",
-        "tensorboard",
-    ]
+    folders = sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir())
+    assert folders == ["iter_0000003", "tensorboard"]
     assert pool.run(2, train, [*argv, "--load", str(tmp_path / "run")]) == [None, None]
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 

@@ -79,18 +79,7 @@ def test_leftovers_never_look_complete(tmp_path: Path) -> None:
         (["--save", "s", "--keep-last", "1", "--keep-best", "eval/los"], "not a metric of this run; use one of loss,"),
         (["--save", "s", "--keep-last", "1", "--keep-best", "eval/loss"], "needs --valid-data"),
         (
-            [
-                "--save",
-                "s",
-                "--keep-last",
-                "1",
-                "--keep-best",
-                "eval/loss",
-                "--valid-data",
-                "v",
-                "--save-interval",
-                "2",
-            ],
+            "--save s --keep-last 1 --keep-best eval/loss --valid-data v --save-interval 2".split(),
             r"multiple of --eval-interval \(not set\)",
         ),
     ],
@@ -110,7 +99,7 @@ def test_a_run_keeps_what_it_is_told_to(pool: WorkerPool, inputs: Inputs) -> Non
     assert complete_steps(save) == sorted({max(margins, key=lambda step: margins[step]), 5})
     assert latest_step(save) == 5
     run_and_read(pool, 2, [*argv, "--load", str(save), "--train-iters", "6"], save)
-    assert (latest_step(save) == 6 and 5 in complete_steps(save)) or len(complete_steps(save)) <= 2
+    assert latest_step(save) == 6 and len(complete_steps(save)) <= 2
 
 
 def test_without_optimizer_state(pool: WorkerPool, inputs: Inputs) -> None:
