@@ -6,7 +6,10 @@ resume.py          what a run starts from, and which settings may differ on resu
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
 scoring.py         summed log-probs of a whole data set
-checkpointing.py   save and load in Megatron-LM's format
+checkpointing.py   `CheckpointWriter`: checkpoints in Megatron-LM's format, written by forked processes
+loading.py         reads checkpoints: a run that goes on, or weights alone
+optimizer_format.py  the two forms of a saved optimizer state, and what each loads into
+retention.py       which checkpoints stay, and how folders are deleted
 torch_adam.py      loads Megatron's optimizer checkpoints into torch's Adam
 folders.py         checks of the folders that a run writes to
 lock.py            one run at a time writes to a folder
