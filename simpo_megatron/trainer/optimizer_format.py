@@ -61,8 +61,13 @@ def _own_checksums(optimizer: Any) -> dict[str, int]:
     for index, part in enumerate(optimizer.chained_optimizers):
         if not isinstance(part, DistributedOptimizer):
             continue
+        names = {
+            parameter: f"{chunk}.{name}"
+            for chunk, model in enumerate(part.model_chunks)
+            for name, parameter in model.named_parameters()
+        }
         content = [
-            (str(buffer.param_dtype), bucket.bucket_id, part._param_name(parameter), tuple(parameter.shape), position)
+            (str(buffer.param_dtype), bucket.bucket_id, names[parameter], tuple(parameter.shape), position)
             for buffer in part.buffers
             for bucket in buffer.buckets
             for parameter, position in bucket.param_to_index.items()
