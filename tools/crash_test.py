@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import importlib
 import json
 import multiprocessing.connection
@@ -129,6 +130,7 @@ def _rank(rank: int, port: int, argv: list[str], save: Path, fault: Fault | None
         sys.audit(STEP)
         return take_step(engine, batch)
 
+    @functools.wraps(write_item)  # Megatron looks at the signature
     def write_unless_full(*args: Any, **kwargs: Any) -> Any:
         if hook.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -222,6 +224,8 @@ def run(argv: Sequence[str] | None) -> int:
         fault = Fault(choose.choice(FAULTS), rank, choose.randint(1, moments[rank]))
         codes, _ = start(args.training, save, args.processes, fault)
         found = check_folder(save)
+        if all(code == 1 for code in codes):
+            found.append(f"no rank knows why it ended; see {save}.rank0.log")
         if not any(codes):
             ended += 1
             found += [] if measured(save) == expected else ["its losses are not those of the run without a fault"]

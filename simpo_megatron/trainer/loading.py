@@ -63,7 +63,8 @@ def load(engine: Engine, directory: Path) -> None:
                 check_buckets(engine.optimizer, common, directory)
             state = _load_strictly(sharded_state(engine, content, is_loading=True), directory)
             _fill_all(engine.models, state)
-            engine.optimizer.load_state_dict(state["optimizer"])
+            with torch.no_grad():  # which Megatron sets itself for the other form alone
+                engine.optimizer.load_state_dict(state["optimizer"])
     engine.scheduler.load_state_dict(state["opt_param_scheduler"])
     for group, values in zip(engine.optimizer.param_groups, given, strict=True):
         group.update(values, max_lr=engine.scheduler.max_lr, min_lr=engine.scheduler.min_lr)
