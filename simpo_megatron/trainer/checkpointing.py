@@ -200,7 +200,13 @@ class CheckpointWriter:
         )
         try:
             request = dist_checkpointing.save(
-                state, str(folder), strategy, async_sharded_save=True, content_metadata=content
+                state,
+                str(folder),
+                strategy,
+                async_sharded_save=True,
+                # The ranks that gather nothing have no `param_state`; Megatron would log that as a difference.
+                preprocess_common_before_consistancy_check=lambda common: {**common, "optimizer": None},
+                content_metadata=content,
             )
             assert request is not None  # as always with `async_sharded_save`
             request.add_finalize_fn(partial(self._complete, folder, root, progress.step))
