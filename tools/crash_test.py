@@ -126,9 +126,9 @@ def _rank(rank: int, port: int, argv: list[str], save: Path, fault: Fault | None
     hook = _Moments(save, fault if fault is not None and fault.rank == rank else None, pids)
     take_step, write_item = Engine.train_step, filesystem_async._write_item
 
-    def audited_step(engine: Engine, batch: Any) -> dict[str, float]:
+    def audited_step(self: Engine, batch: Any) -> dict[str, float]:
         sys.audit(STEP)
-        return take_step(engine, batch)
+        return take_step(self, batch)
 
     @functools.wraps(write_item)  # Megatron looks at the signature
     def write_unless_full(*args: Any, **kwargs: Any) -> Any:
@@ -180,7 +180,7 @@ def start(argv: list[str], save: Path, processes: int, fault: Fault | None) -> t
 
 def check_folder(save: Path) -> list[str]:
     """A sentence for everything that is wrong with the checkpoints of a run."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     wrong = []
     for folder in save.glob("iter_*"):
