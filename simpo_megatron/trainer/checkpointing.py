@@ -194,10 +194,8 @@ class CheckpointWriter:
                     folder.mkdir(parents=True)
                 except OSError as error:
                     raise UserError(f"{folder} cannot be created: {error.strerror}") from error
-        strategy = FullyParallelSaveStrategyWrapper(
-            get_default_save_sharded_strategy(),
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
+        group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
         try:
             request = dist_checkpointing.save(
                 state,

@@ -122,7 +122,7 @@ def _is_spare(key: str) -> bool:
 
 
 def _load_strictly(sharded_state: Any, directory: Path, weights_alone: bool = False) -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     try:
         _ask_for_saved_names(sharded_state, directory)
         strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(directory)), group)
