@@ -29,9 +29,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from simpo_megatron.disk import human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
-from simpo_megatron.planning.checkpoint_size import checkpoint_size
+from simpo_megatron.planning.checkpoint_size import checkpoint_size, save_host_bytes
 from simpo_megatron.planning.layouts import MOST_GPUS, LayoutCost, Request, fewest, fitting
 from simpo_megatron.program import Parser, check_report, exit_code, write_report
 from simpo_megatron.settings import parse_size, path_value
@@ -175,20 +176,35 @@ def answers(methods: Sequence[Method], memory: str) -> list[str]:
 
 
 def remarks(hf: HFCheckpoint, method: Method, pairs: int) -> list[str]:
-    """The size of a checkpoint, and whether data-parallel ranks would have nothing to do.
+    """The size of a checkpoint, the host memory of a save, and whether data-parallel ranks would have nothing to do.
 
     Args:
         hf: the model.
         method: whose layouts are shown.
         pairs: of a step.
     """
-    lines = [f"a checkpoint of training takes {checkpoint_size(hf.architecture)}; --dry-run compares it with the disk"]
+    size = checkpoint_size(hf.architecture)
+    lines = [f"a checkpoint of training takes {size}; --dry-run compares it with the disk"]
+    if method.layouts:
+        gpus, sharded = _spread(method.layouts[0])
+        default, full = (save_host_bytes(size, gpus, sharded, fully_reshardable=form) for form in (False, True))
+        lines.append(
+            f"a save takes {human(default)} of host memory on a node of {min(gpus, 8)} GPUs in the best layout, and up "
+            f"to {human(full)} with --dist-ckpt-optim-fully-reshardable"
+        )
     if any(one.data_parallel_size > pairs for one in method.layouts[:SHOWN]):
         lines.append(
             f"warning: a data-parallel size (DP) above the {pairs} pairs of a step leaves ranks idle; use fewer GPUs, "
             "or raise --global-batch-size"
         )
     return lines
+
+
+def _spread(one: LayoutCost) -> tuple[int, int]:
+    """GPUs of a layout, and how many of them hold different weights: tensor- times pipeline-parallel size."""
+    p = one.parallel
+    sharded = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    return sharded * p.context_parallel_size * one.data_parallel_size, sharded
 
 
 def describe(one: LayoutCost) -> str:
@@ -209,13 +225,20 @@ def describe(one: LayoutCost) -> str:
 
 def as_json(hf: HFCheckpoint, methods: Sequence[Method]) -> dict[str, Any]:
     """The report; sizes are in bytes."""
+    size = checkpoint_size(hf.architecture)
 
     def layout(one: LayoutCost) -> dict[str, Any]:
-        return {**asdict(one), "memory": {**asdict(one.memory), "total": one.memory.total}}
+        spread = _spread(one)
+        host = {
+            "default": save_host_bytes(size, *spread),
+            "fully_reshardable": save_host_bytes(size, *spread, fully_reshardable=True),
+        }
+        memory = {**asdict(one.memory), "total": one.memory.total}
+        return {**asdict(one), "memory": memory, "host_memory_of_a_save_per_node": host}
 
     return {
         "parameters": hf.architecture.num_parameters,
-        "checkpoint": asdict(checkpoint_size(hf.architecture)),
+        "checkpoint": asdict(size),
         "objectives": {
             method.name: {
                 "layouts": [layout(one) for one in method.layouts],

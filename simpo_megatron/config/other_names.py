@@ -85,7 +85,7 @@ TRL = {
     "output_dir": Counterpart(("save", "export_hf"), "checkpoints go to `--save`, the trained model to `--export-hf`"),
     "save_steps": Counterpart(("save_interval",), "default: one checkpoint, after the last step; TRL's is 500"),
     "save_strategy": Counterpart(("save_interval",), "steps between two checkpoints"),
-    "save_total_limit": Counterpart((), "every checkpoint is kept"),
+    "save_total_limit": Counterpart(("keep_last",), "default: every checkpoint is kept"),
     "resume_from_checkpoint": Counterpart(("load",), "the folder of `--save`; the latest checkpoint is taken"),
     "eval_steps": Counterpart(("eval_interval",)),
     "eval_strategy": Counterpart(("eval_interval",), "with `--valid-data` also before and after training"),

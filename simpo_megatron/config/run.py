@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from simpo_megatron.config.checkpoint import CheckpointConfig
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.megatron import MegatronConfig
 from simpo_megatron.config.presets import Preset
@@ -192,39 +193,6 @@ class OptimizerConfig(Group):
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(Group):
-    """Checkpoints."""
-
-    save: Path | None = setting(
-        None, "folder for checkpoints, metrics.jsonl and TensorBoard files; without it no checkpoint is written"
-    )
-    load: Path | None = setting(
-        None,
-        "folder to start from: the latest checkpoint of a run, which is resumed, or weights of "
-        "tools/hf_to_megatron.py; may be the folder of --save while it is still empty",
-    )
-    finetune: bool = setting(
-        False,
-        "take the weights of --load alone: a new run starts at step 0 with a fresh optimizer, schedule and data order, "
-        "whatever the objective of the saved run",
-    )
-    save_interval: int | None = setting(
-        None, "steps between two checkpoints (default: one checkpoint, after the last step, which is always saved)"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.positive("save_interval")
-        require(
-            not self.finetune or self.load is not None,
-            "--finetune needs --load, the folder of the run whose weights to start from",
-        )
-        require(
-            self.save_interval is None or self.save is not None, "--save-interval needs --save, the folder to save into"
-        )
-
-
-@dataclass(frozen=True)
 class LogConfig(Group):
     """Evaluation and logging."""
 
@@ -287,7 +255,32 @@ class Config:
             or profile.profile_dir is not None,
             "--profile and --record-memory-history write files; give --profile-dir, or --save",
         )
+        self._check_keep_best()
         check_rows(self.data.seq_length, self.parallel)
         if self.data.share_prompts:
             fused = self.model.transformer_impl == "transformer_engine"
             check_shared_prompts(self.objective.responses, self.parallel.context_parallel_size, fused)
+
+    def _check_keep_best(self) -> None:
+        """Makes sure that each checkpoint has a value of --keep-best.
+
+        Raises:
+            UserError: the metric is not one of the run, or is not measured at each checkpoint.
+        """
+        metric, every = self.checkpoint.keep_best, self.checkpoint.save_interval
+        if metric is None:
+            return
+        known = [one.name for one in self.objective.metrics]
+        name = metric.removeprefix("eval/")
+        require(
+            name in known,
+            f"--keep-best {metric} is not a metric of this run; use one of {', '.join(known)}, or eval/ and one",
+        )
+        held_out = name != metric
+        interval = self.log.eval_interval if held_out else self.log.log_interval
+        require(not held_out or self.data.valid_data is not None, f"--keep-best {metric} needs --valid-data")
+        require(
+            every is None or (interval is not None and every % interval == 0),
+            f"--keep-best {metric} needs its value at each checkpoint; --save-interval {every} must be a multiple of "
+            f"{'--eval-interval' if held_out else '--log-interval'} {interval or '(not set)'}",
+        )

@@ -6,14 +6,14 @@ A checkpoint holds every parameter once, in any layout:
     optimizer state   Adam's two moments and a copy of the weight, in fp32: 12 bytes a trained parameter. An fp32 run
                       without the distributed optimizer has no copy: 8 bytes
 
-Not counted are 1 to 2 KiB for every tensor that a rank writes.
+Not counted are 1 to 2 KiB for every tensor that a rank writes. `save_host_bytes` says what a save takes of the host.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,11 @@ from simpo_megatron.parallel.stages import VOCAB_DIVISOR
 from simpo_megatron.planning.parameters import stage_parameters
 
 if TYPE_CHECKING:
+    from simpo_megatron.config.checkpoint import CheckpointConfig
     from simpo_megatron.config.run import Config
+
+
+_GATHERED = 3  # measured by tests/trainer/test_save_memory.py
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,47 @@ def checkpoints_of(steps: int, interval: int | None, done: int = 0) -> int:
     return whole + (interval is None or steps % interval > 0)
 
 
+def checkpoints_held(settings: CheckpointConfig, steps: int, count: int) -> int:
+    """How many of its checkpoints a run has on the disk at most: an old one is deleted after a newer one is complete.
+
+    Args:
+        settings: with --keep-last, --keep-best and --save-retain-interval.
+        steps: of the whole run.
+        count: checkpoints that it writes.
+
+    >>> from simpo_megatron.config.checkpoint import CheckpointConfig
+    >>> checkpoints_held(CheckpointConfig(save=Path("run"), keep_last=2), 100, 10)
+    3
+    """
+    if settings.keep_last is None and settings.save_retain_interval is None:
+        return count
+    retained = 0 if settings.save_retain_interval is None else steps // settings.save_retain_interval
+    return min(count, retained + (settings.keep_last or 1) + (settings.keep_best is not None) + 1)
+
+
+def save_host_bytes(
+    size: CheckpointSize, gpus: int, model_parallel: int, node: int = 8, fully_reshardable: bool = False
+) -> int:
+    """Host memory that a save takes on the node that needs most, above what the processes hold anyway.
+
+    By default every rank copies its share of the checkpoint to the host. With --dist-ckpt-optim-fully-reshardable,
+    rank 0 of each data-parallel group gathers the state of its tensor and pipeline shard in one buffer, and copies the
+    parameters out of it: `_GATHERED` times the state.
+
+    Args:
+        size: of a checkpoint.
+        gpus: of the run, one rank each.
+        model_parallel: tensor- times pipeline-parallel size.
+        node: GPUs of a node.
+        fully_reshardable: the form of the optimizer state.
+    """
+    here = min(node, gpus)
+    if not fully_reshardable:
+        return size.total * here // gpus
+    gathering = min(here, model_parallel)  # ranks of a node that gather, at most
+    return size.weights * here // gpus + _GATHERED * size.optimizer * gathering // model_parallel
+
+
 @dataclass(frozen=True)
 class DiskUse:
     """What a run writes, compared with the space that is free.
@@ -150,7 +195,10 @@ def disk_use(config: Config, architecture: Architecture, steps: int | None, done
             distributed_optimizer=config.parallel.use_distributed_optimizer,
             vocabulary_multiple=config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size,
         )
-        writes.append(_Write("--save", save, "a checkpoint", size.total, count or 1))
+        if not config.checkpoint.save_optim:
+            size = replace(size, optimizer=0)
+        held = 1 if count is None or steps is None else checkpoints_held(config.checkpoint, steps, count)
+        writes.append(_Write("--save", save, "a checkpoint", size.total, held))
         lines.append(_describe(size, count, config.checkpoint.save_interval, save))
     if export is not None:
         model = architecture.num_parameters * (2 if config.train.bf16 else 4)
@@ -199,5 +247,6 @@ def _too_many(disk: list[_Write]) -> str | None:
     beside = "".join(f" beside {write.what}" for write in others)
     return (
         f"the disk of {first.flag} {first.folder} has room for {room} of the {first.count} checkpoints of this run"
-        f"{beside}: {human(needed)} are needed, {human(free)} are free; free space in time, or raise --save-interval"
+        f"{beside}: {human(needed)} are needed, {human(free)} are free; free space in time, raise --save-interval, or "
+        "delete old ones with --keep-last"
     )

@@ -28,7 +28,8 @@ from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.self_test.gradients import CP2, DENSE, EP2, ETP1, PP2, SP2, SPARSE
 from simpo_megatron.self_test.models import PAIRS, Made, engine_in, tiny_checkpoint
 from simpo_megatron.self_test.rows import Bench, Outcome, Row, judge
-from simpo_megatron.trainer import checkpointing
+from simpo_megatron.trainer import loading
+from simpo_megatron.trainer.checkpointing import CheckpointWriter
 from simpo_megatron.trainer.progress import new_progress
 
 STEPS_BEFORE, STEPS_AFTER = (
@@ -47,7 +48,7 @@ def checkpoint_rows(bench: Bench) -> Iterator[Row]:
     for implementation in bench.implementations:
         title = " (Transformer Engine)" if implementation == "transformer_engine" else ""
         bf16 = bench.on_gpu and implementation == "transformer_engine"
-        base = {"transformer_impl": implementation, "bf16": bf16, "lr": LR}
+        base = {"transformer_impl": implementation, "bf16": bf16, "lr": LR, "dist_ckpt_optim_fully_reshardable": True}
         before, after, words = _two_layouts(bench.processes)
         yield Row(
             f"checkpoint: resume{words}{title}",
@@ -62,7 +63,8 @@ def checkpoint_rows(bench: Bench) -> Iterator[Row]:
                 advice=ADVICE,
             )
     if len(bench.implementations) > 1:
-        both = [{"transformer_impl": name, "bf16": bench.on_gpu, "lr": LR} for name in bench.implementations]
+        common = {"bf16": bench.on_gpu, "lr": LR, "dist_ckpt_optim_fully_reshardable": True}
+        both = [{**common, "transformer_impl": name} for name in bench.implementations]
         yield Row("checkpoint: resume with other layers", partial(_resume, DENSE, *both), advice=ADVICE)
     split = SP2 if bench.processes % 2 == 0 else {}
     yield Row("weights: export" + (" from TP 2 + SP" if split else ""), partial(_export, split))
@@ -97,10 +99,10 @@ def _resume(model_type: str, before: dict[str, Any], after: dict[str, Any], benc
         for step in range(STEPS_BEFORE):
             _train(made, step, 1)
             state = replace(state, step=step + 1, consumed_pairs=(step + 1) * PAIRS)
-            checkpointing.save(made.engine, root, state)
+            CheckpointWriter(made.engine).save(root, state)
         expected = _train(made, STEPS_BEFORE, STEPS_AFTER)
     with engine_in(bench, path, after) as made:
-        checkpointing.load(made.engine, iteration_folder(root, STEPS_BEFORE))
+        loading.load(made.engine, iteration_folder(root, STEPS_BEFORE))
         found = _train(made, STEPS_BEFORE, STEPS_AFTER)
     error = max(abs(now - then) / abs(then) for now, then in zip(found, expected, strict=True))
     return judge(error, ALLOWED[bf16], "loss after the resume", ADVICE)

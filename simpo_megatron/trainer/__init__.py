@@ -7,6 +7,7 @@ timing.py          tokens, TFLOP/s, seconds and memory of a step
 profiling.py       traces, memory snapshots, garbage collection
 alarms.py          signs that a run goes wrong
 progress.py        where a run stands, and how far it goes
+opening.py         the first lines of a run
 resume.py          what a run starts from, and which settings may differ on resume
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
@@ -15,7 +16,10 @@ scoring.py         summed log-probs of a whole data set; its evaluation
 reference.py       reference log-probs of the pairs, for objectives that compare with a reference model
 reference_source.py   what they are made of, and those that the data brings along
 reference_scoring.py  computes them with the reference model
-checkpointing.py   save and load in Megatron-LM's format
+checkpointing.py   `CheckpointWriter`: checkpoints in Megatron-LM's format, written by forked processes
+loading.py         reads checkpoints: a run that goes on, or weights alone
+optimizer_format.py  the two forms of a saved optimizer state, and what each loads into
+retention.py       which checkpoints stay, and how folders are deleted
 torch_adam.py      loads Megatron's optimizer checkpoints into torch's Adam
 folders.py         checks of the folders that a run writes to
 lock.py            one run at a time writes to a folder

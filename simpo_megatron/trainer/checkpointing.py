@@ -1,54 +1,84 @@
-"""Checkpoints in Megatron-LM's directory layout, written and read by Megatron's dist_checkpointing (`torch_dist`).
+"""Writes checkpoints in Megatron-LM's directory layout, by Megatron's dist_checkpointing (`torch_dist`).
 
     SAVE/latest_checkpointed_iteration.txt      the tracker: "100"; replaced last
     SAVE/iter_0000100/                          .metadata, common.pt, metadata.json, __RANK_THREAD.distcp
+    SAVE/.unfinished-iter_0000200-NAME/         a checkpoint that is being written
 
-The tracker is replaced only after the new folder is complete on all ranks. So after a save that failed or was killed,
-the previous checkpoint is still the latest one. The `args` in common.pt are primitives under Megatron-LM's names, which
-its `--load` reads; `checkpoint/saved_args.py` makes them.
+with CheckpointWriter(engine) as writer:
+    writer.save(root, progress)                 # each time one is due
+    writer.poll()                               # after each step
+
+A checkpoint is written under a name of its own, by processes that are forked from the ranks. When the last byte of all
+ranks is on the disk, rank 0 renames the folder, then replaces the tracker, then deletes checkpoints that need not stay
+(`retention.py`). So a save that failed or was killed leaves the previous checkpoint the latest one, and no folder
+`iter_*` is ever incomplete. Processes that outlive a killed run cannot write into a checkpoint of the next run.
+
+The data-parallel ranks share the writing (`FullyParallelSaveStrategyWrapper`). The `args` in common.pt are primitives
+under Megatron-LM's names, which its `--load` reads; `checkpoint/saved_args.py` makes them.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
+import signal
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_step, write_tracker
-from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
-from simpo_megatron.checkpoint.manifest import check_manifest
 from simpo_megatron.checkpoint.saved_args import megatron_args, namespace
 from simpo_megatron.config.arguments import flat
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.files import sync
 from simpo_megatron.parallel.together import raise_on_all_ranks
-from simpo_megatron.trainer import torch_adam
+from simpo_megatron.trainer.console import print_line
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.optimizer_format import BUCKETS, bucket_checksums, content_metadata
 from simpo_megatron.trainer.progress import Progress
+from simpo_megatron.trainer.retention import UNFINISHED, delete, delete_old, remove_leftovers
 
-_NO_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state")  # first words of keys of a run
 FAILURES = (Exception, CheckpointException)  # torch derives CheckpointException from BaseException
 
 
-def _sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
-    metadata = {**CONTENT_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state: dict[str, Any] = {}
-    for index, model in enumerate(engine.models):
-        state["model" if len(engine.models) == 1 else f"model{index}"] = model.sharded_state_dict(metadata=metadata)
+def model_names(models: Sequence[Any]) -> list[str]:
+    """Megatron-LM's names of the models of a rank in the state of a checkpoint."""
+    return ["model"] if len(models) == 1 else [f"model{index}" for index in range(len(models))]
+
+
+def sharded_models(models: Sequence[Any], content: dict[str, Any]) -> dict[str, Any]:
+    """The sharded state of the models of this rank.
+
+    Args:
+        models: one for each virtual pipeline stage.
+        content: Megatron's `content_metadata` of the checkpoint.
+    """
+    metadata = {**content, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {
+        name: model.sharded_state_dict(metadata=metadata)
+        for name, model in zip(model_names(models), models, strict=True)
+    }
+
+
+def sharded_state(engine: Engine, content: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """The sharded state of models and optimizer; see `sharded_models`. Saving may gather (`optimizer_format.py`)."""
+    metadata = {**content, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = sharded_models(engine.models, content)
     state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
 
@@ -92,160 +122,174 @@ def _args(engine: Engine, progress: Progress) -> Namespace:
     )
 
 
-def save(engine: Engine, root: Path, progress: Progress) -> None:
-    """Writes a checkpoint and then points the tracker at it. Every rank calls it.
-
-    Args:
-        engine: with the model, the optimizer and the schedule.
-        root: the folder of --save.
-        progress: where the run stands.
-
-    Raises:
-        UserError: a file cannot be written (full disk, no permission); the latest complete checkpoint stays the latest.
-    """
-    directory = iteration_folder(root, progress.step)
-    engine.sync_parameters()
-    state = {
-        **_sharded_state(engine, is_loading=False),
+def _whole_state(engine: Engine, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everything that a checkpoint holds, and its `content_metadata`."""
+    content = content_metadata(engine.config, engine.optimizer)
+    common = {
         "args": _args(engine, progress),
         "checkpoint_version": 3.0,
         "iteration": progress.step,
         "progress": asdict(progress),
         "opt_param_scheduler": engine.scheduler.state_dict(),
-        "rng_state": _rng_state(),
         "num_floating_point_operations_so_far": 0,
     }
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
+    if not engine.config.checkpoint.save_optim:
+        return {**sharded_models(engine.models, content), **common}, content
+    common |= {"rng_state": _rng_state(), BUCKETS: bucket_checksums(engine.optimizer)}
+    return {**sharded_state(engine, content, is_loading=False), **common}, content
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run. As a context, it waits at the end for the one that is being written.
+
+    Every rank calls every method. On an error that is not of all ranks (no UserError), and at a signal that ends the
+    program, the context does not wait: the checkpoint that is being written never becomes one.
+
+    Args:
+        engine: with the model, the optimizer and the schedule. Its settings say what is saved, whether the run waits
+            for the disk (--async-save), and which checkpoints stay.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._queue = AsyncCallsQueue()
+        self._writing: tuple[Path, Path] | None = None  # the unfinished folder and the root
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, UserError):
+            self.drain()
+        else:
+            for call in self._queue.async_calls:
+                call.async_caller.close(abort=True)
+
+    def save(self, root: Path, progress: Progress) -> None:
+        """Starts to write a checkpoint, after the one before is complete. Without --async-save it waits for the disk.
+
+        With --async-save it returns when the state has been copied to the host. On a CPU nothing is copied: the writing
+        processes keep the memory pages as they were at the fork.
+
+        Args:
+            root: the folder of --save.
+            progress: where the run stands.
+
+        Raises:
+            UserError: a file cannot be written (full disk, no permission); the latest complete checkpoint stays the
+                latest.
+        """
+        self.drain()
+        self._engine.sync_parameters()
+        state, content = _whole_state(self._engine, progress)
+        name = iteration_folder(root, progress.step).name
+        folder = root / f"{UNFINISHED}{name}-{progress.checkpoint[:8]}"
+        self._writing = (folder, root)
+        with raise_on_all_ranks():
+            if dist.get_rank() == 0:
+                try:
+                    remove_leftovers(root)
+                    folder.mkdir(parents=True)
+                except OSError as error:
+                    raise UserError(f"{folder} cannot be created: {error.strerror}") from error
+        group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
+        try:
+            request = dist_checkpointing.save(
+                state,
+                str(folder),
+                strategy,
+                async_sharded_save=True,
+                # The ranks that gather nothing have no `param_state`; Megatron would log that as a difference.
+                preprocess_common_before_consistancy_check=lambda common: {**common, "optimizer": None},
+                content_metadata=content,
+            )
+            assert request is not None  # as always with `async_sharded_save`
+            request.add_finalize_fn(partial(self._complete, folder, root, progress.step))
+            if request.async_fn is not None:
+                request = request._replace(async_fn=partial(_undisturbed, request.async_fn))
+            self._queue.schedule_async_request(request)
+        except FAILURES as error:
+            raise self._error(error) from error
+        if not self._engine.config.checkpoint.async_save:
+            self.drain()
+
+    def poll(self) -> None:
+        """Completes the checkpoint that is being written, if all ranks have written theirs.
+
+        Collectives: one all-reduce while a checkpoint is being written, none else.
+
+        Raises:
+            UserError: as for `save`.
+        """
+        self._finalize(wait=False)
+
+    def drain(self) -> None:
+        """Waits for the checkpoint that is being written, and completes it.
+
+        Raises:
+            UserError: as for `save`.
+        """
+        self._finalize(wait=True)
+
+    def _finalize(self, wait: bool) -> None:
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=wait)
+        except UserError:
+            raise
+        except FAILURES as error:
+            raise self._error(error) from error
+
+    def _complete(self, folder: Path, root: Path, step: int) -> None:
+        """Makes a checkpoint of the folder. Megatron calls it on all ranks when all have written their files."""
+        with raise_on_all_ranks():
+            if dist.get_rank() != 0:
+                return
+            final = iteration_folder(root, step)
             try:
-                shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed while it saved this step
-                directory.mkdir(parents=True)
+                for path in (folder / "common.pt", folder / "metadata.json", folder):
+                    sync(path)  # the writers have done so with the tensors
+                if final.exists():  # of a run that went on from an earlier checkpoint
+                    delete(final)
+                folder.rename(final)
+                write_tracker(root, step)
             except OSError as error:
-                raise UserError(f"{directory} cannot be created: {error.strerror}") from error
-    try:
-        dist_checkpointing.save(state, str(directory), content_metadata=CONTENT_METADATA)
-    except FAILURES as error:
-        raise _save_error(error, directory, root) from error
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
+                raise cannot_write(
+                    f"--save: {error.filename or root / TRACKER}", error, "choose another --save"
+                ) from error
             try:
-                write_tracker(root, progress.step)
+                delete_old(root, step, self._engine.config.checkpoint)
             except OSError as error:
-                raise UserError(f"{root / TRACKER} cannot be written: {error.strerror}") from error
+                print_line(f"warning: {error.filename} cannot be deleted: {error.strerror}; delete it")
+
+    def _error(self, error: BaseException) -> UserError:
+        """The error of a failed save; rank 0, which knows the failures of all ranks, removes the unfinished folder."""
+        assert self._writing is not None
+        folder, root = self._writing
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        latest = latest_step(root)
+        kept = (
+            "no checkpoint was complete yet"
+            if latest is None
+            else f"{iteration_folder(root, latest)} is still complete"
+        )
+        return UserError(f"{cannot_write(f'--save: {folder}', first_failure(error), 'choose another --save')}; {kept}")
 
 
-def _save_error(error: BaseException, directory: Path, root: Path) -> UserError:
-    """The error of a failed save; rank 0, which knows the failures of all ranks, removes the unfinished folder."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-    latest = latest_step(root)
-    kept = "no checkpoint was complete yet" if latest is None else f"{iteration_folder(root, latest)} is still complete"
-    return UserError(f"{cannot_write(f'--save: {directory}', _first(error), 'choose another --save')}; {kept}")
-
-
-def _first(error: BaseException) -> BaseException:
+def first_failure(error: BaseException) -> BaseException:
     """The failure of the first rank that failed. Ranks other than 0 may have no details."""
     return next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(str(_first(error)).split())[:400] or type(error).__name__
+def _undisturbed(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Runs in a forked process: writes, and leaves signals to the trainer.
 
-
-def load(engine: Engine, directory: Path) -> None:
-    """Fills model, optimizer and schedule from the checkpoint of a run. The layout may differ from that of the save.
-
-    Learning rates, weight decay and Adam's constants are those of the engine, unless its configuration asks for the
-    schedule of the checkpoint.
-
-    Args:
-        engine: to fill.
-        directory: the checkpoint (`SavedRun.folder`).
-
-    Raises:
-        UserError: the checkpoint does not hold exactly the tensors of this model, or cannot be read.
+    A scheduler sends a signal to all processes of a job. The trainer then finishes its checkpoint, for which the writer
+    must live on.
     """
-    # Megatron's parameter groups hold these values too. They come back with the checkpoint and win over the scheduler.
-    given = [
-        {name: value for name, value in group.items() if name not in ("params", "step")}
-        for group in engine.optimizer.param_groups
-    ]
-    with torch_adam.loadable(engine.optimizer):
-        state = _load_strictly(_sharded_state(engine, is_loading=True), directory)
-        for index, model in enumerate(engine.models):
-            _fill(model, state["model" if len(engine.models) == 1 else f"model{index}"])
-        engine.optimizer.load_state_dict(state["optimizer"])
-    engine.scheduler.load_state_dict(state["opt_param_scheduler"])
-    for group, values in zip(engine.optimizer.param_groups, given, strict=True):
-        group.update(values, max_lr=engine.scheduler.max_lr, min_lr=engine.scheduler.min_lr)
-    engine.scheduler.step(increment=0)
-
-
-def load_weights(models: Sequence[torch.nn.Module], hf: HFCheckpoint, directory: Path) -> None:
-    """Fills the models from the weights of a checkpoint, in any layout. Padded vocabulary rows become zero.
-
-    Args:
-        models: of this rank, one for each virtual pipeline stage.
-        hf: the checkpoint that they were built from; a converted checkpoint must have been made from the same.
-        directory: from `resume.weights_folder`. The optimizer state and the position of a run are left out.
-
-    Raises:
-        UserError: the checkpoint does not hold exactly the weights of this model, or cannot be read.
-    """
-    check_manifest(directory, hf)
-    metadata = {**CONTENT_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    names = ["model"] if len(models) == 1 else [f"model{index}" for index in range(len(models))]
-    state: Any = {
-        name: model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
-        for name, model in zip(names, models, strict=True)
-    }
-    loaded = _load_strictly(state, directory, weights_alone=True)
-    for name, model in zip(names, models, strict=True):
-        _fill(model, loaded[name])
-
-
-# The norm before experts: its name in checkpoints, and the one that runs of Megatron's plain layers wrote in 0.1.
-_NORM, _OLD_NORM = "layers.pre_mlp_layernorm.weight", "layers.mlp.linear_fc1.layer_norm_weight"
-
-
-def _ask_for_saved_names(sharded_state: Any, directory: Path) -> None:
-    """Asks for the norm before experts by its old name where the checkpoint has that one alone."""
-    wanted = [value for value in nested_values(sharded_state) if _NORM in getattr(value, "key", "")]
-    saved = dist_checkpointing.load_tensors_metadata(str(directory)) if wanted else {}
-    for tensor in wanted:
-        old = tensor.key.replace(_NORM, _OLD_NORM)
-        if tensor.key not in saved and old in saved:
-            tensor.key = old
-
-
-def _is_spare(key: str) -> bool:
-    """Keys of a checkpoint that a model may leave unread.
-
-    They are the empty `_extra_state` of Transformer Engine's layers, and the second name of the norm before experts,
-    which a converted checkpoint has.
-    """
-    return "_extra_state" in key or key.endswith((_NORM, _OLD_NORM))
-
-
-def _load_strictly(sharded_state: Any, directory: Path, weights_alone: bool = False) -> dict[str, Any]:
-    try:
-        _ask_for_saved_names(sharded_state, directory)
-        loaded = dist_checkpointing.load(sharded_state, str(directory), strict=StrictHandling.RETURN_ALL)
-    except FAILURES as error:
-        raise UserError(f"{directory} does not fit this model or cannot be read: {_reason(error)}") from error
-    state: Any
-    state, extra, absent = loaded
-    ignored = _NO_WEIGHTS if weights_alone else ("rng_state",)
-    extra = {key for key in extra if not _is_spare(key) and not key.startswith(ignored)}
-    # Without FP8 an extra state is empty. Megatron's plain norms write none.
-    absent = {key for key in absent if "_extra_state" not in key}
-    for keys, fault in ((absent, "lacks"), (extra, "also holds")):
-        if names := sorted(key for key in keys if not key.startswith(ignored)):
-            raise UserError(f"{directory} {fault} {', '.join(names[:5])} ({len(names)} in all): it is of another model")
-    return state
-
-
-def _fill(model: torch.nn.Module, weights: dict[str, Any]) -> None:
-    """Fills a model, which keeps the extra states that the checkpoint lacks."""
-    own = model.state_dict()
-    model.load_state_dict({**{name: own[name] for name in own if name.endswith("_extra_state")}, **weights})
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    write(*args, **kwargs)

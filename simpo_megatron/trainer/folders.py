@@ -13,7 +13,8 @@ import torch.distributed as dist
 from simpo_megatron.checkpoint.folder import TRACKER
 from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
 from simpo_megatron.checkpoint.source import has_weights, model_folder
-from simpo_megatron.config.run import CheckpointConfig, Config
+from simpo_megatron.config.checkpoint import CheckpointConfig
+from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.export import check_target
 from simpo_megatron.models.hf_checkpoint import check_tensors, read_hf_checkpoint

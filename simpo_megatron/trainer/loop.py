@@ -7,45 +7,44 @@ if run is not None:
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from dataclasses import replace
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
-from simpo_megatron import compat
 from simpo_megatron.batch.packer import GlobalBatch
-from simpo_megatron.checkpoint.folder import iteration_folder
-from simpo_megatron.config.arguments import flat
-from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
 from simpo_megatron.models.export import check_target, export_hf
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.spec import use_transformer_engine
-from simpo_megatron.parallel.config import describe_layout
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.planning.flops import step_flops
 from simpo_megatron.settings import require
-from simpo_megatron.trainer import checkpointing
+from simpo_megatron.trainer import loading
 from simpo_megatron.trainer.alarms import Alarms
+from simpo_megatron.trainer.checkpointing import CheckpointWriter
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
+from simpo_megatron.trainer.opening import describe_run, describe_start
 from simpo_megatron.trainer.profiling import Profiling, check_profiling
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
 from simpo_megatron.trainer.record import write_record
 from simpo_megatron.trainer.reference import with_reference
 from simpo_megatron.trainer.remarks import remarks
-from simpo_megatron.trainer.resume import check_pairs, find_saved_run, follow, step_to_resume, weights_folder
+from simpo_megatron.trainer.resume import (
+    check_optimizer,
+    check_pairs,
+    find_saved_run,
+    follow,
+)
 from simpo_megatron.trainer.scoring import evaluate_pairs
 from simpo_megatron.trainer.setup import build_engine
 from simpo_megatron.trainer.signals import Stopping
@@ -80,6 +79,8 @@ def start_run(
         check_pairs(saved, state)
         state = saved.progress
     length = run_length(config, len(train_pairs))
+    if saved is not None and not length.is_reached(state):
+        check_optimizer(saved)
     export = config.model.export_hf
     if export is not None and length.is_reached(state) and is_export_of(export, state):
         require(
@@ -94,7 +95,7 @@ def start_run(
             check_target(export)  # it may be the export of a checkpoint that this run goes on from
     engine = build_engine(config, hf, transformer, length.steps)
     if saved is not None:
-        checkpointing.load(engine, saved.folder)
+        loading.load(engine, saved.folder)
     train_pairs, valid_pairs, scored = with_reference(engine, train_pairs, valid_pairs, resumed=saved is not None)
     with raise_on_all_ranks():
         disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
@@ -106,53 +107,17 @@ def start_run(
     data_parallel = parallel_state.get_data_parallel_world_size()
     found = [*remarks(config, hf, len(train_pairs), data_parallel), *connection_warnings(config.parallel)]
     warnings = [f"warning: {text}" for text in found]
-    for line in (*messages, *scored, *_describe_run(run), *disk, _describe_start(run), *changes, *warnings):
+    for line in (
+        *messages,
+        *scored,
+        *describe_run(engine, length, len(train_pairs)),
+        *disk,
+        describe_start(engine, length, state),
+        *changes,
+        *warnings,
+    ):
         logger.message(line)
     return run
-
-
-def _describe_start(run: Run) -> str:
-    """One line: the checkpoint that the run starts from."""
-    settings = run.config.checkpoint
-    load, step = settings.load, step_to_resume(settings)
-    if load is None or step is None:
-        folder = weights_folder(settings)
-        return f"starting from {run.engine.hf.path if folder is None else f'the weights of {folder}'}"
-    done = "; that is the whole run, nothing is left to train" if run.length.is_reached(run.state) else ""
-    return f"resumed from {iteration_folder(load, step)}, after {run.state.consumed_pairs} pairs{done}"
-
-
-def _describe_run(run: Run) -> list[str]:
-    """The lines at the start: model, layout, kernels, objective, preset and length."""
-    config, transformer = run.config, run.engine.transformer
-    layout = describe_layout(config.parallel, parallel_state.get_data_parallel_world_size())
-    device = torch.device(torch.cuda.current_device()).type
-    precision = "bf16" if config.train.bf16 else "fp32"
-    lines = [
-        f"{run.engine.hf.architecture.family.name} model, {precision}, {layout} on {device}",
-        _describe_kernels(config, transformer),
-        config.objective.describe(),
-    ]
-    if config.train.preset is not None:
-        lines.append(describe(config.train.preset, flat(config)))
-    if config.train.deterministic_mode:
-        lines.append(f"deterministic: torch's algorithms, NCCL_ALGO {os.environ.get('NCCL_ALGO')}")
-    if coefficient := config.train.moe_aux_loss_coeff:
-        lines.append(f"balancing loss of the experts: coefficient {coefficient:g}")
-    epochs = run.length.pairs / len(run.train_pairs)
-    lines.append(f"{run.length.steps} steps of {config.train.global_batch_size} pairs: {epochs:.2f} epochs")
-    return lines
-
-
-def _describe_kernels(config: Config, transformer: TransformerConfig) -> str:
-    """One line: which package runs the layers, Adam and the accumulation of weight gradients."""
-    fused = use_transformer_engine(config.model.transformer_impl)
-    layers = "Transformer Engine's" if fused else "Megatron's on plain torch"
-    if not compat.have_transformer_engine():
-        layers += " (Transformer Engine is not installed)"
-    package = "Transformer Engine" if fused else "Apex"
-    weight_gradients = f"fused, by {package}" if transformer.gradient_accumulation_fusion else "not fused"
-    return f"layers: {layers}; Adam: {compat.adam()}; accumulation of weight gradients: {weight_gradients}"
 
 
 class Run:
@@ -189,6 +154,7 @@ class Run:
         self.alarms, self.alarmed = Alarms(), False
         self.speed = Speed(self.config, length.steps - state.step)
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.writer = CheckpointWriter(engine)
 
     @property
     def unfinished(self) -> bool:
@@ -199,7 +165,8 @@ class Run:
         """Trains to the end, or until it is stopped: evaluates, logs, saves and exports as configured."""
         self.logger.start()
         try:
-            self._train()
+            with self.writer:
+                self._train()
         finally:
             self.logger.close()
 
@@ -235,6 +202,7 @@ class Run:
         self.logger.advance(self.state.step)
         if self._is_due(self.config.log.eval_interval):
             self._evaluate()
+        self.writer.poll()
         if self._is_due(self.config.checkpoint.save_interval) or not self.unfinished:
             self._save()
 
@@ -244,12 +212,13 @@ class Run:
         if folder is not None and self._saved != self.state.step:
             self.state = replace(self.state, checkpoint=_random_name())
             with self.save_seconds.of("save"), self.stopping.shielding_children():
-                checkpointing.save(self.engine, folder, self.state)
+                self.writer.save(folder, self.state)
             self._saved = self.state.step
 
     def _stop(self, reason: str) -> None:
         """Saves, and says how to resume."""
         self._save()
+        self.writer.drain()
         settings, step = self.config.checkpoint, self.state.step
         folder = settings.save
         again = "start the same command again"

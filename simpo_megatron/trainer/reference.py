@@ -26,7 +26,8 @@ import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron.checkpoint.source import read_model
-from simpo_megatron.config.run import CheckpointConfig, Config
+from simpo_megatron.config.checkpoint import CheckpointConfig
+from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
 from simpo_megatron.data.prepared_set import PreparedPairs
 from simpo_megatron.data.reference_file import ReferenceFile

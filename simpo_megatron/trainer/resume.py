@@ -19,8 +19,9 @@ from simpo_megatron.checkpoint.folder import TRACKER, iteration_folder, latest_s
 from simpo_megatron.checkpoint.formats.safe_pickle import Record
 from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.config.arguments import flat
+from simpo_megatron.config.checkpoint import CheckpointConfig
 from simpo_megatron.config.layers import in_place_of
-from simpo_megatron.config.run import CheckpointConfig, Config
+from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.settings import flag, require
 from simpo_megatron.trainer.progress import Progress
@@ -28,7 +29,15 @@ from simpo_megatron.trainer.progress import Progress
 REFUSED = ("objective", "seed", "use_distributed_optimizer", "reference_checkpoint")
 NOT_OF_THE_RUN = (
     *("train_data", "save", "load", "finetune", "export_hf", "tensorboard_dir", "wandb_project"),
-    *("save_interval", "eval_interval", "log_interval", "preset", "dry_run", "distributed_timeout_minutes"),
+    *("save_interval", "save_retain_interval", "keep_last", "keep_best", "async_save", "save_optim"),
+    *(
+        "dist_ckpt_optim_fully_reshardable",
+        "eval_interval",
+        "log_interval",
+        "preset",
+        "dry_run",
+        "distributed_timeout_minutes",
+    ),
     *("exit_signal_handler", "exit_duration_in_mins", "exit_interval", "stop_on_alarm"),
     "peak_tflops",
     *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"),
@@ -37,6 +46,18 @@ NOT_OF_THE_RUN = (
 # What --use-checkpoint-opt-param-scheduler takes from the checkpoint. The length of the decay goes with it.
 SCHEDULE = ("lr", "min_lr", "lr_decay_style", "lr_warmup_fraction", "weight_decay")
 _LENGTH = ("train_iters", "train_epochs", "global_batch_size")
+# What moves parameters between ranks: an optimizer state in the default form does not follow.
+LAYOUT = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+)
+DP_RESHARDABLE = "dp_reshardable"  # Megatron's name for that form
+OTHER_LAYOUT = (
+    "resume with the same (the data-parallel and context-parallel size may differ), and save once with "
+    "--dist-ckpt-optim-fully-reshardable: that checkpoint loads in any layout; or start a new run from its weights "
+    "with --finetune"
+)
 
 
 @dataclass(frozen=True)
@@ -47,11 +68,13 @@ class SavedRun:
         folder: of the checkpoint.
         settings: of the run, by name: what `flat` gave.
         progress: where the run stood.
+        any_layout: whether the optimizer state loads in any layout (`optimizer_format.py`).
     """
 
     folder: Path
     settings: dict[str, Any]
     progress: Progress
+    any_layout: bool = True
 
 
 def weights_folder(settings: CheckpointConfig) -> Path | None:
@@ -108,7 +131,8 @@ def find_saved_run(settings: CheckpointConfig) -> SavedRun | None:
             f"{folder} was not saved by this program: it has no position in the data; start a new run from its weights "
             "with --finetune"
         )
-    return SavedRun(folder, vars(args), Progress(**progress))
+    form = content.get("content_metadata", {}).get("distrib_optim_sharding_type")
+    return SavedRun(folder, vars(args), Progress(**progress), any_layout=form != DP_RESHARDABLE)
 
 
 def follow(config: Config, saved: SavedRun | None) -> tuple[Config, list[str]]:
@@ -176,7 +200,19 @@ def _refuse(config: Config, saved: SavedRun) -> None:
             f"{saved.folder} was saved with {_as_flag(name, saved_value)}, not {_as_flag(name, now[name])}; resume "
             "with the same" + (" (or with --override-opt-param-scheduler)" if name not in REFUSED else ""),
         )
+    for name in () if saved.any_layout else LAYOUT:
+        saved_value, value = _effective(name, before), _effective(name, now)
+        require(
+            saved_value == value,
+            f"{saved.folder} was saved with {_as_flag(name, saved_value)}, not {_as_flag(name, value)}, in a form that "
+            f"serves no other layout; {OTHER_LAYOUT}",
+        )
     bf16 = before.get("bf16", now["bf16"])
+    require(
+        bf16 == now["bf16"] or saved.any_layout,
+        f"{saved.folder} was saved in {'bf16' if bf16 else 'fp32'}, in a form that serves no other precision; "
+        f"{OTHER_LAYOUT}",
+    )
     require(
         bf16 == now["bf16"] or now["use_distributed_optimizer"],
         f"{saved.folder} was saved in {'bf16' if bf16 else 'fp32'} without the distributed optimizer, which cannot "
@@ -184,10 +220,32 @@ def _refuse(config: Config, saved: SavedRun) -> None:
     )
 
 
+def _effective(name: str, settings: dict[str, Any]) -> Any:
+    """The value of a setting of the layout: experts are split as the other layers where nothing is said."""
+    value = settings.get(name)
+    return settings["tensor_model_parallel_size"] if value is None and name == "expert_tensor_parallel_size" else value
+
+
 def _as_flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return flag(name if value else f"no_{name}")
     return f"no {flag(name)}" if value is None else f"{flag(name)} {value}"
+
+
+def check_optimizer(saved: SavedRun) -> None:
+    """Makes sure that a run with steps left can go on from the checkpoint.
+
+    Args:
+        saved: the run that is resumed.
+
+    Raises:
+        UserError: the checkpoint has no optimizer state.
+    """
+    require(
+        saved.settings.get("save_optim", True),
+        f"{saved.folder} was saved with --no-save-optim and has no optimizer state to go on with; start a new run from "
+        "its weights with --finetune",
+    )
 
 
 def check_pairs(saved: SavedRun, new: Progress) -> None:

@@ -20,7 +20,8 @@ from safetensors import safe_open
 
 from simpo_megatron.checkpoint.source import config_alone
 from simpo_megatron.config import arguments
-from simpo_megatron.config.run import CheckpointConfig, OptimizerConfig
+from simpo_megatron.config.checkpoint import CheckpointConfig
+from simpo_megatron.config.run import OptimizerConfig
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import SimPO
 from simpo_megatron.verify import random_weights

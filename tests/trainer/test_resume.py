@@ -101,19 +101,19 @@ def test_finetune_needs_another_folder(pool: WorkerPool, inputs: Inputs, base: l
 
 def groups_of_a_resumed_run(argv: list[str]) -> tuple[str, list[dict[str, Any]]]:
     """On a rank: trains, and returns what is printed and the optimizer's parameter groups after the last step."""
-    from simpo_megatron.trainer import checkpointing
+    from simpo_megatron.trainer import loading
 
-    load, engines = checkpointing.load, []
+    load, engines = loading.load, []
 
     def load_and_keep(engine: Any, directory: Path) -> None:
         load(engine, directory)
         engines.append(engine)
 
-    checkpointing.load = load_and_keep
+    loading.load = load_and_keep
     try:
         code, stdout, stderr = run_main(argv)
     finally:
-        checkpointing.load = load
+        loading.load = load
     assert (code, stderr) == (0, "")
     groups = engines[0].optimizer.param_groups
     return stdout, [{name: value for name, value in group.items() if name != "params"} for group in groups]

@@ -33,7 +33,7 @@ from simpo_megatron.checkpoint.parameters import (
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
-_NO_WEIGHTS = ("optimizer", "rng_state", "rerun_state_machine_state", "opt_param_scheduler", "progress")
+_NO_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state", "opt_param_scheduler", "progress")
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,7 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# Megatron's `content_metadata`, for checkpoints of the trainer and of the converter. The optimizer state must load at
-# another data-parallel size, which Megatron's default sharding type does not.
+# Megatron's `content_metadata` for the converter, and for the trainer with changes (`trainer/optimizer_format.py`).
 CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
