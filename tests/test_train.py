@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.distributed import WorkerPool, free_environment
-from tests.support.runs import Inputs, flags, read_rows, run_and_read, run_main
+from tests.support.runs import Inputs, flags, read_rows, run_and_read, run_main, without_speed
 from tests.support.tiny import make_rows
 from tests.test_wrong_input import truncated_line
 
@@ -138,11 +138,12 @@ def test_a_run_under_torchrun(inputs: Inputs) -> None:
         f"{name}/{response}" for name in ("rewards", "logps", "response_length", "truncated") for response in RESPONSES
     ]
     names = {*pairs, "loss", "nll_loss", "rewards/margins", "rewards/accuracies", "rewards/above_gamma", "rewards/ties"}
-    extra = {"grad_norm", "learning_rate", "tokens_per_second", "memory_gib", "epoch"}
-    for row in (first, second):
-        assert row.keys() == {"step", *names, *extra}
+    names |= {"likelihood_accuracy"}
+    for row in without_speed([first, second]):
+        assert row.keys() == {"step", *names, "grad_norm", "learning_rate", "epoch"}
+    assert {"tokens_per_second", "tflops_per_gpu", "memory_gib", "seconds/data"} <= first.keys()
     for row in (before, after):
-        assert row.keys() == {"step", *(f"eval/{name}" for name in names)}
+        assert row.keys() == {"step", "eval/length_spearman", *(f"eval/{name}" for name in names)}
     assert after["eval/loss"] < before["eval/loss"]
 
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"

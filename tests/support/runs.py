@@ -83,3 +83,9 @@ def run_and_read(pool: WorkerPool, world: int, argv: list[str], save: Path) -> l
 def read_rows(save: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What the rows of metrics.jsonl say of the model, and nothing of the machine."""
+    speed = ("time", "tokens_per_second", "tflops_per_gpu", "mfu", "memory_", "seconds/")
+    return [{name: value for name, value in row.items() if not name.startswith(speed)} for row in rows]
