@@ -36,7 +36,7 @@ def test_a_layout_of_many_processes_on_one(pool: WorkerPool, inputs: Inputs) -> 
 
 def test_it_finds_the_checkpoint_to_resume(pool: WorkerPool, inputs: Inputs) -> None:
     folder = inputs.folder / "run"
-    argv = flags(inputs.checkpoint, inputs.data, train_iters=1, save=folder)
+    argv = flags(inputs.checkpoint, inputs.data, train_iters=1, save=folder, dist_ckpt_optim_fully_reshardable=True)
     assert pool.run(1, train, argv) == [None]
     code, out, _ = dry(pool, [*argv, "--load", str(folder), "--tensor-model-parallel-size", "2"])
     assert code == 0 and f"{folder}/iter_0000001" in out
