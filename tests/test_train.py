@@ -138,11 +138,12 @@ def test_a_run_under_torchrun(inputs: Inputs) -> None:
         f"{name}/{response}" for name in ("rewards", "logps", "response_length", "truncated") for response in RESPONSES
     ]
     names = {*pairs, "loss", "nll_loss", "rewards/margins", "rewards/accuracies", "rewards/above_gamma", "rewards/ties"}
+    names |= {"likelihood_accuracy"}
     extra = {"grad_norm", "learning_rate", "tokens_per_second", "memory_gib", "epoch"}
     for row in (first, second):
         assert row.keys() == {"step", *names, *extra}
     for row in (before, after):
-        assert row.keys() == {"step", *(f"eval/{name}" for name in names)}
+        assert row.keys() == {"step", "eval/length_spearman", *(f"eval/{name}" for name in names)}
     assert after["eval/loss"] < before["eval/loss"]
 
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
