@@ -72,7 +72,7 @@ def test_every_file_is_named_in_the_readme_of_its_folder(folder: str) -> None:
 
 
 def test_the_quick_tests_exist() -> None:
-    """pytest refuses the whole list for one name that is not there."""
+    """Pytest refuses the whole list for one name that is not there."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "@tests/quick.txt"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
