@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,10 @@ def test_every_file_is_named_in_the_readme_of_its_folder(folder: str) -> None:
     found = {path.name for path in (ROOT / folder).iterdir() if path.is_dir() or path.suffix in (".py", ".sh")}
     found -= {"__init__.py", "__pycache__"}
     assert not {name for name in found if not re.search(rf"(?<![\w.]){re.escape(name)}", text)}
+
+
+def test_the_quick_tests_exist() -> None:
+    """Pytest refuses the whole list for one name that is not there."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "@tests/quick.txt"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

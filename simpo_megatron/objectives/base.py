@@ -5,7 +5,6 @@
         cpo_beta: float = setting(0.1, "scale of the rewards")          # the flag --cpo-beta
 
         def reward_scale(self, scores): return self.cpo_beta            # of the summed log-probs
-        def margin_losses(self, margins_P, scores): return sigmoid_loss(margins_P)
 
 The head, the step, the trainer and the verifier call the methods of `Objective` and know nothing else of an objective.
 README.md in this folder has the whole example.
@@ -293,12 +292,12 @@ class RewardObjective(Objective):
         raise NotImplementedError
 
     def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
-        """The loss of each pair, [P], from its margin."""
-        raise NotImplementedError
+        """The loss of each pair, [P], from its margin: -log sigmoid of it, unless a subclass has another."""
+        return sigmoid_loss(margins_P)
 
     def margin_slopes(self, margins_P: Tensor, scores: PairScores) -> Tensor:
         """The derivative of `margin_losses` with respect to the margin, [P]."""
-        raise NotImplementedError
+        return sigmoid_slope(margins_P)
 
     def rewards(self, scores: PairScores) -> Tensor:
         """See `Objective`."""

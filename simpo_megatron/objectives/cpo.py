@@ -12,16 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from simpo_megatron.objectives.base import (
-    SUM_METRICS,
-    Metric,
-    PairScores,
-    RewardObjective,
-    sigmoid_loss,
-    sigmoid_slope,
-)
+from simpo_megatron.objectives.base import SUM_METRICS, Metric, PairScores, RewardObjective
 from simpo_megatron.settings import setting
 
 
@@ -41,14 +32,6 @@ class CPO(RewardObjective):
     def reward_scale(self, scores: PairScores) -> float:
         """The value of --cpo-beta."""
         return self.cpo_beta
-
-    def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
-        """-log sigmoid of the margin."""
-        return sigmoid_loss(margins_P)
-
-    def margin_slopes(self, margins_P: Tensor, scores: PairScores) -> Tensor:
-        """See `RewardObjective`."""
-        return sigmoid_slope(margins_P)
 
     def describe(self) -> str:
         """The values of beta and the NLL term."""

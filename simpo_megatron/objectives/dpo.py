@@ -82,14 +82,6 @@ class LNDPO(RewardObjective):
         """The value of --ln-dpo-beta by the length."""
         return self.ln_dpo_beta * scores.token_shares_PM
 
-    def margin_losses(self, margins_P: Tensor, scores: PairScores) -> Tensor:
-        """-log sigmoid of the margin."""
-        return sigmoid_loss(margins_P)
-
-    def margin_slopes(self, margins_P: Tensor, scores: PairScores) -> Tensor:
-        """See `RewardObjective`."""
-        return sigmoid_slope(margins_P)
-
     def describe(self) -> str:
         """The values of the flags."""
         return f"LN-DPO: beta {self.ln_dpo_beta:g}{self.describe_nll()}"
