@@ -30,7 +30,7 @@ FLOORS = (
     ("parallel", "objectives"),
     ("data", "head"),
     ("config", "models"),
-    ("batch", "metrics"),
+    ("batch", "metrics", "adapters"),
     ("checkpoint", "step", "planning"),
     ("trainer",),
     ("verify", "dry_run", "megatron_lm"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from simpo_megatron.config.adapter import AdapterConfig
 from simpo_megatron.config.checkpoint import CheckpointConfig
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.megatron import MegatronConfig
@@ -221,6 +222,7 @@ class Config:
 
     objective: Objective
     model: ModelConfig
+    adapter: AdapterConfig
     parallel: ParallelConfig
     data: DataConfig
     train: TrainConfig
@@ -254,6 +256,16 @@ class Config:
             or save is not None
             or profile.profile_dir is not None,
             "--profile and --record-memory-history write files; give --profile-dir, or --save",
+        )
+        require(
+            not (self.adapter.trains_adapters and self.train.moe_aux_loss_coeff),
+            f"--moe-aux-loss-coeff {self.train.moe_aux_loss_coeff} has no use with adapters: the router, which it "
+            "trains, is frozen; drop it",
+        )
+        exported = self.adapter.export_adapter
+        require(
+            exported is None or exported not in (save, export),
+            f"--export-adapter {exported} is also the folder of --save or --export-hf; export to another folder",
         )
         self._check_keep_best()
         check_rows(self.data.seq_length, self.parallel)

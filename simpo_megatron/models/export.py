@@ -11,9 +11,10 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
@@ -42,13 +43,27 @@ from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 File = dict[str, int]  # the tensors of one file by name, with their bytes
 
 
+class Merged(Protocol):
+    """Models with an adapter, as models without one.
+
+    Attributes:
+        table: the weight table, with an entry for every parameter of the models.
+    """
+
+    table: Sequence[WeightEntry]
+
+    def __call__(self, place: PlacedParameter) -> Tensor:
+        """This rank's share of a weight with the adapter added, in the weight's shape and dtype."""
+        ...
+
+
 def export_hf(
     models: Sequence[torch.nn.Module],
     hf: HFCheckpoint,
     directory: Path,
     progress: bool = False,
     max_file_bytes: int = MAX_FILE_BYTES,
-    table: Sequence[WeightEntry] | None = None,
+    merged: Merged | None = None,
     more_files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the models as a checkpoint for transformers, in the dtype of the parameters. Every rank calls it.
@@ -63,7 +78,7 @@ def export_hf(
         directory: the target, on a file system that all ranks see; absent or empty.
         progress: show a progress bar.
         max_file_bytes: largest size of a file. A larger tensor gets a file for itself.
-        table: the weight table, with an entry for every parameter of the models; None for that of the architecture.
+        merged: of models with an adapter, which is added to the weights; None for the weights as they are.
         more_files: text files to add, by name; rank 0 writes its own.
 
     Raises:
@@ -76,11 +91,13 @@ def export_hf(
     with raise_on_all_ranks(), _failed_writes(directory):
         if dist.get_rank() == 0:
             _prepare(directory, partial)
-    tied, table = hf.architecture.tied, hf.architecture.weights if table is None else table
+    tied, table = hf.architecture.tied, hf.architecture.weights if merged is None else merged.table
     placed = [place for model in models for place in place_parameters(model, table, tied=tied)]
+    weights = {entry.megatron for entry in hf.architecture.weights}
+    placed = [place for place in placed if place.entry.megatron in weights]
     # The last stage's copy of a tied embedding is exported by the first stage.
     placed = [place for place in placed if not (tied and place.name == OUTPUT)]
-    placed = [place for place in placed if _first_replica(place)]
+    placed = [place for place in placed if first_replica(place)]
     # Experts and other parameters are gathered over different groups. A rank may write those of one kind only.
     halves = [[place for place in placed if bool(place.entry.experts) == experts] for experts in (False, True)]
     written = [assign_files(half, max_file_bytes) if half and half[0].group.rank() == 0 else [] for half in halves]
@@ -93,7 +110,7 @@ def export_hf(
         paths = [partial / name for name in names[first : first + len(files)]]
         first += len(files)
         places = track(half, "exporting weights") if progress and half else half
-        errors.append(_write_files(_gathered(places), files, paths))
+        errors.append(_write_files(gathered(places, merged), files, paths))
     try:
         with raise_on_all_ranks():
             if error := next(filter(None, errors), None):
@@ -130,24 +147,30 @@ def assign_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File
     return [dict(tensors[position] for position in file) for file in files]
 
 
-def _first_replica(place: PlacedParameter) -> bool:
+def first_replica(place: PlacedParameter) -> bool:
     """Whether this rank belongs to the data-parallel replica that exports the parameter."""
     if place.entry.experts:
         return parallel_state.get_expert_data_parallel_rank() == 0
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
-def _gathered(placed: Iterable[PlacedParameter]) -> Iterator[tuple[str, Tensor]]:
+def gathered(
+    placed: Iterable[PlacedParameter], values: Callable[[PlacedParameter], Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The whole Hugging Face tensors of these parameters, on the CPU.
 
     Collectives: one gather over `PlacedParameter.group` for every parameter that is split.
+
+    Args:
+        placed: the parameters.
+        values: gives this rank's share of a parameter, in its shape and dtype; None for the parameter itself.
 
     Yields:
         Name and tensor on the first rank of the group; nothing on the other ranks.
     """
     for place in placed:
         group, rank, ranks = place.group, place.group.rank(), place.group.size()
-        entry, parameter = place.entry, place.parameter.detach().contiguous()
+        entry, parameter = place.entry, (place.parameter if values is None else values(place)).detach().contiguous()
         shards = [parameter]
         if entry.tp_dim is not None and ranks > 1:
             # As bytes, because gloo does not gather every dtype.

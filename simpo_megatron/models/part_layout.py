@@ -43,12 +43,13 @@ class PartLayout(Protocol):
         """How many blocks of rows tensor parallelism splits one by one (`set_tensor_model_parallel_attributes`)."""
         ...
 
-    def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+    def join(self, parts: Sequence[Tensor], ranks: int = 1, dim: int = 0) -> Tensor:
         """A rank's parameter, from its slices of the parts; any dtype and device.
 
         Args:
             parts: this rank's slice of every part.
             ranks: tensor-parallel ranks that the parameter is split over.
+            dim: the dimension that holds the rows, at least 0; outputs of a parameter have them in the last one.
         """
         ...
 
@@ -84,7 +85,7 @@ class Copy:
         """One block."""
         return 1
 
-    def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+    def join(self, parts: Sequence[Tensor], ranks: int = 1, dim: int = 0) -> Tensor:
         """The only part."""
         return parts[0]
 
@@ -120,11 +121,12 @@ class QKV:
         """One block: every rank holds whole groups, which are consecutive."""
         return 1
 
-    def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+    def join(self, parts: Sequence[Tensor], ranks: int = 1, dim: int = 0) -> Tensor:
         """Interleaves q, k and v of this rank's groups."""
         import torch
 
-        return torch.cat([part.unflatten(0, (self.groups // ranks, -1)) for part in parts], dim=1).flatten(0, 1)
+        grouped = [part.unflatten(dim, (self.groups // ranks, -1)) for part in parts]
+        return torch.cat(grouped, dim=dim + 1).flatten(dim, dim + 1)
 
     def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
         """q, k and v of this rank's groups, each a copy."""
@@ -159,11 +161,11 @@ class GateUp:
         """Two blocks: every rank holds a slice of gate and a slice of up."""
         return 2
 
-    def join(self, parts: Sequence[Tensor], ranks: int = 1) -> Tensor:
+    def join(self, parts: Sequence[Tensor], ranks: int = 1, dim: int = 0) -> Tensor:
         """This rank's slice of gate, then its slice of up."""
         import torch
 
-        return torch.cat(list(parts))
+        return torch.cat(list(parts), dim=dim)
 
     def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
         """The two halves, as views."""

@@ -69,7 +69,7 @@ _LOCAL_TO_CANONICAL = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)$")
+_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|adapter\.\w+_[ab])(\d+)$")
 
 
 def canonical_name(parameter: str) -> str:
@@ -82,7 +82,7 @@ def canonical_name(parameter: str) -> str:
     >>> canonical_name("decoder.layers.3.mlp.experts.linear_fc2.weight5")
     'decoder.layers.3.mlp.experts.local_experts.5.linear_fc2.weight'
     """
-    parameter = _GROUPED_EXPERT.sub(r"experts.local_experts.\2.\1.weight", parameter)
+    parameter = _GROUPED_EXPERT.sub(r"experts.local_experts.\3.\1.\2", parameter)
     for local, canonical in _LOCAL_TO_CANONICAL.items():
         if parameter.endswith("." + local):
             return parameter.removesuffix(local) + canonical

@@ -5,7 +5,7 @@
     initialize(transformer, ...)                             # `distributed.py`
     engine = build_engine(config, hf, transformer, train_iters)
 
-`prepare_models` is the one place where a model is changed between building it and wrapping it. An adapter goes there.
+`prepare_models` is the one place where a model is changed between building it and wrapping it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
+from simpo_megatron.adapters.settings import install_adapter
 from simpo_megatron.config.run import Config
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.build import build_model, transformer_config
@@ -93,7 +94,7 @@ def build_engine(config: Config, hf: HFCheckpoint, transformer: TransformerConfi
 
 
 def prepare_models(models: list[GPTModel], config: Config, hf: HFCheckpoint) -> None:
-    """Loads the weights and installs the head: all that is done to models after building and before DDP wraps them.
+    """Loads the weights and installs adapter and head: all that is done to models before DDP wraps them.
 
     Collectives: one gather of errors; for weights of --load also those of `load_weights`.
 
@@ -106,11 +107,14 @@ def prepare_models(models: list[GPTModel], config: Config, hf: HFCheckpoint) -> 
         UserError: the weights cannot be read, or are of another model; on every rank.
     """
     with raise_on_all_ranks():
-        folder = weights_folder(config.checkpoint)
+        folder, first = weights_folder(config.checkpoint), dist.get_rank() == 0
+        if config.adapter.trains_adapters:  # the checkpoints of such a run hold no base
+            load_hf_weights(models, hf, progress=first)
+            install_adapter(models, config.adapter, hf, config.train.seed)
         if folder is not None:
             load_weights(models, hf, folder)
-        elif step_to_resume(config.checkpoint) is None:
-            load_hf_weights(models, hf, progress=dist.get_rank() == 0)
+        elif not config.adapter.trains_adapters and step_to_resume(config.checkpoint) is None:
+            load_hf_weights(models, hf, progress=first)
     if config.model.head == "fused":
         for model in models:
             if model.post_process:

@@ -1,0 +1,63 @@
+"""The factors of all ranks -> one PEFT folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simpo_megatron.adapters.install import factors
+from simpo_megatron.adapters.peft_folder import write_peft
+from simpo_megatron.adapters.settings import lora_of
+from simpo_megatron.config.adapter import AdapterConfig
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.export import first_replica, gathered
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
+
+
+def export_adapter(models: Sequence[torch.nn.Module], settings: AdapterConfig, hf: HFCheckpoint, path: Path) -> None:
+    """Writes the adapter of a run as a PEFT folder, in the dtype of its parameters. Every rank calls it.
+
+    Collectives: those of `gather_adapter`, and of `raise_on_all_ranks`.
+
+    Args:
+        models: of this rank, wrapped by DDP or not.
+        settings: of the run.
+        hf: the checkpoint of the base.
+        path: the folder, absent or empty.
+
+    Raises:
+        UserError: on every rank; the folder is not empty, or a file cannot be written.
+    """
+    whole = gather_adapter(models)
+    with raise_on_all_ranks():
+        lora = lora_of(settings, hf.architecture)
+        if lora is None:
+            raise UserError("--export-adapter needs adapters; give --lora-rank")
+        if whole is not None:
+            write_peft(path, lora, whole, hf.architecture, str(hf.path))
+
+
+def gather_adapter(models: Sequence[torch.nn.Module]) -> dict[str, Tensor] | None:
+    """The whole factors of all ranks, on rank 0; None on the others.
+
+    Collectives: for every factor that is split one gather over the ranks of its layer, and one gather of all factors.
+
+    Args:
+        models: of this rank, with an adapter.
+    """
+    places = [place for model in models for place in factors(model) if first_replica(place)]
+    places.sort(key=lambda place: bool(place.entry.experts))  # those are gathered over other groups
+    mine = dict(gathered(places))
+    first = dist.get_rank() == 0
+    found: list[Any] | None = [None] * dist.get_world_size() if first else None
+    dist.gather_object(mine, found, dst=0, group=host_group())
+    if found is None:
+        return None
+    whole = {name: tensor for part in found for name, tensor in part.items()}
+    return dict(sorted(whole.items()))

@@ -1,0 +1,119 @@
+"""Random adapters for tiny models, their oracle, and what a rank does with them.
+
+The oracle merges the adapter into the weights of the model of transformers: W' = W + scale * B A. From the gradient G of
+W' follow those of the factors: scale * B^T G and scale * G A^T. `test_peft.py` shows that PEFT computes the same.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from simpo_megatron.adapters.lora import Lora, adapter_entries
+from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+from tests.support.families import on_disk
+from tests.support.steps import CASES, build_engine, command_line, oracle_metrics
+
+LORA = Lora(4, 6.0)
+ATTENTION = Lora(4, 6.0, ("q_proj", "v_proj", "o_proj"))
+
+
+def random_adapter(checkpoint: Path, folder: Path, lora: Lora = LORA) -> dict[str, Tensor]:
+    """Writes a random adapter, both factors, as PEFT would; returns the factors by their names in the weight table."""
+    from simpo_megatron.adapters.peft_folder import write_peft
+
+    architecture = read_hf_checkpoint(checkpoint).architecture
+    generator = torch.Generator().manual_seed(3)
+    factors = {
+        entry.hf[0].format(**where): 0.2 * torch.randn(entry.shapes[0], generator=generator)
+        for entry in adapter_entries(architecture, lora)
+        for where in entry.instances(architecture.num_layers)
+    }
+    write_peft(folder, lora, factors, architecture, str(checkpoint))
+    return factors
+
+
+def merge(checkpoint: Path, factors: dict[str, Tensor], lora: Lora, folder: Path) -> Any:
+    """The model of transformers with an adapter added to its weights."""
+    shutil.copytree(checkpoint, folder)
+    state = load_file(folder / "model.safetensors")
+    for base in {name.removesuffix("lora_A.weight") for name in factors if ".lora_A." in name}:
+        a, b = factors[f"{base}lora_A.weight"], factors[f"{base}lora_B.weight"]
+        state[f"{base}weight"] = state[f"{base}weight"] + lora.scale * (b @ a)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def oracle(model: Any, factors: dict[str, Tensor], lora: Lora, case: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The metrics with the gradient norm, and the gradient of every factor by its name.
+
+    Args:
+        model: of transformers, with the adapter merged.
+        factors: of the adapter.
+        lora: its shape.
+        case: loss and pairs.
+    """
+    model.zero_grad()
+    loss, metrics = oracle_metrics(model, case)
+    loss.backward()
+    whole = on_disk(model, {name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    gradients = {}
+    for name, factor in factors.items():
+        base, _, kind = name.removesuffix(".weight").rpartition(".lora_")
+        gradient = whole[f"{base}.weight"]
+        other = factors[f"{base}.lora_{'B' if kind == 'A' else 'A'}.weight"]
+        gradients[name] = lora.scale * (other.T @ gradient if kind == "A" else gradient @ other.T)
+        assert gradients[name].shape == factor.shape
+    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
+    return {**metrics, "grad_norm": norm}, gradients
+
+
+def gather_factors(engine: Any, of: str) -> dict[str, Tensor]:
+    """On a rank: the whole factors, or their `main_grad`, that its layers have."""
+    from simpo_megatron.adapters.install import factors
+    from simpo_megatron.verify.shards import complete_gradients
+
+    if of == "main_grad":
+        complete_gradients(engine)
+    found = {}
+    for place in (place for model in engine.models for place in factors(model)):
+        mine = place.parameter.main_grad if of == "main_grad" else place.parameter.data
+        shards = [torch.empty_like(mine) for _ in range(place.group.size())]
+        dist.all_gather(shards, mine.contiguous(), group=place.group)
+        if place.entry.tp_dim is None:
+            for shard in shards:
+                assert torch.equal(shard, shards[0]), place.name
+            found[place.hf[0]] = shards[0].clone()
+        else:
+            found[place.hf[0]] = torch.cat(shards, dim=place.entry.tp_dim)
+    return found
+
+
+def run_layout(checkpoint: Path, adapter: Path, layout: dict[str, Any], case: str, exports: Path | None) -> Any:
+    """On a rank: metrics of an evaluation and of a step with its gradients; then exports of the adapter as it was."""
+    from simpo_megatron.adapters.export import export_adapter
+    from simpo_megatron.adapters.merge import MergedWeights
+    from simpo_megatron.models.export import export_hf
+
+    settings = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in layout, **layout}
+    settings |= {"load_adapter": adapter, **CASES[case].loss}
+    engine, hf = build_engine(command_line(checkpoint, settings))
+    if exports is not None:
+        export_hf(engine.models, hf, exports / "merged", merged=MergedWeights(engine.models))
+    batch = engine.packer.pack(CASES[case].pairs, np.array(CASES[case].indices))
+    evaluated, trained = engine.evaluate(batch), engine.train_step(batch)
+    gradients = gather_factors(engine, "main_grad")
+    if exports is not None:
+        export_adapter(engine.models, engine.config.adapter, hf, exports / "adapter")
+    trainable = {name for model in engine.models for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".adapter." in name for name in trainable)
+    return evaluated, trained, gradients, gather_factors(engine, "data")
