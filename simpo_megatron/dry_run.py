@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from simpo_megatron import compat, cpu
+from simpo_megatron.adapters.settings import run_table
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.checkpoint.source import has_weights, lacks_tokenizer, model_folder
 from simpo_megatron.config.arguments import flat
@@ -77,6 +78,7 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
         UserError: the run would end in this error, as far as it shows here.
     """
     cpu.enable()
+    from simpo_megatron.trainer.adapter import describe_adapter
     from simpo_megatron.trainer.remarks import count_pairs, remarks
 
     cut = _check_layout(config, hf)
@@ -86,10 +88,12 @@ def dry_run(config: Config, hf: HFCheckpoint) -> None:
     parallel, precision = config.parallel, "bf16" if config.train.bf16 else "fp32"
     rows = math.ceil(config.train.global_batch_size * tokens / config.data.seq_length)
     microbatches = max(1, math.ceil(rows / cut.data_parallel))
+    adapter = describe_adapter(config, hf.architecture)
     layout, recompute = describe_layout(parallel, cut.data_parallel), parallel.recompute_granularity or "none"
     lines = {
         "model": f"{hf.architecture.family.name}, {hf.num_parameters:,} parameters, {precision}; "
         + ("names and shapes of all tensors are right" if has_weights(hf.path) else "no weights here to check"),
+        **({} if adapter is None else {"adapter": adapter}),
         "layout": f"{layout}, recompute {recompute}",
         "processes": f"{cut.world_size}; a multiple of {cut.needed} is needed",
         "data": f"first {ROWS} rows at most: {tokens:.0f} tokens a pair; about {rows} packed rows a step, "
@@ -167,7 +171,7 @@ def _estimate(config: Config, hf: HFCheckpoint, cut: Cut, microbatches: int) -> 
         fused=config.model.transformer_impl != "local",
         divisible_by=config.model.make_vocab_size_divisible_by,
     )
-    return estimate(hf.architecture, cut.layout, work)
+    return estimate(hf.architecture, cut.layout, work, run_table(config.adapter, hf.architecture))
 
 
 def _check_data(config: Config, hf: HFCheckpoint) -> float:
@@ -230,6 +234,7 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     Raises:
         UserError: the checkpoint is not complete, or is of another model; or a folder cannot be written to.
     """
+    from simpo_megatron.trainer.adapter import check_base
     from simpo_megatron.trainer.folders import check_folders
     from simpo_megatron.trainer.resume import find_saved_run, follow, weights_folder
 
@@ -238,6 +243,10 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     saved = find_saved_run(config.checkpoint)
     _, changes = follow(config, saved)
     folder = weights_folder(config.checkpoint) if saved is None else saved.folder
+    if config.adapter.trains_adapters:  # such a checkpoint holds no base
+        check_base(config)
+        start = str(hf.path) if folder is None else f"{hf.path} with the adapters of {folder}"
+        return "; ".join((start, *changes)), 0 if saved is None else saved.progress.step
     if folder is None:
         return str(hf.path), 0
     try:

@@ -67,6 +67,20 @@ def follow_umask(file: Path) -> None:
     file.chmod(0o666 & ~mask)
 
 
+def check_empty(flag: str, folder: Path) -> None:
+    """Refuses a folder to export to that holds something.
+
+    Args:
+        flag: that names the folder, for the error.
+        folder: to export to.
+
+    Raises:
+        UserError: it is neither absent nor an empty directory.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {folder} is not empty; export to a new directory, or remove it")
+
+
 def record_files(folder: Path) -> None:
     """Writes down the files of a folder, so that `wrote_all` knows later that nothing else is in it.
 

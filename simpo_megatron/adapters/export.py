@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 
 
-def export_adapter(models: Sequence[torch.nn.Module], settings: AdapterConfig, hf: HFCheckpoint, path: Path) -> None:
+def export_adapter(
+    models: Sequence[torch.nn.Module],
+    settings: AdapterConfig,
+    hf: HFCheckpoint,
+    path: Path,
+    more_files: Mapping[str, str] | None = None,
+) -> None:
     """Writes the adapter of a run as a PEFT folder, in the dtype of its parameters. Every rank calls it.
 
     Collectives: those of `gather_adapter`, and of `raise_on_all_ranks`.
@@ -30,6 +36,7 @@ def export_adapter(models: Sequence[torch.nn.Module], settings: AdapterConfig, h
         settings: of the run.
         hf: the checkpoint of the base.
         path: the folder, absent or empty.
+        more_files: text files to add, by name.
 
     Raises:
         UserError: on every rank; the folder is not empty, or a file cannot be written.
@@ -40,7 +47,7 @@ def export_adapter(models: Sequence[torch.nn.Module], settings: AdapterConfig, h
         if lora is None:
             raise UserError("--export-adapter needs adapters; give --lora-rank")
         if whole is not None:
-            write_peft(path, lora, whole, hf.architecture, str(hf.path))
+            write_peft(path, lora, whole, hf.architecture, str(hf.path), more_files)
 
 
 def gather_adapter(models: Sequence[torch.nn.Module]) -> dict[str, Tensor] | None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from simpo_megatron.adapters.lora import Lora, adapter_entries, factor_entries, projections
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_path, atomic_write, follow_umask, read_json, sync
+from simpo_megatron.files import atomic_path, atomic_write, check_empty, follow_umask, read_json, sync
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.hf_checkpoint import HFTensor, read_safetensors_header
 
@@ -262,18 +262,15 @@ def hf_targets(architecture: Architecture, lora: Lora) -> tuple[str, ...]:
     )
 
 
-def check_empty(path: Path) -> None:
-    """Refuses a target that is not empty.
-
-    Raises:
-        UserError: it is neither absent nor an empty directory.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--export-adapter {path} is not empty; export to a new directory, or remove it")
-
-
-def write_peft(path: Path, lora: Lora, tensors: Mapping[str, Tensor], architecture: Architecture, base: str) -> None:
-    """Writes an adapter that `PeftModel.from_pretrained` loads. The config is written last.
+def write_peft(
+    path: Path,
+    lora: Lora,
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    base: str,
+    more_files: Mapping[str, str] | None = None,
+) -> None:
+    """Writes an adapter that `PeftModel.from_pretrained` loads. The config is written last: with it the folder is whole.
 
     Args:
         path: the folder, absent or empty.
@@ -281,19 +278,22 @@ def write_peft(path: Path, lora: Lora, tensors: Mapping[str, Tensor], architectu
         tensors: the factors on the CPU, by their names in the weight table.
         architecture: of the base.
         base: its path or hub id.
+        more_files: text files to add, by name.
 
     Raises:
         UserError: the folder is not empty, or a file cannot be written.
     """
     from safetensors.torch import save_file
 
-    check_empty(path)
+    check_empty("--export-adapter", path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with atomic_path(path / WEIGHTS) as temporary:
             named = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(named, str(temporary), metadata={"format": "pt"})
             follow_umask(temporary)
+        for file, text in (more_files or {}).items():
+            atomic_write(path / file, text)
         config = peft_config(lora, hf_targets(architecture, lora), base)
         atomic_write(path / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         sync(path.parent)

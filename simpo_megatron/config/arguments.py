@@ -19,7 +19,7 @@ from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.layers import layered
 from simpo_megatron.config.megatron import MegatronConfig
 from simpo_megatron.config.other_names import advise
-from simpo_megatron.config.presets import PRESETS, ShowPresets
+from simpo_megatron.config.presets import ADAPTERS, PRESETS, ShowPresets, preset_values
 from simpo_megatron.config.run import Config
 from simpo_megatron.config.yaml_file import read_mapping
 from simpo_megatron.errors import UserError
@@ -274,7 +274,8 @@ def with_file(given: dict[str, Any], defaults: dict[str, Any] | None = None) -> 
     if objective in OBJECTIVES:  # `build_objective` refuses others
         check_owner(file, objective, lambda name: f"--config {path}: {name}")
         check_owner(given, objective)
-    return layered(defaults or {}, PRESETS.get(str(preset), {}), file, given)
+    adapters = any({**file, **given}.get(name) is not None for name in ADAPTERS)
+    return layered(defaults or {}, preset_values(str(preset), adapters), file, given)
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:

@@ -96,6 +96,14 @@ TRL = {
     "precompute_ref_log_probs": Counterpart(
         ("reference_checkpoint",), "reference log-probs are always computed once, before the first step"
     ),
+    "use_peft": Counterpart(("lora_rank",), "a rank trains adapters"),
+    "lora_r": Counterpart(("lora_rank",), "no default; TRL's is 16"),
+    "lora_alpha": Counterpart(("lora_alpha",), "default twice the rank; TRL's is 32"),
+    "lora_target_modules": Counterpart(("lora_targets",), "default all projections; embeddings have no adapters"),
+    "use_rslora": Counterpart(("use_rslora",)),
+    "lora_dropout": _NO_DROPOUT,
+    "lora_modules_to_save": Counterpart((), "with adapters all weights are frozen"),
+    "use_dora": Counterpart((), "DoRA is not supported"),
 }
 SIMPO_REPOSITORY = {
     "gamma": Counterpart(("simpo_gamma",), "absolute, in units of reward"),
@@ -147,7 +155,7 @@ MEGATRON_LM = {
 }
 COUNTERPARTS = {**MEGATRON_LM, **SIMPO_REPOSITORY, **TRL}
 
-_ADAPTER = re.compile(r"lora|peft|adapter|load_in_[48]bit|bnb")
+_QUANTIZED = re.compile(r"load_in_[48]bit|bnb|qlora")
 
 
 def advise(name: str, known: Collection[str], spell: Callable[[str], str]) -> str | None:
@@ -164,8 +172,8 @@ def advise(name: str, known: Collection[str], spell: Callable[[str], str]) -> st
     >>> advise("cpo_alpha", ["simpo_sft_weight"], str)
     "did you mean simpo_sft_weight? (default 0; TRL's is 1)"
     """
-    if _ADAPTER.search(name):
-        return "LoRA, other adapters and quantized weights are not supported yet; all weights are trained"
+    if _QUANTIZED.search(name):
+        return "quantized weights are not supported; adapters train on weights in bf16, with --lora-rank"
     there = {other: found for other, found in COUNTERPARTS.items() if set(found.settings) <= set(known)}
     near = nearest(name, {*known, *there})
     if near is not None and near not in known and nearest(name, [near], 0.85) is None:

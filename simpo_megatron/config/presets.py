@@ -3,7 +3,8 @@
 `--preset llama3-instruct`, or `preset: llama3-instruct` in the YAML file. The file and the flags win over a preset.
 
 All presets train one epoch of 128 pairs a step, with cosine decay after 10 % of warm-up, on sequences of at most 2048
-tokens. beta, gamma / beta and the learning rate are the paper's for the model.
+tokens. beta, gamma / beta and the learning rate are the paper's for the model, which trained all weights. With adapters
+the learning rate is `LORA_LR_FACTOR` times the paper's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     name: {"simpo_beta": beta, "simpo_gamma_beta_ratio": ratio, "lr": lr, **_ALL}
     for name, (beta, ratio, lr) in _BETA_RATIO_LR.items()
 }
+ADAPTERS = ("lora_rank", "load_adapter")  # settings with which adapters are trained
+LORA_LR_FACTOR = 10.0  # an adapter is trained at about so many times the learning rate of all weights
 assert set(PRESETS) == set(get_args(Preset)), "`Preset` and `_BETA_RATIO_LR` name different presets"
+
+
+def preset_values(preset: str, adapters: bool) -> dict[str, Any]:
+    """The settings of a preset; with adapters its learning rate is multiplied by `LORA_LR_FACTOR`.
+
+    >>> preset_values("mistral-instruct", True)["lr"]
+    5e-06
+    """
+    values = PRESETS.get(preset, {})
+    return {**values, "lr": LORA_LR_FACTOR * values["lr"]} if adapters and values else values
 
 
 def describe(preset: str, settings: dict[str, Any]) -> str:
@@ -47,7 +60,7 @@ def describe(preset: str, settings: dict[str, Any]) -> str:
     >>> describe("mistral-instruct", {**PRESETS["mistral-instruct"], "lr": 3e-7}).partition("; ")[2]
     'set otherwise: lr 3e-07 (preset 5e-07)'
     """
-    values = PRESETS[preset]
+    values = preset_values(preset, any(settings.get(name) is not None for name in ADAPTERS))
     used = {name: value for name, value in values.items() if name in settings}  # another objective has other settings
     kept = [f"{name} {value}" for name, value in used.items() if settings[name] == value]
     other = [_otherwise(name, value, settings) for name, value in used.items() if settings[name] != value]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write, follow_umask, record_files, sync
+from simpo_megatron.files import atomic_write, check_empty, follow_umask, record_files, sync
 from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     MAX_FILE_BYTES,
@@ -126,16 +126,6 @@ def export_hf(
         raise
 
 
-def check_target(directory: Path) -> None:
-    """Refuses a target that is not empty. `export_hf` refuses it too, but only after the training before it.
-
-    Raises:
-        UserError: the target is neither absent nor an empty directory.
-    """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"--export-hf {directory} is not empty; export to a new directory, or remove it")
-
-
 def assign_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File]:
     """Assigns the tensors of these parameters, in their order, to files of at most `max_bytes`."""
     tensors = [
@@ -217,7 +207,7 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], p
 
 def _prepare(directory: Path, partial: Path) -> None:
     """Makes the directory to write into, on rank 0."""
-    check_target(directory)
+    check_empty("--export-hf", directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     for path in directory.parent.iterdir():
         if path != partial and _was_left_behind(path, directory):

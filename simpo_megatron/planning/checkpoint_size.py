@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simpo_megatron.adapters.settings import saved_table
 from simpo_megatron.disk import existing_folder, free_bytes, human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Architecture
@@ -194,6 +195,7 @@ def disk_use(config: Config, architecture: Architecture, steps: int | None, done
             bf16=config.train.bf16,
             distributed_optimizer=config.parallel.use_distributed_optimizer,
             vocabulary_multiple=config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size,
+            table=saved_table(config.adapter, architecture),
         )
         if not config.checkpoint.save_optim:
             size = replace(size, optimizer=0)

@@ -7,6 +7,7 @@ timing.py          tokens, TFLOP/s, seconds and memory of a step
 profiling.py       traces, memory snapshots, garbage collection
 alarms.py          signs that a run goes wrong
 progress.py        where a run stands, and how far it goes
+adapter.py         what a run with adapters checks and says
 opening.py         the first lines of a run
 resume.py          what a run starts from, and which settings may differ on resume
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine

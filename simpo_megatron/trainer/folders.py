@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from simpo_megatron.adapters.peft_folder import CONFIG
 from simpo_megatron.checkpoint.folder import TRACKER
 from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
 from simpo_megatron.checkpoint.source import has_weights, model_folder
 from simpo_megatron.config.checkpoint import CheckpointConfig
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.export import check_target
+from simpo_megatron.files import check_empty
 from simpo_megatron.models.hf_checkpoint import check_tensors, read_hf_checkpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer.lock import locked
@@ -54,8 +55,15 @@ def check_folders(config: Config) -> None:
     """
     _check_new_run(config.checkpoint)
     _check_save(config)
-    _check_apart(config)
-    _check_export(config)
+    for flag, folder in exports(config).items():
+        _check_apart(config, flag, folder)
+        _check_export(config, flag, folder)
+
+
+def exports(config: Config) -> dict[str, Path]:
+    """The folders that the run exports to at its end, by their flags."""
+    folders = {"--export-hf": config.model.export_hf, "--export-adapter": config.adapter.export_adapter}
+    return {flag: folder for flag, folder in folders.items() if folder is not None}
 
 
 def _check_new_run(settings: CheckpointConfig) -> None:
@@ -94,43 +102,48 @@ def _check_save(config: Config) -> None:
         raise UserError(f"--save {save} is the folder of a checkpoint; choose another folder for the run")
 
 
-def _check_apart(config: Config) -> None:
-    """Makes sure that nothing else of the run is written into --export-hf, which must be empty at its end.
+def _check_apart(config: Config, name: str, export: Path) -> None:
+    """Makes sure that nothing else of the run is written into a folder to export to, which must be empty at its end.
+
+    Args:
+        config: of the run.
+        name: the flag.
+        export: its folder.
 
     Raises:
-        UserError: --export-hf is, or holds, a place that the run writes to; or it is the place of a checkpoint.
+        UserError: the folder is, or holds, a place that the run writes to; or it is the place of a checkpoint.
     """
-    save, export = config.checkpoint.save, config.model.export_hf
-    if export is None:
-        return
+    save = config.checkpoint.save
     target, board = export.resolve(), config.log.tensorboard_dir or (save and save / "tensorboard")
     for flag, folder in (("--save", save), ("--tensorboard-dir", board)):
         if folder is not None and target in (folder.resolve(), *folder.resolve().parents):
             raise UserError(
-                f"--export-hf {export} is where the run writes {flag} {folder}; choose a folder for the model alone, "
+                f"{name} {export} is where the run writes {flag} {folder}; choose a folder for the model alone, "
                 f"such as {folder.with_name(folder.name + '_hf')}"
             )
     if save is not None and save.resolve() in target.parents:
         first = target.relative_to(save.resolve()).parts[0]
         if first.startswith("iter_"):
             raise UserError(
-                f"--export-hf {export} is in {first} of --save, the folder of a checkpoint; choose another, such as "
+                f"{name} {export} is in {first} of --save, the folder of a checkpoint; choose another, such as "
                 f"{save / 'hf'}"
             )
 
 
-def _check_export(config: Config) -> None:
-    """Makes sure that --export-hf is absent, empty, or the export of the checkpoint that this run resumes.
+def _check_export(config: Config, name: str, folder: Path) -> None:
+    """Makes sure that a folder to export to is absent, empty, or the export of the checkpoint that this run resumes.
+
+    Args:
+        config: of the run.
+        name: the flag.
+        folder: its folder.
 
     Raises:
         UserError: it holds something else.
     """
-    folder = config.model.export_hf
-    if folder is None:
-        return
     saved = find_saved_run(config.checkpoint)
     if saved is None or not is_export_of(folder, saved.progress):
-        check_target(folder)
+        check_empty(name, folder)
 
 
 def is_export_of(folder: Path, progress: Progress) -> bool:
@@ -139,7 +152,8 @@ def is_export_of(folder: Path, progress: Progress) -> bool:
         made_of = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))["checkpoint"]
         if not progress.checkpoint or made_of != progress.checkpoint:
             return False
-        check_tensors(read_hf_checkpoint(folder))
+        if not (folder / CONFIG).is_file():  # the last file of an adapter
+            check_tensors(read_hf_checkpoint(folder))
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
     return True
@@ -160,18 +174,18 @@ def export_record(config: Config, progress: Progress) -> dict[str, str]:
 
 @contextlib.contextmanager
 def hold_folders(config: Config) -> Iterator[None]:
-    """Inside the block, no other run writes to --save or --export-hf. Rank 0 holds the locks.
+    """Inside the block, no other run writes to --save or a folder to export to. Rank 0 holds the locks.
 
     Collectives: one gather of errors.
 
     Raises:
-        UserError: another run holds one of the two; on every rank.
+        UserError: another run holds one of them; on every rank.
     """
     with contextlib.ExitStack() as stack:
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 if (save := config.checkpoint.save) is not None:
                     stack.enter_context(locked("--save", save, save / ".lock"))
-                if (export := config.model.export_hf) is not None:  # must be empty, so its lock is beside it
-                    stack.enter_context(locked("--export-hf", export, export.with_name(f".{export.name}.lock")))
+                for flag, export in exports(config).items():  # must be empty, so its lock is beside it
+                    stack.enter_context(locked(flag, export, export.with_name(f".{export.name}.lock")))
         yield

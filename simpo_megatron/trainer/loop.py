@@ -16,23 +16,27 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
+from simpo_megatron.adapters.export import export_adapter
+from simpo_megatron.adapters.merge import MergedWeights
 from simpo_megatron.batch.packer import GlobalBatch
 from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
-from simpo_megatron.models.export import check_target, export_hf
+from simpo_megatron.files import check_empty
+from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.planning.flops import step_flops
 from simpo_megatron.settings import require
 from simpo_megatron.trainer import loading
+from simpo_megatron.trainer.adapter import base_of
 from simpo_megatron.trainer.alarms import Alarms
 from simpo_megatron.trainer.checkpointing import CheckpointWriter
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
-from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
+from simpo_megatron.trainer.folders import check_folders, export_record, exports, is_export_of
 from simpo_megatron.trainer.opening import describe_run, describe_start
 from simpo_megatron.trainer.profiling import Profiling, check_profiling
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
@@ -74,25 +78,27 @@ def start_run(
         saved = find_saved_run(config.checkpoint)
         config, changes = follow(config, saved)
     train_pairs, valid_pairs, messages = load_data(config.data, hf)
-    state = new_progress(config, train_pairs)
+    state = new_progress(config, train_pairs, base_of(config, hf))
     if saved is not None:
         check_pairs(saved, state)
         state = saved.progress
     length = run_length(config, len(train_pairs))
     if saved is not None and not length.is_reached(state):
         check_optimizer(saved)
-    export = config.model.export_hf
-    if export is not None and length.is_reached(state) and is_export_of(export, state):
+    targets = exports(config)
+    if targets and length.is_reached(state) and all(is_export_of(export, state) for export in targets.values()):
         require(
             not changes,
             f"the run of {config.checkpoint.load} has ended, and this command differs from it ({'; '.join(changes)}): "
-            "nothing would be trained; choose another --save and --export-hf, or give the settings of that run",
+            "nothing would be trained; choose another --save and {' and '.join(targets)}, or give the settings of that "
+            "run",
         )
-        print_line(f"nothing is left to do: the run of {config.checkpoint.load} has ended, and {export} is its export")
+        done = " and ".join(map(str, targets.values()))
+        print_line(f"nothing is left to do: the run of {config.checkpoint.load} has ended, and {done} is its export")
         return None
     with raise_on_all_ranks():
-        if export is not None:
-            check_target(export)  # it may be the export of a checkpoint that this run goes on from
+        for flag, export in targets.items():
+            check_empty(flag, export)  # it may be the export of a checkpoint that this run goes on from
     engine = build_engine(config, hf, transformer, length.steps)
     if saved is not None:
         loading.load(engine, saved.folder)
@@ -257,18 +263,25 @@ class Run:
     def _finish(self) -> None:
         if not self._is_due(self.config.log.eval_interval):  # else the last step has evaluated
             self._evaluate()
-        folder = self.config.model.export_hf
-        if folder is not None:
-            self.engine.sync_parameters()
-            record = export_record(self.config, self.state)
-            first = dist.get_rank() == 0
-            export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
-            self.logger.message(f"exported to {folder}")
+        self._export()
         self.logger.summary(self.evaluations)
         used = memory()
         if (reserved := used.get("memory_reserved_gib")) is not None:
             allocated = used["memory_gib"]
             self.logger.message(f"GPU memory of rank 0: {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved")
+
+    def _export(self) -> None:
+        engine, adapter = self.engine, self.config.adapter
+        targets, record = exports(self.config), export_record(self.config, self.state)
+        if targets:
+            engine.sync_parameters()
+        if (folder := self.config.model.export_hf) is not None:
+            merged = MergedWeights(engine.models) if adapter.trains_adapters else None
+            export_hf(engine.models, engine.hf, folder, progress=dist.get_rank() == 0, merged=merged, more_files=record)
+        if (folder := adapter.export_adapter) is not None:
+            export_adapter(engine.models, adapter, engine.hf, folder, more_files=record)
+        for folder in targets.values():
+            self.logger.message(f"exported to {folder}")
 
 
 def _random_name() -> str:

@@ -15,6 +15,7 @@ from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
+from simpo_megatron.trainer.adapter import describe_adapter
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.progress import Length, Progress
 from simpo_megatron.trainer.resume import step_to_resume, weights_folder
@@ -42,6 +43,8 @@ def describe_run(engine: Engine, length: Length, num_pairs: int) -> list[str]:
         _describe_kernels(config, transformer),
         config.objective.describe(),
     ]
+    if (adapter := describe_adapter(config, engine.hf.architecture)) is not None:
+        lines.append(adapter)
     if config.train.preset is not None:
         lines.append(describe(config.train.preset, flat(config)))
     if config.train.deterministic_mode:

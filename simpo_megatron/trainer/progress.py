@@ -21,6 +21,7 @@ class Progress:
         seed: of the data order.
         checkpoint: a random name that each checkpoint gets when it is saved, by which an export knows the checkpoint
             that it was made of; empty before the first one.
+        base: fingerprint of the weights under an adapter, which the checkpoints do not hold; empty without an adapter.
     """
 
     step: int = 0
@@ -29,11 +30,12 @@ class Progress:
     tokens_crc32: int = 0
     seed: int = 0
     checkpoint: str = ""
+    base: str = ""
 
 
-def new_progress(config: Config, pairs: Pairs) -> Progress:
-    """Where a new run on these pairs stands."""
-    return Progress(num_pairs=len(pairs), tokens_crc32=pairs.fingerprint, seed=config.train.seed)
+def new_progress(config: Config, pairs: Pairs, base: str = "") -> Progress:
+    """Where a new run on these pairs and this base stands."""
+    return Progress(num_pairs=len(pairs), tokens_crc32=pairs.fingerprint, seed=config.train.seed, base=base)
 
 
 @dataclass(frozen=True)

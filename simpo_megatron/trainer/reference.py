@@ -7,7 +7,7 @@ They are taken from the first of these that there is:
 * `--reference-checkpoint`: a file of that model beside a prepared set, else the model is loaded, scores and is freed
 * the columns `ref_chosen_logps` and `ref_rejected_logps` of the data
 * `PREFIX.reference` beside a prepared set, if it was made with the weights that the run starts from
-* the weights that the run starts from, which score the pairs before step 0
+* the weights that the run starts from, which score the pairs before step 0; with adapters the base without them
 
 A resumed run has other weights. It takes them from the columns or from LOAD/reference.
 
@@ -25,7 +25,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 
+from simpo_megatron.adapters.install import without_adapters
 from simpo_megatron.checkpoint.source import read_model
+from simpo_megatron.config.adapter import AdapterConfig
 from simpo_megatron.config.checkpoint import CheckpointConfig
 from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
@@ -148,7 +150,8 @@ class _Finder:
                 file = ReferenceFile.read(path)
                 file.check(tokens_made_of(pairs), "resume with the data of the run")
                 sums = None if file.missing else file.sums
-            if dist.get_rank() == 0 and sums is None and self.checkpoint is None:
+            known = self.checkpoint is not None or self.config.adapter.trains_adapters
+            if dist.get_rank() == 0 and sums is None and not known:
                 raise UserError(
                     f"{path} is missing: a resumed run cannot compute the reference log-probs of its {name} pairs, "
                     "because its weights are no longer those it started from; copy the file there, or give the "
@@ -197,8 +200,11 @@ class _Finder:
             file.sums = sums
         if np.isnan(sums).any():
             batches = evaluation_batches(pairs) if name == "valid" else training_batches(pairs, self.config)
-            score_missing(self._engine(pairs), pairs, batches, file, sums, f"Scoring the {name} pairs")
-        model = "the weights that the run starts from" if self.checkpoint is None else self.checkpoint
+            engine = self._engine(pairs)
+            with without_adapters(engine.models):
+                score_missing(engine, pairs, batches, file, sums, f"Scoring the {name} pairs")
+        start = "the base" if self.config.adapter.trains_adapters else "the weights that the run starts from"
+        model = start if self.checkpoint is None else self.checkpoint
         return f"computed with {model}", pairs.with_reference_sums(sums)
 
     def _engine(self, pairs: Pairs) -> Engine:
@@ -212,7 +218,7 @@ class _Finder:
                 if dist.get_rank() == 0:
                     _check_tokenizer(self.checkpoint, hf, self.engine.hf)
                 model = replace(self.config.model, hf_checkpoint=self.checkpoint)
-                config = replace(self.config, model=model, checkpoint=CheckpointConfig())
+                config = replace(self.config, model=model, checkpoint=CheckpointConfig(), adapter=AdapterConfig())
                 transformer = build_transformer_config(config, hf)
             self._scorer = ScoringEngine.build(config, hf, transformer)
         return self._scorer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+from simpo_megatron.config.presets import LORA_LR_FACTOR
 from simpo_megatron.config.run import Config
 from simpo_megatron.data.blend import parse_blend
 from simpo_megatron.data.prepared_format import is_prepared
@@ -23,12 +24,26 @@ def remarks(config: Config, hf: HFCheckpoint, num_pairs: int | None, data_parall
         data_parallel_size: of its layout.
     """
     return [
-        *config.objective.warnings(config.optimizer.lr, hf.num_parameters),
+        *_learning_rate(config, hf),
         *_positions(config, hf),
         *_nothing_kept(config),
         *([] if num_pairs is None else _batch(config, num_pairs)),
         *_idle_ranks(config, data_parallel_size),
     ]
+
+
+def _learning_rate(config: Config, hf: HFCheckpoint) -> list[str]:
+    """Adapters take about `LORA_LR_FACTOR` times the learning rate of all weights (arXiv 2405.09673)."""
+    lr = config.optimizer.lr
+    if not config.adapter.trains_adapters:
+        return config.objective.warnings(lr, hf.num_parameters)
+    found = config.objective.warnings(lr / LORA_LR_FACTOR, hf.num_parameters)
+    if lr < LORA_LR_FACTOR * 3e-7:  # the lowest of the paper for all weights
+        found.append(
+            f"--lr {lr:g} is a learning rate for training all weights: adapters take about {LORA_LR_FACTOR:g} times as "
+            "much, so this run may learn next to nothing"
+        )
+    return found
 
 
 def _positions(config: Config, hf: HFCheckpoint) -> list[str]:

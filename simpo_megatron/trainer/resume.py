@@ -26,9 +26,12 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.settings import flag, require
 from simpo_megatron.trainer.progress import Progress
 
-REFUSED = ("objective", "seed", "use_distributed_optimizer", "reference_checkpoint")
+REFUSED = (
+    *("objective", "seed", "use_distributed_optimizer", "reference_checkpoint"),
+    *("lora_rank", "lora_alpha", "lora_targets", "use_rslora", "load_adapter"),
+)
 NOT_OF_THE_RUN = (
-    *("train_data", "save", "load", "finetune", "export_hf", "tensorboard_dir", "wandb_project"),
+    *("train_data", "save", "load", "finetune", "export_hf", "export_adapter", "tensorboard_dir", "wandb_project"),
     *("save_interval", "save_retain_interval", "keep_last", "keep_best", "async_save", "save_optim"),
     *(
         "dist_ckpt_optim_fully_reshardable",
@@ -253,11 +256,16 @@ def check_pairs(saved: SavedRun, new: Progress) -> None:
 
     Args:
         saved: the run that is resumed.
-        new: where a new run on the pairs at hand stands.
+        new: where a new run on the pairs and the base at hand stands.
 
     Raises:
-        UserError: the pairs are others.
+        UserError: the pairs are others, or an adapter has another base.
     """
+    require(
+        saved.progress.base == new.base,
+        f"{saved.folder} holds adapters for other weights than those of --hf-checkpoint; resume with the model that the "
+        "run started from",
+    )
     for name, what in (
         ("num_pairs", "the number of training pairs"),
         ("tokens_crc32", "the checksum of the training data"),

@@ -118,9 +118,9 @@ def test_the_page_names_metrics_that_there_are() -> None:
         ("--ld-alpha", "LD-DPO is not supported"),  # not a typo of --rdpo-alpha
         ("--optim", "the optimizer is Adam with decoupled weight decay"),
         ("--num-layers", "did you mean --hf-checkpoint? (its config.json describes the model)"),
-        ("--use-peft", "LoRA, other adapters and quantized weights are not supported yet"),
-        ("--lora-rank", "LoRA, other adapters and quantized weights are not supported yet"),
-        ("--load_in_4bit", "LoRA, other adapters and quantized weights are not supported yet"),
+        ("--use-peft", "did you mean --lora-rank? (a rank trains adapters)"),
+        ("--lora-dropout", "a run has no dropout"),
+        ("--load_in_4bit", "quantized weights are not supported; adapters train on weights in bf16, with --lora-rank"),
         ("--nothing-like-it", "--help lists the flags"),
     ],
 )
@@ -138,7 +138,7 @@ def test_an_unknown_flag(word: str, hint: str) -> None:
         ("cpo_alpha", "did you mean simpo_sft_weight? (default 0; TRL's is 1)"),
         ("loss_type", "did you mean objective or simpo_loss_type?"),
         ("train_iter", "did you mean train_iters?"),
-        ("peft_config", "LoRA, other adapters and quantized weights are not supported yet"),
+        ("lora_target_modules", "did you mean lora_targets? (default all projections; embeddings have no adapters)"),
         ("nothing_like_it", "--help lists them"),
     ],
 )
