@@ -6,6 +6,7 @@ install.py      the factors on a built model: drawing or reading them, freezing 
 merge.py        the base weights with the adapter added
 export.py       the factors of all ranks -> one PEFT folder
 peft_folder.py  PEFT's folder: adapter_config.json and adapter_model.safetensors, read and written. No Megatron
+joined_experts.py  the factors of experts as PEFT joins them with transformers 5. No Megatron
 settings.py     the adapter that a run's settings ask for
 """
 

@@ -1,6 +1,6 @@
 """The factors of one linear layer, and what they add to its output.
 
-    LinearAdapter(entries, part_layout, ...).attach(linear)      # linear: one of Megatron's, local or Transformer Engine's
+    LinearAdapter(entry, lora, ...).attach(linear)      # one of Megatron's layers or of Transformer Engine's
 
 The parameters stand below the layer as `adapter.q_proj_a`, `adapter.q_proj_b` and so on. The names of the base weights
 do not change. A grouped layer of experts has factors for each of them: `adapter.down_proj_a3`.

@@ -9,21 +9,21 @@ The names of the tensors are those of the base weights in the checkpoint, with `
 `weight`. So the experts of a layer have factors one by one. PEFT reads that with transformers 4, and joins them
 with transformers 5, which keeps the experts of a layer in one tensor.
 
-Two forms are read for experts: factors one by one, and the joined factors that PEFT writes for `target_parameters`. In
-the joined form A is [experts * rank, in], and B is [out, rank * experts], where the expert counts fastest.
+Two forms are read for experts: factors one by one, and those of `joined_experts.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpo_megatron.adapters.lora import Lora, adapter_entries, factor_entries, projections
+from simpo_megatron.adapters.joined_experts import JoinedFactor, joined_factors
+from simpo_megatron.adapters.lora import Lora, adapter_entries, projections
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path, atomic_write, check_empty, follow_umask, read_json, sync
@@ -50,7 +50,6 @@ _REFUSED: dict[str, Any] = {
     "use_bdlora": None,
     "arrow_config": None,
 }
-_JOINED = re.compile(r"(.*\.mlp\.experts)\.(base_layer\.)?lora_([AB])\.weight$")
 
 
 @dataclass(frozen=True)
@@ -62,17 +61,14 @@ class PeftFolder:
         lora: its shape.
         config: the content of adapter_config.json.
         tensors: the tensors of the file, by their names without `base_model.model.`.
-        experts: of a layer of the model; None for a dense one.
-        joined: where the factors of all experts of a layer are in one tensor: for the name of each factor of an
-            expert, the tensor that holds it, the expert, and which of the parts of its rows.
+        joined: the factors of experts that lie in one tensor for all experts of a layer, by their names.
     """
 
     path: Path
     lora: Lora
     config: dict[str, Any]
     tensors: dict[str, HFTensor]
-    experts: int | None
-    joined: dict[str, tuple[str, int, int]]
+    joined: dict[str, JoinedFactor]
 
     @classmethod
     def read(cls, path: Path, architecture: Architecture) -> PeftFolder:
@@ -90,26 +86,21 @@ class PeftFolder:
         tensors = {
             name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors_header(path / WEIGHTS).items()
         }
-        joined = _joined(architecture, tensors)
-        found = {*(tensors.keys() - {holder for holder, _, _ in joined.values()}), *joined}
+        joined = joined_factors(architecture, tensors)
+        found = {*(tensors.keys() - {factor.tensor for factor in joined.values()}), *joined}
         lora = Lora(
             config["r"],
             float(config["lora_alpha"]),
             _targets(architecture, found),
             bool(config.get("use_rslora", False)),
         )
-        folder = cls(path, lora, config, tensors, architecture.num_experts, joined)
+        folder = cls(path, lora, config, tensors, joined)
         folder._check_tensors(architecture, found)
         return folder
 
     def _check_tensors(self, architecture: Architecture, found: set[str]) -> None:
         """Compares names and shapes with the factors that the model would have."""
-        expected = {
-            entry.hf[0].format(**where): entry.shapes[0]
-            for entry in adapter_entries(architecture, self.lora)
-            for where in entry.instances(architecture.num_layers)
-        }
-        name = architecture.family.name
+        expected, name = factor_shapes(architecture, self.lora), architecture.family.name
         if other := sorted(found - expected.keys()):
             raise UserError(
                 f"{self.path / WEIGHTS} has {other[0]}, which is no factor of this {name} model; give an adapter that "
@@ -121,12 +112,16 @@ class PeftFolder:
                 "give one that was made for it"
             )
         for factor, shape in expected.items():
-            if factor in self.joined:
-                continue
-            if self.tensors[factor].shape != shape:
+            joined = self.joined.get(factor)
+            tensor = factor if joined is None else joined.tensor
+            found_shape, wanted = self.tensors[tensor].shape, shape
+            if joined is not None:
+                ranks = self.lora.rank * joined.experts
+                wanted = (ranks, found_shape[1]) if joined.rank_dim == 0 else (found_shape[0], ranks)
+            if found_shape != wanted:
                 raise UserError(
-                    f"{factor} in {self.path / WEIGHTS} has shape {list(self.tensors[factor].shape)}, but rank "
-                    f"{self.lora.rank} and this {name} model give {list(shape)}; give an adapter that was made for it"
+                    f"{tensor} in {self.path / WEIGHTS} has shape {list(found_shape)}, but rank {self.lora.rank} and "
+                    f"this {name} model give {list(wanted)}; give an adapter that was made for it"
                 )
 
     @contextlib.contextmanager
@@ -141,62 +136,22 @@ class PeftFolder:
         with file as opened:
             names = {name.removeprefix(PREFIX): name for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
 
+            read = functools.lru_cache(maxsize=4)(lambda name: opened.get_tensor(names[name]))
+
             def factor(name: str) -> Tensor:
-                if name not in self.joined:
-                    return opened.get_tensor(names[name])
-                holder, expert, part = self.joined[name]
-                return _expert_factor(opened.get_tensor(names[holder]), self, name, expert, part)
+                joined = self.joined.get(name)
+                return read(name) if joined is None else joined.take(read(joined.tensor))
 
             yield factor
 
 
-def _expert_factor(tensor: Tensor, folder: PeftFolder, name: str, expert: int, part: int) -> Tensor:
-    """The factor of one expert from a joined tensor. gate_up has one A for both; their rows of B follow each other."""
-    experts = folder.experts or 1
-    if ".lora_A." in name:
-        return tensor.unflatten(0, (experts, -1))[expert].contiguous()
-    whole = tensor.unflatten(1, (-1, experts))[:, :, expert]
-    if "gate_up" not in _kind(name):
-        return whole.contiguous()
-    return whole.chunk(2)[part].contiguous()
-
-
-def _kind(name: str) -> str:
-    """Whether the factor of an expert is in the joined tensor of gate and up, or in that of down."""
-    return "down" if re.search(r"\.(down_proj|w2)\.lora_", name) else "gate_up"
-
-
-def _joined(architecture: Architecture, tensors: Mapping[str, HFTensor]) -> dict[str, tuple[str, int, int]]:
-    """See `PeftFolder.joined`; empty where the adapter has its experts one by one, or none.
-
-    PEFT wraps the parameter that it meets second around the first: `base_layer` is gate_up where both are there. The
-    widths tell them apart in any case.
-    """
-    layers = {}
-    for name, tensor in tensors.items():
-        if found := _JOINED.match(name):
-            layers.setdefault((found[1], found[2] or ""), {})[found[3]] = (name, tensor)
-    if not layers:
-        return {}
-    found: dict[str, tuple[str, int, int]] = {}
-    for (block, _), factors in layers.items():
-        if set(factors) != {"A", "B"}:
-            raise UserError(f"the adapter has one of lora_A and lora_B of {block}; save it again with PEFT")
-        layer = int(re.findall(r"\.layers\.(\d+)\.", block)[0])
-        for entry in architecture.weights:
-            if not entry.experts or not projections(entry):
-                continue
-            rows, columns = sum(entry.rows), entry.shapes[0][1]
-            (a_name, a), (b_name, b) = factors["A"], factors["B"]
-            if a.shape[1] != columns or b.shape[0] != rows:
-                continue
-            probe = Lora(1, 1.0)
-            names = [list(factor_entries(entry, probe))[index].hf[0] for index in range(2 * len(entry.hf))]
-            for expert in range(entry.experts):
-                for index, factor in enumerate(names):
-                    holder = a_name if index % 2 == 0 else b_name
-                    found[factor.format(layer=layer, expert=expert)] = (holder, expert, index // 2)
-    return found
+def factor_shapes(architecture: Architecture, lora: Lora) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every factor of an adapter."""
+    return {
+        entry.hf[0].format(**where): entry.shapes[0]
+        for entry in adapter_entries(architecture, lora)
+        for where in entry.instances(architecture.num_layers)
+    }
 
 
 def _targets(architecture: Architecture, names: set[str]) -> tuple[str, ...]:
@@ -270,7 +225,7 @@ def write_peft(
     base: str,
     more_files: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes an adapter that `PeftModel.from_pretrained` loads. The config is written last: with it the folder is whole.
+    """Writes an adapter that `PeftModel.from_pretrained` loads. The config is written last.
 
     Args:
         path: the folder, absent or empty.

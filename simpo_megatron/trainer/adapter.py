@@ -47,8 +47,8 @@ def check_base(config: Config) -> None:
     load = config.checkpoint.load
     require(
         load is None or release_folder(load) is None or not config.adapter.trains_adapters,
-        f"--load {load} holds the weights of a converted model, and adapters take theirs from --hf-checkpoint, also when "
-        "the run is resumed; give that folder alone",
+        f"--load {load} holds the weights of a converted model, and adapters take theirs from --hf-checkpoint, also "
+        "when the run is resumed; give that folder alone",
     )
 
 
@@ -59,6 +59,6 @@ def describe_adapter(config: Config, architecture: Architecture) -> str | None:
         return None
     trained = parameters_of(adapter_entries(architecture, lora), architecture.num_layers)
     return (
-        f"LoRA: rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}; {trained:,} parameters are trained, "
-        f"{architecture.num_parameters:,} are frozen"
+        f"LoRA: rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}; {trained:,} parameters are "
+        f"trained, {architecture.num_parameters:,} are frozen"
     )

@@ -263,8 +263,8 @@ def check_pairs(saved: SavedRun, new: Progress) -> None:
     """
     require(
         saved.progress.base == new.base,
-        f"{saved.folder} holds adapters for other weights than those of --hf-checkpoint; resume with the model that the "
-        "run started from",
+        f"{saved.folder} holds adapters for other weights than those of --hf-checkpoint; resume with the model that "
+        "the run started from",
     )
     for name, what in (
         ("num_pairs", "the number of training pairs"),
