@@ -1,7 +1,7 @@
 """Which layouts of a model fit into the memory of these GPUs, and what they cost; no GPU and no weights are needed.
 
     python tools/plan_layout.py --hf-checkpoint PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo]
-        [--json FILE]
+        [--lora-rank 16] [--json FILE]
 
 PATH is a Hugging Face checkpoint or a config.json. The table shows the best layouts first, each with
 
@@ -11,7 +11,8 @@ PATH is a Hugging Face checkpoint or a config.json. The table shows the best lay
 * the time of a step divided by that of an ideal one. `simpo_megatron/planning/layouts.py` says what that leaves out.
 
 A tenth of the memory is kept free for the CUDA context, communication buffers and fragmentation. `--compare dpo` also
-shows what DPO needs for its reference model.
+shows what DPO needs for its reference model. With `--lora-rank` the weights are frozen, and adapters on all projections
+train: the frozen weights need neither gradients nor optimizer state, and are the reference of DPO as well.
 
 Exit code: 0 where a layout fits, 1 where none does, 2 for wrong arguments.
 """
@@ -29,10 +30,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from simpo_megatron.adapters.lora import Lora, adapted_table, adapter_entries
 from simpo_megatron.disk import human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
-from simpo_megatron.planning.checkpoint_size import checkpoint_size, save_host_bytes
+from simpo_megatron.models.weight_table import WeightEntry
+from simpo_megatron.planning.checkpoint_size import CheckpointSize, checkpoint_size, save_host_bytes
 from simpo_megatron.planning.layouts import MOST_GPUS, LayoutCost, Request, fewest, fitting
 from simpo_megatron.program import Parser, check_report, exit_code, write_report
 from simpo_megatron.settings import parse_size, path_value
@@ -57,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     pair_tokens = "mean tokens of a pair, with its prompt counted twice (default half of --seq-length)"
     parser.add_argument("--pair-tokens", type=int, metavar="N", help=pair_tokens)
     parser.add_argument("--head-slab-bytes", default="256MiB", metavar="SIZE", help="as in training (default 256MiB)")
+    parser.add_argument(
+        "--lora-rank", type=int, metavar="N", help="train adapters of this rank; the weights are frozen"
+    )
     parser.add_argument("--compare", choices=["dpo"], help="also show what DPO needs")
     parser.add_argument("--json", type=path_value, metavar="FILE", help="write all layouts to this file")
     return parser
@@ -83,7 +89,7 @@ def read_request(args: argparse.Namespace) -> Request:
     Raises:
         UserError: a number is out of range.
     """
-    for flag in ("gpus", "seq_length", "global_batch_size", "pair_tokens"):
+    for flag in ("gpus", "seq_length", "global_batch_size", "pair_tokens", "lora_rank"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value} must be greater than 0")
@@ -105,9 +111,16 @@ def run(argv: Sequence[str] | None) -> int:
     """Finds the layouts, prints them and writes the report; returns the exit code."""
     args = build_parser().parse_args(argv)
     request, hf = read_request(args), read_hf_config(args.hf_checkpoint)
-    methods = [_method("SimPO", hf, args.gpus, request)]
+    adapters: tuple[WeightEntry, ...] | None = None
+    if args.lora_rank is not None:
+        lora = Lora(args.lora_rank, 2.0 * args.lora_rank)
+        adapters = adapter_entries(hf.architecture, lora)
+        request = replace(request, table=adapted_table(hf.architecture, lora))
+    size = checkpoint_size(hf.architecture, table=adapters)
+    methods = [_method("SimPO" if adapters is None else "SimPO with adapters", hf, args.gpus, request)]
     if args.compare:
-        methods.append(_method("DPO, reference on the GPUs", hf, args.gpus, replace(request, reference=True)))
+        reference = replace(request, reference=adapters is None)
+        methods.append(_method("DPO, reference on the GPUs", hf, args.gpus, reference))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(
         f"{hf.architecture.family.name} of {hf.architecture.num_parameters / 1e9:.2f}e9 parameters, "
@@ -116,10 +129,10 @@ def run(argv: Sequence[str] | None) -> int:
     )
     for method in methods:
         show(console, method)
-    for line in (*answers(methods, args.gpu_memory), *remarks(hf, methods[0], args.global_batch_size)):
+    for line in (*answers(methods, args.gpu_memory), *remarks(size, methods[0], args.global_batch_size)):
         console.print(line)
     if args.json is not None:
-        report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, methods)}
+        report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, size, methods)}
         write_report("--json", args.json, json.dumps(report, indent=1) + "\n")
     return 0 if methods[0].layouts else 1
 
@@ -175,15 +188,14 @@ def answers(methods: Sequence[Method], memory: str) -> list[str]:
     return lines
 
 
-def remarks(hf: HFCheckpoint, method: Method, pairs: int) -> list[str]:
+def remarks(size: CheckpointSize, method: Method, pairs: int) -> list[str]:
     """The size of a checkpoint, the host memory of a save, and whether data-parallel ranks would have nothing to do.
 
     Args:
-        hf: the model.
+        size: of a checkpoint.
         method: whose layouts are shown.
         pairs: of a step.
     """
-    size = checkpoint_size(hf.architecture)
     lines = [f"a checkpoint of training takes {size}; --dry-run compares it with the disk"]
     if method.layouts:
         gpus, sharded = _spread(method.layouts[0])
@@ -223,9 +235,8 @@ def describe(one: LayoutCost) -> str:
     return f"{named}, recompute {p.recompute_granularity or 'none'}, {one.memory.total / 2**30:.1f} GiB"
 
 
-def as_json(hf: HFCheckpoint, methods: Sequence[Method]) -> dict[str, Any]:
+def as_json(hf: HFCheckpoint, size: CheckpointSize, methods: Sequence[Method]) -> dict[str, Any]:
     """The report; sizes are in bytes."""
-    size = checkpoint_size(hf.architecture)
 
     def layout(one: LayoutCost) -> dict[str, Any]:
         spread = _spread(one)

@@ -3,19 +3,22 @@
     flops = step_flops(architecture, prompt, [chosen, rejected])     # lengths of the pairs of a global batch
 
 A product of [m, k] and [k, n] is 2 * m * k * n operations. Matrices and attention are counted; norms, activations and
-the embedding are not. A query attends to the keys before it in its own sequence, and to itself: attention over a packed
+the embedding are not. Frozen weights under adapters need no gradient of theirs: their backward pass is one forward
+pass. A query attends to the keys before it in its own sequence, and to itself: attention over a packed
 row is the sum over its sequences. The output layer is counted at the positions that are scored. A backward pass is
 twice a forward pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from simpo_megatron.models.architecture import Architecture
+from simpo_megatron.models.weight_table import WeightEntry
 
 
 def forward_flops(architecture: Architecture, tokens: int, attended: int, scored: int) -> int:
@@ -54,7 +57,11 @@ def attended_keys(lengths: np.ndarray, window: int | None = None) -> np.ndarray:
 
 
 def step_flops(
-    architecture: Architecture, prompt: np.ndarray, responses: Sequence[np.ndarray], share_prompts: bool = False
+    architecture: Architecture,
+    prompt: np.ndarray,
+    responses: Sequence[np.ndarray],
+    share_prompts: bool = False,
+    table: Sequence[WeightEntry] | None = None,
 ) -> int:
     """Operations of a training step, forward and backward, without what is recomputed.
 
@@ -63,6 +70,7 @@ def step_flops(
         prompt: tokens of the prompt of every pair of the global batch.
         responses: tokens of the responses of every pair: chosen, or chosen and rejected.
         share_prompts: the prompt of a pair is computed once.
+        table: the weight table of a run with adapters; None where all weights are trained.
     """
     sizes = architecture.transformer.get("window_size")
     window = None if sizes is None else sizes[0] + 1
@@ -73,4 +81,18 @@ def step_flops(
         keys = attended_keys(prompt + response, window)
         attended += int((keys - attended_keys(prompt, window) if shared else keys).sum())
     scored = int(sum(response.sum() for response in responses))
-    return 3 * forward_flops(architecture, tokens, attended, scored)
+    forward = forward_flops(architecture, tokens, attended, scored)
+    if table is None:
+        return 3 * forward
+    attention = forward_flops(architecture, 0, attended, 0)  # it has no weights: its backward pass stays twice as long
+    return 2 * forward + attention + 3 * 2 * tokens * _adapter_parameters(architecture, table)
+
+
+def _adapter_parameters(architecture: Architecture, table: Sequence[WeightEntry]) -> int:
+    """Parameters of adapters that a token goes through: of experts those that it is sent to."""
+    total = 0
+    for entry in table:
+        if entry.trained:
+            chosen = architecture.transformer["moe_router_topk"] if entry.experts else 1
+            total += architecture.num_layers * sum(map(math.prod, entry.shapes)) * chosen
+    return total

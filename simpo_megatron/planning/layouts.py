@@ -25,6 +25,7 @@ from typing import Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Architecture
+from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_layout, check_processes, check_rows, layout_arguments
 from simpo_megatron.parallel.stages import divisors
@@ -45,6 +46,7 @@ class Request:
         packed_rows: packed rows of a step, over all ranks.
         slab_bytes: bytes of the logits that the fused head holds at a time.
         reference: whether a frozen reference model stays on the GPUs.
+        table: the weight table, of a run with adapters; None for that of the architecture.
     """
 
     gpu_bytes: int
@@ -52,6 +54,7 @@ class Request:
     packed_rows: int
     slab_bytes: int
     reference: bool = False
+    table: tuple[WeightEntry, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def cost(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
         microbatches=microbatches,
         bubble=waiting / (microbatches + waiting),
         slowdown=(microbatches + waiting) * recompute / (request.packed_rows / data),
-        memory=estimate(architecture, layout, work),
+        memory=estimate(architecture, layout, work, request.table),
     )
 
 

@@ -195,7 +195,7 @@ def _stage_memory(
     # The gradient of the largest weight takes memory of its own until it is added to the fp32 gradient. For the output
     # layer it is a placeholder of the same size, because the head adds to the fp32 gradient itself.
     rows = padded_vocab_size(architecture.vocab_size, tensor, work.divisible_by) // tensor
-    vocabulary = rows * hidden_size * element
+    vocabulary = rows * hidden_size * element if held.trained == held.total else 0  # adapters leave it frozen
     if stage == 0:
         activations += vocabulary
     head = 0.0

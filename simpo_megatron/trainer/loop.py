@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron.adapters.export import export_adapter
 from simpo_megatron.adapters.merge import MergedWeights
+from simpo_megatron.adapters.settings import run_table
 from simpo_megatron.batch.packer import GlobalBatch
 from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
@@ -154,6 +155,7 @@ class Run:
     ) -> None:
         self.config, self.engine, self.logger = engine.config, engine, logger
         self.train_pairs, self.valid_pairs = train_pairs, valid_pairs
+        self.table = run_table(self.config.adapter, engine.hf.architecture)  # None unless there are adapters
         self.length, self.state, self.stopping = length, state, stopping
         self._saved = state.step  # a run that has just been resumed needs no checkpoint
         self.save_seconds = Seconds()
@@ -245,7 +247,7 @@ class Run:
             for column in (pairs.prompt_length, pairs.chosen_length, pairs.rejected_length)
         )
         responses = (chosen, rejected)[: packer.responses]
-        flops = step_flops(self.engine.hf.architecture, prompt, responses, packer.share_prompts)
+        flops = step_flops(self.engine.hf.architecture, prompt, responses, packer.share_prompts, self.table)
         return packer.pack(pairs, indices), flops
 
     def _is_due(self, interval: int | None) -> bool:

@@ -1,7 +1,7 @@
 """Random adapters for tiny models, their oracle, and what a rank does with them.
 
-The oracle merges the adapter into the weights of a model of transformers: W' = W + scale * B A. From the gradient G of W'
-follow those of the factors: scale * B^T G and scale * G A^T. `test_peft.py` shows that PEFT computes the same.
+The oracle merges the adapter into a model of transformers: W' = W + scale * B A. From the gradient G of W' follow those
+of the factors: scale * B^T G and scale * G A^T. `test_peft.py` shows that PEFT computes the same.
 """
 
 from __future__ import annotations

@@ -1,0 +1,185 @@
+"""Runs that train adapters: the same one on every layout, checkpoints, exports, the reference, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from simpo_megatron.adapters.lora import Lora, adapted_table
+from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
+from simpo_megatron.planning.flops import forward_flops
+from tests.support.adapters import LORA, gather_factors, random_adapter
+from tests.support.distributed import WorkerPool
+from tests.support.runs import flags, run_main
+from tests.support.steps import CASES, build_engine, command_line
+from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
+
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+RANK = 4
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", make_rows(40))
+
+
+def run(pool: WorkerPool, world: int, argv: list[str]) -> str:
+    """What rank 0 prints."""
+    outcomes = pool.run(world, run_main, argv)
+    assert [code for code, _, _ in outcomes] == [0] * world, outcomes[0]
+    return outcomes[0][1]
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_resumed_runs_end_with_the_same_adapter(pool: WorkerPool, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Bit for bit in the same layout, and up to rounding in another; PEFT and transformers read what is exported."""
+    save, early = tmp_path / "run", tmp_path / "early"
+    settings = {"lora_rank": RANK, "save_interval": 2, "dist_ckpt_optim_fully_reshardable": True}
+    exports = {"export_adapter": tmp_path / "whole", "export_hf": tmp_path / "merged"}
+    said = run(pool, 2, flags(checkpoint, data, **settings, **TP2, save=save, **exports))
+    assert "7,424 parameters are trained, 50,848 are frozen" in said
+    whole = read(tmp_path / "whole")
+    sizes = [file.stat().st_size for file in (save / "iter_0000004").glob("*.distcp")]
+    assert sum(sizes) < 10**6
+    shutil.copytree(save, early)
+    shutil.rmtree(early / "iter_0000004")
+    (early / "latest_checkpointed_iteration.txt").write_text("2")
+    for name, world, layout in (("same", 2, TP2), ("other", 1, {})):
+        folder = shutil.copytree(early, tmp_path / f"run-{name}")
+        argv = flags(checkpoint, data, **settings, **layout, save=folder, load=folder, export_adapter=tmp_path / name)
+        assert "resumed from" in run(pool, world, argv)
+        found = read(tmp_path / name)
+        assert found.keys() == whole.keys()
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, whole[key], rtol=0, atol=0 if name == "same" else 1e-6)
+    assert "nothing is left to do" in run(
+        pool, 2, flags(checkpoint, data, **settings, **TP2, save=save, load=save, **exports)
+    )
+
+    ids = torch.arange(3, 40)[None]
+    adapted: Any = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "whole")
+    with torch.no_grad():
+        wanted = adapted(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-5)
+
+    other = make_checkpoint(tmp_path / "other-model", tie_word_embeddings=False)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    [(code, _, error)] = pool.run(1, run_main, flags(other, data, **settings, save=folder, load=folder))
+    assert code == 2 and "holds adapters for other weights than those of --hf-checkpoint" in error
+
+
+def fresh(checkpoint: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
+    """On a rank: the factors as training starts."""
+    engine, _ = build_engine(command_line(checkpoint, {"lora_rank": RANK, **layout}))
+    return gather_factors(engine, "data")
+
+
+def test_a_fresh_adapter_is_the_same_on_every_layout(pool: WorkerPool, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS)
+    [alone] = pool.run(1, fresh, checkpoint, {})
+    for layout in ({**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, TP2):
+        ranks = pool.run(2, fresh, checkpoint, layout)
+        assert set().union(*ranks) == alone.keys()
+        assert all(torch.equal(tensor, alone[name]) for rank in ranks for name, tensor in rank.items())
+    for name, tensor in alone.items():
+        bound = tensor.shape[1] ** -0.5
+        assert (tensor == 0).all() if ".lora_B." in name else 0.8 * bound < tensor.abs().max() <= bound
+
+
+def test_the_reference_is_the_base(pool: WorkerPool, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """Bit for bit before the first step; with an adapter that is loaded the two differ."""
+    random_adapter(checkpoint, tmp_path / "adapter")
+    margins = {}
+    for name, settings in {"fresh": {"lora_rank": RANK}, "loaded": {"load_adapter": tmp_path / "adapter"}}.items():
+        save = tmp_path / name
+        argv = flags(checkpoint, data, **settings, objective="dpo", train_iters=1, save=save, no_save_optim=True)
+        assert "computed with the base" in run(pool, 1, argv)
+        [row, *_] = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+        margins[name] = row["rewards/margins"]
+    assert margins["fresh"] == 0 and abs(margins["loaded"]) > 1e-3
+
+
+def products(checkpoint: Path, settings: dict[str, Any]) -> tuple[int, int, int]:
+    """On a rank: operations of all matrix products of a step, tokens, and scored positions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    engine, _ = build_engine(command_line(checkpoint, settings))
+    case = CASES["columns"]
+    batch = engine.packer.pack(case.pairs, np.array(case.indices))
+    with FlopCounterMode(display=False) as counter:
+        engine.compute_gradients(batch)
+    counts = counter.get_flop_counts()["Global"]
+    scored = sum(len(part) for i in case.indices for part in case.pairs.pair(i)[1:])
+    total = sum(count for name, count in counts.items() if "attention" not in str(name))
+    return total, batch.tokens, scored
+
+
+def test_frozen_weights_cost_no_weight_gradient(pool: WorkerPool, checkpoint: Path) -> None:
+    """Two of three products remain of each weight, the output layer's included; the first layer has none below it."""
+    architecture = read_hf_checkpoint(checkpoint).architecture
+    [(every, tokens, scored)] = pool.run(1, products, checkpoint, {})
+    hidden = architecture.transformer["hidden_size"]
+    forward = forward_flops(architecture, tokens, 0, scored)
+    assert every == 3 * forward
+    [(adapted, *_)] = pool.run(1, products, checkpoint, {"lora_rank": RANK})
+    table = adapted_table(architecture, Lora(RANK, 1.0))
+    factors = architecture.num_layers * sum(rows * columns for e in table if e.trained for rows, columns in e.shapes)
+    qkv = sum(e.rows[i] * hidden for e in table if "linear_qkv.weight" in e.megatron for i in range(3))
+    first = 2 * tokens * (qkv + 3 * RANK * hidden)
+    assert adapted == 2 * forward + 3 * 2 * tokens * factors - first
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"lora_rank": 4, "lora_targets": "q_prj"},
+            "--lora-targets q_prj is not a projection of the model; use q_proj",
+        ),
+        ({"lora_rank": 4, "lora_targets": "lm_head"}, "--lora-targets lm_head is not supported: adapters go on"),
+        ({"lora_rank": 4, "lora_targets": "up_proj"}, "--lora-targets has up_proj alone: the model has experts"),
+        ({"lora_rank": 64}, "--lora-rank 64 exceeds the hidden size 32 of the model; lower it"),
+        ({"lora_rank": 0}, "--lora-rank 0 must be greater than 0"),
+        ({"lora_alpha": 8}, "--lora-alpha needs --lora-rank: without it all weights are trained"),
+        ({"export_adapter": "out"}, "--export-adapter out needs adapters; give --lora-rank"),
+        ({"lora_rank": 4, "moe_aux_loss_coeff": 0.1}, "--moe-aux-loss-coeff 0.1 has no use with adapters"),
+        ({"load_adapter": "absent"}, "absent has no adapter_config.json; give the folder of a PEFT adapter"),
+        ({"load_adapter": "absent", "lora_rank": 4}, "--load-adapter absent gives the rank of the adapters; drop"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(
+    pool: WorkerPool, data: Path, tmp_path: Path, settings: dict[str, Any], sentence: str
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS)
+    [(code, _, error)] = pool.run(1, run_main, flags(checkpoint, data, **settings, dry_run=True))
+    assert code == 2 and sentence in error
+
+
+def test_the_dry_run_counts_what_is_trained(pool: WorkerPool, checkpoint: Path, data: Path) -> None:
+    [(code, out, error)] = pool.run(1, run_main, flags(checkpoint, data, lora_rank=4, lr=1e-7, dry_run=True))
+    assert code == 0, error
+    assert "LoRA: rank 4, scale 2, on q_proj, k_proj" in out and "7,424 parameters are trained" in out
+    assert "--lr 1e-07 is a learning rate for training all weights" in " ".join(out.split())
+    assert LORA.scale == 1.5
