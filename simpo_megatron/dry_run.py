@@ -22,7 +22,8 @@ import numpy as np
 from rich.console import Console
 
 from simpo_megatron import compat, cpu
-from simpo_megatron.adapters.settings import run_table
+from simpo_megatron.adapters.settings import lora_of, run_table
+from simpo_megatron.checkpoint.adapter import read_factors
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.checkpoint.source import has_weights, lacks_tokenizer, model_folder
 from simpo_megatron.config.arguments import flat
@@ -245,7 +246,10 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     folder = weights_folder(config.checkpoint) if saved is None else saved.folder
     if config.adapter.trains_adapters:  # such a checkpoint holds no base
         check_base(config)
-        start = str(hf.path) if folder is None else f"{hf.path} with the adapters of {folder}"
+        start = str(hf.path)
+        if folder is not None and (lora := lora_of(config.adapter, hf.architecture)) is not None:
+            read_factors(folder, hf, lora)
+            start += f" with the adapters of {folder}"
         return "; ".join((start, *changes)), 0 if saved is None else saved.progress.step
     if folder is None:
         return str(hf.path), 0

@@ -68,8 +68,9 @@ def _sharded(place: PlacedParameter) -> ShardedTensor:
     else:
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     split = () if entry.tp_dim is None else ((entry.tp_dim, group.rank(), group.size()),)
+    name = entry.megatron.format(layer=place.layer, expert=place.expert)
     return ShardedTensor.from_rank_offsets(
-        entry.megatron.format(layer=place.layer, expert=place.expert),
+        name.replace(".local_experts.", ".experts."),  # as Megatron's key of an expert that is not stacked
         place.parameter,
         *split,
         replica_id=(0, 0 if split else group.rank(), replica),

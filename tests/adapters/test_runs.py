@@ -23,6 +23,7 @@ from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, run_main
 from tests.support.steps import CASES, build_engine, command_line
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
+from tools import adapters
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 RANK = 4
@@ -74,6 +75,7 @@ def test_resumed_runs_end_with_the_same_adapter(pool: WorkerPool, checkpoint: Pa
         pool, 2, flags(checkpoint, data, **settings, **TP2, save=save, load=save, **exports)
     )
 
+    compare_with_tools(checkpoint, tmp_path)
     ids = torch.arange(3, 40)[None]
     adapted: Any = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "whole")
     with torch.no_grad():
@@ -87,6 +89,23 @@ def test_resumed_runs_end_with_the_same_adapter(pool: WorkerPool, checkpoint: Pa
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     [(code, _, error)] = pool.run(1, run_main, flags(other, data, **settings, save=folder, load=folder))
     assert code == 2 and "holds adapters for other weights than those of --hf-checkpoint" in error
+
+
+def compare_with_tools(checkpoint: Path, folder: Path) -> None:
+    """The programs without a GPU write what the run exported."""
+    base = ["--hf-checkpoint", str(checkpoint)]
+    assert adapters.main(["convert", "--load", str(folder / "run"), *base, "--save", str(folder / "converted")]) == 0
+    whole, converted = read(folder / "whole"), read(folder / "converted")
+    assert whole.keys() == converted.keys() and all(torch.equal(whole[key], converted[key]) for key in whole)
+    configs = [(folder / name / "adapter_config.json").read_text() for name in ("whole", "converted")]
+    assert configs[0] == configs[1]
+    assert adapters.main(["merge", "--adapter", str(folder / "converted"), *base, "--save", str(folder / "again")]) == 0
+    merged, again = (load_file(folder / name / "model.safetensors") for name in ("merged", "again"))
+    assert merged.keys() == again.keys()
+    for key, tensor in merged.items():
+        torch.testing.assert_close(again[key], tensor, rtol=0, atol=1e-7)
+    assert adapters.main(["compare", str(folder / "whole"), str(folder / "other"), *base, "--tolerance", "1e-3"]) == 0
+    assert adapters.main(["compare", str(folder / "whole"), str(folder / "other"), *base, "--tolerance", "0"]) == 1
 
 
 def fresh(checkpoint: Path, layout: dict[str, Any]) -> dict[str, Tensor]:

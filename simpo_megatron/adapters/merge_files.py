@@ -1,0 +1,144 @@
+"""A Hugging Face checkpoint with an adapter added, and two adapters compared: file by file, without Megatron and a GPU.
+
+No more than one weight, in fp32, and its factors are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpo_megatron.adapters.lora import Lora, projections
+from simpo_megatron.adapters.peft_folder import PeftFolder
+from simpo_megatron.disk import cannot_write
+from simpo_megatron.errors import UserError
+from simpo_megatron.files import check_empty, record_files
+from simpo_megatron.models.architecture import Architecture
+from simpo_megatron.models.hf_checkpoint import INDEX, HFCheckpoint, check_tensors, copied_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 2**24  # bytes that are copied at a time
+Factor = Callable[[str], "Tensor"]
+
+
+def adapted_names(architecture: Architecture, lora: Lora) -> Iterator[str]:
+    """The base tensors to which an adapter adds something, without `.weight`."""
+    for entry in architecture.weights:
+        for target, hf in zip(projections(entry), entry.hf, strict=False):
+            if target in lora.targets:
+                for where in entry.instances(architecture.num_layers):
+                    yield hf.removesuffix(".weight").format(**where)
+
+
+def update(factor: Factor, lora: Lora, name: str) -> Tensor:
+    """Scale * B A of one projection, in fp32."""
+    a, b = (factor(f"{name}.lora_{kind}.weight").float() for kind in "AB")
+    return lora.scale * (b @ a)
+
+
+def merge_files(hf: HFCheckpoint, adapter: Path, save: Path) -> None:
+    """Writes the base with an adapter added: in fp32, rounded once to the dtype of each weight.
+
+    Args:
+        hf: the base.
+        adapter: the PEFT folder.
+        save: the folder to make; absent or empty. It has the files of the base.
+
+    Raises:
+        UserError: the adapter is of another model, or a file cannot be read or written. Nothing is left at `save`.
+    """
+    check_empty("--save", save)
+    check_tensors(hf)
+    folder = PeftFolder.read(adapter, hf.architecture)
+    partial = save.with_name(f".{save.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with folder.open() as factor:
+            names = set(adapted_names(hf.architecture, folder.lora))
+            for source in sorted({tensor.file for tensor in hf.tensors.values()}):
+                _merge_file(hf, source, partial / source.name, lambda name: _added(factor, folder.lora, names, name))
+        index = [hf.path / INDEX] if (hf.path / INDEX).is_file() else []
+        for path in (*copied_files(hf.path), *index):
+            shutil.copyfile(path, partial / path.name)
+        record_files(partial)
+        if save.exists():
+            save.rmdir()
+        partial.rename(save)
+    except OSError as failure:
+        raise cannot_write(f"--save {save}", failure, "choose another --save") from failure
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _added(factor: Factor, lora: Lora, names: set[str], tensor: str) -> Tensor | None:
+    """What the adapter adds to a tensor; None where it adds nothing."""
+    name = tensor.removesuffix(".weight")
+    return update(factor, lora, name) if name in names else None
+
+
+def _merge_file(hf: HFCheckpoint, source: Path, target: Path, added: Callable[[str], Tensor | None]) -> None:
+    """Copies one file of the base; the bytes of tensors that change are computed."""
+    import torch
+    from safetensors.torch import _TYPES
+
+    tensors = {name: tensor for name, tensor in hf.tensors.items() if tensor.file == source}
+    with source.open("rb") as read, target.open("wb") as write:
+        _copy(read, write, min(tensor.start for tensor in tensors.values()))
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+            if read.tell() != tensor.start:
+                raise UserError(f"{source} has bytes between its tensors; save it again with safetensors")
+            plus = added(name)
+            if plus is None:
+                _copy(read, write, tensor.length or 0)
+                continue
+            data = bytearray(read.read(tensor.length or 0))
+            weight = torch.frombuffer(data, dtype=_TYPES[tensor.dtype]).view(tensor.shape)
+            merged = (weight.float() + plus).to(weight.dtype)
+            write.write(merged.view(torch.uint8).numpy().tobytes())
+
+
+def _copy(read: object, write: object, length: int) -> None:
+    while length:
+        data = read.read(min(BLOCK, length))  # type: ignore[attr-defined]
+        if not data:
+            raise UserError("a file of the base ended early; copy it again")
+        write.write(data)  # type: ignore[attr-defined]
+        length -= len(data)
+
+
+def compare_adapters(one: Path, other: Path, architecture: Architecture) -> tuple[float, str, int]:
+    """How far two adapters are from each other: by what they add to each weight, because factors are not unique.
+
+    Args:
+        one: a PEFT folder.
+        other: another.
+        architecture: of their base.
+
+    Returns:
+        The largest difference of an update, relative to the norm of the larger one; where it is; and how many weights
+        were compared.
+
+    Raises:
+        UserError: one of them cannot be read, or they are on different projections.
+    """
+    first, second = (PeftFolder.read(path, architecture) for path in (one, other))
+    if first.lora.targets != second.lora.targets:
+        raise UserError(
+            f"{one} is on {', '.join(first.lora.targets)} and {other} on {', '.join(second.lora.targets)}; give two "
+            "adapters of the same projections"
+        )
+    worst, where, count = 0.0, "", 0
+    with first.open() as ours, second.open() as theirs:
+        for name in adapted_names(architecture, first.lora):
+            a, b = update(ours, first.lora, name), update(theirs, second.lora, name)
+            largest = max(a.norm().item(), b.norm().item())
+            difference = (a - b).norm().item() / largest if largest else 0.0
+            count += 1
+            if difference > worst or not where:
+                worst, where = difference, name
+    return worst, where, count
