@@ -17,50 +17,54 @@ import sys
 from collections.abc import Sequence
 
 from simpo_megatron.checkpoint.cli import add_conversion_flags, print_end
+from simpo_megatron.errors import UserError
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import path_value
 
+COMMANDS = {
+    "convert": "Checkpoint of a run -> PEFT folder.",
+    "merge": "Base and adapter -> Hugging Face checkpoint.",
+    "compare": "How far two adapters of one base are from each other.",
+}
 
-def build_parser() -> argparse.ArgumentParser:
-    """The three commands and their flags."""
-    parser = Parser(prog="adapters.py", description=str(__doc__).partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+def build_parser(command: str) -> Parser:
+    """The flags of a command."""
+    parser = Parser(prog=f"adapters.py {command}", description=COMMANDS[command])
+    if command == "compare":
+        parser.add_argument("adapters", type=path_value, nargs=2, metavar="DIR", help="PEFT folder")
+        tolerance = "relative difference that is allowed (default 1e-6)"
+        parser.add_argument("--tolerance", type=float, default=1e-6, metavar="X", help=tolerance)
+    else:
+        name = "--load" if command == "convert" else "--adapter"
+        parser.add_argument(name, type=path_value, required=True, metavar="DIR", help=f"the adapter to {command}")
+        parser.add_argument("--save", type=path_value, required=True, metavar="DIR", help="folder to write")
     base = "folder of the base: a Hugging Face checkpoint"
-
-    convert = commands.add_parser("convert", help="checkpoint of a run -> PEFT folder")
-    convert.add_argument("--load", type=path_value, required=True, metavar="DIR", help="what to convert")
-    convert.add_argument("--hf-checkpoint", type=path_value, required=True, metavar="DIR", help=base)
-    convert.add_argument("--save", type=path_value, required=True, metavar="DIR", help="where")
-    add_conversion_flags(convert)
-
-    merge = commands.add_parser("merge", help="base and adapter -> Hugging Face checkpoint")
-    merge.add_argument("--adapter", type=path_value, required=True, metavar="DIR", help="PEFT folder")
-    merge.add_argument("--hf-checkpoint", type=path_value, required=True, metavar="DIR", help=base)
-    merge.add_argument("--save", type=path_value, required=True, metavar="DIR", help="where")
-
-    compare = commands.add_parser("compare", help="two adapters of one base")
-    compare.add_argument("adapters", type=path_value, nargs=2, metavar="DIR", help="PEFT folder")
-    compare.add_argument("--hf-checkpoint", type=path_value, required=True, metavar="DIR", help=base)
-    compare.add_argument(
-        "--tolerance", type=float, default=1e-6, metavar="X", help="relative difference that is allowed (default 1e-6)"
-    )
+    parser.add_argument("--hf-checkpoint", type=path_value, required=True, metavar="DIR", help=base)
+    if command == "convert":
+        add_conversion_flags(parser)
     return parser
 
 
 def run(argv: Sequence[str] | None) -> int:
     """Runs one command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    command, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"{command or 'nothing'} is not a command; give {', '.join(COMMANDS)} or --help")
+    args = build_parser(command).parse_args(rest)
     from simpo_megatron.adapters.merge_files import compare_adapters, merge_files
     from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint, read_hf_config
 
-    if args.command == "convert":
+    if command == "convert":
         return _convert(args)
-    if args.command == "merge":
+    if command == "merge":
         merge_files(read_hf_checkpoint(args.hf_checkpoint), args.adapter, args.save)
         print(f"{args.save} is complete")
         return 0
-    architecture = read_hf_config(args.hf_checkpoint).architecture
-    worst, where, count = compare_adapters(*args.adapters, architecture)
+    worst, where, count = compare_adapters(*args.adapters, read_hf_config(args.hf_checkpoint).architecture)
     print(f"{count} weights compared; the largest relative difference is {worst:.2e}, of {where}")
     return int(worst > args.tolerance)
 

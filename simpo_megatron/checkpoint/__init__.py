@@ -11,7 +11,7 @@ parameters.py   Megatron parameters and the blocks of them in files, which both 
 saved_args.py   the Megatron-LM arguments in a checkpoint: as args, as YAML, as flags, and back to a config.json
 manifest.py     conversion.json: what a converted checkpoint holds, and the trainer's check of it
 to_megatron.py  Hugging Face -> Megatron: the plan, and what is written with the weights
-adapter.py        a run's checkpoint with adapters -> PEFT's folder
+adapter.py      a run's checkpoint with adapters -> PEFT's folder
 to_hf.py        Megatron -> Hugging Face: the same
 estimate.py     --plan: what a conversion would do, with time, disk and memory
 verify.py       reads a checkpoint again, inverts the map and compares hashes

@@ -108,6 +108,20 @@ def compare_with_tools(checkpoint: Path, folder: Path) -> None:
     assert adapters.main(["compare", str(folder / "whole"), str(folder / "other"), *base, "--tolerance", "0"]) == 1
 
 
+def test_a_checkpoint_of_experts_is_converted_and_resumed(pool: WorkerPool, data: Path, tmp_path: Path) -> None:
+    checkpoint, save = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS), tmp_path / "run"
+    settings = {"lora_rank": RANK, "train_iters": 2, "save_interval": 1, "expert_model_parallel_size": 2, "save": save}
+    run(pool, 2, flags(checkpoint, data, **settings, export_adapter=tmp_path / "whole"))
+    argv = ["convert", "--load", str(save), "--hf-checkpoint", str(checkpoint), "--save", str(tmp_path / "converted")]
+    assert adapters.main(argv) == 0
+    whole, converted = read(tmp_path / "whole"), read(tmp_path / "converted")
+    assert whole.keys() == converted.keys() and all(torch.equal(whole[key], converted[key]) for key in whole)
+    (save / "latest_checkpointed_iteration.txt").write_text("1")
+    run(pool, 2, flags(checkpoint, data, **settings, load=save, export_adapter=tmp_path / "resumed"))
+    resumed = read(tmp_path / "resumed")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
 def fresh(checkpoint: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
     """On a rank: the factors as training starts."""
     engine, _ = build_engine(command_line(checkpoint, {"lora_rank": RANK, **layout}))
