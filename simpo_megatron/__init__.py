@@ -22,6 +22,7 @@ metrics.py      the sums behind the metrics of a step, and their one reduction
 
 Models and checkpoints:
 
+adapters/       low-rank adapters on a frozen model, PEFT's folders in and out
 models/         Hugging Face checkpoints as Megatron-Core models: one file a family, loading, export
 checkpoint/     conversion between Hugging Face checkpoints and Megatron's
 parallel/       what a parallel layout may be, and which layers and tokens a rank has

@@ -1,6 +1,7 @@
 """The settings of a run: from flags, a YAML file and presets to checked, frozen dataclasses.
 
 run.py           `Config` and its groups: model, training, optimizer, logging
+adapter.py       the group of adapters
 checkpoint.py    the group of checkpoints
 data.py          the group of the data: sources, lengths, and how rows become pairs
 megatron.py      the group of what is passed through to Megatron's configurations

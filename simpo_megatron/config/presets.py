@@ -47,7 +47,7 @@ def preset_values(preset: str, adapters: bool) -> dict[str, Any]:
     5e-06
     """
     values = PRESETS.get(preset, {})
-    return {**values, "lr": LORA_LR_FACTOR * values["lr"]} if adapters and values else values
+    return {**values, "lr": round(LORA_LR_FACTOR * values["lr"], 12)} if adapters and values else values
 
 
 def describe(preset: str, settings: dict[str, Any]) -> str:
