@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simpo_megatron.adapters.lora import Lora
 from tests.support.adapters import ATTENTION, LORA, merge, oracle, random_adapter, run_layout
-from tests.support.distributed import BOTH, WorkerPool
+from tests.support.distributed import LOCAL, NEWEST, WorkerPool
 from tests.support.steps import CASES, one_thread, relative_error
 from tests.support.tiny import EXPERTS, make_checkpoint
 
@@ -67,8 +67,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return found
 
 
-@pytest.mark.parametrize("pool", BOTH, indirect=True)
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Of Transformer Engine those that its own layers decide: the norm inside a layer, grouped experts, recomputation.
+ENGINE = ("tp2 sp", "qwen2, tp2", "pp2, recompute", "experts, tp2 sp", "experts, tp2 sp whole")
+RUNS = [
+    *((LOCAL, name) for name in LAYOUTS),
+    *(pytest.param(NEWEST, name, marks=pytest.mark.te) for name in ENGINE),
+]
+
+
+@pytest.mark.parametrize("pool, layout", RUNS, indirect=["pool"])
 def test_loss_and_gradients(pool: WorkerPool, made: Made, layout: str) -> None:
     model, world, settings = LAYOUTS[layout]
     checkpoint, adapter, wanted, gradients = made[model]
@@ -82,3 +89,37 @@ def test_loss_and_gradients(pool: WorkerPool, made: Made, layout: str) -> None:
             assert relative_error(gradient, gradients[name]) < 2e-5, name
     assert set().union(*(rank[2] for rank in ranks)) == gradients.keys()
     assert all(torch.isfinite(tensor).all() for tensor in gradients.values())
+
+
+def run_planted(fault: str, *args: Any) -> Any:
+    """On a rank: `run_layout` with a fault of other trainers."""
+    import pytest
+
+    from simpo_megatron.adapters import install, layer
+
+    with pytest.MonkeyPatch.context() as patch:
+        if fault == "whole factors are not summed":
+            patch.setattr(install, "_mark", lambda place, sequence_parallel: None)
+        elif fault == "nothing requires a gradient":
+            patch.setattr(install, "_require_grad", lambda module, inputs, output: output)
+        elif fault == "factors of experts are not summed":
+            patch.setattr(layer, "copy_to_tensor_model_parallel_region", lambda tensor, group: tensor)
+        try:
+            return run_layout(*args)
+        except (AssertionError, RuntimeError):  # the ranks differ, or there is nothing to differentiate
+            return None
+
+
+PLANTED = {
+    "whole factors are not summed": "tp2 sp",
+    "nothing requires a gradient": "recompute",
+    "factors of experts are not summed": "experts, dp2, each over 2",
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_seen(pool: WorkerPool, made: Made, fault: str) -> None:
+    model, world, settings = LAYOUTS[PLANTED[fault]]
+    checkpoint, adapter, _, gradients = made[model]
+    found, *_ = pool.run(world, run_planted, fault, checkpoint, adapter, settings, "columns", None)
+    assert found is None or max(relative_error(found[2][name], gradients[name]) for name in found[2]) > 1e-3

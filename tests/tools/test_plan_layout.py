@@ -35,6 +35,13 @@ def test_size_of_a_checkpoint_and_idle_ranks(capsys: pytest.CaptureFixture[str])
     assert "above the 128 pairs of a step leaves ranks idle" in " ".join(capsys.readouterr().out.split())
 
 
+def test_adapters_take_less(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", MODEL, "--gpus", "8", "--lora-rank", "16"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "SimPO with adapters: fits from 1 GPUs" in out
+    assert "a checkpoint of training takes 560.0 MiB (weights 80.0 MiB, optimizer state 480.0 MiB)" in out
+
+
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", MODEL, "--gpus", "1", "--gpu-memory", "16GiB"]) == 1
     assert "SimPO: no layout fits" in capsys.readouterr().out
