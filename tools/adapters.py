@@ -64,7 +64,8 @@ def run(argv: Sequence[str] | None) -> int:
         merge_files(read_hf_checkpoint(args.hf_checkpoint), args.adapter, args.save)
         print(f"{args.save} is complete")
         return 0
-    worst, where, count = compare_adapters(*args.adapters, read_hf_config(args.hf_checkpoint).architecture)
+    one, other = args.adapters
+    worst, where, count = compare_adapters(one, other, read_hf_config(args.hf_checkpoint).architecture)
     print(f"{count} weights compared; the largest relative difference is {worst:.2e}, of {where}")
     return int(worst > args.tolerance)
 

@@ -55,7 +55,7 @@ def test_peft_computes_the_same(name: str, lora: Lora, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(adapted), logits(merged), rtol=0, atol=2e-5)
     assert (logits(merged) - logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))).abs().max() > 0.1
 
-    adapted.save_pretrained(tmp_path / "again")
+    adapted.save_pretrained(str(tmp_path / "again"))
     if name not in tiny.WITH_EXPERTS:
         folder = PeftFolder.read(tmp_path / "again", read_hf_checkpoint(tmp_path / "base").architecture)
         assert folder.lora == lora
@@ -74,7 +74,7 @@ def test_the_oracle_has_pefts_gradients(tmp_path: Path) -> None:
         loss, metrics = oracle_metrics(adapted, case)
         loss.backward()
     assert metrics == pytest.approx({name: wanted[name] for name in metrics}, rel=1e-5, abs=1e-5)
-    found = {
+    found: dict[str, Any] = {
         name.removeprefix("base_model.model.").replace(".default.", "."): parameter.grad
         for name, parameter in adapted.named_parameters()
         if parameter.requires_grad

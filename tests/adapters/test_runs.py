@@ -23,7 +23,7 @@ from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, run_main
 from tests.support.steps import CASES, build_engine, command_line
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
-from tools import adapters
+from tools import adapters, megatron_to_hf
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 RANK = 4
@@ -106,10 +106,11 @@ def compare_with_tools(checkpoint: Path, folder: Path) -> None:
         torch.testing.assert_close(again[key], tensor, rtol=0, atol=1e-7)
     assert adapters.main(["compare", str(folder / "whole"), str(folder / "other"), *base, "--tolerance", "1e-3"]) == 0
     assert adapters.main(["compare", str(folder / "whole"), str(folder / "other"), *base, "--tolerance", "0"]) == 1
+    assert megatron_to_hf.main(["--load", str(folder / "run"), *base, "--save", str(folder / "not")]) == 2
 
 
 def test_a_checkpoint_of_experts_is_converted_and_resumed(pool: WorkerPool, data: Path, tmp_path: Path) -> None:
-    checkpoint, save = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS), tmp_path / "run"
+    checkpoint, save = make_checkpoint(tmp_path / "model", "Mixtral", torch.float32, **EXPERTS), tmp_path / "run"
     settings = {"lora_rank": RANK, "train_iters": 2, "save_interval": 1, "expert_model_parallel_size": 2, "save": save}
     run(pool, 2, flags(checkpoint, data, **settings, export_adapter=tmp_path / "whole"))
     argv = ["convert", "--load", str(save), "--hf-checkpoint", str(checkpoint), "--save", str(tmp_path / "converted")]
@@ -129,7 +130,7 @@ def fresh(checkpoint: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def test_a_fresh_adapter_is_the_same_on_every_layout(pool: WorkerPool, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS)
+    checkpoint = make_checkpoint(tmp_path / "model", "Mixtral", torch.float32, **EXPERTS)
     [alone] = pool.run(1, fresh, checkpoint, {})
     for layout in ({**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, TP2):
         ranks = pool.run(2, fresh, checkpoint, layout)
@@ -208,7 +209,7 @@ def run_each(commands: list[list[str]]) -> list[tuple[int, str, str]]:
 
 
 def test_what_cannot_be_is_refused_and_the_dry_run_counts(pool: WorkerPool, data: Path, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS)
+    checkpoint = make_checkpoint(tmp_path / "model", "Mixtral", torch.float32, **EXPERTS)
     right: dict[str, Any] = {"lora_rank": 4, "lr": 1e-7}
     settings = [*(settings for settings, _ in REFUSED), right]
     [outcomes] = pool.run(1, run_each, [flags(checkpoint, data, **{**one, "dry_run": True}) for one in settings])

@@ -78,7 +78,7 @@ def oracle(model: Any, factors: dict[str, Tensor], lora: Lora, case: Any) -> tup
 
 
 def gather_factors(engine: Any, of: str) -> dict[str, Tensor]:
-    """On a rank: the whole factors, or their `main_grad`, that its layers have."""
+    """On a rank: the whole factors ("data") of its layers, or their gradients ("main_grad")."""
     from simpo_megatron.adapters.install import factors
     from simpo_megatron.verify.shards import complete_gradients
 
@@ -86,7 +86,7 @@ def gather_factors(engine: Any, of: str) -> dict[str, Tensor]:
         complete_gradients(engine)
     found = {}
     for place in (place for model in engine.models for place in factors(model)):
-        mine = place.parameter.main_grad if of == "main_grad" else place.parameter.data
+        mine: Tensor = getattr(place.parameter, of).detach()
         shards = [torch.empty_like(mine) for _ in range(place.group.size())]
         dist.all_gather(shards, mine.contiguous(), group=place.group)
         if place.entry.tp_dim is None:

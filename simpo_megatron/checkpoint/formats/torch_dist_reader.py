@@ -68,6 +68,9 @@ def read_torch_dist(folder: Path, hf: HFCheckpoint) -> StoredModel:
         have.
     """
     index = _Index(*_read_index(folder))
+    adapters = any(".adapter." in key for key in index.shapes)
+    if adapters and not any(".adapter." in entry.megatron for entry in hf.architecture.weights):
+        raise UserError(f"{folder} holds adapters and not the weights under them; convert it with tools/adapters.py")
     found = model_parameters(hf, defaultdict(lambda: "F32"))
     parameters = [_find(parameter, hf.architecture.num_layers, index) for parameter in found]
     if unknown := sorted(index.shapes.keys() - index.used):
