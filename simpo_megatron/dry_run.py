@@ -235,7 +235,7 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     Raises:
         UserError: the checkpoint is not complete, or is of another model; or a folder cannot be written to.
     """
-    from simpo_megatron.trainer.adapter import check_base
+    from simpo_megatron.trainer.adapter import check_base, describe_weights
     from simpo_megatron.trainer.folders import check_folders
     from simpo_megatron.trainer.resume import find_saved_run, follow, weights_folder
 
@@ -246,10 +246,9 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     folder = weights_folder(config.checkpoint) if saved is None else saved.folder
     if config.adapter.trains_adapters:  # such a checkpoint holds no base
         check_base(config)
-        start = str(hf.path)
         if folder is not None and (lora := lora_of(config.adapter, hf.architecture)) is not None:
             read_factors(folder, hf, lora)
-            start += f" with the adapters of {folder}"
+        start = describe_weights(config, hf, folder)
         return "; ".join((start, *changes)), 0 if saved is None else saved.progress.step
     if folder is None:
         return str(hf.path), 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch.distributed as dist
 
 from simpo_megatron.adapters.lora import adapter_entries, parameters_of
@@ -50,6 +52,20 @@ def check_base(config: Config) -> None:
         f"--load {load} holds the weights of a converted model, and adapters take theirs from --hf-checkpoint, also "
         "when the run is resumed; give that folder alone",
     )
+
+
+def describe_weights(config: Config, hf: HFCheckpoint, folder: Path | None) -> str:
+    """The weights that a run starts from, which is not resumed.
+
+    Args:
+        config: of the run.
+        hf: its Hugging Face checkpoint.
+        folder: the checkpoint of --load whose weights are taken, or None.
+    """
+    if not config.adapter.trains_adapters:
+        return str(hf.path) if folder is None else f"the weights of {folder}"
+    adapters = folder or config.adapter.load_adapter
+    return str(hf.path) if adapters is None else f"{hf.path} with the adapters of {adapters}"
 
 
 def describe_adapter(config: Config, architecture: Architecture) -> str | None:

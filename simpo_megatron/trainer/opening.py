@@ -15,7 +15,7 @@ from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.config import describe_layout
-from simpo_megatron.trainer.adapter import describe_adapter
+from simpo_megatron.trainer.adapter import describe_adapter, describe_weights
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.progress import Length, Progress
 from simpo_megatron.trainer.resume import step_to_resume, weights_folder
@@ -27,7 +27,7 @@ def describe_start(engine: Engine, length: Length, state: Progress) -> str:
     load, step = settings.load, step_to_resume(settings)
     if load is None or step is None:
         folder = weights_folder(settings)
-        return f"starting from {engine.hf.path if folder is None else f'the weights of {folder}'}"
+        return f"starting from {describe_weights(engine.config, engine.hf, folder)}"
     done = "; that is the whole run, nothing is left to train" if length.is_reached(state) else ""
     return f"resumed from {iteration_folder(load, step)}, after {state.consumed_pairs} pairs{done}"
 

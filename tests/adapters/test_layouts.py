@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tp2 sp": ("llama", 2, {**SP, "head": "plain"}),
     "pp2, recompute": ("llama", 2, {**PP2, **FULL}),
     "cp2": ("llama", 2, CP2),
-    "dp2, distributed optimizer": ("llama", 2, SHARDED),
+    "dp2, overlap": ("llama", 2, {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "tied, vpp2": ("tied", 2, VPP),
     "tp2 sp pp2": ("llama", 4, {**SP, **PP2, **SHARDED}),
     "experts, one": ("mixtral", 1, {}),
