@@ -102,6 +102,11 @@ def check_args(args: Any) -> None:
     check_rows(args.seq_length, _layout(args))
     data_config(args)  # its settings check themselves, as those of the objective do
     chosen = objective(args)
+    if chosen.needs_baseline:
+        raise UserError(
+            f"--objective {chosen.name} carries a baseline from step to step, which Megatron-LM does not save; train with "
+            "simpo_megatron.train"
+        )
     if args.share_prompts:
         check_shared_prompts(chosen.responses, args.context_parallel_size, args.transformer_impl != "local")
     _check_architecture(args, hf_checkpoint(args))
