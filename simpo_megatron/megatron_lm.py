@@ -104,8 +104,8 @@ def check_args(args: Any) -> None:
     chosen = objective(args)
     if chosen.needs_baseline:
         raise UserError(
-            f"--objective {chosen.name} carries a baseline from step to step, which Megatron-LM does not save; train with "
-            "simpo_megatron.train"
+            f"--objective {chosen.name} carries a baseline from step to step, which Megatron-LM does not save; train "
+            "with simpo_megatron.train"
         )
     if args.share_prompts:
         check_shared_prompts(chosen.responses, args.context_parallel_size, args.transformer_impl != "local")

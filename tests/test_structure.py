@@ -25,12 +25,12 @@ CODE = sorted(
 # The floors of the package, ground floor first. A module imports from lower floors and from its own folder alone.
 FLOORS = (
     ("errors",),
-    ("settings", "files", "disk"),
+    ("settings", "files", "disk", "lengths", "time_left"),
     ("program", "compat", "cpu"),
     ("parallel", "objectives"),
     ("data", "head"),
     ("config", "models"),
-    ("batch", "metrics"),
+    ("batch", "metrics", "diagnose"),
     ("checkpoint", "step", "planning"),
     ("trainer",),
     ("verify", "dry_run", "megatron_lm"),
@@ -48,6 +48,7 @@ WITHOUT = {
     "checkpoint.to_hf": ("megatron",),
     "checkpoint.verify": ("megatron",),
     "planning.layouts": ("torch", "megatron"),
+    "diagnose": ("megatron",),
 }
 MOST_LINES = 320
 LONGER: dict[str, int] = {}  # files with a limit of their own

@@ -245,8 +245,8 @@ class Config:
         )
         require(
             self.train.global_batch_size > 1 or not self.objective.needs_baseline,
-            f"--global-batch-size {self.train.global_batch_size} is too small for --objective {self.objective.name}: its "
-            "baseline is a mean over the pairs of a step; give at least 2",
+            f"--global-batch-size {self.train.global_batch_size} is too small for --objective {self.objective.name}: "
+            "its baseline is a mean over the pairs of a step; give at least 2",
         )
         given = self.stop.given
         require(
