@@ -32,7 +32,7 @@ FLOORS = (
     ("config", "models"),
     ("batch", "metrics", "diagnose"),
     ("checkpoint", "step", "planning"),
-    ("trainer",),
+    ("trainer", "megatron_lm_baseline"),
     ("verify", "dry_run", "megatron_lm"),
     ("train", "self_test"),
 )
