@@ -38,7 +38,6 @@ from simpo_megatron.config.run import ModelConfig
 from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
-from simpo_megatron.megatron_lm_baseline import carried, note
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import OBJECTIVES, Objective
@@ -47,6 +46,7 @@ from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
 from simpo_megatron.settings import flag, parse_size
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
+from simpo_megatron.trainer.megatron_lm_baseline import carried, note
 from simpo_megatron.trainer.reference_source import known_reference
 
 ARGS_DEFAULTS = {"dataloader_type": "external", "micro_batch_size": 1, "tokenizer_type": "HuggingFaceTokenizer"}

@@ -25,14 +25,14 @@ CODE = sorted(
 # The floors of the package, ground floor first. A module imports from lower floors and from its own folder alone.
 FLOORS = (
     ("errors",),
-    ("settings", "files", "disk", "lengths", "time_left"),
+    ("settings", "files", "disk"),
     ("program", "compat", "cpu"),
     ("parallel", "objectives"),
     ("data", "head"),
     ("config", "models"),
     ("batch", "metrics", "diagnose"),
     ("checkpoint", "step", "planning"),
-    ("trainer", "megatron_lm_baseline"),
+    ("trainer",),
     ("verify", "dry_run", "megatron_lm"),
     ("train", "self_test"),
 )

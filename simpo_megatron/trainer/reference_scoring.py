@@ -23,7 +23,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import build_model
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
-from simpo_megatron.time_left import with_time_left
+from simpo_megatron.program import with_time_left
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.reference_source import broadcast_sums
 from simpo_megatron.trainer.scoring import evaluation_order, score_batch

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from simpo_megatron.lengths import Bin, by_length_difference, spearman
+from simpo_megatron.diagnose.lengths import Bin, by_length_difference, spearman
 from simpo_megatron.objectives import OBJECTIVES, SFT, SimPO
 from simpo_megatron.trainer.scoring import whole_set_metrics
 from tests.support.pairs import make_pairs
