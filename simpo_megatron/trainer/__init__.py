@@ -17,6 +17,7 @@ reference.py       reference log-probs of the pairs, for objectives that compare
 reference_source.py   what they are made of, and those that the data brings along
 reference_scoring.py  computes them with the reference model
 checkpointing.py   `CheckpointWriter`: checkpoints in Megatron-LM's format, written by forked processes
+writing.py         the processes that write them, and their end
 loading.py         reads checkpoints: a run that goes on, or weights alone
 optimizer_format.py  the two forms of a saved optimizer state, and what each loads into
 retention.py       which checkpoints stay, and how folders are deleted
