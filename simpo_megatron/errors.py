@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class UserError(Exception):
     """A flag, file or row is wrong.
@@ -9,3 +11,11 @@ class UserError(Exception):
     The message is one sentence without a full stop: what is wrong, where, its value, and what to do. Programs print it
     and exit with code 2 (`program.exit_code`).
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error of another package in one line; for an assertion without text, the code that failed."""
+    if text := " ".join(str(error).split()):
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line if frames else None) or type(error).__name__

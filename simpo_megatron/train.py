@@ -39,7 +39,10 @@ def run(config: Config) -> None:
     from simpo_megatron.trainer.setup import build_transformer_config, name_layers
     from simpo_megatron.trainer.signals import watch
 
-    device = "cpu" if config.train.dry_run else resolve_device(config.train.device, config.train.deterministic_mode)
+    train = config.train
+    device = "cpu"
+    if not train.dry_run:
+        device = resolve_device(train.device, train.deterministic_mode, config.megatron.nccl_buffers)
     load = config.checkpoint.load
     loaded = load is not None and read_tracker(load) is not None
     hf = read_model(config.model.checkpoint_folder, loaded=loaded, dry_run=config.train.dry_run)
