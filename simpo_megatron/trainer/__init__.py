@@ -9,6 +9,7 @@ alarms.py          signs that a run goes wrong
 progress.py        where a run stands, and how far it goes
 opening.py         the first lines of a run
 resume.py          what a run starts from, and which settings may differ on resume
+ended.py           what is left to do of a run that is started again after its last step
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
 pass_through.py    fields of Megatron's configurations from text
