@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from simpo_megatron import compat
 from simpo_megatron.config.arguments import parse
 from simpo_megatron.config.run import Config
+from simpo_megatron.errors import same_on_all_ranks
 from simpo_megatron.program import exit_code
 
 
@@ -57,8 +58,9 @@ def run(config: Config) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             dry_run(config, hf)
         return
-    config = name_layers(config)
-    transformer = build_transformer_config(config, hf)
+    with same_on_all_ranks():
+        config = name_layers(config)
+        transformer = build_transformer_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
     # After `initialize`: no rank is still writing its probe into a folder.
     with hold_folders(config), watch(config) as stopping:
@@ -70,7 +72,13 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    return exit_code("simpo_megatron.train", lambda: run(parse(argv)))
+
+    def action() -> None:
+        with same_on_all_ranks():
+            config = parse(argv)
+        run(config)
+
+    return exit_code("simpo_megatron.train", action)
 
 
 if __name__ == "__main__":

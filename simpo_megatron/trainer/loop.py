@@ -34,7 +34,7 @@ from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record
 from simpo_megatron.trainer.opening import describe_run, describe_start
-from simpo_megatron.trainer.profiling import Profiling, check_profiling
+from simpo_megatron.trainer.profiling import Profiling, check_profiling, check_window
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
 from simpo_megatron.trainer.record import write_record
 from simpo_megatron.trainer.reference import with_reference
@@ -79,6 +79,7 @@ def start_run(
         check_pairs(saved, state)
         state = saved.progress
     length = run_length(config, len(train_pairs))
+    window = check_window(config, length.steps, state.step)
     if saved is not None and not length.is_reached(state):
         check_optimizer(saved)
     ended = saved is not None and length.is_reached(state)
@@ -101,7 +102,7 @@ def start_run(
     stopping = Stopping(config.stop, handles_signals=False) if stopping is None else stopping
     run = Run(engine, train_pairs, valid_pairs, length, state, logger, stopping)
     data_parallel = parallel_state.get_data_parallel_world_size()
-    found = [*remarks(config, hf, len(train_pairs), data_parallel), *connection_warnings(config.parallel)]
+    found = [*remarks(config, hf, len(train_pairs), data_parallel), *window, *connection_warnings(config.parallel)]
     warnings = [f"warning: {text}" for text in found]
     for line in (
         *messages,
