@@ -193,9 +193,7 @@ class Run:
         if self._is_due(self.config.log.log_interval) or not self.unfinished:
             self.logger.record(self.state.step, metrics | self.save_seconds.take())
             self.logger.step_line(self.state.step, metrics)
-        for text in self.alarms.check(metrics):
-            self.logger.message(f"alarm: step {self.state.step}: {text}")
-            self.alarmed = True
+        self._alarm(self.alarms.check(metrics))
         self.logger.advance(self.state.step)
         if self._is_due(self.config.log.eval_interval):
             self._evaluate()
@@ -250,6 +248,12 @@ class Run:
         self.evaluations[self.state.step] = metrics
         self.logger.record(self.state.step, {f"eval/{name}": value for name, value in metrics.items()})
         self.logger.eval_line(self.state.step, metrics)
+        self._alarm(self.alarms.check_evaluation(metrics, len(self.valid_pairs)))
+
+    def _alarm(self, texts: list[str]) -> None:
+        for text in texts:
+            self.logger.message(f"alarm: step {self.state.step}: {text}")
+            self.alarmed = True
 
     def _finish(self) -> None:
         if not self._is_due(self.config.log.eval_interval):  # else the last step has evaluated
