@@ -222,8 +222,8 @@ def test_the_same_command_after_the_end(pool: WorkerPool, inputs: Inputs, base: 
     assert (export / "model.safetensors").stat().st_mtime_ns == written
     [(code, _, stderr)] = pool.run(1, run_main, [*whole, "--train-iters", "3"])
     assert code == 2 and f"{export} is not empty" in stderr, "it is the export of an earlier step"
-    [(code, _, stderr)] = pool.run(1, run_main, [*whole, "--seq-length", "256"])
-    assert code == 2 and "has ended, and this command differs from it (resumed with seq_length 256, was 512)" in stderr
+    [(code, _, stderr)] = pool.run(1, run_main, [*whole, "--head", "plain"])
+    assert code == 2 and "has ended, and this command differs from it (resumed with head plain, was fused)" in stderr
     assert (save / TRACKER).read_text() == "2"
 
     shutil.move(export, inputs.folder / "moved")
