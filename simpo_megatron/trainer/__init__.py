@@ -9,6 +9,7 @@ alarms.py          signs that a run goes wrong
 progress.py        where a run stands, and how far it goes
 opening.py         the first lines of a run
 resume.py          what a run starts from, and which settings may differ on resume
+ended.py           what is left to do of a run that is started again after its last step
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
 pass_through.py    fields of Megatron's configurations from text
@@ -18,6 +19,7 @@ reference.py       reference log-probs of the pairs, for objectives that compare
 reference_source.py   what they are made of, and those that the data brings along
 reference_scoring.py  computes them with the reference model
 checkpointing.py   `CheckpointWriter`: checkpoints in Megatron-LM's format, written by forked processes
+writing.py         the processes that write them, and their end
 loading.py         reads checkpoints: a run that goes on, or weights alone
 optimizer_format.py  the two forms of a saved optimizer state, and what each loads into
 retention.py       which checkpoints stay, and how folders are deleted

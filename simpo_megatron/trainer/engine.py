@@ -73,10 +73,10 @@ class Engine:
         }
         with refusals(self.config, "ddp_config"):
             ddp = DistributedDataParallelConfig(**{**own, **fields_of(self.config, "ddp_config")})
-        chunks = [
-            DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
-            for index, model in enumerate(self.models)
-        ]
+            chunks = [
+                DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
+                for index, model in enumerate(self.models)
+            ]
         single = len(chunks) == 1
 
         def hook(name: str) -> Any:
