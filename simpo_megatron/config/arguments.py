@@ -59,9 +59,10 @@ def heading(group: type) -> str:
 
 def _value_type(annotation: Any) -> type:
     """The type of a value that is set: `int` for `int | None`, `str` for a Literal."""
-    if choices(annotation):
-        return str
-    return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+    kind = annotation
+    if typing.get_origin(annotation) is not tuple:
+        kind = next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+    return str if choices(annotation) and typing.get_origin(kind) is not tuple else kind
 
 
 def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
@@ -200,7 +201,8 @@ def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[
     if kind is bool:
         section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
     elif typing.get_origin(kind) is tuple:
-        metavar = field.metadata["metavar"] or "SOURCE"
+        metavar = field.metadata["metavar"] or ("NAME" if allowed else "SOURCE")
+        text += f" ({', '.join(allowed)})" if allowed else ""
         section.add_argument(name, nargs="+", type=source_value, help=text, metavar=metavar, **options)
     elif allowed:
         section.add_argument(name, choices=allowed, help=text, **options)

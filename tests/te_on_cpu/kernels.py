@@ -160,6 +160,19 @@ def multi_tensor_adam(chunk: int, overflow: Tensor, lists: Any, *settings: Any) 
             target.copy_(value)
 
 
+def multi_tensor_adam_param_remainder(chunk: int, overflow: Tensor, lists: Any, *settings: Any) -> None:
+    """The same with fp32 weights as bf16 weights and the 16 bits that they lack.
+
+    A bf16 weight is the upper half of the bits, and 1 more where the lower half is negative as an int16.
+    """
+    for *others, weight, mean, square, rest in zip(*lists, strict=True):
+        bits = (weight.view(torch.int16).int() - (rest < 0).int()) * 2**16 + rest.int() % 2**16
+        whole = bits.view(torch.float32)
+        multi_tensor_adam(chunk, overflow, [[x] for x in (*others, whole, mean, square)], *settings)
+        rest.copy_(bits.short())
+        weight.view(torch.int16).copy_(((bits - rest.int()) // 2**16).short())
+
+
 def get_num_cublas_streams() -> int:
     """How many streams a grouped product uses."""
     return 1
