@@ -233,7 +233,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"--config {path}: {key}: {error}") from error
         except (TypeError, ValueError, OverflowError) as error:
             found = "has no value" if value is None else f"is {reprlib.repr(value)}"
-            wanted = WANTED.get(_value_type(annotations[name]), _ITEMS if name in _ITEM_LISTS else _SOURCES)
+            names = f"a list such as [{', '.join(choices(annotations[name])[:2])}]"
+            listed = _ITEMS if name in _ITEM_LISTS else names if choices(annotations[name]) else _SOURCES
+            wanted = WANTED.get(_value_type(annotations[name]), listed)
             raise UserError(f"--config {path}: {key} {found}; give {wanted}") from error
     return settings
 

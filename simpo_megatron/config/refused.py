@@ -59,6 +59,11 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "the head adds to the buffers of Megatron's DDP, which FSDP does not have",
         ("*fsdp*", "data_parallel_sharding_strategy", "outer_dp_sharding_strategy"),
     ),
+    (
+        "Megatron plans it in the first step for one number and one length of microbatches, and those of packed rows "
+        "change; use --recompute-granularity",
+        ("fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size"),
+    ),
     ("the process groups are built for one instance", ("num_distributed_optimizer_instances",)),
     (
         "the two responses of a pair must not see different noise",

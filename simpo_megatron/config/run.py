@@ -258,9 +258,7 @@ class Config:
             "--profile and --record-memory-history write files; give --profile-dir, or --save",
         )
         self._check_keep_best()
-        self.memory.check(
-            bf16=self.train.bf16, distributed_optimizer=self.parallel.use_distributed_optimizer
-        )
+        self.memory.check(bf16=self.train.bf16, distributed_optimizer=self.parallel.use_distributed_optimizer)
         check_rows(self.data.seq_length, self.parallel, self.memory.row_multiple)
         if self.data.share_prompts:
             fused = self.model.transformer_impl == "transformer_engine"

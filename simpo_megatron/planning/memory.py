@@ -23,7 +23,7 @@ from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 from simpo_megatron.planning.parameters import Parameters, layers_of_stages, stage_parameters
 from simpo_megatron.planning.state import StateBytes
 
-_DEFAULT = MemoryConfig()
+DEFAULT = MemoryConfig()
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Workload:
     reference: bool = False
     fused: bool = True
     divisible_by: int = VOCAB_DIVISOR
-    memory: MemoryConfig = _DEFAULT
+    memory: MemoryConfig = DEFAULT
 
     @property
     def element(self) -> int:

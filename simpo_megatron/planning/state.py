@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from simpo_megatron.config.memory import MemoryConfig
 
-_SIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+# FP8 has a second copy, transposed for products: FusedAdam asks for it, and a Hopper allocates it.
+_SIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ progress.py        where a run stands, and how far it goes
 opening.py         the first lines of a run
 resume.py          what a run starts from, and which settings may differ on resume
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
+optimizer.py       Megatron's optimizer: Adam's constants, dtypes and places of its state
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
 pass_through.py    fields of Megatron's configurations from text
 scoring.py         summed log-probs of a whole data set; its evaluation
@@ -20,6 +21,7 @@ checkpointing.py   `CheckpointWriter`: checkpoints in Megatron-LM's format, writ
 loading.py         reads checkpoints: a run that goes on, or weights alone
 optimizer_format.py  the two forms of a saved optimizer state, and what each loads into
 retention.py       which checkpoints stay, and how folders are deleted
+full_precision.py  the optimizer state of a checkpoint is fp32, whatever it is in memory
 torch_adam.py      loads Megatron's optimizer checkpoints into torch's Adam
 folders.py         checks of the folders that a run writes to
 lock.py            one run at a time writes to a folder

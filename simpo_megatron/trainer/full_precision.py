@@ -36,7 +36,9 @@ _STATE = ("param", "exp_avg", "exp_avg_sq")
 
 @contextlib.contextmanager
 def in_fp32(optimizer: Any) -> Iterator[None]:
-    """Inside the block, precision-aware optimizers show Megatron's checkpoints their state in fp32. Others do not change.
+    """Inside the block, a precision-aware optimizer shows its state to Megatron's checkpoints in fp32.
+
+    Other optimizers do not change.
 
     Args:
         optimizer: Megatron's ChainedOptimizer.

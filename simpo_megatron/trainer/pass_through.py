@@ -19,7 +19,6 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from simpo_megatron.compat import have_transformer_engine
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.program import nearest
@@ -74,13 +73,11 @@ def refusals(config: Config, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, ValueError, ImportError, RuntimeError, TypeError) as error:
+    except (AssertionError, ValueError, ImportError, RuntimeError) as error:
         items = " ".join(getattr(config.megatron, name) or ())
         if not items:
             raise
         why = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, TypeError) and not have_transformer_engine():  # Megatron compares its version with None
-            why = "it needs Transformer Engine, which is not installed"
         raise UserError(f"{flag(name)} {items}: Megatron refuses it: {why}") from error
 
 

@@ -186,3 +186,26 @@ def get_cudnn_version() -> int:
 def get_cublasLt_version() -> int:
     """A release of cuBLAS with all features of products."""
     return 120000
+
+
+def _fp8(quantizer: Any) -> torch.dtype:
+    only(type(quantizer).__name__ == "Float8Quantizer", type(quantizer).__name__)
+    return {7: torch.float8_e4m3fn, 8: torch.float8_e5m2}[int(quantizer.dtype)]
+
+
+def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: Any, device: Any, pin: bool) -> Any:
+    """A tensor of FP8 numbers with one scale. Its transpose is there too, as a Hopper needs it for products."""
+    _fp8(quantizer)
+    found = quantizer.create_tensor_from_data(torch.zeros(shape, dtype=torch.uint8), dtype)
+    found._transpose = torch.empty(shape, dtype=torch.uint8)
+    return found
+
+
+def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
+    """FP8 numbers of a tensor, by the scale of the quantizer."""
+    only(output is not None and noop is None, "quantize into a new tensor")
+    dtype = _fp8(quantizer)
+    limit = torch.finfo(dtype).max
+    output._data.copy_((tensor.float() * quantizer.scale).clamp(-limit, limit).to(dtype).view(torch.uint8))
+    output._scale_inv.copy_(1 / quantizer.scale)
+    return output

@@ -17,7 +17,6 @@ import torch
 from simpo_megatron.checkpoint.folder import TRACKER
 from simpo_megatron.config.arguments import parse
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf_checkpoint import read_hf_config
 from simpo_megatron.planning.state import StateBytes
 from tests.support.distributed import NEWEST, WorkerPool
 from tests.support.offload import UNPINNED, pretended_gpu
@@ -94,15 +93,20 @@ def three_steps(checkpoint: Path, settings: dict[str, Any]) -> tuple[float, int,
 
 
 def state_bytes(optimizer: Any) -> tuple[int, int]:
-    """Bytes of fp32 weights (or what stands for them) and moments, on the GPU and in host memory."""
+    """Bytes of fp32 weights (or what stands for them) and moments, on the GPU and in host memory.
+
+    With host memory also those of the gradients, of which the step has fp32 copies.
+    """
     sizes = {True: 0, False: 0}
-    for part in getattr(optimizer, "sub_optimizers", [optimizer]):
-        on_host = isinstance(part, torch.optim.AdamW) and part is not optimizer
+    parts = getattr(optimizer, "sub_optimizers", [optimizer])
+    for part in parts:
+        on_host = isinstance(part, torch.optim.AdamW)
         for p, state in part.state.items():
             kept = [state[name] for name in ("exp_avg", "exp_avg_sq", "master_param") if name in state]
             kept += [] if "master_param" in state else [p]
+            kept += [] if parts == [optimizer] else [p.grad]
+            kept += [t._transpose for t in kept if hasattr(t, "_data")]
             sizes[on_host] += sum(getattr(t, "_data", t).nbytes for t in kept)
-            sizes[on_host] += p.grad.nbytes if on_host else 0
     return sizes[False], sizes[True]
 
 
@@ -119,10 +123,12 @@ def test_steps_are_those_of_adam_and_bytes_those_of_the_planner(pool: WorkerPool
             settings, tolerance = STEPS[name]
             assert error < tolerance, (name, error)
             planned = StateBytes.of(memory_settings(settings), bf16=True)
-            master = 2 if name == "fp32 whole" else 0  # a field that is passed through
-            assert on_gpu == pytest.approx((planned.device + master) * parameters, rel=0.15 if on_host else 1e-9), name
-            assert on_host == pytest.approx(planned.host * parameters, rel=0.15), name
-        assert sum(on_gpu + on_host for _, _, on_gpu, on_host in rank.values()) > 0
+            if name == "half in host memory":  # Megatron cuts between tensors
+                assert on_gpu + on_host == 16 * parameters and 0.4 < on_host / on_gpu < 2.5
+                assert planned.device + planned.host == 16
+                continue
+            lower_halves = 2 if name == "fp32 whole" else 0  # a field that is passed through
+            assert (on_gpu, on_host) == ((planned.device + lower_halves) * parameters, planned.host * parameters), name
 
 
 def memory_settings(settings: dict[str, Any]) -> Any:
@@ -178,10 +184,6 @@ def test_resuming_with_the_same_and_with_other_settings(
     assert np.array(other) == pytest.approx(np.array(whole[2:]), rel=3e-2)
 
 
-def test_bf16_gradients_do_not_change_on_resume_in_the_default_form() -> None:
-    pass
-
-
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -189,7 +191,10 @@ def test_bf16_gradients_do_not_change_on_resume_in_the_default_form() -> None:
         ({"main_grads_dtype": "bf16"}, "--main-grads-dtype bf16 needs --use-precision-aware-optimizer"),
         ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload needs --use-precision-aware-optimizer"),
         ({**OFFLOADED, "optimizer_offload_fraction": 0}, "--optimizer-offload-fraction 0.0 must be above 0"),
-        ({**AWARE, "optimizer_offload_fraction": 0.5}, "--optimizer-offload-fraction 0.5 needs --optimizer-cpu-offload"),
+        (
+            {**AWARE, "optimizer_offload_fraction": 0.5},
+            "--optimizer-offload-fraction 0.5 needs --optimizer-cpu-offload",
+        ),
         ({**AWARE, "overlap_cpu_optimizer_d2h_h2d": True}, "--overlap-cpu-optimizer-d2h-h2d needs --optimizer-cpu"),
         ({**OFFLOADED, "exp_avg_dtype": "bf16"}, "--exp-avg-dtype bf16 has no effect with --optimizer-cpu-offload"),
         ({**AWARE, "fp32": True}, "--use-precision-aware-optimizer needs --bf16"),
