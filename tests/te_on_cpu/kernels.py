@@ -194,11 +194,9 @@ def _fp8(quantizer: Any) -> torch.dtype:
 
 
 def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: Any, device: Any, pin: bool) -> Any:
-    """A tensor of FP8 numbers with one scale. Its transpose is there too, as a Hopper needs it for products."""
+    """A tensor of FP8 numbers with one scale, without the transposed copy that a Hopper needs for products."""
     _fp8(quantizer)
-    found = quantizer.create_tensor_from_data(torch.zeros(shape, dtype=torch.uint8), dtype)
-    found._transpose = torch.empty(shape, dtype=torch.uint8)
-    return found
+    return quantizer.create_tensor_from_data(torch.zeros(shape, dtype=torch.uint8), dtype)
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
