@@ -10,6 +10,7 @@ tensors on the host. So a checkpoint does not depend on --main-params-dtype, --e
 * writes the lower half of each main weight, which only the same dtypes read back and the fully reshardable form does
   not read back at all (`distrib_optimizer.py`, `get_parameter_state_dp_zero`);
 * copies all moments to fp32 on the GPU to write the settings of the parameter groups (`FusedAdam.state_dict`);
+* takes a mark of the `dp_reshardable` form for a tensor when it loads one (`padding`);
 * does not hand a loaded `dp_reshardable` state to the optimizers that work on the host
   (`load_parameter_state_from_dp_reshardable`);
 * writes the classes of these optimizers into the checkpoint.
@@ -112,8 +113,10 @@ def _read(part: Any, read: Any, model_param: torch.nn.Parameter) -> dict[str, Te
 def _write(part: Any, write: Any, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
     weight = _weight(part, model_param)
     values = {name: tensors[name].float() for name in _STATE}
+    if not isinstance(part.optimizer, HybridDeviceOptimizer):  # it keeps these tensors, and places them itself
+        values = {name: value.to(weight.device) for name, value in values.items()}
     if _keeps_halves(part, weight):
-        upper, values["param"] = split_halves(values["param"].to(weight.device))
+        upper, values["param"] = split_halves(values["param"])
         weight.data.copy_(upper)
     write(model_param, values)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tests.support.distributed import NEWEST, WorkerPool
 from tests.support.offload import UNPINNED, pretended_gpu
 from tests.support.runs import flags, read_rows, train
 from tests.support.steps import CASES, build_engine, command_line
-from tests.support.tiny import make_checkpoint, make_rows, write_rows
+from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
 AWARE = {"use_precision_aware_optimizer": True}
 MOMENTS = {**AWARE, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
@@ -53,44 +53,80 @@ def in_place(settings: dict[str, Any]) -> contextlib.AbstractContextManager[None
     return pretended_gpu() if "optimizer_cpu_offload" in settings else contextlib.nullcontext()
 
 
-def three_steps(checkpoint: Path, settings: dict[str, Any]) -> tuple[float, int, int, int]:
-    """On a rank: the error of its weights; its parameters, and the bytes of its optimizer state on GPU and host."""
+@dataclass(frozen=True)
+class Steps:
+    """What three steps on a rank gave.
+
+    Attributes:
+        error: of its weights, relative to their change.
+        parameters: that it updates.
+        on_gpu: bytes of its optimizer state there.
+        on_host: the same in host memory.
+        norm: of the gradient of the first step.
+    """
+
+    error: float
+    parameters: int
+    on_gpu: int
+    on_host: int
+    norm: float
+
+
+class Twin:
+    """torch's AdamW in fp64 beside one of Megatron's optimizers, with the same gradients."""
+
+    def __init__(self, part: Any) -> None:
+        self.part, groups = part, part.optimizer.param_groups
+        self.adam = torch.optim.AdamW(
+            [{"params": [p.detach().double().clone() for p in group["params"]]} for group in groups]
+        )
+        self.before = [p.clone() for p in self.weights()]
+        self.step, part.optimizer.step = part.optimizer.step, self.both
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p for group in self.adam.param_groups for p in group["params"]]
+
+    def both(self) -> None:
+        aware = self.part.config.use_precision_aware_optimizer
+        for ours, theirs in zip(self.part.optimizer.param_groups, self.adam.param_groups, strict=True):
+            theirs |= {name: ours[name] for name in ("lr", "weight_decay", "betas", "eps")}
+            for p, twin in zip(ours["params"], theirs["params"], strict=True):
+                twin.grad = (p.decoupled_grad if aware else p.grad).double().clone()
+        self.adam.step()
+        self.step()
+
+    def distances(self) -> tuple[Any, Any]:
+        """Squares: of the error, and of the change of the weights."""
+        places = sorted(self.part.model_param_group_index_map.items(), key=lambda item: item[1])
+        found = [self.part._get_main_param_and_optimizer_states(p)["param"].double() for p, _ in places]
+        return squares(found, self.weights()), squares(self.before, self.weights())
+
+
+def squares(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> Any:
+    return sum((a - b).square().sum() for a, b in zip(ours, theirs, strict=True))
+
+
+def three_steps(checkpoint: Path, settings: dict[str, Any]) -> Steps:
+    """On a rank: three steps with these settings."""
     from simpo_megatron.trainer.full_precision import in_fp32
 
     argv = command_line(checkpoint, {"weight_decay": 0.1, **settings, "fp32": False})
     with in_place(settings):
         engine, _ = build_engine([*argv, *(UNPINNED if "optimizer_cpu_offload" in settings else [])])
-        [part] = engine.optimizer.chained_optimizers
-        groups = part.optimizer.param_groups
-        oracle = torch.optim.AdamW(
-            [{"params": [p.detach().double().clone() for p in group["params"]]} for group in groups], eps=1e-8
-        )
-        before = [p.clone() for group in oracle.param_groups for p in group["params"]]
-        step = part.optimizer.step
-
-        def both() -> None:
-            for ours, theirs in zip(part.optimizer.param_groups, oracle.param_groups, strict=True):
-                theirs |= {name: ours[name] for name in ("lr", "weight_decay", "betas", "eps")}
-                for p, twin in zip(ours["params"], theirs["params"], strict=True):
-                    gradient = p.decoupled_grad if part.config.use_precision_aware_optimizer else p.grad
-                    twin.grad = gradient.double().clone()
-            oracle.step()
-            step()
-
-        part.optimizer.step = both
+        twins = [Twin(part) for part in engine.optimizer.chained_optimizers]
         case = CASES["sigmoid"]
-        for _ in range(3):
-            engine.train_step(engine.packer.pack(case.pairs, np.array(case.indices)))
+        batch = engine.packer.pack(case.pairs, np.array(case.indices))
+        norms = [engine.train_step(batch)["grad_norm"] for _ in range(3)]
         with in_fp32(engine.optimizer):
-            found = {
-                place: part._get_main_param_and_optimizer_states(p)["param"].double()
-                for p, place in part.model_param_group_index_map.items()
-            }
-    wanted = [p for group in oracle.param_groups for p in group["params"]]
-    weights = [found[key] for key in sorted(found)]
-    off = sum((ours - theirs).square().sum() for ours, theirs in zip(weights, wanted, strict=True))
-    moved = sum((after - first).square().sum() for after, first in zip(wanted, before, strict=True))
-    return math.sqrt(off / moved), sum(p.numel() for p in wanted), *state_bytes(part.optimizer)
+            off, moved = map(sum, zip(*(twin.distances() for twin in twins), strict=True))
+    sizes = [state_bytes(twin.part.optimizer) for twin in twins]
+    return Steps(
+        error=math.sqrt(off / moved),
+        parameters=sum(p.numel() for twin in twins for p in twin.weights()),
+        on_gpu=sum(gpu for gpu, _ in sizes),
+        on_host=sum(host for _, host in sizes),
+        norm=norms[0],
+    )
 
 
 def state_bytes(optimizer: Any) -> tuple[int, int]:
@@ -110,27 +146,43 @@ def state_bytes(optimizer: Any) -> tuple[int, int]:
     return sizes[False], sizes[True]
 
 
-def all_steps(checkpoint: Path) -> dict[str, tuple[float, int, int, int]]:
+def all_steps(checkpoint: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Steps]:
     """On a rank: `three_steps` with all settings."""
-    return {name: three_steps(checkpoint, settings) for name, (settings, _) in STEPS.items()}
+    return {name: three_steps(checkpoint, settings) for name, settings in cases.items()}
 
 
 @pytest.mark.te
 @pytest.mark.parametrize("pool", [NEWEST], indirect=True)
 def test_steps_are_those_of_adam_and_bytes_those_of_the_planner(pool: WorkerPool, inputs: tuple[Path, Path]) -> None:
-    for rank in pool.run(2, all_steps, inputs[0]):
-        for name, (error, parameters, on_gpu, on_host) in rank.items():
+    cases = {name: settings for name, (settings, _) in STEPS.items()}
+    for rank in pool.run(2, all_steps, inputs[0], cases):
+        for name, steps in rank.items():
             settings, tolerance = STEPS[name]
-            assert error < tolerance, (name, error)
+            assert steps.error < tolerance, (name, steps.error)
+            assert steps.norm == pytest.approx(rank["default"].norm, rel=1e-2), name
             planned = StateBytes.of(memory_settings(settings), bf16=True)
+            found = (steps.on_gpu / steps.parameters, steps.on_host / steps.parameters)
             if name == "half in host memory":  # Megatron cuts between tensors
-                assert on_gpu + on_host == 16 * parameters and 0.4 < on_host / on_gpu < 2.5
-                assert planned.device + planned.host == 16
+                assert sum(found) == 16 == planned.device + planned.host and 0.4 < found[1] / found[0] < 2.5
                 continue
             if name == "fp8 mean":  # the planner counts the transposed copy, which the stand-in for the kernels drops
                 planned = replace(planned, device=planned.device - 1)
             lower_halves = 2 if name == "fp32 whole" else 0  # a field that is passed through
-            assert (on_gpu, on_host) == ((planned.device + lower_halves) * parameters, planned.host * parameters), name
+            assert found == (planned.device + lower_halves, planned.host), name
+
+
+@pytest.mark.te
+@pytest.mark.parametrize("pool", [NEWEST], indirect=True)
+def test_experts_and_context_parallelism(pool: WorkerPool, tmp_path: Path) -> None:
+    """Experts have an optimizer of their own. The gradients are those of the default settings."""
+    checkpoint = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS, dtype=torch.bfloat16)
+    layout = {"expert_model_parallel_size": 2, "context_parallel_size": 2, "no_moe_permute_fusion": True}
+    names = ("default", "bf16 gradients", "half in host memory")
+    cases = {name: {**STEPS[name][0], **layout} for name in names}
+    for rank in pool.run(2, all_steps, checkpoint, cases):
+        for name, steps in rank.items():
+            assert steps.error < STEPS[name][1], (name, steps.error)
+            assert steps.norm == pytest.approx(rank["default"].norm, rel=1e-2), name
 
 
 def memory_settings(settings: dict[str, Any]) -> Any:
