@@ -215,7 +215,8 @@ def check_rows(seq_length: int, parallel: ParallelConfig, row_multiple: int = 1)
     if row_multiple > 1:
         ranks = context * (tensor if parallel.sequence_parallel else 1)
         multiple = math.lcm(multiple, row_multiple * ranks)
-        why += f"{' and ' if why else ''}{row_multiple} tokens of FP8 on each of {ranks} ranks"
+        why += f"{' and ' if why else ''}FP8 multiplies {row_multiple} tokens at a time"
+        why += f" on each of {ranks} ranks" if ranks > 1 else ""
     below, above = seq_length // multiple * multiple, round_up(seq_length, multiple)
     near = " or ".join(str(n) for n in (below, above) if n)
     if seq_length % multiple:

@@ -113,7 +113,9 @@ def _read(part: Any, read: Any, model_param: torch.nn.Parameter) -> dict[str, Te
 def _write(part: Any, write: Any, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
     weight = _weight(part, model_param)
     values = {name: tensors[name].float() for name in _STATE}
-    if not isinstance(part.optimizer, HybridDeviceOptimizer):  # it keeps these tensors, and places them itself
+    if isinstance(part.optimizer, HybridDeviceOptimizer):  # it keeps these tensors, and places them itself
+        values = {name: value.clone() for name, value in values.items()}  # they may be parts of larger ones
+    else:
         values = {name: value.to(weight.device) for name, value in values.items()}
     if _keeps_halves(part, weight):
         upper, values["param"] = split_halves(values["param"])

@@ -37,7 +37,7 @@ def fields(transformer_engine: bool, **settings: Any) -> dict[str, Any]:
         (False, {}, "--fp8-format hybrid needs Transformer Engine's layers"),
         (True, {}, "--fp8-format hybrid needs a GPU that multiplies in FP8"),
         (True, {"fp32": True}, "--fp8-format hybrid needs --bf16"),
-        (True, {"seq_length": 520}, "--seq-length 520 must be a multiple of 16 (16 tokens of FP8 on each of 1 ranks)"),
+        (True, {"seq_length": 520}, "--seq-length 520 must be a multiple of 16 (FP8 multiplies 16 tokens at a time)"),
         (
             True,
             {"seq_length": 544, "fp8_recipe": "mxfp8", "context_parallel_size": 2, **SP},

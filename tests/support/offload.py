@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-FLAGS = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
 # Pinned memory needs CUDA.
 UNPINNED = ["--optimizer-config", "pin_cpu_grads=false"]
 
