@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -9,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from simpo_megatron.errors import UserError
@@ -58,6 +60,17 @@ def moe_without_transformer_engine() -> None:
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def norms_recomputed_without_transformer_engine() -> None:
+    """Lets Megatron recompute norms without Transformer Engine.
+
+    `CheckpointWithoutOutput` of 0.16 asks it whether FP8 is on, by names that are defined only where it is installed.
+    """
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    if not hasattr(random, "FP8GlobalStateManager"):
+        random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+        random.activation_recompute_forward = random.fp8_autocast = lambda **settings: contextlib.nullcontext()
 
 
 @functools.cache

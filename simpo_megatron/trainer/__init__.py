@@ -11,6 +11,7 @@ opening.py         the first lines of a run
 resume.py          what a run starts from, and which settings may differ on resume
 ended.py           what is left to do of a run that is started again after its last step
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
+optimizer.py       Megatron's optimizer: Adam's constants, dtypes and places of its state
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
 pass_through.py    fields of Megatron's configurations from text
 megatron_lm_baseline.py  the baseline of an objective in Megatron-LM's `pretrain()`
@@ -23,6 +24,7 @@ writing.py         the processes that write them, and their end
 loading.py         reads checkpoints: a run that goes on, or weights alone
 optimizer_format.py  the two forms of a saved optimizer state, and what each loads into
 retention.py       which checkpoints stay, and how folders are deleted
+full_precision.py  the optimizer state of a checkpoint is fp32, whatever it is in memory
 torch_adam.py      loads Megatron's optimizer checkpoints into torch's Adam
 folders.py         checks of the folders that a run writes to
 lock.py            one run at a time writes to a folder

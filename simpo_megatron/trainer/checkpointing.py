@@ -48,6 +48,7 @@ from simpo_megatron.files import sync
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer.console import print_line
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.full_precision import in_fp32
 from simpo_megatron.trainer.optimizer_format import BUCKETS, bucket_checksums, content_metadata
 from simpo_megatron.trainer.progress import Progress
 from simpo_megatron.trainer.retention import UNFINISHED, delete, delete_old, remove_leftovers
@@ -136,7 +137,8 @@ def _whole_state(engine: Engine, progress: Progress) -> tuple[dict[str, Any], di
     if not engine.config.checkpoint.save_optim:
         return {**sharded_models(engine.models, content), **common}, content
     common |= {"rng_state": _rng_state(), BUCKETS: bucket_checksums(engine.optimizer)}
-    return {**sharded_state(engine, content, is_loading=False), **common}, content
+    with in_fp32(engine.optimizer):
+        return {**sharded_state(engine, content, is_loading=False), **common}, content
 
 
 class CheckpointWriter:

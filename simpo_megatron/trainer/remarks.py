@@ -31,6 +31,7 @@ def remarks(config: Config, hf: HFCheckpoint, num_pairs: int | None, data_parall
         *_without_effect(config),
         *([] if num_pairs is None else _batch(config, num_pairs)),
         *_idle_ranks(config, data_parallel_size),
+        *_bf16_gradients(config),
     ]
 
 
@@ -90,6 +91,15 @@ def _idle_ranks(config: Config, data_parallel_size: int) -> list[str]:
     return [
         f"the data-parallel size {data_parallel_size} exceeds the {batch} pairs of a step (--global-batch-size): at "
         f"least {data_parallel_size - batch} of its ranks have nothing to do"
+    ]
+
+
+def _bf16_gradients(config: Config) -> list[str]:
+    if config.memory.main_grads_dtype == "fp32" or config.model.head != "fused":
+        return []
+    return [
+        "--main-grads-dtype bf16: the head adds in fp32, so every microbatch needs an fp32 copy of the output layer's "
+        "gradient"
     ]
 
 

@@ -51,6 +51,7 @@ LAYOUT = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+    "main_grads_dtype",  # Megatron's names of the buffers have it
 )
 DP_RESHARDABLE = "dp_reshardable"  # Megatron's name for that form
 OTHER_LAYOUT = (
@@ -214,7 +215,8 @@ def _refuse(config: Config, saved: SavedRun) -> None:
             "with the same" + (" (or with --override-opt-param-scheduler)" if name not in REFUSED else ""),
         )
     for name in () if saved.any_layout else LAYOUT:
-        saved_value, value = _effective(name, before), _effective(name, now)
+        value = _effective(name, now)
+        saved_value = _effective(name, before) if name in before else value
         require(
             saved_value == value,
             f"{saved.folder} was saved with {_as_flag(name, saved_value)}, not {_as_flag(name, value)}, in a form that "

@@ -22,6 +22,7 @@ from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.fusions import Kernels
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.load import load_hf_weights
+from simpo_megatron.models.low_precision import fp8_fields
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.limits import check_shared_prompts, layout_arguments
 from simpo_megatron.parallel.together import raise_on_all_ranks
@@ -56,6 +57,9 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
         check_shared_prompts(config.objective.responses, config.parallel.context_parallel_size, fused)
     passed = {name: fields_of(config, name) for name in CLASSES}["transformer_config"]  # checks the others too
     check_use(config, has_experts=hf.architecture.num_experts is not None)
+    layout = layout_arguments(config.parallel, hf.architecture.num_layers)
+    transformer_engine = use_transformer_engine(config.model.transformer_impl)
+    fp8 = fp8_fields(config.memory, transformer_engine, hf.architecture.transformer, layout)
     with refusals(config, "transformer_config"):
         return transformer_config(
             hf,
@@ -64,7 +68,7 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
             kernels=Kernels(**{name: getattr(config.model, name) for name in vars(Kernels())}),
             moe_aux_loss_coeff=config.train.moe_aux_loss_coeff,
             deterministic_mode=config.train.deterministic_mode,
-            **{**layout_arguments(config.parallel, hf.architecture.num_layers), **passed},
+            **{**layout, **fp8, **passed},
         )
 
 

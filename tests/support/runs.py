@@ -69,7 +69,7 @@ def flags(checkpoint: Path, data: Path, **settings: Any) -> list[str]:
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
         if value is not False:
-            argv += [flag] if value is True else [flag, str(value)]
+            argv += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
     return argv
 
 

@@ -61,9 +61,9 @@ def _extension(new: bool) -> types.ModuleType:
 
 
 def _asked_by_te() -> bool:
-    """Whether the code that asks is Transformer Engine's own. Function modes in between do not count."""
+    """Whether the code that asks is Transformer Engine's own. Function modes and `support/offload.py` do not count."""
     frame: Any = sys._getframe(2)
-    while frame.f_code.co_name == "__torch_function__":
+    while frame.f_code.co_name in ("__torch_function__", "is_cuda"):
         frame = frame.f_back
     return frame.f_globals.get("__name__", "").startswith("transformer_engine.")
 
