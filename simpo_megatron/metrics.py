@@ -1,7 +1,7 @@
 """The metrics of a step: sums over the pairs of each microbatch, reduced once a step.
 
-Which metrics there are, an objective says (`objectives/base.py`). Every metric is a sum over the global batch, divided
-by one of the `DIVISORS` or by nothing.
+Which metrics there are, an objective says (`objectives/measured.py`). Every metric is a sum over the global batch,
+divided by one of the `DIVISORS` or by nothing.
 """
 
 from __future__ import annotations

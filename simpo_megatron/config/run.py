@@ -243,6 +243,12 @@ class Config:
             f"--reference-checkpoint has no effect with --objective {self.objective.name}, which compares with no "
             "reference model; drop it",
         )
+        size, least = self.train.global_batch_size, self.objective.least_pairs
+        require(
+            size >= least,
+            f"--global-batch-size {size} is too small for --objective {self.objective.name}: its baseline is a mean over "
+            f"the pairs of a step; give at least {least}",
+        )
         given = self.stop.given
         require(
             given is None or save is not None,

@@ -96,6 +96,7 @@ def start_run(
     engine = build_engine(config, hf, transformer, length.steps)
     if saved is not None:
         loading.load(engine, saved.folder)
+        engine.baseline = state.baseline
     train_pairs, valid_pairs, scored = with_reference(engine, train_pairs, valid_pairs, resumed=saved is not None)
     with raise_on_all_ranks():
         disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
@@ -189,7 +190,8 @@ class Run:
             batch, flops = self._next_batch()
         metrics = self.engine.train_step(batch)
         consumed = self.state.consumed_pairs + batch.counts.pairs
-        self.state = replace(self.state, step=self.state.step + 1, consumed_pairs=consumed)
+        step, baseline = self.state.step + 1, self.engine.baseline
+        self.state = replace(self.state, step=step, consumed_pairs=consumed, baseline=baseline)
         metrics |= self.speed.measure(time.perf_counter() - started, batch.tokens, flops)
         metrics |= self.engine.seconds.take()
         metrics["epoch"] = consumed / len(self.train_pairs)
