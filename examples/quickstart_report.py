@@ -80,13 +80,8 @@ class Checkpoint:
         return [(prompt, response[: self.max_length - len(prompt)]) for response in found]
 
     @torch.no_grad()
-    def logprobs(self, sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs of all tokens at the positions of some (prompt, response).
-
-        Returns:
-            Log-probs [sequences, length, vocabulary], fp32; the token that follows each position, int64
-            [sequences, length]; and which positions predict a token of a response, bool [sequences, length].
-        """
+    def average_logprobs(self, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+        """Mean log-prob of the response tokens of each (prompt, response), [len(sequences)]."""
         width = max(len(prompt) + len(response) for prompt, response in sequences)
         ids = torch.full((len(sequences), width), self.tokenizer.eos_token_id)
         scored = torch.zeros(ids.shape, dtype=torch.bool)
@@ -94,12 +89,9 @@ class Checkpoint:
             end = len(prompt) + len(response)
             ids[i, :end] = torch.tensor(prompt + response)
             scored[i, len(prompt) : end] = True
-        return self.model(input_ids=ids).logits[:, :-1].log_softmax(-1), ids[:, 1:], scored[:, 1:]
-
-    def average_logprobs(self, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
-        """Mean log-prob of the response tokens of each (prompt, response), [len(sequences)]."""
-        logprobs, targets, scored = self.logprobs(sequences)
-        return (logprobs.gather(-1, targets[..., None]).squeeze(-1) * scored).sum(1) / scored.sum(1)
+        logits = self.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        logprobs = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) * scored[:, 1:]
+        return logprobs.sum(1) / scored.sum(1)
 
     @torch.no_grad()
     def answers(self, rows: list[Row], new_tokens: int, sample: bool = False) -> list[list[int]]:
@@ -112,14 +104,6 @@ class Checkpoint:
         end = self.tokenizer.eos_token_id
         return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
-    def ranking(self, rows: list[Row]) -> Tensor:
-        """Average log-probs of the chosen and the rejected response of each row, [len(rows), 2]."""
-        found = []
-        for start in range(0, len(rows), BATCH):
-            sequences = [response for row in rows[start : start + BATCH] for response in self.responses(row)]
-            found.append(self.average_logprobs(sequences).view(-1, 2))
-        return torch.cat(found)
-
     def measure(self, rows: list[Row], beta: float, new_tokens: int) -> dict[str, float]:
         """The numbers of the table, in its order.
 
@@ -128,7 +112,11 @@ class Checkpoint:
             beta: scale of the rewards.
             new_tokens: at most so many are generated for an answer.
         """
-        chosen, rejected = self.ranking(rows).unbind(1)
+        scores = []
+        for start in range(0, len(rows), BATCH):
+            sequences = [response for row in rows[start : start + BATCH] for response in self.responses(row)]
+            scores.append(self.average_logprobs(sequences).view(-1, 2))
+        chosen, rejected = torch.cat(scores).unbind(1)
         asked = rows[:GREEDY_ROWS]
         answers = self.answers(asked, new_tokens)
         right = [self.is_right(row, answer) for row, answer in zip(asked, answers, strict=True)]

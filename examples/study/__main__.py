@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from examples.quickstart_data import prepare
+from examples.quickstart_data import prepare, write_rows
 from examples.study import cost, report
+from examples.study.measure import read_rows
 from examples.study.plan import QUICK, SEEDS, VARIANTS, Plan, choose
 from examples.study.runs import cores, finished, measure_sft, run_all, sha256, train_sft
 from simpo_megatron.errors import UserError
@@ -31,6 +32,7 @@ from tools.score_reference import main as score_reference
 
 WEIGHTS = (1, 1, 1), (1, 1, 1)  # all phrasings are alike: the length of a response says nothing of its quality
 OUTPUT = Path(__file__).resolve().parents[2] / "runs" / "study"
+RANKED = 200  # training pairs that are ranked by each model
 MARKER = "data.json"  # written when the data are complete; it marks the folder of a study
 
 
@@ -45,7 +47,7 @@ def build_parser() -> Parser:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each objective (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="of each run (default: 60; with --data 45)")
     parser.add_argument("--sft-steps", type=int, default=0, help="of the SFT (default: 200; with --data 140)")
-    parser.add_argument("--lr", type=float, default=0.0, help="of all runs (default: 1e-4; with --data 5e-5)")
+    parser.add_argument("--lr", type=float, default=0.0, help="of all runs (default: 2e-4; with --data 5e-5)")
     return parser
 
 
@@ -65,7 +67,8 @@ def make_data(plan: Plan, data: Path | None, held_out: Path | None) -> None:
     if plan.output.exists() and {path.name for path in plan.output.iterdir()} - begun:
         raise UserError(f"--output {plan.output} holds other files; choose another folder")
     prepare(plan.output, data, 0, held_out, WEIGHTS)
-    for name in ("train", "heldout"):
+    write_rows(plan.data("ranked"), read_rows(plan.data("train"))[:RANKED])
+    for name in ("train", "ranked", "heldout"):
         source, prefix = str(plan.data(name)), str(plan.prefix(name))
         flags = ["--data", source, "--hf-checkpoint", str(plan.model), "--output-prefix", prefix]
         _call(prepare_set, [*flags, "--max-length", str(plan.max_length), "--workers", "1"])

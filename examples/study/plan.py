@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from simpo_megatron.config.arguments import parse
 from simpo_megatron.errors import UserError
-from simpo_megatron.objectives import OBJECTIVES
+from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.program import nearest
 
 QUICK = ("simpo", "dpo", "cpo")  # of --quick, with one seed
@@ -95,12 +96,12 @@ class Plan:
     @property
     def batch(self) -> int:
         """Pairs of a step."""
-        return 32 if self.own_data else 64
+        return 32
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of all runs but SFT."""
-        return self.lr or (5e-5 if self.own_data else 1e-4)
+        return self.lr or (5e-5 if self.own_data else 2e-4)
 
     @property
     def model(self) -> Path:
@@ -113,12 +114,16 @@ class Plan:
         return self.output / "sft"
 
     def data(self, name: str) -> Path:
-        """A file of pairs: sft, train or heldout."""
+        """A file of pairs: sft, train, ranked (some of train) or heldout."""
         return self.output / "data" / f"{name}.jsonl"
 
     def prefix(self, name: str) -> Path:
         """The prepared set of the same pairs."""
         return self.output / "data" / name
+
+    def objective(self, variant: Variant) -> Objective:
+        """The objective of a variant."""
+        return parse(self.run_flags(variant, 1)).objective
 
     def row_flags(self) -> list[str]:
         """The flags of device and batch that training and scoring share."""

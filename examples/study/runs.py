@@ -14,35 +14,34 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
-from examples.quickstart_report import Row
 from examples.study.measure import Measure
 from examples.study.plan import Plan, Variant
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write, read_json
+from simpo_megatron.objectives import SFT
 from simpo_megatron.train import main as train_program
 
 Result = dict[str, Any]
+T = TypeVar("T")
+LOG = "log.txt"
 RESULT = "result.json"
 
 
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def sha256(path: Path) -> str:
@@ -70,13 +69,17 @@ def train(flags: list[str], folder: Path) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    log = folder / "log.txt"
+    log = folder / LOG
     files = ["--save", str(folder / "run"), "--no-save-optim", "--export-hf", str(folder / "model")]
-    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        code = train_program([*flags, *files])
-    if code:
+    if _quietly(lambda: train_program([*flags, *files]), log):
         last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
         raise UserError(f"{last}; the log is {log}")
+
+
+def _quietly(action: Callable[[], T], log: Path) -> T:
+    """Calls something whose output goes to a file."""
+    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        return action()
 
 
 def train_sft(plan: Plan) -> None:
@@ -133,6 +136,8 @@ def run_all(plan: Plan, seeds: range) -> dict[tuple[str, int], Result]:
                 print(f"{number} of {len(missing)}: {name}, seed {seed}; about {left / 60:.0f} min left", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
     return results
 
@@ -143,7 +148,9 @@ def measure_sft(plan: Plan) -> dict[str, float]:
     settings = [sha256(plan.sft / "model.safetensors")]
     found = finished(file, settings)
     if found is None:
-        found = {"settings": settings, "figures": _measure(plan)(plan.sft)}
+        figures = _quietly(lambda: _measure(plan)(plan.sft, SFT()), plan.output / "sft_run" / LOG)
+        figures.pop("reward_accuracy")  # SFT has no reward
+        found = {"settings": settings, "figures": figures}
         atomic_write(file, json.dumps(found))
     return found["figures"]
 
@@ -153,25 +160,29 @@ def _folder(plan: Plan, variant: Variant, seed: int) -> Path:
 
 
 def _start_worker() -> None:
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a pool whose parent is killed waits for ever
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
 
 @cache
 def _measure(plan: Plan) -> Measure:
-    """The SFT model and the rows are read once in each process."""
-    return Measure(plan.sft, read_rows(plan.data("train")), read_rows(plan.data("heldout")), plan.max_length)
+    """The SFT model and the pairs are read once in each process."""
+    return Measure(plan)
 
 
 def _run(plan: Plan, variant: Variant, seed: int, settings: list[str]) -> Result:
     """Trains and measures one run, in a worker."""
     folder = _folder(plan, variant, seed)
     train(plan.run_flags(variant, seed), folder)
-    records = read_rows(folder / "run" / "metrics.jsonl")
-    last = next(record for record in reversed(records) if "eval/loss" in record)
-    figures = _measure(plan)(folder / "model")
-    figures["reward_accuracy"] = last["eval/rewards/accuracies"]
-    figures["length_spearman"] = last["eval/length_spearman"]
+    figures = _quietly(lambda: _measure(plan)(folder / "model", plan.objective(variant)), folder / LOG)
     result = {"settings": settings, "figures": figures}
     atomic_write(folder / RESULT, json.dumps(result))
     return result
