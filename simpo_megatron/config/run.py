@@ -246,8 +246,8 @@ class Config:
         size, least = self.train.global_batch_size, self.objective.least_pairs
         require(
             size >= least,
-            f"--global-batch-size {size} is too small for --objective {self.objective.name}: its baseline is a mean over "
-            f"the pairs of a step; give at least {least}",
+            f"--global-batch-size {size} is too small for --objective {self.objective.name}: its baseline is a mean "
+            f"over the pairs of a step; give at least {least}",
         )
         given = self.stop.given
         require(

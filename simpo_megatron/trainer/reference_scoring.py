@@ -8,12 +8,6 @@ Every rank calls these functions. `reference.py` decides when.
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
-from typing import Any
-
 import numpy as np
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
@@ -27,6 +21,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import build_model
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.time_left import with_time_left
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.scoring import evaluation_order, score_batch
 from simpo_megatron.trainer.setup import prepare_models
@@ -107,7 +102,7 @@ def score_missing(
     batches = [*batches, *(rest[start : start + size] for start in range(0, len(rest), size))]
     batches = [indices for indices in batches if np.isnan(sums[indices]).any()]
     interval = -(-len(batches) // _WRITES)
-    for number, indices in enumerate(_with_time_left(batches, title), start=1):
+    for number, indices in enumerate(with_time_left(batches, title, shown=dist.get_rank() == 0), start=1):
         found, _ = score_batch(engine, pairs, indices)
         new = np.isnan(sums[indices]).any(axis=1)
         sums[indices[new]] = found[new]
@@ -117,19 +112,3 @@ def score_missing(
                 raise UserError(f"the reference log-prob of pair {pair} is not finite; the reference model is broken")
             if file is not None and (number % interval == 0 or number == len(batches)):
                 file.write()
-
-
-def _with_time_left(batches: Sequence[Any], title: str) -> Iterator[Any]:
-    """The same batches. Rank 0 shows the time that is left: in a bar on a terminal, else in a line for every tenth."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console, first, started = Console(stderr=True), dist.get_rank() == 0, time.monotonic()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tenth = -(-len(batches) // 10)
-    with Progress(*columns, console=console, transient=True, disable=not (first and console.is_terminal)) as bar:
-        for number, batch in enumerate(bar.track(batches, description=title), start=1):
-            yield batch
-            if first and not console.is_terminal and number % tenth == 0:
-                left = timedelta(seconds=round((time.monotonic() - started) / number * (len(batches) - number)))
-                print(f"{title}: {number} of {len(batches)} batches, {left} left", file=sys.stderr, flush=True)
