@@ -14,11 +14,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from simpo_megatron.diagnose import figures, load_model, score
 
 from examples.quickstart_report import Checkpoint, Row
 from examples.study.plan import Plan
 from simpo_megatron.data.prepared_set import PreparedPairs
+from simpo_megatron.diagnose import figures, load_model, score
 from simpo_megatron.objectives import Objective
 
 SAMPLES = 2  # answers drawn for each held-out prompt

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Callable
 from html import escape
+from operator import itemgetter
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +27,8 @@ from tools.machine import processor
 
 matplotlib.use("Agg")  # draws to files; needs no screen
 from matplotlib import pyplot
+
+pyplot.rcParams["svg.fonttype"] = "none"  # text stays text
 
 T = TypeVar("T")
 Figures = dict[str, dict[str, list[float]]]  # by variant and figure, one value a seed
@@ -65,7 +68,7 @@ COLUMNS = (
     Column("reward accuracy, held-out (%)", "reward_accuracy", _percent),
     Column("KL from SFT (nats a token)", "kl", _short),
     Column("log-prob of chosen (nats a token)", "chosen_logp", _short),
-    Column("length (tokens)", "length", lambda value: f"{value:.2f}"),
+    Column("length (% of SFT's)", "relative_length", lambda value: f"{100 * value:.0f}"),
     Column("right answers, greedy (%)", "correct", _percent),
     Column("right answers, drawn (%)", "sampled_correct", _percent),
 )
@@ -78,10 +81,17 @@ def load() -> float:
 
 
 def gather(sft: dict[str, float], results: dict[tuple[str, int], dict[str, Any]]) -> Figures:
-    """The figures of each variant, in the order of the seeds; SFT has one value of each."""
-    found: Figures = {SFT: {name: [value] for name, value in sft.items()}}
-    for (name, _), result in sorted(results.items(), key=lambda item: item[0][1]):
-        for figure, value in result["figures"].items():
+    """The figures of each variant, in the order of the seeds; SFT has one value of each.
+
+    `relative_length` is the length of drawn answers by that of the SFT model.
+    """
+    found: Figures = {}
+    of_one = [
+        (SFT, sft),
+        *((name, results[name, seed]["figures"]) for name, seed in sorted(results, key=itemgetter(1))),
+    ]
+    for name, figures in of_one:
+        for figure, value in {**figures, "relative_length": figures["length"] / sft["length"]}.items():
             found.setdefault(name, {}).setdefault(figure, []).append(value)
     return found
 
@@ -114,7 +124,7 @@ def table(plan: Plan, figures: Figures, costs: dict[str, dict[str, float]]) -> l
     return lines
 
 
-def notes(plan: Plan, costs: dict[str, dict[str, float]], load_before: float) -> list[str]:
+def notes(plan: Plan, sft: dict[str, float], costs: dict[str, dict[str, float]], load_before: float) -> list[str]:
     """What the table was made with."""
     flags = " ".join(plan.run_flags(plan.variants[0], 1)[2:])
     return [
@@ -122,7 +132,8 @@ def notes(plan: Plan, costs: dict[str, dict[str, float]], load_before: float) ->
         "model and the pairs are the same for all.",
         f"Each run: {flags.replace(str(plan.output), 'OUTPUT')}",
         "ranking: the chosen response has the higher average log-prob. KL: exact, over the vocabulary, at the response "
-        "positions of the held-out chosen responses. length: of answers drawn at temperature 1.",
+        "positions of the held-out chosen responses. length: of answers drawn at temperature 1; the SFT model's have "
+        f"{sft['length']:.1f} tokens.",
         f"Cost: 100 % is DPO with a reference model in memory: {costs[RESIDENT]['seconds']:.2f} s and "
         f"{costs[RESIDENT]['mib']:.0f} MiB for a model of 10 M parameters. Log-probs that are computed once cost one "
         "forward pass over the pairs, before the first step.",
@@ -158,7 +169,7 @@ def write(
         UserError: a file cannot be written.
     """
     figures = gather(sft, results)
-    lines, remarks = table(plan, figures, costs), notes(plan, costs, load_before)
+    lines, remarks = table(plan, figures, costs), notes(plan, sft, costs, load_before)
     text = markdown(lines)
     print(text)
     write_report("--output", plan.output / "table.md", text + "".join(f"\n* {remark}" for remark in remarks) + "\n")
@@ -184,7 +195,7 @@ def plots(plan: Plan, figures: Figures, costs: dict[str, dict[str, float]]) -> l
     names = [variant.name for variant in plan.variants]
     drawn = [
         _ranking(names, figures),
-        _against_kl(names, figures, "length", "tokens of a drawn answer"),
+        _against_kl(names, figures, "relative_length", "length of a drawn answer by that of SFT"),
         _cost([*names, RESIDENT], costs),
     ]
     if "correct" in figures[SFT]:
