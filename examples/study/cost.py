@@ -1,6 +1,6 @@
 """Time and memory of a training step of each variant, beside DPO with a reference model in memory.
 
-    python -m examples.study.cost OUTPUT        # the folder of a study; writes OUTPUT/cost.json
+    python -m examples.study.cost OUTPUT simpo dpo      # the folder of a study; prints the cost as JSON
 
 The model is a larger one with random weights, so that a second copy shows in the memory. Each variant has processes of
 its own, with one thread. The time of a step is CPU time, which other programs on the machine hardly change, and the
@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from examples.study.plan import VARIANTS, Plan, Variant
 from examples.study.runs import finished
 from simpo_megatron.config.arguments import parse
+from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.trainer.data import load_data
@@ -46,14 +47,20 @@ def measure(plan: Plan) -> dict[str, dict[str, float]]:
     """The cost of every variant of a plan, by its name, and that of `RESIDENT`: `seconds` of a step and `mib`.
 
     It is measured in a fresh process: this one has started threads, which do not survive a fork.
+
+    Raises:
+        UserError: the process fails.
     """
-    settings = [str(SHAPE), *(variant.name for variant in plan.variants)]
-    file = plan.output / "cost.json"
+    names = [variant.name for variant in plan.variants]
+    settings = [str(SHAPE), *names]
+    file, log = plan.output / "cost.json", plan.output / "cost.log"
     found = finished(file, settings)
     if found is None:
-        command = [sys.executable, "-m", "examples.study.cost", str(plan.output)]
-        names = [variant.name for variant in plan.variants]
-        done = subprocess.run([*command, *names], check=True, capture_output=True, text=True)
+        command = [sys.executable, "-m", "examples.study.cost", str(plan.output), *names]
+        with log.open("w", encoding="utf-8") as lines:
+            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=lines, text=True)
+        if done.returncode:
+            raise UserError(f"the cost of a step could not be measured; the log is {log}")
         found = {"settings": settings, "cost": json.loads(done.stdout)}
         atomic_write(file, json.dumps(found))
     return found["cost"]

@@ -3,7 +3,7 @@
     measure = Measure(plan)
     figures = measure(folder, objective)
 
-Rankings, rewards and KL are those of the [diagnosis](../../simpo_megatron/diagnose/README.md).
+Rankings, rewards and KL are those of `simpo_megatron.diagnose`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from simpo_megatron.program import nearest
 
 QUICK = ("simpo", "dpo", "cpo")  # of --quick, with one seed
 SEEDS = 3
+BATCH = 32  # pairs of a step
 SEQ_LENGTH = 2048  # tokens of a packed row
 
 
@@ -94,14 +95,9 @@ class Plan:
         return 192 if self.own_data else 64
 
     @property
-    def batch(self) -> int:
-        """Pairs of a step."""
-        return 32
-
-    @property
     def learning_rate(self) -> float:
         """The learning rate of all runs but SFT."""
-        return self.lr or (5e-5 if self.own_data else 2e-4)
+        return self.lr or (5e-5 if self.own_data else 1e-4)
 
     @property
     def model(self) -> Path:
@@ -125,17 +121,17 @@ class Plan:
         """The objective of a variant."""
         return parse(self.run_flags(variant, 1)).objective
 
-    def row_flags(self) -> list[str]:
+    def row_flags(self, batch: int = BATCH) -> list[str]:
         """The flags of device and batch that training and scoring share."""
-        device = ["--device", "cpu", "--fp32"]
-        return [*device, "--seq-length", str(SEQ_LENGTH), "--global-batch-size", str(self.batch)]
+        return ["--device", "cpu", "--fp32", "--seq-length", str(SEQ_LENGTH), "--global-batch-size", str(batch)]
 
     def sft_flags(self) -> list[str]:
-        """The flags of the SFT: those of the quick start."""
-        steps = str(self.sft_steps or (140 if self.own_data else 200))
+        """The flags of the SFT."""
+        steps = str(self.sft_steps or (140 if self.own_data else 400))
         return [
             *("--objective", "sft", "--hf-checkpoint", str(self.model), "--train-data", str(self.data("sft"))),
-            *("--valid-data", str(self.data("heldout")), "--max-length", str(self.max_length), *self.row_flags()),
+            *("--valid-data", str(self.data("heldout")), "--max-length", str(self.max_length)),
+            *self.row_flags(BATCH if self.own_data else 2 * BATCH),
             *("--train-iters", steps, "--lr", "2e-3", "--log-interval", "20"),
         ]
 
