@@ -47,7 +47,7 @@ def build_parser() -> Parser:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each objective (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="of each run (default: 60; with --data 45)")
     parser.add_argument("--sft-steps", type=int, default=0, help="of the SFT (default: 400; with --data 140)")
-    parser.add_argument("--lr", type=float, default=0.0, help="of all runs (default: 1e-4; with --data 5e-5)")
+    parser.add_argument("--lr", type=float, default=0.0, help="of all runs (default: 2e-4; with --data 5e-5)")
     return parser
 
 

@@ -97,7 +97,7 @@ class Plan:
     @property
     def learning_rate(self) -> float:
         """The learning rate of all runs but SFT."""
-        return self.lr or (5e-5 if self.own_data else 1e-4)
+        return self.lr or (5e-5 if self.own_data else 2e-4)
 
     @property
     def model(self) -> Path:

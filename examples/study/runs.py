@@ -123,22 +123,22 @@ def run_all(plan: Plan, seeds: range) -> dict[tuple[str, int], Result]:
     started = time.perf_counter()
     workers = max(1, min(cores(), len(missing)))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    with pool:
+    try:
         futures = {
             pool.submit(_run, plan, variant, seed, settings): (variant.name, seed)
             for variant, seed, settings in missing
         }
-        try:
-            for number, future in enumerate(as_completed(futures), start=1):
-                name, seed = futures[future]
-                results[name, seed] = future.result()
-                left = (time.perf_counter() - started) / number * (len(missing) - number)
-                print(f"{number} of {len(missing)}: {name}, seed {seed}; about {left / 60:.0f} min left", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+        for number, future in enumerate(as_completed(futures), start=1):
+            name, seed = futures[future]
+            results[name, seed] = future.result()
+            left = (time.perf_counter() - started) / number * (len(missing) - number)
+            print(f"{number} of {len(missing)}: {name}, seed {seed}; about {left / 60:.0f} min left", flush=True)
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     return results
 
 
