@@ -5,8 +5,8 @@ r"""Answers prompts with a model: several responses to each, as JSON Lines, or t
         --output model_outputs.json
 
 A row of the prompts has `prompt`, a text or messages, and `id` where it has one. Prompts become token ids as in
-training. A run that was stopped goes on with the same command; --shard 1/4 answers a quarter of the prompts, so that several
-processes share the work: `cat` joins their files. tools/score_responses.py is next.
+training. A run that was stopped goes on with the same command. --shard 1/4 answers a quarter of the prompts, so that
+several processes share the work; `cat` joins their files. tools/score_responses.py is next.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
+from simpo_megatron.trainer.model_card import model_card
 from simpo_megatron.trainer.opening import describe_run, describe_start
 from simpo_megatron.trainer.profiling import Profiling, check_profiling
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
@@ -260,9 +261,10 @@ class Run:
         folder = self.config.model.export_hf
         if folder is not None:
             self.engine.sync_parameters()
-            record = export_record(self.config, self.state)
+            card = model_card(self.config, self.train_pairs.fingerprint, self.evaluations)
+            files = {**export_record(self.config, self.state), "README.md": card}
             first = dist.get_rank() == 0
-            export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
+            export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=files)
             self.logger.message(f"exported to {folder}")
         self.logger.summary(self.evaluations)
         used = memory()
