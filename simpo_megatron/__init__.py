@@ -33,6 +33,7 @@ trainer/        processes, engine, checkpoints, logging, and the training loop
 planning/       memory and pipeline bubble of a layout before it runs
 verify/         a layout compared with Hugging Face: log-probs, loss, every gradient
 self_test/      everything above with tiny models, in one table: what works on this machine
+on_policy/      responses of the model, their scores, pairs of them, in rounds; the files of benchmarks
 
 Used by all:
 

@@ -89,7 +89,8 @@ class Benchmark:
         name: value of `--for`.
         turns: of every question.
         defaults: of the sampling settings.
-        question: reads a row of its questions; raises KeyError, TypeError or IndexError where it is of another form.
+        question: reads a row of its questions; raises KeyError, TypeError, IndexError or ValueError where it is of
+            another form.
         text: the content of its file, from the questions, the rows of responses and the model's name.
         command: what to run next, with {file} and {name}.
         named_by_file: the benchmark takes the model's name from the name of the file.
@@ -113,7 +114,7 @@ class Benchmark:
         for where, row in _rows(path):
             try:
                 questions.append(self.question(row, where))
-            except (KeyError, TypeError, IndexError) as error:
+            except (KeyError, TypeError, IndexError, ValueError) as error:
                 raise UserError(
                     f"--questions {where}: not a question of {self.name} ({error}); give the benchmark's own file"
                 ) from None

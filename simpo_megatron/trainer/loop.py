@@ -261,9 +261,9 @@ class Run:
         folder = self.config.model.export_hf
         if folder is not None:
             self.engine.sync_parameters()
-            card = model_card(self.config, self.train_pairs.fingerprint, self.evaluations)
-            files = {**export_record(self.config, self.state), "README.md": card}
-            first = dist.get_rank() == 0
+            files, first = export_record(self.config, self.state), dist.get_rank() == 0
+            if first:
+                files["README.md"] = model_card(self.config, self.train_pairs.fingerprint, self.evaluations)
             export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=files)
             self.logger.message(f"exported to {folder}")
         self.logger.summary(self.evaluations)

@@ -42,7 +42,7 @@ def model_card(config: Config, data_fingerprint: int, evaluations: Mapping[int, 
     if evaluations:
         first, last = min(evaluations), max(evaluations)
         names = [name for name in _SHOWN if name in evaluations[last]]
-        lines += ["", "## Held-out pairs", "", f"| | before | after step {last} |", "|---|---|---|"]
+        lines += ["", "## Held-out pairs", "", f"| | step {first} | step {last} |", "|---|---|---|"]
         lines += [
             f"| {name} | {evaluations[first].get(name, float('nan')):.4f} | {evaluations[last][name]:.4f} |"
             for name in names

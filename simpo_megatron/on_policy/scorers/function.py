@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from simpo_megatron.data.schema import is_number, shown
+from simpo_megatron.data.schema import is_number
 from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.scorers.base import Answered
 from simpo_megatron.on_policy.scorers.settings import FunctionSettings
@@ -47,10 +47,18 @@ class FunctionScorer:
             raise UserError(
                 f"{row.where}: --scorer {self._name} returned {len(scores)} scores for {len(row.responses)} responses"
             )
-        wrong = [score for score in scores if not is_number(score) and not is_number(getattr(score, "item", int)())]
-        if wrong:
-            raise UserError(f"{row.where}: --scorer {self._name} returned {shown(wrong[0])}, which is no finite number")
+        for score in scores:
+            if not _is_finite(score):
+                raise UserError(f"{row.where}: --scorer {self._name} returned {score!r}, which is no finite number")
         return [float(score) for score in scores]
+
+
+def _is_finite(score: Any) -> bool:
+    """Whether it is a number, a boolean or a tensor of one number, and finite."""
+    try:
+        return is_number(float(score))
+    except (TypeError, ValueError):
+        return False
 
 
 def find_function(name: str) -> Callable[..., Any]:

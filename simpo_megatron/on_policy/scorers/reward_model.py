@@ -24,7 +24,7 @@ class RewardModel:
     def __init__(self, settings: RewardModelSettings) -> None:
         folder = required(settings.reward_model, "--reward-model is missing; give the folder of a reward model")
         device, dtype = device_and_dtype(settings.device, settings.dtype)
-        self._tokenizer: Any = load_tokenizer(folder)
+        self._tokenizer: Any = load_tokenizer(folder, "--reward-model")
         self._settings, self._folder = settings, folder
         self._model = load_model(
             transformers.AutoModelForSequenceClassification, folder, dtype, device, settings.trust_remote_code
