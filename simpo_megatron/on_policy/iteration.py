@@ -28,6 +28,7 @@ from simpo_megatron.files import atomic_write, read_json
 from simpo_megatron.on_policy.lengths import LengthReport
 from simpo_megatron.on_policy.loop_config import LoopConfig, command_line
 from simpo_megatron.on_policy.prompts import Prompt, read_prompts
+from simpo_megatron.settings import expand
 from simpo_megatron.trainer.lock import locked
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -66,7 +67,7 @@ class Loop:
         """
         config = self._config
         with locked("folder", self._folder, self._folder / ".lock"):
-            exclude = [config.evaluate["prompts"]] if config.evaluate else []
+            exclude = [expand(str(config.evaluate["prompts"]))] if config.evaluate else []
             prompts, report = read_prompts(config.prompts, exclude)
             print(report.summary(config.prompts), flush=True)
             model, rows = Path(config.hf_checkpoint), []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -24,6 +27,8 @@ from tests.support.openai_server import serving
 from tests.support.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
 from tools import generate_responses
 
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TOKENS = 6
 SAMPLING = {"num_responses": 3, "max_new_tokens": TOKENS, "temperature": 1.0}
 
@@ -272,3 +277,43 @@ def test_wrong_prompts_are_named(tmp_path: Path, model: Path, capsys: pytest.Cap
     flags = {"prompts": source, "hf_checkpoint": model, "output": tmp_path / "r.jsonl", "exclude_prompts": [source]}
     assert run(**flags) == 2
     assert "no prompt is left to answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["generate", "score"])
+def test_kill_at_any_block(
+    stage: str, model: Path, prompts: Path, whole: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """A process that kills itself (signal 9) after its second block, until the work is done."""
+    responses = write_rows(tmp_path / "in.jsonl", list(whole.values()))
+    output = tmp_path / "out.jsonl"
+    program = {
+        "generate": ["tools/generate_responses.py", "--prompts", prompts, "--hf-checkpoint", model, "--batch-size", 3]
+        + [word for name, value in SAMPLING.items() for word in ("--" + name.replace("_", "-"), value)],
+        "score": ["tools/score_responses.py", "--responses", responses, "--scorer", "tests.on_policy.rewards:short"],
+    }[stage]
+    argv = [*map(str, program), "--output", str(output)]
+    code = (
+        "import os, runpy, signal, sys\n"
+        "from simpo_megatron.on_policy import journal\n"
+        "from simpo_megatron.on_policy.scorers.function import FunctionScorer\n"
+        "FunctionScorer.block = 1\n"
+        "append, calls = journal.Journal.append, []\n"
+        "def appending(self, rows):\n"
+        "    calls.append(0)\n"
+        "    if len(calls) == 3:\n"
+        "        with self.path.open('ab') as file:\n"
+        '            file.write(b\'{"id": "p\')\n'
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    append(self, rows)\n"
+        "journal.Journal.append = appending\n"
+        f"sys.argv = {argv!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    codes = []
+    while 0 not in codes and len(codes) < 6:
+        codes.append(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=False).returncode)
+    assert codes == [-signal.SIGKILL] * 3 + [0]
+    found = rows_of(output)
+    assert output.read_bytes().count(b"\n") == len(found) == 7, "no prompt twice"
+    if stage == "generate":
+        assert found == whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         name = Path(command[1]).name
         if name in TOOLS:
             return TOOLS[name](command[2:])
-        flags = dict(zip(command[:-1], command[1:], strict=True))
+        flags = dict(itertools.pairwise(command))
         shutil.copytree(flags["--hf-checkpoint"], flags["--export-hf"])
         Path(flags["--save"]).mkdir()
         (Path(flags["--save"]) / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
