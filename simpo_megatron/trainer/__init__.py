@@ -3,6 +3,7 @@
 loop.py            `Run`: data in, steps, evaluations, checkpoints, export
 signals.py         stops a run before its end: signals, minutes, steps
 record.py          `SAVE/run.yaml`: settings, versions, command
+model_card.py      README.md of an export
 timing.py          tokens, TFLOP/s, seconds and memory of a step
 profiling.py       traces, memory snapshots, garbage collection
 alarms.py          signs that a run goes wrong

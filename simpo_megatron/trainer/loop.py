@@ -33,6 +33,7 @@ from simpo_megatron.trainer.ended import describe_end, is_anything_left
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
 from simpo_megatron.trainer.folders import check_folders, export_record
+from simpo_megatron.trainer.model_card import model_card
 from simpo_megatron.trainer.opening import describe_run, describe_start
 from simpo_megatron.trainer.profiling import Profiling, check_profiling, check_window
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
@@ -263,9 +264,10 @@ class Run:
         folder = self.config.model.export_hf
         if folder is not None:
             self.engine.sync_parameters()
-            record = export_record(self.config, self.state)
-            first = dist.get_rank() == 0
-            export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
+            files, first = export_record(self.config, self.state), dist.get_rank() == 0
+            if first:
+                files["README.md"] = model_card(self.config, self.train_pairs.fingerprint, self.evaluations)
+            export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=files)
             self.logger.message(f"exported to {folder}")
         self.logger.summary(self.evaluations)
         used = memory()
