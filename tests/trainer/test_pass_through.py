@@ -35,7 +35,7 @@ def config_of(*more: str) -> Config:
     [
         ("transformer_config", "moe_router_fusion=true", True),
         ("transformer_config", "moe-router-dtype=fp64", "fp64"),
-        ("transformer_config", "moe_deepep_num_sms=20", 20),
+        ("ddp_config", "bucket_size=20", 20),
         ("ddp_config", "bucket_size=none", None),
     ],
 )
@@ -90,10 +90,6 @@ def test_a_value_may_be_a_member_or_a_list_of_numbers() -> None:
             "(--decoder-first-pipeline-num-layers); drop",
         ),
         (["--ddp-config", "bucket_size=-5"], "--ddp-config bucket_size=-5 must be greater than 0"),
-        (
-            ["--optimizer-config", "optimizer_offload_fraction=-0.5"],
-            "optimizer_offload_fraction=-0.5 must be at least 0",
-        ),
         (["--ddp-config", "bucket_size=5"], "bucket_size needs --overlap-grad-reduce; drop it, or add that"),
         (["--transformer-config", "batch_p2p_sync=false"], "needs --pipeline-model-parallel-size of at least 2; drop"),
         (
