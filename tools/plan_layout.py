@@ -200,7 +200,7 @@ def remarks(hf: HFCheckpoint, method: Method, pairs: int, offloaded: float = 0.0
     if method.layouts:
         gpus, sharded = _spread(method.layouts[0])
         if host := method.layouts[0].memory.host * min(gpus, 8):
-            lines.append(f"the optimizer state in host memory takes {human(host)} on a node in the best layout")
+            lines.append(f"the optimizer takes up to {human(host)} of host memory on a node in the best layout")
         default, full = (
             save_host_bytes(size, gpus, sharded, fully_reshardable=form, offloaded=offloaded) for form in (False, True)
         )

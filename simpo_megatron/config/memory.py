@@ -1,6 +1,6 @@
 """The settings that make a model fit into less memory: dtypes of the optimizer, host memory, and FP8.
 
-The names are Megatron-LM's. `trainer/optimizer.py` and `models/low_precision.py` act on them. Which activations are
+The names are Megatron-LM's. `trainer/optimizer.py` and `trainer/low_precision.py` act on them. Which activations are
 computed again is a setting of the layout (`parallel/config.py`).
 """
 

@@ -8,7 +8,6 @@ rope.py           rotary frequencies as the config asks for them
 megatron_args.py  an architecture under Megatron-LM's argument names, and back. No torch, no Megatron
 hf_checkpoint.py  a checkpoint directory: its config, and names, shapes and files of its tensors. No torch, no Megatron
 fusions.py        which fused kernels and which attention a model runs with
-low_precision.py  FP8 in the layers: what the model and the machine must have
 spec.py           the layers: Transformer Engine's, or Megatron's on plain torch with RMSNorm and packed attention
 attention.py      attention over packed rows on plain torch, also under context parallelism
 shared_prompts.py what attention and rotary embedding need for rows in which a pair's prompt stands once

@@ -72,7 +72,7 @@ class Memory:
         head: logits, hidden states and gradients of the head.
         reference: weights of the reference model.
         update: what the optimizer step needs beyond the memory that activations and head leave to it.
-        host: optimizer state in host memory, which is no part of the total.
+        host: host memory of the optimizer: its state, or its copies while it is built. It is no part of the total.
     """
 
     weights: int

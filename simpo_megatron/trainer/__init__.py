@@ -12,6 +12,7 @@ opening.py         the first lines of a run
 resume.py          what a run starts from, and which settings may differ on resume
 ended.py           what is left to do of a run that is started again after its last step
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
+low_precision.py   FP8 in the layers: what the model and the machine must have
 optimizer.py       Megatron's optimizer: Adam's constants, dtypes and places of its state
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
 pass_through.py    fields of Megatron's configurations from text

@@ -22,12 +22,12 @@ from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.fusions import Kernels
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.load import load_hf_weights
-from simpo_megatron.models.low_precision import fp8_fields
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.limits import check_shared_prompts, layout_arguments
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.loading import load_weights
+from simpo_megatron.trainer.low_precision import fp8_fields
 from simpo_megatron.trainer.pass_through import CLASSES, check_use, fields_of, refusals
 from simpo_megatron.trainer.resume import step_to_resume, weights_folder
 

@@ -235,7 +235,8 @@ def test_resuming_with_the_same_and_with_other_settings(
     if first:
         assert run(pool, inputs, first, tmp_path / "same", *form, *load) == whole[2:]
     other = run(pool, inputs, second, tmp_path / "other", *form, *load)
-    assert np.array(other) == pytest.approx(np.array(whole[2:]), rel=3e-2)
+    (losses, norms), (wanted, wanted_norms) = (zip(*rows, strict=True) for rows in (other, whole[2:]))
+    assert losses == pytest.approx(wanted, rel=1e-2) and norms == pytest.approx(wanted_norms, rel=5e-2)
 
 
 @pytest.mark.parametrize(

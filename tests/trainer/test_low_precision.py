@@ -11,10 +11,10 @@ import torch
 
 from simpo_megatron.config.arguments import parse
 from simpo_megatron.errors import UserError
-from simpo_megatron.models import low_precision
 from simpo_megatron.models.hf_checkpoint import read_hf_config
-from simpo_megatron.models.low_precision import fp8_fields
 from simpo_megatron.parallel.limits import layout_arguments
+from simpo_megatron.trainer import low_precision
+from simpo_megatron.trainer.low_precision import fp8_fields
 from tests.support.distributed import WorkerPool
 from tests.support.runs import flags
 from tests.support.steps import CASES, build_engine, command_line
