@@ -93,21 +93,18 @@ def test_report_equals_one_sequence_at_a_time(output: Path) -> None:
     assert [len(prompt) for prompt, _ in checkpoint.responses(long)] == [32, 32]
 
 
-def test_report_prints_a_table_and_draws(
-    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_prints_a_table_and_draws(output: Path, tmp_path: Path) -> None:
     metrics = [
         {"step": step, f"{prefix}{name}": 0.5}
         for step in (1, 2)
         for prefix in ("", "eval/")
         for name in ("loss", "rewards/margins", "rewards/accuracies")
     ]
-    argv = ["quickstart_report.py", "--before", output / "model", "--after", output / "model"]
-    argv += ["--held-out", write_rows(tmp_path / "heldout.jsonl", read(output / "data" / "heldout.jsonl")[:40])]
-    argv += ["--metrics", write_rows(tmp_path / "metrics.jsonl", metrics), "--plot", tmp_path / "curves.png"]
-    monkeypatch.setattr(sys, "argv", [str(part) for part in argv])
-    assert report.main() == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "ranking accuracy" in line)
+    command = [sys.executable, str(EXAMPLES / "quickstart_report.py"), "--before", output / "model"]
+    command += ["--after", output / "model", "--held-out", output / "data" / "heldout.jsonl"]
+    command += ["--metrics", write_rows(tmp_path / "metrics.jsonl", metrics), "--plot", tmp_path / "curves.png"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if "ranking accuracy" in line)
     before, after = line.split("│")[2:4]
     assert float(before) == float(after)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

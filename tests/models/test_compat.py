@@ -79,6 +79,7 @@ def test_connections_are_not_warned_of_on_every_rank() -> None:
     "package, error, name",
     [
         ("transformer_engine", "RuntimeError('Found empty meta package')", "Transformer Engine"),
+        ("transformer_engine", "FileNotFoundError('libtransformer_engine.so')", "Transformer Engine"),
         ("transformer_engine", "AssertionError()", "Transformer Engine"),
         ("apex", "RuntimeError('compiled for another CUDA')", "Apex"),
     ],
