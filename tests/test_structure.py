@@ -30,7 +30,7 @@ FLOORS = (
     ("parallel", "objectives"),
     ("data", "head"),
     ("config", "models"),
-    ("batch", "metrics"),
+    ("batch", "metrics", "diagnose"),
     ("checkpoint", "step", "planning"),
     ("trainer",),
     ("verify", "dry_run", "megatron_lm"),
@@ -48,6 +48,7 @@ WITHOUT = {
     "checkpoint.to_hf": ("megatron",),
     "checkpoint.verify": ("megatron",),
     "planning.layouts": ("torch", "megatron"),
+    "diagnose": ("megatron",),
 }
 MOST_LINES = 320
 LONGER: dict[str, int] = {}  # files with a limit of their own

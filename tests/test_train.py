@@ -143,7 +143,9 @@ def test_a_run_under_torchrun(inputs: Inputs) -> None:
         assert row.keys() == {"step", *names, "grad_norm", "learning_rate", "epoch"}
     assert {"tokens_per_second", "tflops_per_gpu", "memory_gib", "seconds/data"} <= first.keys()
     for row in (before, after):
-        assert row.keys() == {"step", "eval/length_spearman", *(f"eval/{name}" for name in names)}
+        whole = {name for name in row if name.startswith("eval/margin_by_length_difference/")}
+        assert 2 <= len(whole) <= 5
+        assert row.keys() == {"step", "eval/length_spearman", *whole, *(f"eval/{name}" for name in names)}
     assert after["eval/loss"] < before["eval/loss"]
 
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"

@@ -243,11 +243,10 @@ class Config:
             f"--reference-checkpoint has no effect with --objective {self.objective.name}, which compares with no "
             "reference model; drop it",
         )
-        size, least = self.train.global_batch_size, self.objective.least_pairs
         require(
-            size >= least,
-            f"--global-batch-size {size} is too small for --objective {self.objective.name}: its baseline is a mean "
-            f"over the pairs of a step; give at least {least}",
+            self.train.global_batch_size > 1 or not self.objective.needs_baseline,
+            f"--global-batch-size {self.train.global_batch_size} is too small for --objective {self.objective.name}: "
+            "its baseline is a mean over the pairs of a step; give at least 2",
         )
         given = self.stop.given
         require(

@@ -2,6 +2,7 @@
 
 scoring.py   log-probs of the responses under both models, and the exact KL of their distributions
 figures.py   the numbers: rankings, length correlations, KL
+lengths.py   how likelihood and reward depend on length; evaluations use it too
 page.py      the same as an HTML page with plots
 plots.py     the plots, as SVG
 

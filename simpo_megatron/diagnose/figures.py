@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from simpo_megatron.diagnose.lengths import by_length_difference, spearman
 from simpo_megatron.diagnose.scoring import Scored
-from simpo_megatron.lengths import by_length_difference, spearman
 from simpo_megatron.objectives import Objective, PairScores
 
 RESPONSES = ("chosen", "rejected")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
-from simpo_megatron.time_left import with_time_left
+from simpo_megatron.program import with_time_left
 
 BATCH_TOKENS, BLOCK_BYTES = 8192, 64 * 2**20
 _COPIES = 6  # arrays [N, V] that a block holds at a time: logits, log-probs and products of both models

@@ -53,7 +53,7 @@ class Objective(Group):
         drops: pairs of settings of which one replaces the other. A flag that is a key here drops the value that the
             YAML file or the preset gives to the other setting.
         needs_reference: the loss compares with log-probs of a reference model.
-        least_pairs: how many pairs a step must have.
+        needs_baseline: the loss compares with a statistic of the pairs of the previous step (`next_baseline`).
         own_nll_weight: the weight of the NLL term where --nll-weight is not given.
         own_nll_normalizer: its divisor where --nll-normalizer is not given.
         nll_weight: of --nll-weight, or None. `nll_factor` has the value in force.
@@ -65,7 +65,7 @@ class Objective(Group):
     metrics: ClassVar[tuple[Metric, ...]] = PAIR_METRICS
     drops: ClassVar[Mapping[str, str]] = {}
     needs_reference: ClassVar[bool] = False
-    least_pairs: ClassVar[int] = 1
+    needs_baseline: ClassVar[bool] = False
     own_nll_weight: ClassVar[float] = 0.0
     own_nll_normalizer: ClassVar[Normalizer] = "token"
     nll_weight: float | None = setting(

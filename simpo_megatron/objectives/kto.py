@@ -48,7 +48,7 @@ class KTO(Objective):
         Metric(_LOG_RATIO, lambda found: found.scores.log_ratios_PM.mean(1)),
     )
     needs_reference: ClassVar[bool] = True
-    least_pairs: ClassVar[int] = 2
+    needs_baseline: ClassVar[bool] = True
     kto_beta: float = setting(0.1, "scale of the rewards; TRL's default, the SimPO paper searches 0.01, 0.05 and 0.1")
     kto_desirable_weight: float = setting(1.0, "weight of the chosen responses")
     kto_undesirable_weight: float = setting(1.0, "weight of the rejected responses")

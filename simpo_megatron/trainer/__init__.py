@@ -12,6 +12,7 @@ resume.py          what a run starts from, and which settings may differ on resu
 setup.py           configuration -> TransformerConfig -> models with weights and head -> engine
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
 pass_through.py    fields of Megatron's configurations from text
+megatron_lm_baseline.py  the baseline of an objective in Megatron-LM's `pretrain()`
 scoring.py         summed log-probs of a whole data set; its evaluation
 reference.py       reference log-probs of the pairs, for objectives that compare with a reference model
 reference_source.py   what they are made of, and those that the data brings along

@@ -1,12 +1,14 @@
 """Scores pairs with a reference model: forward passes alone, in the batches of training, resumable after a kill.
 
 engine = ScoringEngine.build(config, hf, transformer)       # or the engine of the run
-score_missing(engine, pairs, training_batches(pairs, config), file, sums, "Scoring")
+sums = complete(file, lambda: engine, pairs, training_batches(pairs, config), "Scoring")
 
 Every rank calls these functions. `reference.py` decides when.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch.distributed as dist
@@ -21,8 +23,9 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import build_model
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
-from simpo_megatron.time_left import with_time_left
+from simpo_megatron.program import with_time_left
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.reference_source import broadcast_sums
 from simpo_megatron.trainer.scoring import evaluation_order, score_batch
 from simpo_megatron.trainer.setup import prepare_models
 
@@ -72,7 +75,38 @@ def evaluation_batches(pairs: Pairs) -> list[np.ndarray]:
     return [evaluation_order(pairs)]
 
 
-def score_missing(
+def complete(
+    file: ReferenceFile | None, engine: Callable[[], Engine], pairs: Pairs, batches: list[np.ndarray], title: str
+) -> np.ndarray:
+    """Scores the pairs that are missing in a file; every rank calls it.
+
+    Collectives: a broadcast of what the file has, those of the engine and of `score_batch`.
+
+    Args:
+        file: on rank 0, written from time to time; None for no file, and on the other ranks.
+        engine: makes the engine with the reference model. It is called where a pair is missing.
+        pairs: the data set.
+        batches: indices of pairs, in the order of scoring. Pairs in none of them come last, in batches of the same
+            size.
+        title: of the progress bar.
+
+    Returns:
+        The sums of all pairs, float32 [P, 2], the same on every rank.
+
+    Raises:
+        UserError: a log-prob is not finite, or the file cannot be written; the same on every rank.
+    """
+    sums = broadcast_sums(None if file is None else file.sums)
+    if sums is None:
+        sums = np.full((len(pairs), 2), np.nan, np.float32)
+    if file is not None:
+        file.sums = sums
+    if np.isnan(sums).any():
+        _score_missing(engine(), pairs, batches, file, sums, title)
+    return sums
+
+
+def _score_missing(
     engine: Engine,
     pairs: Pairs,
     batches: list[np.ndarray],
@@ -80,20 +114,7 @@ def score_missing(
     sums: np.ndarray,
     title: str,
 ) -> None:
-    """Fills what is missing in `sums`; every rank calls it.
-
-    Args:
-        engine: with the reference model.
-        pairs: the data set.
-        batches: indices of pairs, in the order of scoring. Pairs in none of them come last, in batches of the same
-            size.
-        file: to write the sums into from time to time, on rank 0; None for no file, and on the other ranks.
-        sums: float32 [P, 2], the same on every rank; NaN where a pair is missing.
-        title: of the progress bar.
-
-    Raises:
-        UserError: a log-prob is not finite, or the file cannot be written; the same on every rank.
-    """
+    """Fills what is missing in `sums`; the arguments are those of `complete`."""
     reached = np.zeros(len(pairs), bool)
     for indices in batches:
         reached[indices] = True

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simpo_megatron.batch.row import PreferenceBatch
 from simpo_megatron.data import Pairs
-from simpo_megatron.lengths import by_length_difference, spearman
+from simpo_megatron.diagnose.lengths import by_length_difference, spearman
 from simpo_megatron.objectives import Objective, PairScores
 from simpo_megatron.trainer.engine import Engine
 

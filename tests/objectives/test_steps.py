@@ -6,6 +6,7 @@ SimPO and SFT are compared on all layouts in `tests/test_layouts.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from simpo_megatron.config.arguments import parse
 from simpo_megatron.objectives import OBJECTIVES, Measured, PairScores
-from tests.support.distributed import WorkerPool
+from tests.support.distributed import NEWEST, WorkerPool
 from tests.support.formulas import FORMULAS, TERMS, Pair
 from tests.support.steps import (
     NAN,
@@ -54,8 +55,8 @@ def oracles(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def run_objectives(checkpoint: Path, layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """On a rank: metrics and gradients of every case, all with one engine, because no weight changes."""
+def run_objectives(checkpoint: Path, layout: dict[str, Any], names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """On a rank: metrics and gradients of some cases, all with one engine, because no weight changes."""
     engine, hf = build_engine(command_line(checkpoint, {"objective": "dpo", "lr": 1e-12, **layout}))
     found = {}
 
@@ -63,7 +64,8 @@ def run_objectives(checkpoint: Path, layout: dict[str, Any]) -> dict[str, tuple[
         metrics = engine.compute_gradients(engine.packer.pack(pairs, np.array(indices)))
         return metrics, {key: grad.clone() for key, grad in gather_gradients(engine, hf).items()}
 
-    for name, case in OBJECTIVE_CASES.items():
+    for name in names:
+        case = OBJECTIVE_CASES[name]
         objective = parse(command_line(checkpoint, case.loss)).objective
         engine.config = replace(engine.config, objective=objective)
         found[name] = compute(case.pairs, case.indices)
@@ -80,7 +82,18 @@ def run_objectives(checkpoint: Path, layout: dict[str, Any]) -> dict[str, tuple[
     ids=["tp2 sp, small slabs", "cp2, plain head", "pp2", "dp2"],
 )
 def test_step(pool: WorkerPool, checkpoint: Path, oracles: dict[str, Any], layout: dict[str, Any]) -> None:
-    for found in pool.run(2, run_objectives, checkpoint, layout):
+    check_objectives(pool, checkpoint, oracles, layout)
+
+
+@pytest.mark.parametrize("pool", [pytest.param(NEWEST, marks=pytest.mark.te)], indirect=True)
+def test_step_under_transformer_engine(pool: WorkerPool, checkpoint: Path, oracles: dict[str, Any]) -> None:
+    check_objectives(pool, checkpoint, {name: oracles[name] for name in ("dpo", "kto", "kto, second step")}, SP)
+
+
+def check_objectives(pool: WorkerPool, checkpoint: Path, oracles: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Compares the cases that have an oracle on two ranks of a layout."""
+    names = [name for name in oracles if name in OBJECTIVE_CASES]
+    for found in pool.run(2, run_objectives, checkpoint, layout, names):
         for name, (wanted, wanted_gradients) in oracles.items():
             metrics, gradients = found[name]
             expected = {key: value for key, value in wanted.items() if key != "grad_norm"}
@@ -172,14 +185,26 @@ def test_the_baseline_of_kto_is_never_negative() -> None:
     assert [objective.next_baseline({"kl_on_given_text": value}) for value in (-3.0, 4.0)] == [0.0, 2.0]
 
 
-def test_averages_divide_by_the_response_not_by_the_packed_row() -> None:
-    """A planted error: the length of the packed row as the divisor changes the loss of IPO."""
+BY_LENGTH = {"ln-dpo", "ipo", "orpo", "rrhf", "rdpo"}  # the cases that read the lengths
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_planted_errors_are_seen(checkpoint: Path, name: str) -> None:
+    """Swapped responses, the reference of another pair, and the length of the packed row as that of a response."""
     scores, _ = scores_of()
-    assert scores.reference_sums_PM is not None
-    wrong = replace(scores, reference_sums_PM=scores.reference_sums_PM.roll(1, 0))
-    for name, cls in KINDS.items():
-        if cls.needs_reference:
-            assert not torch.allclose(cls().pair_losses(scores), cls().pair_losses(wrong), rtol=1e-3), name
+    objective = parse(command_line(checkpoint, TERMS[name][2])).objective
+    wanted, known = formula_losses(TERMS[name][2], scores), scores.reference_sums_PM
+    assert known is not None
+    errors = {
+        "swapped": replace(scores, sums_PM=scores.sums_PM.flip(1), reference_sums_PM=known.flip(1)),
+        "other pair": replace(scores, reference_sums_PM=known.roll(1, 0)),
+        "packed row": replace(scores, lengths_PM=torch.full_like(scores.lengths_PM, int(scores.lengths_PM.sum()))),
+    }
+    seen = {
+        kind for kind, wrong in errors.items() if not torch.allclose(objective.pair_losses(wrong), wanted, rtol=1e-3)
+    }
+    other = {"other pair"} if objective.needs_reference else set()
+    assert seen == {"swapped"} | other | ({"packed row"} if name in BY_LENGTH else set())
 
 
 def test_orpo_has_the_odds_ratio_of_trl() -> None:
