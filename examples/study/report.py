@@ -27,6 +27,7 @@ from tools.machine import processor
 
 matplotlib.use("Agg")  # draws to files; needs no screen
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullFormatter
 
 pyplot.rcParams["svg.fonttype"] = "none"  # text stays text
 
@@ -36,7 +37,7 @@ SFT = "sft"
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:80em;padding:0 1em;color:#1b1b1b}
 table{border-collapse:collapse}td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto;margin-top:1em}
+td{white-space:nowrap}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto;margin-top:1em}
 """
 
 
@@ -128,8 +129,8 @@ def notes(plan: Plan, sft: dict[str, float], costs: dict[str, dict[str, float]],
     """What the table was made with."""
     flags = " ".join(plan.run_flags(plan.variants[0], 1)[2:])
     return [
-        f"{plan.seeds} seed(s): mean ± standard deviation. A seed decides the order of the training pairs; the SFT "
-        "model and the pairs are the same for all.",
+        f"Mean and standard deviation over {plan.seeds} seed(s). A seed decides the order of the training pairs; the "
+        "SFT model and the pairs are the same for all.",
         f"Each run: {flags.replace(str(plan.output), 'OUTPUT')}",
         "ranking: the chosen response has the higher average log-prob. KL: exact, over the vocabulary, at the response "
         "positions of the held-out chosen responses. length: of answers drawn at temperature 1; the SFT model's have "
@@ -233,6 +234,9 @@ def _against_kl(names: list[str], figures: Figures, kind: str, label: str) -> st
     axis.axhline(figures[SFT][kind][0], color="grey", linestyle="--", label=SFT)
     axis.set(xlabel="exact KL[model || SFT], nats a token", ylabel=label, title="One mark a seed")
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return _svg(figure)
 

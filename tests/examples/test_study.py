@@ -53,6 +53,13 @@ def test_a_result_of_other_settings_is_not_used(tmp_path: Path) -> None:
     assert runs.finished(file, ["a"]) and runs.finished(file, ["b"]) is None
 
 
+def test_a_run_that_is_refused_ends_with_its_sentence_and_no_result(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, own_data=False, variants=(), steps=-1)
+    with pytest.raises(UserError, match=r"--train-iters -1 .*; the log is .*log\.txt"):
+        runs.train(plan.run_flags(VARIANTS["simpo"], 1), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [runs.LOG]
+
+
 def test_a_study_from_pairs_to_table_and_its_second_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,6 +72,7 @@ def test_a_study_from_pairs_to_table_and_its_second_call(
     assert study.main([*flags, "--steps", "2", "--sft-steps", "1"]) == 0
     found = read_json(output / "study.json")["figures"]
     names = ("train_ranking", "heldout_ranking", "reward_accuracy", "chosen_logp", "kl", "length", "greedy_length")
+    names += ("relative_length",)
     assert set(found) == {"sft", "simpo", "dpo"} and set(found["simpo"]) == set(names)
     assert found["sft"]["kl"] == [pytest.approx(0, abs=1e-6)] and found["dpo"]["kl"][0] > 1e-6
     assert found["simpo"]["reward_accuracy"] == found["simpo"]["heldout_ranking"]

@@ -1,4 +1,4 @@
-"""KTO's baseline in Megatron-LM's `pretrain()`, with the parts of it that are used: arguments, configuration, checkpoint."""
+"""KTO's baseline in Megatron-LM's `pretrain()`, with those parts of it that are used: arguments, checkpoint."""
 
 from __future__ import annotations
 
