@@ -15,6 +15,7 @@ from simpo_megatron.config.adapter import AdapterConfig
 from simpo_megatron.config.checkpoint import CheckpointConfig
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.megatron import MegatronConfig
+from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.config.presets import Preset
 from simpo_megatron.config.profile import ProfileConfig
 from simpo_megatron.config.stop import StopConfig
@@ -227,6 +228,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    memory: MemoryConfig
     megatron: MegatronConfig
     checkpoint: CheckpointConfig
     stop: StopConfig
@@ -244,6 +246,11 @@ class Config:
             self.model.reference_checkpoint is None or self.objective.needs_reference,
             f"--reference-checkpoint has no effect with --objective {self.objective.name}, which compares with no "
             "reference model; drop it",
+        )
+        require(
+            self.train.global_batch_size > 1 or not self.objective.needs_baseline,
+            f"--global-batch-size {self.train.global_batch_size} is too small for --objective {self.objective.name}: "
+            "its baseline is a mean over the pairs of a step; give at least 2",
         )
         given = self.stop.given
         require(
@@ -268,7 +275,8 @@ class Config:
             f"--export-adapter {exported} is also the folder of --save or --export-hf; export to another folder",
         )
         self._check_keep_best()
-        check_rows(self.data.seq_length, self.parallel)
+        self.memory.check(bf16=self.train.bf16, distributed_optimizer=self.parallel.use_distributed_optimizer)
+        check_rows(self.data.seq_length, self.parallel, self.memory.row_multiple)
         if self.data.share_prompts:
             fused = self.model.transformer_impl == "transformer_engine"
             check_shared_prompts(self.objective.responses, self.parallel.context_parallel_size, fused)

@@ -159,6 +159,11 @@ def is_export_of(folder: Path, progress: Progress) -> bool:
     return True
 
 
+def missing_exports(config: Config, progress: Progress) -> dict[str, Path]:
+    """The folders to export to, by their flags, that do not hold the export of this checkpoint yet."""
+    return {flag: folder for flag, folder in exports(config).items() if not is_export_of(folder, progress)}
+
+
 def export_record(config: Config, progress: Progress) -> dict[str, str]:
     """The file of an export by which `is_export_of` knows it, name and text; none without --save."""
     if config.checkpoint.save is None or not progress.checkpoint:

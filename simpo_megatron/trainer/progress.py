@@ -22,6 +22,7 @@ class Progress:
         checkpoint: a random name that each checkpoint gets when it is saved, by which an export knows the checkpoint
             that it was made of; empty before the first one.
         base: fingerprint of the weights under an adapter, which the checkpoints do not hold; empty without an adapter.
+        baseline: what the loss of the next step compares with (`Objective.next_baseline`).
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class Progress:
     seed: int = 0
     checkpoint: str = ""
     base: str = ""
+    baseline: float = 0.0
 
 
 def new_progress(config: Config, pairs: Pairs, base: str = "") -> Progress:
