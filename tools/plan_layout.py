@@ -48,7 +48,7 @@ FREE = 0.1  # share of the memory that stays free
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = Parser(prog="plan_layout.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="plan_layout.py", description=str(__doc__).partition("\n")[0])
     parser.add_argument(
         "--hf-checkpoint", type=path_value, required=True, metavar="PATH", help="checkpoint folder or config.json"
     )
