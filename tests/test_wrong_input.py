@@ -88,6 +88,13 @@ def two_gammas(inputs: Inputs) -> Wrong:
     return Wrong(settings, ["--simpo-gamma and --simpo-gamma-beta-ratio", "give one of them"])
 
 
+def reference_column_that_is_nan(inputs: Inputs) -> Wrong:
+    rows = make_rows(3)
+    rows[1] |= {"ref_chosen_logps": float("nan"), "ref_rejected_logps": -3.0}
+    path = inputs.with_rows(rows)
+    return Wrong({"objective": "dpo", "train_data": path}, [f"{path}:2: `ref_chosen_logps`", "a finite number"])
+
+
 def too_few_pairs_for_the_baseline_of_kto(inputs: Inputs) -> Wrong:
     words = ["--global-batch-size 1 is too small for --objective kto", "give at least 2"]
     return Wrong({"objective": "kto", "global_batch_size": 1}, words)
@@ -265,6 +272,7 @@ WRONG: list[Callable[[Inputs], Wrong]] = [
     no_chat_template,
     no_tokenizer,
     two_gammas,
+    reference_column_that_is_nan,
     too_few_pairs_for_the_baseline_of_kto,
     a_flag_of_another_objective,
     tensor_parallel_does_not_divide_heads,

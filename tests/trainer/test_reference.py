@@ -75,9 +75,10 @@ def test_a_scoring_that_was_killed_goes_on_and_another_model_is_refused(
     finished = ReferenceFile.read(killed / "reference" / "train.npz").sums
     np.testing.assert_array_equal(finished[:9], planted[:9])
     np.testing.assert_allclose(finished[9:], found.sums[9:], rtol=1e-5)
-    ReferenceFile(tmp_path / "third" / "reference" / "train.npz", found.made_of | {"weights": "x"}, planted).write()
-    message = run(pool, inputs, tmp_path / "third")
-    assert message is not None and "holds reference log-probs for other weights (x) than those of this run" in message
+    for other in ("weights", "tokens"):
+        ReferenceFile(tmp_path / other / "reference" / "train.npz", found.made_of | {other: "x"}, planted).write()
+        message = run(pool, inputs, tmp_path / other)
+        assert message is not None and f"reference log-probs for other {other} (x) than those of this run" in message
 
 
 def test_a_resumed_kto_run_goes_on_with_its_baseline(pool: WorkerPool, inputs: Inputs, tmp_path: Path) -> None:
