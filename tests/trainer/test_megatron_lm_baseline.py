@@ -1,4 +1,4 @@
-"""KTO's baseline in Megatron-LM's `pretrain()`, with the parts of it that are used: arguments, configuration, checkpoint."""
+"""KTO's baseline in Megatron-LM's `pretrain()`: over ranks, and from the arguments of a checkpoint."""
 
 from __future__ import annotations
 
