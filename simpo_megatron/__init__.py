@@ -34,6 +34,7 @@ planning/       memory and pipeline bubble of a layout before it runs
 diagnose/       two trained models beside each other: exact KL, rankings, length
 verify/         a layout compared with Hugging Face: log-probs, loss, every gradient
 self_test/      everything above with tiny models, in one table: what works on this machine
+on_policy/      responses of the model, their scores, pairs of them, in rounds; the files of benchmarks
 
 Used by all:
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from simpo_megatron.errors import UserError
@@ -60,6 +62,17 @@ def moe_without_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+def norms_recomputed_without_transformer_engine() -> None:
+    """Lets Megatron recompute norms without Transformer Engine.
+
+    `CheckpointWithoutOutput` of 0.16 asks it whether FP8 is on, by names that are defined only where it is installed.
+    """
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    if not hasattr(random, "FP8GlobalStateManager"):
+        random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+        random.activation_recompute_forward = random.fp8_autocast = lambda **settings: contextlib.nullcontext()
+
+
 @functools.cache
 def have_native_bf16() -> bool:
     """Whether this CPU computes in bf16 (AVX512-BF16 or AMX). Others emulate it, hundreds of times slower than fp32."""
@@ -106,7 +119,7 @@ def have_triton() -> bool:
 def check_megatron_core() -> None:
     """Refuses an unknown release of Megatron-Core: schedules, specs and checkpoint keys change between releases.
 
-    Call it before anything else imports Megatron.
+    Call it before anything else imports Megatron. Without a GPU it turns Megatron's use of torch.compile off.
 
     Raises:
         UserError: megatron-core is absent, or is a release that this package was not run with; or Transformer Engine or
@@ -115,7 +128,8 @@ def check_megatron_core() -> None:
     first, last = ("{}.{}".format(*version) for version in MEGATRON_CORE)
     fix = "install one with `pip install 'megatron-core==0.16.*'`"
     try:
-        info = importlib.import_module("megatron.core.package_info")
+        with _compiling_nothing():
+            info = importlib.import_module("megatron.core.package_info")
     except Exception as error:
         _refuse_broken_packages()
         raise UserError(f"megatron-core cannot be imported ({_first_line(error)}); {fix}") from error
@@ -123,6 +137,29 @@ def check_megatron_core() -> None:
         raise UserError(
             f"megatron-core {info.__version__} is installed, but this program was run with {first} to {last}; {fix}"
         )
+
+
+@contextlib.contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """Without a GPU, leaves the functions of Megatron that are imported here and later as they are.
+
+    Megatron wraps some of them in torch.compile (`megatron/core/jit.py`). To wrap one, torch imports its compiler,
+    which takes a quarter of the time to start a program. `cpu.py` turns compiling off in any case.
+    """
+    torch: Any = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        yield
+        return
+    compile_, torch.compile = torch.compile, _unchanged
+    try:
+        yield
+        importlib.import_module("megatron.core.jit").jit_fuser = _unchanged  # type: ignore[attr-defined]
+    finally:
+        torch.compile = compile_
+
+
+def _unchanged(function: Any = None, **options: Any) -> Any:
+    return _unchanged if function is None else function
 
 
 def _refuse_broken_packages() -> None:

@@ -123,6 +123,14 @@ def _remarks(config: Config, hf: HFCheckpoint) -> list[str]:
         found.append(
             "--gradient-accumulation-fusion: the machines of the run need a GPU and Transformer Engine or Apex"
         )
+    memory = config.memory
+    if memory.use_precision_aware_optimizer and not compat.have_transformer_engine():
+        found.append("--use-precision-aware-optimizer: the machines of the run need Transformer Engine")
+    if memory.fp8_format:
+        found.append(
+            f"--fp8-format {memory.fp8_format}: the machines of the run need Transformer Engine and a GPU that "
+            "multiplies in FP8; FP8 copies of weights and activations are not in the memory above"
+        )
     if config.model.head == "plain":
         found.append("--head plain: it holds all logits of a packed row, which the memory above leaves out")
     return found
@@ -140,10 +148,10 @@ def _check_layout(config: Config, hf: HFCheckpoint) -> Cut:
     model = replace(config.model, **unknown, attention_backend="auto")  # kernels are checked where the run is
     if not compat.have_transformer_engine() and model.transformer_impl == "transformer_engine":
         model = replace(model, transformer_impl="auto")
-    parallel = config.parallel
+    parallel, memory = config.parallel, replace(config.memory, fp8_format=None)  # FP8 is a matter of the machine too
     if not compat.have_transformer_engine():
         parallel = replace(parallel, cp_comm_type=None)
-    build_transformer_config(replace(config, model=model, parallel=parallel), hf)
+    build_transformer_config(replace(config, model=model, parallel=parallel, memory=memory), hf)
     layout = layout_arguments(config.parallel, hf.architecture.num_layers)
     experts = hf.architecture.num_experts is not None
     needed = processes_needed(experts, layout)
@@ -166,6 +174,7 @@ def _estimate(config: Config, hf: HFCheckpoint, cut: Cut, microbatches: int) -> 
         distributed_optimizer=config.parallel.use_distributed_optimizer,
         fused=config.model.transformer_impl != "local",
         divisible_by=config.model.make_vocab_size_divisible_by,
+        memory=config.memory,
     )
     return estimate(hf.architecture, cut.layout, work)
 
@@ -249,8 +258,10 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
 
 def describe_memory(memory: Memory) -> str:
     """A memory estimate in words, in GiB."""
-    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in vars(memory).items() if size)
-    return f"about {memory.total / 2**30:.1f} GiB on the fullest rank ({parts}), CUDA and NCCL not counted"
+    sizes = {name: size for name, size in vars(memory).items() if size and name != "host"}
+    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
+    host = f"; {memory.host / 2**30:.1f} GiB of host memory on a rank" if memory.host else ""
+    return f"about {memory.total / 2**30:.1f} GiB on the fullest rank ({parts}), CUDA and NCCL not counted{host}"
 
 
 def _show(lines: dict[str, str], remarks: list[str]) -> None:

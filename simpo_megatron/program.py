@@ -194,9 +194,11 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
     except UserError as error:
         if int(os.environ.get("RANK", 0)) != 0:
             # Usually every rank raises the same error, and rank 0 alone should print it. torchrun stops all ranks when
-            # one exits, so the others wait. A rank that is still running after the wait has an error of its own: it
-            # prints it.
+            # one exits, so the others wait. A rank that is still running after the wait may have an error of its own:
+            # it prints it, unless it knows that rank 0 has the same.
             time.sleep(20)
+            if error.on_all_ranks:
+                return 2
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:

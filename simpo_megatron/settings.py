@@ -21,7 +21,7 @@ def setting(default: Any, help: str, metavar: str | None = None) -> Any:
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """The values of a `Literal`, or of `Literal[...] | None`; empty for other types."""
+    """The values of a `Literal`, of `Literal[...] | None`, or of the items of a tuple; empty for other types."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(value for part in get_args(annotation) for value in choices(part))
@@ -110,7 +110,7 @@ def source_value(text: str) -> str:
 
 
 class Group:
-    """Base of the settings groups: rejects non-finite floats and unknown choices.
+    """Base of the settings groups: rejects non-finite floats and unknown choices, and turns lists into tuples.
 
     Groups add checks in `__post_init__`. The first line of a group's docstring is its heading in `--help`.
     """
@@ -120,8 +120,12 @@ class Group:
             value, allowed = getattr(self, name), choices(annotation)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag(name)} {value} must be a finite number")
-            if allowed and value is not None and value not in allowed:
-                raise UserError(f"{flag(name)} {value} is not known; use {' or '.join(allowed)}")
+            if isinstance(value, list):  # the command line gives lists
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            for item in value if isinstance(value, tuple) else (value,):
+                if allowed and item is not None and item not in allowed:
+                    raise UserError(f"{flag(name)} {item} is not known; use {' or '.join(allowed)}")
 
     def positive(self, *names: str) -> None:
         """Requires that these fields are above 0; None is allowed."""

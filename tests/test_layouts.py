@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.data import pack_rows
+from tests import te_on_cpu
 from tests.support.distributed import LOCAL, NEWEST, WorkerPool
 from tests.support.steps import CASES, EDGES, SEQ_LENGTH, VOCAB, check_layout, one_thread, oracle, run_cases
 from tests.support.tiny import EXPERTS, make_checkpoint
@@ -28,6 +29,9 @@ SHARE = {"share_prompts": True}
 FIXED = {"no_variable_seq_lengths": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective"}
+MLP = {**SELECTIVE, "recompute_modules": ["core_attn", "mlp"]}
+NORMS = {**SELECTIVE, "recompute_modules": ["core_attn", "layernorm", "mlp"]}
+MOE = {**SELECTIVE, "recompute_modules": ["layernorm", "moe"]}
 SHARDED = {"use_distributed_optimizer": True}
 EP2 = {"expert_model_parallel_size": 2}
 WHOLE = {"expert_tensor_parallel_size": 1}  # experts are not split over the tensor-parallel ranks
@@ -37,7 +41,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one": ("llama", 1, {}),
     "one, fixed": ("llama", 1, FIXED),
     "one, recompute": ("llama", 1, FULL),
-    "one, selective": ("llama", 1, SELECTIVE),
+    "one, recompute mlp": ("llama", 1, MLP),
     "tp2": ("llama", 2, TP2),
     "tp2 sp": ("llama", 2, SP),
     "tp2 sp, plain head": ("llama", 2, {**SP, "head": "plain"}),
@@ -73,7 +77,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tp2 sp pp2 dp2": ("llama", 8, {**SP, **PP2}),
     "shared prompts": ("llama", 1, SHARE),
     "shared prompts, fixed, recompute": ("llama", 1, {**SHARE, **FIXED, **FULL}),
-    "shared prompts, selective": ("llama", 1, {**SHARE, **SELECTIVE}),
+    "shared prompts, recompute norms": ("llama", 1, {**SHARE, **NORMS}),
     "shared prompts, windowed": ("mistral", 1, SHARE),
     "shared prompts, tp2 sp": ("llama", 2, {**SHARE, **SP}),
     "shared prompts, dp4": ("llama", 4, SHARE),
@@ -90,7 +94,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
         {**CP2, "expert_tensor_parallel_size": 2, **SHARDED},
     ),
     "experts, tp2 sp ep2 whole": ("mixtral", 2, {**SP, **EP2, **WHOLE}),
-    "experts, cp2 ep2": ("mixtral", 2, {**CP2, **EP2}),
+    "experts, cp2 ep2, recompute moe": ("mixtral", 2, {**CP2, **EP2, **MOE}),
     "experts, tp2 sp ep2": ("mixtral", 4, {**SP, **EP2}),
     "experts, ep4": ("mixtral", 4, {"expert_model_parallel_size": 4}),  # one rank has only an empty row
     "experts, ep2 dp4, distributed optimizer": ("mixtral", 4, {**EP2, **SHARDED}),
@@ -112,6 +116,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", EXPERTS),
     "mistral": ("Mistral", {"sliding_window": 9}),
 }
+OLDER = ("tp2 sp", "pp2", "cp2", "experts, ep2")  # with the oldest release of Transformer Engine too
 # Transformer Engine's attention cannot let two responses see one prompt.
 RUNS = [
     *((LOCAL, name) for name in {**LAYOUTS, **TIED}),
@@ -120,6 +125,7 @@ RUNS = [
         for name, (_, _, settings) in {**LAYOUTS, **TIED}.items()
         if "share_prompts" not in settings
     ),
+    *(pytest.param(te_on_cpu.RELEASES[0], name, marks=pytest.mark.te) for name in OLDER),
 ]
 Oracles = dict[str, dict[str, tuple[dict[str, float], dict[str, torch.Tensor]]]]
 # These layouts run all cases. The others run two cases, which together have every setting of the objectives.

@@ -33,7 +33,7 @@ FLOORS = (
     ("batch", "metrics", "diagnose"),
     ("checkpoint", "step", "planning"),
     ("trainer",),
-    ("verify", "dry_run", "megatron_lm"),
+    ("verify", "dry_run", "megatron_lm", "on_policy"),
     ("train", "self_test"),
 )
 # What can be imported where a package is absent: the modules, and the packages that nothing they import may import.

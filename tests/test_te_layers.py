@@ -73,3 +73,13 @@ def test_a_sliding_window_under_context_parallelism(pool: WorkerPool, tmp_path: 
         whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         wanted = {"columns": oracle(whole, CASES["columns"])}
     check_layout(pool, checkpoint, wanted, 2, {**CP2, "cp_comm_type": kind})
+
+
+@pytest.mark.parametrize("pool", [NEWEST], indirect=True)
+def test_the_activation_of_experts_is_recomputed(pool: WorkerPool, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS)
+    with one_thread():
+        whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        wanted = {"columns": oracle(whole, CASES["columns"])}
+    recomputed = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "moe_act"]}
+    check_layout(pool, checkpoint, wanted, 2, {**EP2, **recomputed})

@@ -1,12 +1,12 @@
 """Which layouts of a model fit into the memory of these GPUs, and what they cost; no GPU and no weights are needed.
 
     python tools/plan_layout.py --hf-checkpoint PATH --gpus 64 [--gpu-memory 80GiB] [--seq-length 4096] [--compare dpo]
-        [--json FILE]
+        [--use-precision-aware-optimizer ...] [--optimizer-cpu-offload ...] [--json FILE]
 
 PATH is a Hugging Face checkpoint or a config.json. The table shows the best layouts first, each with
 
-* the memory of the rank that needs most, for bf16 weights, fp32 gradients, the distributed optimizer and Transformer
-  Engine's layers;
+* the memory of the rank that needs most, for bf16 weights, the distributed optimizer and Transformer Engine's layers.
+  Gradients and optimizer state are those of the training flags --main-grads-dtype, --exp-avg-dtype and so on;
 * the bubble, which is the share of a step in which a pipeline stage waits;
 * the time of a step divided by that of an ideal one. `simpo_megatron/planning/layouts.py` says what that leaves out.
 
@@ -23,12 +23,14 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from simpo_megatron.config.arguments import add_settings, build_group, heading
+from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.disk import human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
@@ -58,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pair-tokens", type=int, metavar="N", help=pair_tokens)
     parser.add_argument("--head-slab-bytes", default="256MiB", metavar="SIZE", help="as in training (default 256MiB)")
     parser.add_argument("--compare", choices=["dpo"], help="also show what DPO needs")
+    memory = [field.name for field in fields(MemoryConfig) if not field.name.startswith(("fp8", "overlap"))]
+    add_settings(parser.add_argument_group(heading(MemoryConfig)), MemoryConfig, memory, with_defaults=True)
     parser.add_argument("--json", type=path_value, metavar="FILE", help="write all layouts to this file")
     return parser
 
@@ -81,7 +85,7 @@ def read_request(args: argparse.Namespace) -> Request:
     """The run that layouts are wanted for.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: a number is out of range, or settings contradict each other.
     """
     for flag in ("gpus", "seq_length", "global_batch_size", "pair_tokens"):
         value = getattr(args, flag)
@@ -98,6 +102,7 @@ def read_request(args: argparse.Namespace) -> Request:
         seq_length=args.seq_length,
         packed_rows=math.ceil(args.global_batch_size * pair / args.seq_length),
         slab_bytes=parse_size("--head-slab-bytes", args.head_slab_bytes),
+        memory=build_group(MemoryConfig, vars(args)),
     )
 
 
@@ -116,10 +121,14 @@ def run(argv: Sequence[str] | None) -> int:
     )
     for method in methods:
         show(console, method)
-    for line in (*answers(methods, args.gpu_memory), *remarks(hf, methods[0], args.global_batch_size)):
+    offloaded = request.memory.optimizer_offload_fraction if request.memory.optimizer_cpu_offload else 0.0
+    for line in (*answers(methods, args.gpu_memory), *remarks(hf, methods[0], args.global_batch_size, offloaded)):
         console.print(line)
     if args.json is not None:
-        report = {"settings": {name: str(value) for name, value in vars(args).items()}, **as_json(hf, methods)}
+        report = {
+            "settings": {name: str(value) for name, value in vars(args).items()},
+            **as_json(hf, methods, offloaded),
+        }
         write_report("--json", args.json, json.dumps(report, indent=1) + "\n")
     return 0 if methods[0].layouts else 1
 
@@ -139,7 +148,9 @@ def show(console: Console, method: Method) -> None:
     for name in ("TP", "CP", "PP", "chunk", *(("EP", "ETP") if experts else ()), "DP", "rows"):
         table.add_column(name, justify="right")
     table.add_column("recompute")
-    parts = [name for name in asdict(method.layouts[0].memory) if name != "reference" or "DPO" in method.name]
+    # Columns that are 0 everywhere are left out.
+    parts = [name for name in asdict(method.layouts[0].memory) if any(getattr(m.memory, name) for m in method.layouts)]
+    parts.remove("host") if "host" in parts else None
     for name in (*parts, "GiB in all", "bubble", "step time"):
         table.add_column(name, justify="right")
     for one in method.layouts[:SHOWN]:
@@ -149,7 +160,7 @@ def show(console: Console, method: Method) -> None:
         sizes += [p.expert_model_parallel_size, p.expert_tensor_parallel_size] if experts else []
         table.add_row(
             *map(str, (*sizes, one.data_parallel_size, one.microbatches)),
-            p.recompute_granularity or "none",
+            recomputed(one),
             *(f"{asdict(one.memory)[name] / 2**30:.1f}" for name in parts),
             f"{one.memory.total / 2**30:.1f}",
             f"{one.bubble:.0%}",
@@ -175,19 +186,24 @@ def answers(methods: Sequence[Method], memory: str) -> list[str]:
     return lines
 
 
-def remarks(hf: HFCheckpoint, method: Method, pairs: int) -> list[str]:
+def remarks(hf: HFCheckpoint, method: Method, pairs: int, offloaded: float = 0.0) -> list[str]:
     """The size of a checkpoint, the host memory of a save, and whether data-parallel ranks would have nothing to do.
 
     Args:
         hf: the model.
         method: whose layouts are shown.
         pairs: of a step.
+        offloaded: share of the optimizer state in host memory.
     """
     size = checkpoint_size(hf.architecture)
     lines = [f"a checkpoint of training takes {size}; --dry-run compares it with the disk"]
     if method.layouts:
         gpus, sharded = _spread(method.layouts[0])
-        default, full = (save_host_bytes(size, gpus, sharded, fully_reshardable=form) for form in (False, True))
+        if host := method.layouts[0].memory.host * min(gpus, 8):
+            lines.append(f"the optimizer takes up to {human(host)} of host memory on a node in the best layout")
+        default, full = (
+            save_host_bytes(size, gpus, sharded, fully_reshardable=form, offloaded=offloaded) for form in (False, True)
+        )
         lines.append(
             f"a save takes {human(default)} of host memory on a node of {min(gpus, 8)} GPUs in the best layout, and up "
             f"to {human(full)} with --dist-ckpt-optim-fully-reshardable"
@@ -220,20 +236,26 @@ def describe(one: LayoutCost) -> str:
     named = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
     if p.expert_tensor_parallel_size:  # shown even where it is 1, because the flag's default is TP
         named += f", ETP{p.expert_tensor_parallel_size}"
-    return f"{named}, recompute {p.recompute_granularity or 'none'}, {one.memory.total / 2**30:.1f} GiB"
+    return f"{named}, recompute {recomputed(one)}, {one.memory.total / 2**30:.1f} GiB"
 
 
-def as_json(hf: HFCheckpoint, methods: Sequence[Method]) -> dict[str, Any]:
-    """The report; sizes are in bytes."""
+def recomputed(one: LayoutCost) -> str:
+    """What a layout recomputes: none, full, or the modules of a layer."""
+    return " ".join(one.parallel.recompute_modules or (one.parallel.recompute_granularity or "none",))
+
+
+def as_json(hf: HFCheckpoint, methods: Sequence[Method], offloaded: float) -> dict[str, Any]:
+    """The report; sizes are in bytes. `offloaded` is the share of the optimizer state in host memory."""
     size = checkpoint_size(hf.architecture)
 
     def layout(one: LayoutCost) -> dict[str, Any]:
         spread = _spread(one)
         host = {
-            "default": save_host_bytes(size, *spread),
+            "default": save_host_bytes(size, *spread, offloaded=offloaded),
             "fully_reshardable": save_host_bytes(size, *spread, fully_reshardable=True),
         }
         memory = {**asdict(one.memory), "total": one.memory.total}
+        host["optimizer_state"] = one.memory.host * min(spread[0], 8)
         return {**asdict(one), "memory": memory, "host_memory_of_a_save_per_node": host}
 
     return {

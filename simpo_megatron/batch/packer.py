@@ -56,6 +56,7 @@ class RowPacker:
             rows of a global batch are padded to the longest of this data-parallel rank. All stages know that length
             from the plan of the batch, so they need not tell each other the shapes of what they send.
         sequence_parallel: tensor-parallel ranks hold equal parts of a row.
+        row_multiple: the number that divides the tokens which a rank multiplies with a weight (`MemoryConfig`).
         microbatch_multiple: the number of microbatches of a rank is a multiple of this (of the pipeline stages, under
             the interleaved schedule).
     """
@@ -66,6 +67,7 @@ class RowPacker:
     share_prompts: bool = False
     fixed_length: bool = False
     sequence_parallel: bool = False
+    row_multiple: int = 1
     microbatch_multiple: int = 1
 
     def pack(self, pairs: Pairs, indices: np.ndarray, num_microbatches: int | None = None) -> GlobalBatch:
@@ -115,7 +117,8 @@ class RowPacker:
             responses=self.responses,
             share_prompts=self.share_prompts,
             row_length=row_length,
-            row_multiple=parallel_state.get_tensor_model_parallel_world_size() if self.sequence_parallel else 1,
+            row_multiple=self.row_multiple
+            * (parallel_state.get_tensor_model_parallel_world_size() if self.sequence_parallel else 1),
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
             context_parallel_rank=parallel_state.get_context_parallel_rank(),
         )

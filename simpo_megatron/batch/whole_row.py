@@ -30,7 +30,7 @@ class RowFormat:
         share_prompts: the prompt of a pair is in the row once; not under context parallelism.
         row_length: pad the whole row to this many tokens; None pads only to `row_multiple`.
         row_multiple: the number of a rank's tokens is a multiple of this (tensor_model_parallel_size under sequence
-            parallelism).
+            parallelism, 16 or 32 times that for FP8).
         context_parallel_size: ranks that the row is cut for.
         context_parallel_rank: the rank whose slices are taken.
     """

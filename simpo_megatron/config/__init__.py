@@ -3,6 +3,7 @@
 run.py           `Config` and its groups: model, training, optimizer, logging
 checkpoint.py    the group of checkpoints
 data.py          the group of the data: sources, lengths, and how rows become pairs
+memory.py        the group of dtypes of the optimizer, host memory and FP8
 megatron.py      the group of what is passed through to Megatron's configurations
 refused.py       fields of Megatron's configurations that cannot be set, and why
 stop.py          the group that stops a run before its end

@@ -59,9 +59,10 @@ def heading(group: type) -> str:
 
 def _value_type(annotation: Any) -> type:
     """The type of a value that is set: `int` for `int | None`, `str` for a Literal."""
-    if choices(annotation):
-        return str
-    return next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+    kind = annotation
+    if typing.get_origin(annotation) is not tuple:
+        kind = next((part for part in typing.get_args(annotation) if part is not type(None)), annotation)
+    return str if choices(annotation) and typing.get_origin(kind) is not tuple else kind
 
 
 def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
@@ -200,7 +201,8 @@ def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[
     if kind is bool:
         section.add_argument(name, action=argparse.BooleanOptionalAction, help=text, **options)
     elif typing.get_origin(kind) is tuple:
-        metavar = field.metadata["metavar"] or "SOURCE"
+        metavar = field.metadata["metavar"] or ("NAME" if allowed else "SOURCE")
+        text += f" ({', '.join(allowed)})" if allowed else ""
         section.add_argument(name, nargs="+", type=source_value, help=text, metavar=metavar, **options)
     elif allowed:
         section.add_argument(name, choices=allowed, help=text, **options)
@@ -231,7 +233,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"--config {path}: {key}: {error}") from error
         except (TypeError, ValueError, OverflowError) as error:
             found = "has no value" if value is None else f"is {reprlib.repr(value)}"
-            wanted = WANTED.get(_value_type(annotations[name]), _ITEMS if name in _ITEM_LISTS else _SOURCES)
+            names = f"a list such as [{', '.join(choices(annotations[name])[:2])}]"
+            listed = _ITEMS if name in _ITEM_LISTS else names if choices(annotations[name]) else _SOURCES
+            wanted = WANTED.get(_value_type(annotations[name]), listed)
             raise UserError(f"--config {path}: {key} {found}; give {wanted}") from error
     return settings
 

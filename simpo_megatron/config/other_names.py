@@ -142,6 +142,9 @@ MEGATRON_LM = {
     "hidden_dropout": _NO_DROPOUT,
     "use_flash_attn": Counterpart(("attention_backend",)),
     "recompute_activations": Counterpart(("recompute_granularity",), "`--recompute-granularity selective`"),
+    "fine_grained_activation_offloading": Counterpart(
+        ("recompute_granularity",), "Megatron's offloading needs a fixed number of microbatches"
+    ),
     "distributed_backend": Counterpart(("device",), "cuda is over NCCL, cpu over gloo"),
     "ckpt_format": Counterpart((), "checkpoints are torch_dist"),
 }

@@ -29,6 +29,7 @@ BREAKS: dict[str, str] = {
 }
 # The flag that sets a field, where it is not the name of the field.
 _FLAGS = {
+    "fp8": "--fp8-format",
     "virtual_pipeline_model_parallel_size": "--num-layers-per-virtual-pipeline-stage",
     "num_layers_in_first_pipeline_stage": "--decoder-first-pipeline-num-layers",
     "num_layers_in_last_pipeline_stage": "--decoder-last-pipeline-num-layers",
@@ -38,18 +39,31 @@ _OWN_FLAGS = (
     *_FLAGS,
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "sequence_parallel"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "cp_comm_type", "variable_seq_lengths"),
-    *("recompute_granularity", "recompute_method", "recompute_num_layers", "deterministic_mode", "transformer_impl"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("deterministic_mode", "transformer_impl", "fp8_recipe"),
     *("gradient_accumulation_fusion", "moe_permute_fusion", "attention_backend", "moe_aux_loss_coeff", "bf16"),
     *("overlap_grad_reduce", "overlap_param_gather", "use_distributed_optimizer"),
+    *("use_precision_aware_optimizer", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"),
+    *("optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"),
     *("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
 )
+_SPLIT = ("pipeline_model_parallel_layout", "account_for_*_in_pipeline_split")
 # Patterns of names, and why. The first one that fits counts.
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a CUDA graph has one shape, and packed rows change in length", ("*cuda_graph*",)),
-    ("FP8 and FP4 need rows of a fixed multiple of tokens; use --bf16", ("*fp8*", "*fp4*", "*kitchen*")),
+    ("FP4 needs rows of a multiple of 32 tokens, and packed rows have any length", ("*fp4*", "*kitchen*")),
+    (
+        "weights are loaded, saved and exported in bf16, and attention in FP8 has no packed rows",
+        ("fp8_param*", "fp8_*_attention", "*fp8_param_ag", "fp8_quantizer_factory", "*fp8_input_store"),
+    ),
     (
         "the head adds to the buffers of Megatron's DDP, which FSDP does not have",
         ("*fsdp*", "data_parallel_sharding_strategy", "outer_dp_sharding_strategy"),
+    ),
+    (
+        "Megatron plans it in the first step for one number and one length of microbatches, and those of packed rows "
+        "change; use --recompute-granularity",
+        ("fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size"),
     ),
     ("the process groups are built for one instance", ("num_distributed_optimizer_instances",)),
     (
@@ -76,6 +90,27 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("it follows from --transformer-impl", ("moe_grouped_gemm", "moe_use_legacy_grouped_gemm")),
     ("it is not of training", ("*inference*", "flash_decode", "test_mode", "mlp_chunks_for_prefill")),
     (
+        "nothing here uses it",
+        (
+            *("timers", "barrier_with_L1_time", "log_num_zeros_in_grad", "log_max_attention_logit", "moe_per_layer_*"),
+            *("async_tensor_model_parallel_allreduce", "moe_extended_tp", "moe_enable_routing_replay", "use_te_rng_*"),
+            *("pipeline_model_parallel_comm_backend", "hierarchical_*", "max_seqlen_per_dp_cp_rank"),
+            *("masked_softmax_fusion", "attention_softmax_in_fp32", "persist_layer_norm", "memory_efficient_*"),
+            *("gradient_reduce_div_fusion", "suggested_communication_*", "preserve_fp32_weights"),
+            "use_fused_weighted_squared_relu",
+        ),
+    ),
+    ("it belongs to --tp-comm-overlap, which packed rows cannot use", ("tp_comm_*",)),
+    ("it belongs to a split backward pass, which the head cannot use", ("wgrad_deferral_limit", "ep_overlap_*")),
+    ("it belongs to a dispatcher of experts that is not used here", ("moe_deepep_*", "moe_hybridep_*")),
+    ("Megatron's fused form has no packed rows", ("fused_single_qkv_rope",)),
+    ("the package splits the layers itself (--decoder-first-pipeline-num-layers)", (*_SPLIT,)),
+    ("layers are not moved to the host as a whole (recompute them: --recompute-granularity)", ("*cpu_offloading*",)),
+    ("the loop here takes the step of the whole optimizer at once", ("overlap_param_gather_with_optimizer_step",)),
+    ("it needs a build of torch with a ring exchange", ("use_ring_exchange_p2p",)),
+    ("the MLP of all models here is gated, by SiLU", ("use_te_activation_func",)),
+    ("it is an object, which no text can be", ("*_func", "quant_recipe")),
+    (
         "this package has checkpoints, schedule and loss for Adam alone",
         ("optimizer", "sgd_*", "muon_*", "decoupled_*lr"),
     ),
@@ -96,10 +131,10 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def _reasons(name: str) -> Iterator[str]:
-    if name in BREAKS:
-        yield BREAKS[name]
     if name in _OWN_FLAGS:
         yield f"this package sets it; use {_FLAGS.get(name, flag(name))}"
+    if name in BREAKS:
+        yield BREAKS[name]
     for why, patterns in _GROUPS:
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             yield f"{why}; drop it"

@@ -14,6 +14,7 @@ from typing import Literal
 from simpo_megatron.config.checkpoint import CheckpointConfig
 from simpo_megatron.config.data import DataConfig
 from simpo_megatron.config.megatron import MegatronConfig
+from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.config.presets import Preset
 from simpo_megatron.config.profile import ProfileConfig
 from simpo_megatron.config.stop import StopConfig
@@ -225,6 +226,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    memory: MemoryConfig
     megatron: MegatronConfig
     checkpoint: CheckpointConfig
     stop: StopConfig
@@ -261,7 +263,8 @@ class Config:
             "--profile and --record-memory-history write files; give --profile-dir, or --save",
         )
         self._check_keep_best()
-        check_rows(self.data.seq_length, self.parallel)
+        self.memory.check(bf16=self.train.bf16, distributed_optimizer=self.parallel.use_distributed_optimizer)
+        check_rows(self.data.seq_length, self.parallel, self.memory.row_multiple)
         if self.data.share_prompts:
             fused = self.model.transformer_impl == "transformer_engine"
             check_shared_prompts(self.objective.responses, self.parallel.context_parallel_size, fused)

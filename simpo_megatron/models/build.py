@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
-from simpo_megatron.errors import UserError
+from simpo_megatron.errors import UserError, one_line
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
@@ -59,6 +59,7 @@ def transformer_config(
     transformer_engine, experts = use_transformer_engine(transformer_impl), hf.architecture.num_experts is not None
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
+    _check_recomputed(transformer_engine, experts, parallel.get("recompute_modules") or ())
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = {
         "bf16": bf16,
@@ -89,7 +90,24 @@ def transformer_config(
     try:
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
-        raise UserError(f"Megatron refuses this layout for {hf.path}: {error}") from error
+        raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error
+
+
+def _check_recomputed(transformer_engine: bool, experts: bool, modules: Sequence[str]) -> None:
+    """Refuses modules of --recompute-modules that the layers do not have, which Megatron would ignore or explain badly.
+
+    Raises:
+        UserError: it names the module.
+    """
+    if "layernorm" in modules and transformer_engine and not experts:
+        raise UserError(
+            "--recompute-modules layernorm does nothing here: Transformer Engine's linear layers compute the norms of "
+            "a dense model; drop it, or give mlp"
+        )
+    if "moe_act" in modules and not transformer_engine:
+        raise UserError(
+            "--recompute-modules moe_act needs Transformer Engine's layers, and these are on plain torch; give moe"
+        )
 
 
 def _check_context_attention(transformer_engine: bool, comm_type: str | None, window: bool) -> None:

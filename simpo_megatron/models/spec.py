@@ -71,6 +71,8 @@ def layer_spec(
         )
     if experts is not None:
         compat.moe_without_transformer_engine()
+    if "layernorm" in (config.recompute_modules or ()):
+        compat.norms_recomputed_without_transformer_engine()
     spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm

@@ -32,8 +32,11 @@ class ParallelConfig(Group):
     overlap_grad_reduce: bool = setting(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = setting(False, "gather parameters while the forward pass runs")
     recompute_granularity: Literal["selective", "full"] | None = setting(
-        None, "recompute activations: attention alone, or whole layers"
+        None, "recompute activations: those of --recompute-modules, or whole layers"
     )
+    recompute_modules: (
+        tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "mla_up_proj", "shared_experts"], ...] | None
+    ) = setting(None, "with selective recompute: parts of a layer (default: core_attn, the attention)")
     recompute_method: Literal["uniform", "block"] | None = setting(None, "with full recompute: which layers")
     recompute_num_layers: int | None = setting(None, "with full recompute: layers a recomputed block holds")
     variable_seq_lengths: bool = setting(
@@ -71,6 +74,10 @@ class ParallelConfig(Group):
             all((given is not None) == full for given in (self.recompute_method, self.recompute_num_layers)),
             "--recompute-granularity full goes with --recompute-method and --recompute-num-layers; give all three, or "
             "leave out the last two",
+        )
+        require(
+            self.recompute_modules is None or self.recompute_granularity == "selective",
+            "--recompute-modules needs --recompute-granularity selective; add it",
         )
         uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
         require(

@@ -48,6 +48,7 @@ def layout_arguments(parallel: ParallelConfig, num_layers: int) -> dict[str, Any
         "recompute_granularity": parallel.recompute_granularity,
         "recompute_method": parallel.recompute_method,
         "recompute_num_layers": parallel.recompute_num_layers,
+        "recompute_modules": None if parallel.recompute_modules is None else list(parallel.recompute_modules),
         "cp_comm_type": parallel.cp_comm_type,
     }
 
@@ -69,6 +70,7 @@ def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     else:
         _check_experts(model, parallel)
     _check_interleaving(parallel)
+    _check_recomputed(model, parallel)
     if parallel.get("pipeline_model_parallel_layout") is None:  # else Megatron checks it
         stage_layers(
             model["num_layers"],
@@ -151,6 +153,19 @@ def _check_interleaving(parallel: dict[str, Any]) -> None:
         )
 
 
+def _check_recomputed(model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    """Refuses modules of --recompute-modules that the model does not have: Megatron would raise, or ignore them."""
+    experts, dense = "a model with experts, and this one is dense", "a dense model, and all layers here have experts"
+    lacking = {
+        "mla_up_proj": "multi-latent attention, which no model here has",
+        "shared_experts": "shared experts, which no model here has",
+        **({"moe": experts, "moe_act": experts} if model.get("num_moe_experts") is None else {"mlp": dense}),
+    }
+    for name in parallel.get("recompute_modules") or ():
+        if name in lacking:
+            raise UserError(f"--recompute-modules {name} needs {lacking[name]}; drop it")
+
+
 def check_shared_prompts(responses: int, context_parallel_size: int, transformer_engine: bool) -> None:
     """Checks that the two responses of a pair can share their prompt.
 
@@ -178,12 +193,13 @@ def check_shared_prompts(responses: int, context_parallel_size: int, transformer
             raise UserError(f"--share-prompts: {why}")
 
 
-def check_rows(seq_length: int, parallel: ParallelConfig) -> None:
-    """Checks that context and sequence parallelism can cut packed rows of this length.
+def check_rows(seq_length: int, parallel: ParallelConfig, row_multiple: int = 1) -> None:
+    """Checks that context and sequence parallelism can cut packed rows of this length, and that FP8 can multiply them.
 
     Args:
         seq_length: tokens of a packed row.
         parallel: the layout.
+        row_multiple: the number that divides the tokens which a rank multiplies (`MemoryConfig.row_multiple`).
 
     Raises:
         UserError: they cannot; the error names the nearest lengths that they can.
@@ -196,6 +212,11 @@ def check_rows(seq_length: int, parallel: ParallelConfig) -> None:
     if parallel.sequence_parallel and not parallel.variable_seq_lengths:
         multiple = math.lcm(multiple, context * tensor)
         why += f"{' and ' if why else ''}--tensor-model-parallel-size {tensor}, which cuts rows of fixed length"
+    if row_multiple > 1:
+        ranks = context * (tensor if parallel.sequence_parallel else 1)
+        multiple = math.lcm(multiple, row_multiple * ranks)
+        why += f"{' and ' if why else ''}FP8 multiplies {row_multiple} tokens at a time"
+        why += f" on each of {ranks} ranks" if ranks > 1 else ""
     below, above = seq_length // multiple * multiple, round_up(seq_length, multiple)
     near = " or ".join(str(n) for n in (below, above) if n)
     if seq_length % multiple:

@@ -1,6 +1,7 @@
 """What a run costs, before it runs: memory, time lost, disk. See README.md. No torch and no process group.
 
 parameters.py       parameters that a rank of each pipeline stage holds
+state.py            bytes of a parameter: gradient and optimizer state, on GPU and host
 memory.py           bytes that a rank needs with one layout
 layouts.py          the layouts that fit on a number of GPUs, best first
 flops.py            floating-point operations of a step

@@ -115,7 +115,12 @@ def checkpoints_held(settings: CheckpointConfig, steps: int, count: int) -> int:
 
 
 def save_host_bytes(
-    size: CheckpointSize, gpus: int, model_parallel: int, node: int = 8, fully_reshardable: bool = False
+    size: CheckpointSize,
+    gpus: int,
+    model_parallel: int,
+    node: int = 8,
+    fully_reshardable: bool = False,
+    offloaded: float = 0.0,
 ) -> int:
     """Host memory that a save takes on the node that needs most, above what the processes hold anyway.
 
@@ -129,10 +134,11 @@ def save_host_bytes(
         model_parallel: tensor- times pipeline-parallel size.
         node: GPUs of a node.
         fully_reshardable: the form of the optimizer state.
+        offloaded: share of the optimizer state that is in host memory anyway, which is not copied.
     """
     here = min(node, gpus)
     if not fully_reshardable:
-        return size.total * here // gpus
+        return (size.weights + int(size.optimizer * (1 - offloaded))) * here // gpus
     gathering = min(here, model_parallel)  # ranks of a node that gather, at most
     return size.weights * here // gpus + _GATHERED * size.optimizer * gathering // model_parallel
 

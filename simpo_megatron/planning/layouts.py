@@ -7,8 +7,8 @@ Only layouts that `parallel/limits.py` accepts are listed. These are tried:
 * even pipeline stages, with 1, 2 or 4 virtual stages a rank; a smaller first and last stage where the layers do not
   divide;
 * whole experts, or experts divided like the other tensors;
-* all activations kept, or all recomputed. Recomputing the attention alone is not tried: it saves next to nothing where
-  a fused attention keeps only its output.
+* all activations kept, those of the MLPs or of the experts recomputed, or all. Recomputing the attention alone is not
+  tried: it saves next to nothing where a fused attention keeps only its output.
 
 The best layout has the smallest `slowdown`, which is the time of a step divided by the time of an ideal one. In an
 ideal step no pipeline stage waits, all data-parallel ranks have the same number of packed rows, and no activation is
@@ -23,12 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_layout, check_processes, check_rows, layout_arguments
 from simpo_megatron.parallel.stages import divisors
-from simpo_megatron.planning.memory import Memory, Workload, estimate
+from simpo_megatron.planning.memory import DEFAULT, Memory, Workload, estimate, recomputed_modules
 
 GPUS_PER_NODE = 8
 MOST_GPUS = 1024
@@ -45,6 +46,7 @@ class Request:
         packed_rows: packed rows of a step, over all ranks.
         slab_bytes: bytes of the logits that the fused head holds at a time.
         reference: whether a frozen reference model stays on the GPUs.
+        memory: dtypes and places of gradients and optimizer state.
     """
 
     gpu_bytes: int
@@ -52,6 +54,7 @@ class Request:
     packed_rows: int
     slab_bytes: int
     reference: bool = False
+    memory: MemoryConfig = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,14 @@ def cost(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
     if virtual > 1:  # the interleaved schedule needs a multiple of the stages; the missing rows are empty ones
         microbatches = math.ceil(microbatches / stages) * stages
     waiting = (stages - 1) / virtual
-    recompute = 4 / 3 if parallel.recompute_granularity == "full" else 1
+    recompute = 1 + _recomputed_share(architecture, layout) / 3  # a forward pass is a third of the arithmetic
     work = Workload(
         world_size=gpus,
         seq_length=request.seq_length,
         microbatches=microbatches,
         slab_bytes=request.slab_bytes,
         reference=request.reference,
+        memory=request.memory,
     )
     return LayoutCost(
         parallel=parallel,
@@ -124,10 +128,26 @@ def cost(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
     )
 
 
+def _recomputed_share(architecture: Architecture, layout: dict[str, Any]) -> float:
+    """The share of the products of matrices of a layer that the backward pass computes again."""
+    if layout["recompute_granularity"] == "full":
+        return 1.0
+    if not recomputed_modules(layout) & {"mlp", "moe"}:
+        return 0.0
+    model, width = architecture.transformer, architecture.transformer["kv_channels"]
+    attention = 2 * (model["num_attention_heads"] + model["num_query_groups"]) * width
+    if architecture.num_experts is None:
+        inner = 3 * model["ffn_hidden_size"]
+    else:
+        inner = 3 * model["moe_ffn_hidden_size"] * model["moe_router_topk"]
+    return inner / (attention + inner)
+
+
 def legal(architecture: Architecture, gpus: int, seq_length: int) -> Iterator[ParallelConfig]:
     """The tried layouts of a model on this many GPUs that `parallel/limits.py` accepts."""
     model = architecture.transformer
-    for base in _dense(architecture.num_layers, gpus):
+    recomputed = recomputations(architecture.num_experts is not None)
+    for base in _dense(architecture.num_layers, gpus, recomputed):
         for parallel in _with_experts(base, architecture.num_experts):
             try:
                 layout = layout_arguments(parallel, architecture.num_layers)
@@ -139,13 +159,22 @@ def legal(architecture: Architecture, gpus: int, seq_length: int) -> Iterator[Pa
             yield parallel
 
 
-def _dense(num_layers: int, gpus: int) -> Iterator[ParallelConfig]:
-    """The tried sizes of tensor, pipeline and context parallelism, with and without recomputation."""
+def recomputations(experts: bool) -> tuple[dict[str, Any], ...]:
+    """The tried settings of recomputation.
+
+    Args:
+        experts: whether the model has experts.
+    """
+    return ({}, {"recompute_granularity": "selective", "recompute_modules": ("moe" if experts else "mlp",)}, FULL)
+
+
+def _dense(num_layers: int, gpus: int, recomputed: tuple[dict[str, Any], ...]) -> Iterator[ParallelConfig]:
+    """The tried sizes of tensor, pipeline and context parallelism, with each tried recomputation."""
     for tensor in divisors(math.gcd(gpus, GPUS_PER_NODE)):
         for stages in (n for n in divisors(gpus // tensor) if n <= num_layers):
             for context in divisors(math.gcd(gpus // (tensor * stages), GPUS_PER_NODE)):
                 for pipeline in _pipelines(num_layers, stages):
-                    for recompute in ({}, FULL):
+                    for recompute in recomputed:
                         yield ParallelConfig(
                             tensor_model_parallel_size=tensor,
                             sequence_parallel=tensor > 1,

@@ -16,10 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 from simpo_megatron.planning.parameters import Parameters, layers_of_stages, stage_parameters
+from simpo_megatron.planning.state import StateBytes
+
+DEFAULT = MemoryConfig()
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,12 @@ class Workload:
         seq_length: tokens of a packed row, before context parallelism cuts it.
         microbatches: packed rows of a step on each data-parallel rank.
         slab_bytes: bytes of the logits that the fused head holds at a time.
-        bf16: weights and activations take 2 bytes, else 4. Gradients are fp32 in both cases.
+        bf16: weights and activations take 2 bytes, else 4.
         distributed_optimizer: the optimizer state is divided over the data- and context-parallel ranks.
         reference: there is a frozen copy of the weights in the same layout, which DPO needs.
         fused: the layers are Transformer Engine's, else those on plain torch.
         divisible_by: `--make-vocab-size-divisible-by`.
+        memory: dtypes and places of gradients and optimizer state. FP8 is not counted.
     """
 
     world_size: int
@@ -47,6 +52,7 @@ class Workload:
     reference: bool = False
     fused: bool = True
     divisible_by: int = VOCAB_DIVISOR
+    memory: MemoryConfig = DEFAULT
 
     @property
     def element(self) -> int:
@@ -60,11 +66,13 @@ class Memory:
 
     Attributes:
         weights: of the model.
-        gradients: in fp32.
-        optimizer: fp32 weights and Adam's two moments.
+        gradients: over all microbatches.
+        optimizer: weights and Adam's two moments.
         activations: kept for the backward pass, and what a backward pass needs for the moment.
         head: logits, hidden states and gradients of the head.
         reference: weights of the reference model.
+        update: what the optimizer step needs beyond the memory that activations and head leave to it.
+        host: host memory of the optimizer: its state, or its copies while it is built. It is no part of the total.
     """
 
     weights: int
@@ -73,47 +81,78 @@ class Memory:
     activations: int
     head: int
     reference: int
+    update: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return sum(vars(self).values())
+        """All of them on the GPU."""
+        return sum(vars(self).values()) - self.host
 
 
-def layer_bytes(architecture: Architecture, layout: Mapping[str, Any], *, element: int, fused: bool) -> float:
+def recomputed_modules(layout: Mapping[str, Any]) -> frozenset[str]:
+    """The parts of a layer that selective recomputation computes again."""
+    if layout["recompute_granularity"] != "selective":
+        return frozenset()
+    return frozenset(layout.get("recompute_modules") or ("core_attn",))
+
+
+def layer_bytes(
+    architecture: Architecture,
+    layout: Mapping[str, Any],
+    *,
+    element: int,
+    fused: bool,
+    recomputed: frozenset[str] = frozenset(),
+) -> float:
     """Bytes that autograd keeps of one layer for one token of a context-parallel rank.
 
     Args:
         architecture: the model.
-        layout: from `limits.layout_arguments`. With `recompute_granularity` "selective" the attention is recomputed.
+        layout: from `limits.layout_arguments`.
         element: bytes of an activation.
         fused: Transformer Engine's norms, attention and SwiGLU; else torch's, which keep more.
+        recomputed: from `recomputed_modules`.
     """
-    model = architecture.transformer
+    model, dense = architecture.transformer, architecture.num_experts is None
     tensor = layout["tensor_model_parallel_size"]
     sequence = tensor if layout["sequence_parallel"] else 1
     width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
     q, k = heads * width, model["num_query_groups"] * width // tensor
-    recomputed = layout["recompute_granularity"] == "selective"
-    # Input and output of both norms; torch also keeps the normalised input.
-    kept = (2 if fused else 3) * 2 * model["hidden_size"] / sequence
+    kept = _norms(dense, fused, recomputed) * model["hidden_size"] / sequence
     kept += (q + 2 * k) + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     kept += 4 * width  # cosine and sine for queries and for keys
     kept += q  # attention's output, which the next projection reads
-    if not fused and not recomputed:
+    if not fused and "core_attn" not in recomputed:
         kept += q  # torch attends one sequence at a time and keeps the pieces
     if model.get("qk_layernorm"):
         kept += q + k if fused else 2 * q + k
-    statistics = 4 * 2 / sequence + (0 if recomputed else 4 * heads)  # fp32: of the norms, of the softmax
-    if architecture.num_experts is None:
-        kept += (3 if fused else 5) * model["ffn_hidden_size"] / tensor
+    # fp32: of the norms, of the softmax
+    statistics = 4 * 2 / sequence + (0 if "core_attn" in recomputed else 4 * heads)
+    if dense:
+        kept += 0 if "mlp" in recomputed else (3 if fused else 5) * model["ffn_hidden_size"] / tensor
+        return kept * element + statistics
+    if "moe" in recomputed:
         return kept * element + statistics
     ranks, topk = layout["expert_tensor_parallel_size"] or tensor, model["moe_router_topk"]
     routed = topk * ranks / sequence  # copies of a token that reach the experts of a rank
-    kept += routed * (model["hidden_size"] + (3 if fused else 6) * model["moe_ffn_hidden_size"] / ranks)
+    inner = (3 if fused else 6) - ("moe_act" in recomputed)
+    kept += routed * (model["hidden_size"] + inner * model["moe_ffn_hidden_size"] / ranks)
     # Indices, probabilities, and the map from tokens to experts.
     routing = (24 * topk + 5 * architecture.num_experts) / sequence
     return kept * element + statistics + routing
+
+
+def _norms(dense: bool, fused: bool, recomputed: frozenset[str]) -> int:
+    """Hidden states that the two norms of a layer keep: input and output; torch also keeps the normalised input.
+
+    Transformer Engine computes a norm in the linear layer that follows, except before experts.
+    """
+    if not fused:
+        return 2 if "layernorm" in recomputed else 6
+    if dense:
+        return 3 if "mlp" in recomputed else 4
+    return 3 if "layernorm" in recomputed else 4
 
 
 def saved_bytes(
@@ -128,7 +167,8 @@ def saved_bytes(
         tokens: of this context-parallel rank.
         work: what is computed.
     """
-    whole = tokens * layer_bytes(architecture, layout, element=work.element, fused=work.fused)
+    recomputed = recomputed_modules(layout)
+    whole = tokens * layer_bytes(architecture, layout, element=work.element, fused=work.fused, recomputed=recomputed)
     if layout["recompute_granularity"] != "full":
         return layers * whole
     model = architecture.transformer
@@ -203,28 +243,44 @@ def _stage_memory(
         # Gathered, chosen and scattered hidden states and their fp32 gradient, as if every token were scored.
         head = work.slab_bytes + 3 * hidden + hidden // element * 4 + _shared(layout, 2 * hidden) + vocabulary
 
-    state = 12 if work.bf16 else 8  # Adam's two moments in fp32, and for bf16 an fp32 copy of the weight
-    expert_ranks = (layout["expert_tensor_parallel_size"] or tensor) * layout["expert_model_parallel_size"] * stages
-    dense_copies, expert_copies = work.world_size // (tensor * stages), work.world_size // expert_ranks
-    if not work.distributed_optimizer:
-        dense_copies = expert_copies = 1
+    state = StateBytes.of(work.memory, bf16=work.bf16)
+    if stage == stages - 1 and state.gradient != 4:
+        # The head adds in fp32, so each microbatch needs the output layer's gradient in fp32, twice for a moment.
+        head += 8 * rows * hidden_size
+    updated = _updated(layout, work, held)
+    step = max(state.update * updated, state.device_copy * (held.trained + updated) - state.device * updated)
     return Memory(
         weights=element * held.total,
-        gradients=4 * held.trained,
-        optimizer=math.ceil(state * held.trained_dense / dense_copies)
-        + math.ceil(state * held.trained_experts / expert_copies),
+        gradients=state.gradient * held.trained,
+        optimizer=math.ceil(state.device * updated),
         activations=math.ceil(activations),
         head=math.ceil(head),
         reference=element * held.total if work.reference else 0,
+        update=max(0, math.ceil(step - activations - head)),
+        host=math.ceil(max(state.host * updated, state.host_copy * (held.trained + updated))),
     )
+
+
+def _updated(layout: Mapping[str, Any], work: Workload, held: Parameters) -> int:
+    """The parameters that a rank updates: its share of those that it holds and trains."""
+    if not work.distributed_optimizer:
+        return held.trained
+    tensor, stages = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
+    expert_ranks = (layout["expert_tensor_parallel_size"] or tensor) * layout["expert_model_parallel_size"] * stages
+    copies, expert_copies = work.world_size // (tensor * stages), work.world_size // expert_ranks
+    return math.ceil(held.trained_dense / copies) + math.ceil(held.trained_experts / expert_copies)
 
 
 def _working_set(architecture: Architecture, layout: Mapping[str, Any], tokens: int, work: Workload) -> float:
     """Bytes that exist only during the backward pass of a layer: recomputed activations, and their gradients."""
+    whole = tokens * layer_bytes(architecture, layout, element=work.element, fused=work.fused)
     recomputed = 0.0
     if layout["recompute_granularity"] == "full":
-        block = layout["recompute_num_layers"] if layout["recompute_method"] == "uniform" else 1
-        recomputed = block * tokens * layer_bytes(architecture, layout, element=work.element, fused=work.fused)
+        recomputed = whole * (layout["recompute_num_layers"] if layout["recompute_method"] == "uniform" else 1)
+    elif modules := recomputed_modules(layout):
+        recomputed = whole - tokens * layer_bytes(
+            architecture, layout, element=work.element, fused=work.fused, recomputed=modules
+        )
     model, tensor = architecture.transformer, layout["tensor_model_parallel_size"]
     if architecture.num_experts is None:
         widest = 2 * model["hidden_size"] + 3 * model["ffn_hidden_size"] / tensor

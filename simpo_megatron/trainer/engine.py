@@ -10,8 +10,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
@@ -23,6 +21,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.metrics import reduce_metrics
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.step import PreferenceStep
+from simpo_megatron.trainer.optimizer import build_optimizer
 from simpo_megatron.trainer.pass_through import fields_of, refusals
 from simpo_megatron.trainer.timing import Seconds
 
@@ -66,17 +65,17 @@ class Engine:
         # DDP wraps the bare GPTModel, which is built in bf16 already. Float16Module would upcast all logits to fp32.
         parallel, hooks = self.config.parallel, self.transformer
         own = {
-            "grad_reduce_in_fp32": True,
+            "grad_reduce_in_fp32": self.config.memory.main_grads_dtype == "fp32",
             "overlap_grad_reduce": parallel.overlap_grad_reduce,
             "overlap_param_gather": parallel.overlap_param_gather,
             "use_distributed_optimizer": parallel.use_distributed_optimizer,
         }
         with refusals(self.config, "ddp_config"):
             ddp = DistributedDataParallelConfig(**{**own, **fields_of(self.config, "ddp_config")})
-        chunks = [
-            DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
-            for index, model in enumerate(self.models)
-        ]
+            chunks = [
+                DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
+                for index, model in enumerate(self.models)
+            ]
         single = len(chunks) == 1
 
         def hook(name: str) -> Any:
@@ -99,28 +98,12 @@ class Engine:
             share_prompts=self.config.data.share_prompts,
             fixed_length=not self.config.parallel.variable_seq_lengths,
             sequence_parallel=self.config.parallel.sequence_parallel,
+            row_multiple=self.config.memory.row_multiple,
             microbatch_multiple=stages if len(self.chunks) > 1 else 1,  # the interleaved schedule needs it
         )
 
     def _build_optimizer(self) -> Any:
-        settings = self.config.optimizer
-        with refusals(self.config, "optimizer_config"):
-            megatron = MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.adam_beta1,
-                adam_beta2=settings.adam_beta2,
-                adam_eps=settings.adam_eps,
-                clip_grad=settings.clip_grad,
-                bf16=self.config.train.bf16,
-                params_dtype=self.transformer.params_dtype,
-                use_distributed_optimizer=self.config.parallel.use_distributed_optimizer,
-                overlap_param_gather=self.config.parallel.overlap_param_gather,
-                **fields_of(self.config, "optimizer_config"),
-            )
-            optimizer = get_megatron_optimizer(megatron, self.chunks)
+        optimizer = build_optimizer(self.config, self.chunks, self.transformer.params_dtype)
         self.transformer.grad_scale_func = optimizer.scale_loss
         measure = optimizer.get_grad_norm
 

@@ -24,6 +24,7 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.trainer import torch_adam
 from simpo_megatron.trainer.checkpointing import FAILURES, first_failure, model_names, sharded_models, sharded_state
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.full_precision import in_fp32
 from simpo_megatron.trainer.optimizer_format import check_buckets
 from simpo_megatron.trainer.resume import DP_RESHARDABLE
 
@@ -58,9 +59,9 @@ def load(engine: Engine, directory: Path) -> None:
         _fill_all(engine.models, state)
         engine.optimizer.reload_model_params()
     else:
-        with torch_adam.loadable(engine.optimizer):
+        with torch_adam.loadable(engine.optimizer), in_fp32(engine.optimizer):
             if content["distrib_optim_sharding_type"] == DP_RESHARDABLE:
-                check_buckets(engine.optimizer, common, directory)
+                check_buckets(engine.optimizer, common, directory, engine.hf)
             state = _load_strictly(sharded_state(engine, content, is_loading=True), directory)
             _fill_all(engine.models, state)
             with torch.no_grad():  # which Megatron sets itself for the other form alone

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from simpo_megatron import compat
 from simpo_megatron.checkpoint.folder import iteration_folder
 from simpo_megatron.config.arguments import flat
+from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.config.presets import describe
 from simpo_megatron.config.run import Config
 from simpo_megatron.models.spec import use_transformer_engine
@@ -61,4 +62,16 @@ def _describe_kernels(config: Config, transformer: TransformerConfig) -> str:
         layers += " (Transformer Engine is not installed)"
     package = "Transformer Engine" if fused else "Apex"
     weight_gradients = f"fused, by {package}" if transformer.gradient_accumulation_fusion else "not fused"
-    return f"layers: {layers}; Adam: {compat.adam()}; accumulation of weight gradients: {weight_gradients}"
+    adam = compat.adam() + _places(config.memory)
+    return f"layers: {layers}; Adam: {adam}; accumulation of weight gradients: {weight_gradients}"
+
+
+def _places(settings: MemoryConfig) -> str:
+    """What the precision-aware optimizer keeps in which dtype, or where; empty for the others."""
+    if not settings.use_precision_aware_optimizer:
+        return ""
+    gradients = f"gradients {settings.main_grads_dtype}"
+    if settings.optimizer_cpu_offload:
+        return f" ({settings.optimizer_offload_fraction:.0%} of its state in host memory, {gradients})"
+    moments = f"moments {settings.exp_avg_dtype} and {settings.exp_avg_sq_dtype}"
+    return f" (weights {settings.main_params_dtype}, {moments}, {gradients})"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from simpo_megatron.config.memory import MemoryConfig
+from simpo_megatron.disk import human
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_config
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_layout, check_processes, layout_arguments
+from simpo_megatron.planning import layouts
 from simpo_megatron.planning.layouts import FULL, Request, cost, fewest, fitting, legal
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -56,6 +60,42 @@ def test_the_bubble_by_hand(llama_70b: HFCheckpoint) -> None:
     assert math.isclose(cost(llama_70b.architecture, virtual, 256, REQUEST).bubble, 1.5 / 9.5)
     full = cost(llama_70b.architecture, ParallelConfig(**sizes, **FULL), 256, REQUEST)
     assert math.isclose(full.slowdown, 11 / 8 * 4 / 3) and full.memory.activations < plain.memory.activations
+
+
+AWARE = {"use_precision_aware_optimizer": True}
+HOST = {**AWARE, "optimizer_cpu_offload": True}
+# The rows of the table of the README, and what they set.
+ROWS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "`--use-precision-aware-optimizer`": AWARE,
+    "and `--optimizer-cpu-offload --optimizer-offload-fraction 0.5`": {**HOST, "optimizer_offload_fraction": 0.5},
+    "or `--optimizer-cpu-offload`": HOST,
+    "and `--main-grads-dtype bf16`": {**HOST, "main_grads_dtype": "bf16"},
+}
+
+
+def test_the_table_of_the_readme_is_that_of_the_planner(llama_70b: HFCheckpoint) -> None:
+    text = (Path(layouts.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for name, settings in ROWS.items():
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        asked = replace(REQUEST, memory=MemoryConfig(**settings))
+        found = [fewest(llama_70b.architecture, replace(asked, reference=reference)) for reference in (False, True)]
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[4:6] == [str(one[0]) for one in found if one is not None], name
+        assert found[0] is not None
+        host = found[0][1].memory.host * min(8, found[0][0])
+        assert cells[6].removesuffix(" a node") == (human(host) if host else ""), name
+
+
+def test_recomputing_a_part_of_a_layer(llama_70b: HFCheckpoint) -> None:
+    """Of a layer of Llama-3-70B the MLP is 3 x 28672 of 3 x 28672 + 2 x 8192 + 2 x 1024 columns of width 8192."""
+    part = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
+    sizes = {"tensor_model_parallel_size": 8, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
+    whole, mlp, none = (
+        cost(llama_70b.architecture, ParallelConfig(**sizes, **more), 16, REQUEST) for more in (FULL, part, {})
+    )
+    assert math.isclose(mlp.slowdown / none.slowdown, 1 + 86016 / (86016 + 18432) / 3)
+    assert whole.memory.activations < mlp.memory.activations < none.memory.activations
 
 
 def test_70b_needs_its_bytes(llama_70b: HFCheckpoint) -> None:

@@ -100,6 +100,7 @@ def kept(path: Path, layout: dict[str, Any], lengths: list[int], bf16: bool = Fa
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+MODULES = {"recompute_granularity": "selective"}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
 
 
@@ -109,7 +110,9 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
         ("llama", 1, {}),
         ("llama", 2, TP2),
         ("llama", 2, SP2),
-        ("llama", 1, {"recompute_granularity": "selective"}),
+        ("llama", 1, MODULES),
+        ("llama", 2, {**SP2, **MODULES, "recompute_modules": ("core_attn", "layernorm", "mlp")}),
+        ("mixtral", 1, {**MODULES, "recompute_modules": ("layernorm", "moe")}),
         ("llama", 2, {**SP2, **FULL}),
         ("llama", 1, BLOCK),
         ("qwen3", 2, SP2),

@@ -160,6 +160,19 @@ def multi_tensor_adam(chunk: int, overflow: Tensor, lists: Any, *settings: Any) 
             target.copy_(value)
 
 
+def multi_tensor_adam_param_remainder(chunk: int, overflow: Tensor, lists: Any, *settings: Any) -> None:
+    """The same with fp32 weights as bf16 weights and the 16 bits that they lack.
+
+    A bf16 weight is the upper half of the bits, and 1 more where the lower half is negative as an int16.
+    """
+    for *others, weight, mean, square, rest in zip(*lists, strict=True):
+        bits = (weight.view(torch.int16).int() - (rest < 0).int()) * 2**16 + rest.int() % 2**16
+        whole = bits.view(torch.float32)
+        multi_tensor_adam(chunk, overflow, [[x] for x in (*others, whole, mean, square)], *settings)
+        rest.copy_(bits.short())
+        weight.view(torch.int16).copy_(((bits - rest.int()) // 2**16).short())
+
+
 def get_num_cublas_streams() -> int:
     """How many streams a grouped product uses."""
     return 1
@@ -173,3 +186,24 @@ def get_cudnn_version() -> int:
 def get_cublasLt_version() -> int:
     """A release of cuBLAS with all features of products."""
     return 120000
+
+
+def _fp8(quantizer: Any) -> torch.dtype:
+    only(type(quantizer).__name__ == "Float8Quantizer", type(quantizer).__name__)
+    return {7: torch.float8_e4m3fn, 8: torch.float8_e5m2}[int(quantizer.dtype)]
+
+
+def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: Any, device: Any, pin: bool) -> Any:
+    """A tensor of FP8 numbers with one scale, without the transposed copy that a Hopper needs for products."""
+    _fp8(quantizer)
+    return quantizer.create_tensor_from_data(torch.zeros(shape, dtype=torch.uint8), dtype)
+
+
+def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
+    """FP8 numbers of a tensor, by the scale of the quantizer."""
+    only(output is not None and noop is None, "quantize into a new tensor")
+    dtype = _fp8(quantizer)
+    limit = torch.finfo(dtype).max
+    output._data.copy_((tensor.float() * quantizer.scale).clamp(-limit, limit).to(dtype).view(torch.uint8))
+    output._scale_inv.copy_(1 / quantizer.scale)
+    return output

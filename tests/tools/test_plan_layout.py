@@ -35,6 +35,16 @@ def test_size_of_a_checkpoint_and_idle_ranks(capsys: pytest.CaptureFixture[str])
     assert "above the 128 pairs of a step leaves ranks idle" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_flags_of_the_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    host = ["--use-precision-aware-optimizer", "--optimizer-cpu-offload", "--main-grads-dtype", "bf16"]
+    assert main(["--model", MODEL, "--gpus", "8", *host]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "SimPO: fits from 1 GPUs of 80GiB on" in out
+    # Before the state is divided over the 8 ranks each of them copies all parameters in fp32: 4.5 bytes x 8 ranks.
+    assert "the optimizer takes up to 269.2 GiB of host memory on a node" in out
+    assert "a save takes 15.0 GiB of host memory" in out  # the weights alone
+
+
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", MODEL, "--gpus", "1", "--gpu-memory", "16GiB"]) == 1
     assert "SimPO: no layout fits" in capsys.readouterr().out
@@ -49,6 +59,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "8", "--gpu-memory", "80"], "--gpu-memory 80 is 80 bytes; give the unit too"),
         (["--gpus", "8", "--json", "/nowhere/plan.json"], "/nowhere/plan.json cannot be written: No such file"),
         (["--gpus", "8", "--json", "/"], "--json / cannot be written: Is a directory"),
+        (["--gpus", "8", "--exp-avg-dtype", "bf16"], "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer"),
         (["--gpus", "many"], "invalid int value"),
         (["--gpus", "8", "--model", "absent"], "absent does not exist"),
         (["--gpus", "8", "--model", "meta-llama/Meta-Llama-3-70B"], "3-70B does not exist; give a local folder"),

@@ -1,4 +1,4 @@
-"""KTO's baseline in Megatron-LM's `pretrain()`: over ranks, and from the arguments of a checkpoint."""
+"""KTO's baseline in Megatron-LM's `pretrain()`, with those parts of it that are used: arguments, checkpoint."""
 
 from __future__ import annotations
 

@@ -35,11 +35,8 @@ def config_of(*more: str) -> Config:
     [
         ("transformer_config", "moe_router_fusion=true", True),
         ("transformer_config", "moe-router-dtype=fp64", "fp64"),
-        ("transformer_config", "recompute_modules=core_attn,mlp", ["core_attn", "mlp"]),
-        ("transformer_config", "min_offloaded_tensor_size=1024", 1024),
+        ("ddp_config", "bucket_size=20", 20),
         ("ddp_config", "bucket_size=none", None),
-        ("optimizer_config", "exp_avg_dtype=bf16", torch.bfloat16),
-        ("optimizer_config", "optimizer_offload_fraction=0.5", 0.5),
     ],
 )
 def test_a_value_gets_the_type_of_its_field(name: str, item: str, value: Any) -> None:
@@ -50,6 +47,9 @@ def test_a_value_gets_the_type_of_its_field(name: str, item: str, value: Any) ->
 def test_a_value_may_be_a_member_or_a_list_of_numbers() -> None:
     assert pass_through._convert("flash", AttnBackend) is AttnBackend.flash
     assert pass_through._convert("1,2", int | list[int]) == [1, 2]
+    assert pass_through._convert("core_attn,mlp", list[str] | None) == ["core_attn", "mlp"]
+    assert pass_through._convert("0.5", float) == 0.5
+    assert pass_through._convert("bf16", torch.dtype) is torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,8 @@ def test_a_value_may_be_a_member_or_a_list_of_numbers() -> None:
             "--ddp-config bucket_size=much: bucket_size is a whole number or none; give such a value",
         ),
         (
-            ["--optimizer-config", "exp_avg_dtype=int4"],
-            "exp_avg_dtype is fp32 or bf16 or fp16 or fp8; give such a value",
-        ),
-        (
             ["--transformer-config", "no_sync_func=f"],
-            "no_sync_func is an object, which no text can be or none; give such a value",
+            "--transformer-config no_sync_func cannot be set: it is an object, which no text can be; drop it",
         ),
         (
             ["--transformer-config", "tp_comm_overlap=true"],
@@ -86,6 +82,20 @@ def test_a_value_may_be_a_member_or_a_list_of_numbers() -> None:
         (["--ddp-config", "use_megatron_fsdp=true"], "the head adds to the buffers of Megatron's DDP"),
         (["--transformer-config", "moe_z_loss_coeff=1"], "only the loss of --moe-aux-loss-coeff is made a mean"),
         (["--transformer-config", "hidden_dropout=0.1"], "the two responses of a pair must not see different noise"),
+        (["--transformer-config", "cpu_offloading=true"], "layers are not moved to the host as a whole (recompute"),
+        (["--optimizer-config", "overlap_param_gather_with_optimizer_step=true"], "the step of the whole optimizer"),
+        (["--optimizer-config", "log_num_zeros_in_grad=true"], "cannot be set: nothing here uses it; drop it"),
+        (
+            ["--transformer-config", "pipeline_model_parallel_layout=Et|tL"],
+            "(--decoder-first-pipeline-num-layers); drop",
+        ),
+        (["--ddp-config", "bucket_size=-5"], "--ddp-config bucket_size=-5 must be greater than 0"),
+        (["--ddp-config", "bucket_size=5"], "bucket_size needs --overlap-grad-reduce; drop it, or add that"),
+        (["--transformer-config", "batch_p2p_sync=false"], "needs --pipeline-model-parallel-size of at least 2; drop"),
+        (
+            ["--transformer-config", "moe_router_dtype=fp64"],
+            "needs a model with experts, and this one is dense; drop it",
+        ),
     ],
 )
 def test_what_cannot_be_passed_is_one_sentence(argv: list[str], message: str) -> None:
@@ -93,6 +103,7 @@ def test_what_cannot_be_passed_is_one_sentence(argv: list[str], message: str) ->
         config = config_of(*argv)
         for name in pass_through.CLASSES:
             fields_of(config, name)
+        pass_through.check_use(config, has_experts=False)
     assert message in str(raised.value)
 
 
@@ -149,7 +160,7 @@ def test_what_is_passed_reaches_megatron(pool: WorkerPool, inputs: Inputs, tmp_p
     plain = run_and_read(pool, 2, base, tmp_path / "plain")
     argv = [*base, "--overlap-grad-reduce", "--recompute-granularity", "selective", "--save", str(tmp_path / "run")]
     argv += ["--ddp-config", "bucket_size=1000", "average_in_collective=true"]
-    argv += ["--transformer-config", "recompute_modules=mlp", "--optimizer-config", "decoupled_weight_decay=false"]
+    argv += ["--recompute-modules", "mlp", "--optimizer-config", "decoupled_weight_decay=false"]
     [(message, found), _] = pool.run(2, _train_and_look, argv)
     assert message is None and found["buckets"] > 1 and found["modules"] == ["mlp"]
     assert found["adam"] == "Adam", "not AdamW"
@@ -157,10 +168,30 @@ def test_what_is_passed_reaches_megatron(pool: WorkerPool, inputs: Inputs, tmp_p
     assert losses == pytest.approx([row["loss"] for row in plain], abs=1e-6)
 
 
-def test_what_megatron_refuses_is_one_sentence(pool: WorkerPool, inputs: Inputs) -> None:
-    argv = [*flags(inputs.checkpoint, inputs.data), "--optimizer-config", "use_precision_aware_optimizer=true"]
+def test_an_assertion_without_text_shows_its_code() -> None:
+    config = config_of("--ddp-config", "average_in_collective=true")
+    with (
+        pytest.raises(UserError, match=r"average_in_collective=true: Megatron refuses it: raise AssertionError$"),
+        pass_through.refusals(config, "ddp_config"),
+    ):
+        raise AssertionError
+    with pytest.raises(torch.OutOfMemoryError), pass_through.refusals(config, "ddp_config"):
+        raise torch.OutOfMemoryError("no fault of a field")
+
+
+def test_what_is_not_installed_is_one_sentence(pool: WorkerPool, inputs: Inputs) -> None:
+    argv = flags(inputs.checkpoint, inputs.data, fp32=False, use_precision_aware_optimizer=True)
     [message] = pool.run(1, train, argv)
     assert message == (
-        "--optimizer-config use_precision_aware_optimizer=true: Megatron refuses it: it needs Transformer Engine, "
-        "which is not installed"
+        "--use-precision-aware-optimizer needs Transformer Engine's Adam, which is not installed here; install it, or "
+        "drop the flag"
     )
+
+
+def test_what_megatron_refuses_is_one_sentence() -> None:
+    config = config_of("--ddp-config", "bucket_size=1")
+    with (
+        pytest.raises(UserError, match=r"^--ddp-config bucket_size=1: Megatron refuses it: too small a bucket$"),
+        pass_through.refusals(config, "ddp_config"),
+    ):
+        raise AssertionError("too small\na bucket")
