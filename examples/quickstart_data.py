@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from toy_tokenizer import train_tokenizer
 
 Row = dict[str, Any]
+Weights = tuple[int, ...]
 
 NUMBERS = range(10, 50)
 REPEATS = 5  # questions about the same two items, in either order and direction
@@ -66,7 +67,7 @@ PHRASINGS = (
     "The {what} is {answer}.",
     "I am not quite sure, but I think that the {what} is {answer}.",
 )
-CHOSEN_WEIGHTS, REJECTED_WEIGHTS = (5, 4, 1), (4, 4, 2)
+WEIGHTS = (5, 4, 1), (4, 4, 2)  # how often chosen and rejected responses come in each phrasing
 WRONG_DEMONSTRATIONS = 0.25
 
 CHAT_TEMPLATE = (
@@ -77,30 +78,35 @@ BEGIN, END = "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = [BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def made_up_rows(seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held-out) questions as TRL's conversational rows. No two items that meet in one meet in the other."""
+def made_up_rows(seed: int, weights: tuple[Weights, Weights] = WEIGHTS) -> tuple[list[Row], list[Row]]:
+    """(train, held-out) questions as TRL's conversational rows. No two items that meet in one meet in the other.
+
+    Args:
+        seed: of all that is drawn.
+        weights: how often chosen and rejected responses come in each phrasing.
+    """
     choose = random.Random(seed)
     items = [("number", str(low), str(high)) for low, high in itertools.combinations(NUMBERS, 2)]
     items += [("word", first, last) for first, last in itertools.combinations(WORDS, 2)]
     choose.shuffle(items)
-    held_out = [_question(choose, *drawn) for drawn in items[:HELD_OUT_ROWS]]
-    train = [_question(choose, *drawn) for drawn in items[HELD_OUT_ROWS:] * REPEATS]
+    held_out = [_question(choose, weights, *drawn) for drawn in items[:HELD_OUT_ROWS]]
+    train = [_question(choose, weights, *drawn) for drawn in items[HELD_OUT_ROWS:] * REPEATS]
     return train, held_out
 
 
-def _question(choose: random.Random, kind: str, first: str, last: str) -> Row:
+def _question(choose: random.Random, weights: tuple[Weights, Weights], kind: str, first: str, last: str) -> Row:
     question, what, wants_first = choose.choice(QUESTIONS[kind])
     right, wrong = (first, last) if wants_first else (last, first)
     one, other = choose.sample((first, last), 2)
 
-    def say(answer: str, weights: tuple[int, ...]) -> list[dict[str, str]]:
+    def say(answer: str, weights: Weights) -> list[dict[str, str]]:
         (phrasing,) = choose.choices(PHRASINGS, weights)
         return [{"role": "assistant", "content": phrasing.format(what=what, answer=answer)}]
 
     return {
         "prompt": [{"role": "user", "content": f"Which {kind} {question}, {one} or {other}?"}],
-        "chosen": say(right, CHOSEN_WEIGHTS),
-        "rejected": say(wrong, REJECTED_WEIGHTS),
+        "chosen": say(right, weights[0]),
+        "rejected": say(wrong, weights[1]),
         "answer": right,
     }
 
@@ -196,7 +202,13 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def prepare(output: Path, data: Path | None, seed: int, held_out_data: Path | None = None) -> None:
+def prepare(
+    output: Path,
+    data: Path | None,
+    seed: int,
+    held_out_data: Path | None = None,
+    weights: tuple[Weights, Weights] = WEIGHTS,
+) -> None:
     """Writes data and model below `output`.
 
     Args:
@@ -204,12 +216,13 @@ def prepare(output: Path, data: Path | None, seed: int, held_out_data: Path | No
         data: preferences to use; None for made-up questions.
         seed: of the made-up questions and the random weights.
         held_out_data: preferences to evaluate on; None to hold out a part of `data`.
+        weights: see `made_up_rows`.
 
     Raises:
         UserError: a file cannot be read, or has too few prompts, or the disk is full.
     """
     if data is None:
-        train, held_out = made_up_rows(seed)
+        train, held_out = made_up_rows(seed, weights)
     elif held_out_data is None:
         train, held_out = split(own_rows(data))
     else:

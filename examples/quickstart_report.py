@@ -94,11 +94,12 @@ class Checkpoint:
         return logprobs.sum(1) / scored.sum(1)
 
     @torch.no_grad()
-    def greedy(self, rows: list[Row], new_tokens: int) -> list[list[int]]:
-        """Tokens of the greedy answer to each row, without the end token."""
+    def answers(self, rows: list[Row], new_tokens: int, sample: bool = False) -> list[list[int]]:
+        """Tokens of an answer to each row, without the end token: the greedy one, or one drawn at temperature 1."""
         prompts = [{"input_ids": self.prompt(row)} for row in rows]
         inputs = self.tokenizer.pad(prompts, return_tensors="pt")
-        generated = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+        generated = self.model.generate(**inputs, max_new_tokens=new_tokens, **how)
         answers = generated[:, inputs["input_ids"].shape[1] :].tolist()
         end = self.tokenizer.eos_token_id
         return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
@@ -117,8 +118,8 @@ class Checkpoint:
             scores.append(self.average_logprobs(sequences).view(-1, 2))
         chosen, rejected = torch.cat(scores).unbind(1)
         asked = rows[:GREEDY_ROWS]
-        answers = self.greedy(asked, new_tokens)
-        right = [self._is_right(row, answer) for row, answer in zip(asked, answers, strict=True)]
+        answers = self.answers(asked, new_tokens)
+        right = [self.is_right(row, answer) for row, answer in zip(asked, answers, strict=True)]
         label = "right greedy answers" if "answer" in rows[0] else "greedy length nearer to chosen"
         return {
             "ranking accuracy": (chosen > rejected).float().mean().item(),
@@ -129,7 +130,8 @@ class Checkpoint:
             label: sum(right) / len(right),
         }
 
-    def _is_right(self, row: Row, answer: list[int]) -> bool:
+    def is_right(self, row: Row, answer: list[int]) -> bool:
+        """Whether an answer ends with the row's `answer`; without one, whether its length is nearer to the chosen."""
         if "answer" in row:
             return self.tokenizer.decode(answer).rstrip(".").split()[-1:] == [row["answer"]]
         chosen, rejected = (len(self._ids(text(row[name]))) for name in ("chosen", "rejected"))

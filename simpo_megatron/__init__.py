@@ -31,13 +31,15 @@ Runs:
 config/         the settings: flags, YAML file, presets
 trainer/        processes, engine, checkpoints, logging, and the training loop
 planning/       memory and pipeline bubble of a layout before it runs
+diagnose/       two trained models beside each other: exact KL, rankings, length
 verify/         a layout compared with Hugging Face: log-probs, loss, every gradient
 self_test/      everything above with tiny models, in one table: what works on this machine
+on_policy/      responses of the model, their scores, pairs of them, in rounds; the files of benchmarks
 
 Used by all:
 
 settings.py     groups of settings, and the checks of their values
-program.py      how a program ends: exit code, one sentence for a mistake of the user
+program.py      what programs share: exit codes, one sentence for a mistake of the user, the time left
 errors.py       `UserError`, a mistake that the user can fix
 files.py        files that are read and written whole
 disk.py         what a disk can hold, and the sentence for a file that cannot be written

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -119,7 +119,7 @@ def have_triton() -> bool:
 def check_megatron_core() -> None:
     """Refuses an unknown release of Megatron-Core: schedules, specs and checkpoint keys change between releases.
 
-    Call it before anything else imports Megatron.
+    Call it before anything else imports Megatron. Without a GPU it turns Megatron's use of torch.compile off.
 
     Raises:
         UserError: megatron-core is absent, or is a release that this package was not run with; or Transformer Engine or
@@ -128,7 +128,8 @@ def check_megatron_core() -> None:
     first, last = ("{}.{}".format(*version) for version in MEGATRON_CORE)
     fix = "install one with `pip install 'megatron-core==0.16.*'`"
     try:
-        info = importlib.import_module("megatron.core.package_info")
+        with _compiling_nothing():
+            info = importlib.import_module("megatron.core.package_info")
     except Exception as error:
         _refuse_broken_packages()
         raise UserError(f"megatron-core cannot be imported ({_first_line(error)}); {fix}") from error
@@ -136,6 +137,29 @@ def check_megatron_core() -> None:
         raise UserError(
             f"megatron-core {info.__version__} is installed, but this program was run with {first} to {last}; {fix}"
         )
+
+
+@contextlib.contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """Without a GPU, leaves the functions of Megatron that are imported here and later as they are.
+
+    Megatron wraps some of them in torch.compile (`megatron/core/jit.py`). To wrap one, torch imports its compiler,
+    which takes a quarter of the time to start a program. `cpu.py` turns compiling off in any case.
+    """
+    torch: Any = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        yield
+        return
+    compile_, torch.compile = torch.compile, _unchanged
+    try:
+        yield
+        importlib.import_module("megatron.core.jit").jit_fuser = _unchanged  # type: ignore[attr-defined]
+    finally:
+        torch.compile = compile_
+
+
+def _unchanged(function: Any = None, **options: Any) -> Any:
+    return _unchanged if function is None else function
 
 
 def _refuse_broken_packages() -> None:

@@ -40,12 +40,13 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
-from simpo_megatron.objectives import OBJECTIVES, Metric, Objective
+from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
 from simpo_megatron.settings import flag, parse_size
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
+from simpo_megatron.trainer.megatron_lm_baseline import carried, note
 from simpo_megatron.trainer.reference_source import known_reference
 
 ARGS_DEFAULTS = {"dataloader_type": "external", "micro_batch_size": 1, "tokenizer_type": "HuggingFaceTokenizer"}
@@ -282,25 +283,24 @@ def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Ca
     timers("batch-generator", log_level=2).start()
     batch = next(data_iterator)
     timers("batch-generator").stop()
-    chosen = objective(args)
-    step = PreferenceStep(
-        chosen, hf_checkpoint(args).architecture.vocab_size, get_num_microbatches(), moe_aux_loss_coeff(args)
-    )
+    chosen = carried(args, objective(args), model)
+    vocabulary = hf_checkpoint(args).architecture.vocab_size
+    step = PreferenceStep(chosen, vocabulary, get_num_microbatches(), moe_aux_loss_coeff(args))
     output, loss_func = step(iter((batch,)), model)
-    return output, partial(_report, args, chosen.metrics, loss_func)
+    return output, partial(_report, args, chosen, loss_func)
 
 
-def _report(args: Any, metrics: tuple[Metric, ...], loss_func: Any, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _report(args: Any, chosen: Objective, loss_func: Any, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and each metric as [sum, divisor], which Megatron-LM adds up over microbatches, DP and CP."""
     loss, sums = loss_func(output)
+    note(chosen, sums)
     if args.check_for_nan_in_loss_and_grad:
         _check_finite(loss)
     # A metric without a divisor is already divided by the global batch. The divisors given for it add up to 1 over
     # microbatches and DP (times CP, like the sums).
-    sums["none"] = torch.full_like(
-        sums["pairs"], 1.0 / (get_num_microbatches() * parallel_state.get_data_parallel_world_size())
-    )
-    return loss, {metric.name: torch.stack((sums[metric.name], sums[metric.divisor])).float() for metric in metrics}
+    share = 1.0 / (get_num_microbatches() * parallel_state.get_data_parallel_world_size())
+    sums["none"] = torch.full_like(sums["pairs"], share)
+    return loss, {one.name: torch.stack((sums[one.name], sums[one.divisor])).float() for one in chosen.metrics}
 
 
 def _check_finite(loss: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The metrics of a step: sums over the pairs of each microbatch, reduced once a step.
 
-Which metrics there are, an objective says (`objectives/base.py`). Every metric is a sum over the global batch, divided
-by one of the `DIVISORS` or by nothing.
+Which metrics there are, an objective says (`objectives/measured.py`). Every metric is a sum over the global batch,
+divided by one of the `DIVISORS` or by nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -60,28 +59,3 @@ def reduce_metrics(sums: Sequence[dict[str, Tensor]], metrics: Sequence[Metric])
     found = dict(zip(names, total.tolist(), strict=True))
     divisors = {"none": 1.0, **{name: max(found[name], 1.0) for name in DIVISORS}}
     return {metric.name: found[metric.name] / divisors[metric.divisor] for metric in metrics}
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's rank correlation. Equal values share the mean of their ranks.
-
-    Args:
-        first: [N] numbers.
-        second: [N] numbers.
-
-    Returns:
-        Between -1 and 1; NaN where all values of one are equal, or a value is not finite.
-    """
-    if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        return float("nan")
-    ranks = np.stack([_ranks(first), _ranks(second)])
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    norms = np.sqrt(np.square(ranks).sum(axis=1))
-    return float(ranks[0] @ ranks[1] / norms.prod()) if norms.all() else float("nan")
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value, from 0; equal values share the mean of their ranks."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[places]

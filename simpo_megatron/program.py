@@ -1,4 +1,4 @@
-"""What all command-line programs of this package share: the parser, and the exit codes.
+"""What all command-line programs of this package share: the parser, reports, the time left, and the exit codes.
 
 0: success. 1: the program ran, and what it checked is wrong (programs that check). 2: a mistake that the user can fix;
 one line names it. 130: interrupted from the keyboard. 143: ended by SIGTERM.
@@ -17,13 +17,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from simpo_megatron.disk import FULL, cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write
+
+T = TypeVar("T")
 
 
 def nearest(name: str, known: Collection[str], likeness: float = 0.7) -> str | None:
@@ -135,6 +138,28 @@ def write_report(flag: str, file: Path, text: str) -> None:
         raise cannot_write(f"{flag} {file}", error, "give another file") from error
 
 
+def with_time_left(parts: Sequence[T], title: str, shown: bool = True) -> Iterator[T]:
+    """The same parts. Shows the time that is left: in a bar on a terminal, else in a line for every tenth.
+
+    Args:
+        parts: of the work; each takes about as long.
+        title: what is done.
+        shown: False: nothing is shown (on ranks other than 0).
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, started = Console(stderr=True), time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    tenth = -(-len(parts) // 10)
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        for number, part in enumerate(bar.track(parts, description=title), start=1):
+            yield part
+            if shown and not console.is_terminal and number % tenth == 0:
+                left = timedelta(seconds=round((time.monotonic() - started) / number * (len(parts) - number)))
+                print(f"{title}: {number} of {len(parts)} batches, {left} left", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
     """Inside the block, SIGTERM raises SystemExit: locks and temporary files are removed as on any other way out."""
@@ -169,9 +194,11 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
     except UserError as error:
         if int(os.environ.get("RANK", 0)) != 0:
             # Usually every rank raises the same error, and rank 0 alone should print it. torchrun stops all ranks when
-            # one exits, so the others wait. A rank that is still running after the wait has an error of its own: it
-            # prints it.
+            # one exits, so the others wait. A rank that is still running after the wait may have an error of its own:
+            # it prints it, unless it knows that rank 0 has the same.
             time.sleep(20)
+            if error.on_all_ranks:
+                return 2
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:

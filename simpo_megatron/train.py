@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from simpo_megatron import compat
 from simpo_megatron.config.arguments import parse
 from simpo_megatron.config.run import Config
+from simpo_megatron.errors import same_on_all_ranks
 from simpo_megatron.program import exit_code
 
 
@@ -39,7 +40,10 @@ def run(config: Config) -> None:
     from simpo_megatron.trainer.setup import build_transformer_config, name_layers
     from simpo_megatron.trainer.signals import watch
 
-    device = "cpu" if config.train.dry_run else resolve_device(config.train.device, config.train.deterministic_mode)
+    train = config.train
+    device = "cpu"
+    if not train.dry_run:
+        device = resolve_device(train.device, train.deterministic_mode, config.megatron.nccl_buffers)
     load = config.checkpoint.load
     loaded = load is not None and read_tracker(load) is not None
     hf = read_model(config.model.checkpoint_folder, loaded=loaded, dry_run=config.train.dry_run)
@@ -54,8 +58,9 @@ def run(config: Config) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             dry_run(config, hf)
         return
-    config = name_layers(config)
-    transformer = build_transformer_config(config, hf)
+    with same_on_all_ranks():
+        config = name_layers(config)
+        transformer = build_transformer_config(config, hf)
     initialize(transformer, config.parallel.distributed_timeout_minutes, device, config.train.seed)
     # After `initialize`: no rank is still writing its probe into a folder.
     with hold_folders(config), watch(config) as stopping:
@@ -67,7 +72,13 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    return exit_code("simpo_megatron.train", lambda: run(parse(argv)))
+
+    def action() -> None:
+        with same_on_all_ranks():
+            config = parse(argv)
+        run(config)
+
+    return exit_code("simpo_megatron.train", action)
 
 
 if __name__ == "__main__":

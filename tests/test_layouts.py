@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.data import pack_rows
+from tests import te_on_cpu
 from tests.support.distributed import LOCAL, NEWEST, WorkerPool
 from tests.support.steps import CASES, EDGES, SEQ_LENGTH, VOCAB, check_layout, one_thread, oracle, run_cases
 from tests.support.tiny import EXPERTS, make_checkpoint
@@ -115,6 +116,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", EXPERTS),
     "mistral": ("Mistral", {"sliding_window": 9}),
 }
+OLDER = ("tp2 sp", "pp2", "cp2", "experts, ep2")  # with the oldest release of Transformer Engine too
 # Transformer Engine's attention cannot let two responses see one prompt.
 RUNS = [
     *((LOCAL, name) for name in {**LAYOUTS, **TIED}),
@@ -123,6 +125,7 @@ RUNS = [
         for name, (_, _, settings) in {**LAYOUTS, **TIED}.items()
         if "share_prompts" not in settings
     ),
+    *(pytest.param(te_on_cpu.RELEASES[0], name, marks=pytest.mark.te) for name in OLDER),
 ]
 Oracles = dict[str, dict[str, tuple[dict[str, float], dict[str, torch.Tensor]]]]
 # These layouts run all cases. The others run two cases, which together have every setting of the objectives.

@@ -7,11 +7,14 @@ Megatron-LM's own requirements must be there too: `pip install six pybind11 trit
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,16 +24,20 @@ import torch
 
 from examples.megatron_lm.pretrain_simpo import require_weights
 from simpo_megatron import compat, megatron_lm
-from simpo_megatron.config.megatron_lm import notes
+from simpo_megatron.data.options import DataOptions
+from simpo_megatron.data.prepare import prepare
 from simpo_megatron.errors import UserError
-from tests.support.distributed import BOTH, LOCAL, WorkerPool, free_environment
-from tests.support.runs import flags, run_and_read
-from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
+from simpo_megatron.settings import flag
+from tests.support.distributed import BOTH, LOCAL, WorkerError, WorkerPool, free_environment
+from tests.support.runs import flags, megatron_lm_args, run_and_read
+from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
 ROOT = Path(__file__).parent.parent
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
 MISSING = [what for what in compat.missing_for_megatron_lm() if not what.startswith("Megatron-LM itself")]
 STEPS = 10
+SIMPO: dict[str, Any] = {"simpo_beta": 2.5, "simpo_gamma_beta_ratio": 0.55, "simpo_sft_weight": 0.1}
+DPO: dict[str, Any] = {"objective": "dpo", "dpo_beta": 0.2}
 # The architecture of tests/support/tiny.py, a constant learning rate, and what a machine without a GPU or Apex needs.
 ARGUMENTS = """
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention
@@ -40,7 +47,7 @@ ARGUMENTS = """
     --attention-dropout 0 --hidden-dropout 0 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
     --global-batch-size 8 --lr 1e-3 --lr-decay-style constant --lr-warmup-fraction 0 --weight-decay 0 --adam-beta2 0.999
     --clip-grad 1 --seed 1234 --eval-iters 1 --eval-interval 5 --log-interval 1 --tensorboard-log-interval 1
-    --ckpt-format torch_dist --simpo-beta 2.5 --simpo-gamma-beta-ratio 0.55 --simpo-sft-weight 0.1
+    --ckpt-format torch_dist
     --distributed-backend gloo --transformer-impl local --attention-backend unfused --no-persist-layer-norm
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
     --no-rope-fusion
@@ -132,41 +139,49 @@ def test_without_megatron_lm_the_script_ends_with_one_sentence() -> None:
     assert done.stderr.startswith("pretrain_simpo.py: Megatron-LM cannot start") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not MEGATRON_LM or bool(MISSING), reason=f"MEGATRON_LM_PATH is not set, or lacks {MISSING}")
+needs_megatron_lm = pytest.mark.skipif(
+    not MEGATRON_LM or bool(MISSING), reason=f"MEGATRON_LM_PATH is not set, or lacks {MISSING}"
+)
+
+
+def convert(model: Path, save: Path) -> None:
+    command = [sys.executable, "tools/hf_to_megatron.py", "--hf-checkpoint", str(model), "--save", str(save)]
+    environment = {**free_environment(), "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+
+
+def common(model: Path, data: Path, save: Path, steps: int, objective: dict[str, Any]) -> list[str]:
+    """Flags of every run of `pretrain`."""
+    argv = ["--tokenizer-model", str(model), "--train-data-path", str(data), "--valid-data-path", str(data)]
+    argv += ["--train-iters", str(steps), "--save", str(save), "--save-interval", "5"]
+    return argv + [word for name, value in objective.items() for word in (flag(name), str(value))]
+
+
+def our_run(
+    pool: WorkerPool, inputs: tuple[Path, Path], save: Path, steps: int, objective: dict[str, Any]
+) -> list[dict[str, float]]:
+    """The rows of our trainer with the settings of `ARGUMENTS`."""
+    settings = {"seq_length": 256, "train_iters": steps, "seed": 1234}
+    settings |= {"lr_decay_style": "constant", "lr_warmup_fraction": 0}
+    return run_and_read(pool, 1, flags(*inputs, **settings, **objective), save)
+
+
+@needs_megatron_lm
 @pytest.mark.parametrize("pool", BOTH, indirect=True)
 def test_megatron_lm_trains_as_our_trainer_does(pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Ten steps from a converted checkpoint, saved at the fifth; then the last five again, resumed."""
-    model, data = inputs
-    convert = [
-        sys.executable,
-        "tools/hf_to_megatron.py",
-        "--hf-checkpoint",
-        str(model),
-        "--save",
-        str(tmp_path / "converted"),
-    ]
-    subprocess.run(
-        convert, cwd=ROOT, env={**free_environment(), "PYTHONPATH": str(ROOT)}, check=True, capture_output=True
-    )
-    common = ["--tokenizer-model", str(model), "--train-data-path", str(data), "--valid-data-path", str(data)]
-    common += ["--train-iters", str(STEPS), "--save", str(tmp_path / "run"), "--save-interval", "5"]
+    convert(inputs[0], tmp_path / "converted")
+    argv = common(*inputs, tmp_path / "run", STEPS, SIMPO)
     start = ["--load", str(tmp_path / "converted"), "--finetune", "--tensorboard-dir", str(tmp_path / "first")]
-    done = pretrain([*common, *start], pool.kind)
+    done = pretrain([*argv, *start], pool.kind)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "validation loss at iteration 5" in done.stdout and "rewards/accuracies" in done.stdout
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("5")
     again = ["--load", str(tmp_path / "run"), "--tensorboard-dir", str(tmp_path / "second")]
-    resumed = pretrain([*common, *again], pool.kind)
+    resumed = pretrain([*argv, *again], pool.kind)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
 
-    settings: dict[str, Any] = {
-        "simpo_beta": 2.5,
-        "simpo_gamma_beta_ratio": 0.55,
-        "simpo_sft_weight": 0.1,
-        "seq_length": 256,
-    }
-    settings |= {"train_iters": STEPS, "seed": 1234, "lr_decay_style": "constant", "lr_warmup_fraction": 0}
-    rows = run_and_read(pool, 1, flags(model, data, **settings), tmp_path / "ours")
+    rows = our_run(pool, inputs, tmp_path / "ours", STEPS, SIMPO)
     for ours, theirs in (("loss", "loss"), ("rewards/margins", "rewards/margins"), ("grad_norm", "grad-norm")):
         found = scalars(tmp_path / "first", theirs)
         again = scalars(tmp_path / "second", theirs)
@@ -177,105 +192,83 @@ def test_megatron_lm_trains_as_our_trainer_does(pool: WorkerPool, inputs: tuple[
             assert value == found[step]
 
 
-def args(model: Path, data: Path, **changes: Any) -> Any:
-    """Those of Megatron-LM's arguments that are read."""
-    import argparse
-
-    own = vars(megatron_lm.add_simpo_args(argparse.ArgumentParser()).parse_args([]))
-    megatron = {
-        "micro_batch_size": 1,
-        "dataloader_type": "external",
-        "calculate_per_token_loss": False,
-        "fp16": False,
-        "sft": False,
-        "mtp_num_layers": None,
-        "num_experts": None,
-        "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "allgather",
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "tokenizer_type": "HuggingFaceTokenizer",
-        "tokenizer_model": str(model),
-        "train_data_path": [str(data)],
-        "valid_data_path": None,
-        "transformer_impl": "local",
-        "context_parallel_size": 1,
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "sequence_parallel": False,
-        "bf16": True,
-        "accumulate_allreduce_grads_in_fp32": True,
-        "seq_length": 256,
-        "num_layers": 4,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "group_query_attention": True,
-        "num_query_groups": 2,
-        "kv_channels": 8,
-    }
-    return SimpleNamespace(**{**own, **megatron, **changes})
+@pytest.fixture(scope="module")
+def scored(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The model, and a prepared set with columns of reference log-probs."""
+    folder = tmp_path_factory.mktemp("scored")
+    rows = [
+        {**row, "ref_chosen_logps": -9.5 - number, "ref_rejected_logps": -4.0 - number / 2}
+        for number, row in enumerate(make_rows(30))
+    ]
+    prefix = folder / "set"
+    prepare(
+        write_rows(folder / "rows.jsonl", rows), inputs[0], prefix, DataOptions(max_length=256, max_prompt_length=128)
+    )
+    return inputs[0], prefix
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"micro_batch_size": 2}, "--micro-batch-size 2 cannot be used with SimPO: .* set it to 1"),
-        ({"calculate_per_token_loss": True}, "--calculate-per-token-loss True .* drop it"),
-        ({"fp16": True}, "--fp16 True .* use --bf16"),
-        ({"dataloader_type": "cyclic"}, "--dataloader-type cyclic .* set it to external"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
-        ({"hidden_dropout": 0.1}, "--hidden-dropout must be 0"),
-        ({"tokenizer_type": "NullTokenizer"}, "--tokenizer-type NullTokenizer has no chat template"),
-        ({"tokenizer_model": None}, "--tokenizer-model is missing"),
-        ({"train_data_path": None}, "--train-data-path is missing"),
-        ({"num_layers": 8}, "--num-layers 8, but .* has 4"),
-        ({"group_query_attention": False}, "--num-query-groups 4, but .* has 2"),
-        (
-            {"num_experts": 4, "moe_token_dispatcher_type": "allgather"},
-            "--moe-token-dispatcher-type allgather .* use alltoall",
-        ),
-        (
-            {"share_prompts": True, "context_parallel_size": 2},
-            "no attention for it under --context-parallel-size 2",
-        ),
-        ({"objective": "dpo", "simpo_beta": 3.0}, "--simpo-beta belongs to --objective simpo and has no effect"),
-        ({"simpo_gamma": 1.0, "simpo_gamma_beta_ratio": 0.5}, "give one of them"),
-        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp cannot be used with SimPO: .* --use-distributed-optimizer"),
-        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 cannot be used"),
-        ({"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute cannot .* drop it"),
-        ({"tp_comm_overlap": True}, "--tp-comm-overlap cannot .* change in length"),
-        ({"fp8": "hybrid"}, "--fp8-format hybrid cannot .* multiple of 16 tokens"),
-        ({"fp4": "e2m1"}, "--fp4-format e2m1 cannot"),
-        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm cannot"),
-        ({"delay_wgrad_compute": True}, "--delay-wgrad-compute cannot"),
-        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local cannot .* set it to none"),
-        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel cannot"),
-        ({"share_prompts": True, "apply_rope_fusion": True}, "--share-prompts: .* give --no-rope-fusion"),
-        (
-            {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 3, "sequence_parallel": True},
-            "--seq-length 256 must be a multiple of 3",
-        ),
-    ],
-    ids=str,
-)
-def test_what_the_loss_cannot_serve_is_refused(inputs: tuple[Path, Path], changes: dict[str, Any], words: str) -> None:
-    megatron_lm.check_args(args(*inputs))
-    with pytest.raises(UserError, match=words):
-        megatron_lm.check_args(args(*inputs, **changes))
+@needs_megatron_lm
+def test_megatron_lm_trains_with_a_reference(pool: WorkerPool, scored: tuple[Path, Path], tmp_path: Path) -> None:
+    convert(scored[0], tmp_path / "converted")
+    start = ["--load", str(tmp_path / "converted"), "--finetune", "--tensorboard-dir", str(tmp_path / "logs")]
+    done = pretrain([*common(*scored, tmp_path / "run", 3, DPO), *start], pool.kind)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in our_run(pool, scored, tmp_path / "ours", 3, DPO):
+        for name in ("loss", "rewards/chosen", "rewards/rejected"):
+            assert scalars(tmp_path / "logs", name)[row["step"]] == pytest.approx(row[name], rel=1e-5, abs=1e-5)
 
 
-def test_what_is_off_and_what_costs_more_is_not_refused(inputs: tuple[Path, Path]) -> None:
-    """Values that Megatron-LM gives to what is off; then what works, with a line that says what it costs."""
-    off = {"use_megatron_fsdp": False, "fp8": None, "cuda_graph_impl": "none", "apply_rope_fusion": True}
-    given = args(*inputs, **off)
-    megatron_lm.check_args(given)
-    assert notes(given) == []
-    given = args(*inputs, accumulate_allreduce_grads_in_fp32=False, pipeline_model_parallel_size=2)
-    megatron_lm.check_args(given)
-    bf16, rows = notes(given)
-    assert "an fp32 copy of the output layer's gradient" in bf16
-    assert "--seq-length 256" in rows and "--variable-seq-lengths" in rows
-    assert notes(args(*inputs, simpo_variable_seq_lengths=True, pipeline_model_parallel_size=2)) == []
+@contextlib.contextmanager
+def inside_megatron_lm(given: Any) -> Iterator[None]:
+    """Arguments and timers as `pretrain()` makes them, without a checkout."""
+    patch = pytest.MonkeyPatch()
+    timers = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    training = SimpleNamespace(get_args=lambda: given, get_timers=lambda: lambda *names, **levels: timers)
+    patch.setitem(sys.modules, "megatron.training", training)
+    patch.setattr(megatron_lm, "_loaded", [])
+    try:
+        yield
+    finally:
+        patch.undo()
+
+
+def first_batch(model: Path, data: Path, settings: dict[str, Any]) -> dict[str, float]:
+    """On a rank: the metrics of the first global batch of 8 pairs, by the functions that `pretrain()` calls."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    from tests.support.families import build
+
+    given = megatron_lm_args(model, data, **settings, bf16=False, seed=1234, consumed_train_samples=0)
+    given.check_for_nan_in_loss_and_grad = False
+    _, _, models = build(model)
+    calculator.init_num_microbatches_calculator(0, None, 8, 1, 1)
+    try:
+        with inside_megatron_lm(given):
+            whole = megatron_lm.with_logprob_head(lambda: models[0])()
+            train, _, _ = megatron_lm.train_valid_test_datasets_provider(None)
+            sums = Counter[str]()
+            for _ in range(calculator.get_num_microbatches()):
+                output, loss_func = megatron_lm.forward_step(train, whole)
+                _, found = loss_func(output)
+                for name, (total, divisor) in found.items():
+                    sums.update({name: total.item(), f"{name}, divisor": divisor.item()})
+    finally:
+        calculator.unset_num_microbatches_calculator()
+    return {name: sums[name] / sums[f"{name}, divisor"] for name in found}
+
+
+def test_the_loss_with_a_reference_is_that_of_our_trainer(
+    pool: WorkerPool, scored: tuple[Path, Path], tmp_path: Path
+) -> None:
+    found, *_ = pool.run(1, first_batch, *scored, DPO)
+    row, *_ = our_run(pool, scored, tmp_path, 1, DPO)
+    assert {"loss", "rewards/margins"} < found.keys() and abs(row["rewards/margins"]) > 0.1
+    assert found == pytest.approx({name: row[name] for name in found}, rel=1e-5, abs=1e-6)
+
+
+def test_an_objective_with_a_reference_needs_one_in_the_data(pool: WorkerPool, inputs: tuple[Path, Path]) -> None:
+    with pytest.raises(WorkerError, match="--objective dpo compares with a reference model, and the data has no"):
+        pool.run(1, first_batch, *inputs, DPO)
 
 
 class Extended(torch.nn.Module):
@@ -293,8 +286,8 @@ def provide(model: Path, data: Path, layout: dict[str, Any], wrapped: bool) -> t
     from tests.support.families import build
 
     _, _, models = build(model, **layout)
-    megatron_lm._args = lambda: args(model, data)
-    found = megatron_lm.with_logprob_head(lambda: Extended(models[0]) if wrapped else models[0])()
+    with inside_megatron_lm(megatron_lm_args(model, data)):
+        found = megatron_lm.with_logprob_head(lambda: Extended(models[0]) if wrapped else models[0])()
     heads = [module for module in found.modules() if isinstance(module, LogProbHead)]
     return bool(heads), find_head(found) is not None, sum(isinstance(m, PackedAttention) for m in found.modules())
 
@@ -303,9 +296,3 @@ def provide(model: Path, data: Path, layout: dict[str, Any], wrapped: bool) -> t
 def test_any_provider_gets_a_head_on_its_last_stage(pool: WorkerPool, inputs: tuple[Path, Path], wrapped: bool) -> None:
     layout = {"pipeline_model_parallel_size": 2}
     assert pool.run(2, provide, *inputs, layout, wrapped) == [(False, False, 2), (True, True, 2)]
-
-
-def test_experts_need_the_dispatcher_that_takes_rows_of_any_length(tmp_path: Path) -> None:
-    model = make_checkpoint(tmp_path / "model", "Mixtral", **EXPERTS)
-    data = write_rows(tmp_path / "pairs.jsonl", make_rows(3))
-    megatron_lm.check_args(args(model, data, num_experts=4, moe_token_dispatcher_type="alltoall"))

@@ -30,10 +30,10 @@ FLOORS = (
     ("parallel", "objectives"),
     ("data", "head"),
     ("config", "models"),
-    ("batch", "metrics"),
+    ("batch", "metrics", "diagnose"),
     ("checkpoint", "step", "planning"),
     ("trainer",),
-    ("verify", "dry_run", "megatron_lm"),
+    ("verify", "dry_run", "megatron_lm", "on_policy"),
     ("train", "self_test"),
 )
 # What can be imported where a package is absent: the modules, and the packages that nothing they import may import.
@@ -48,6 +48,7 @@ WITHOUT = {
     "checkpoint.to_hf": ("megatron",),
     "checkpoint.verify": ("megatron",),
     "planning.layouts": ("torch", "megatron"),
+    "diagnose": ("megatron",),
 }
 MOST_LINES = 320
 LONGER: dict[str, int] = {}  # files with a limit of their own

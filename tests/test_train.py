@@ -26,17 +26,22 @@ TP2 = {"tensor_model_parallel_size": 2}
 
 
 @pytest.mark.parametrize(
-    "rank, local_rank, waits, prints", [(0, 0, False, True), (1, 1, True, True), (8, 0, True, True)]
+    "rank, local_rank, argv, waits, prints",
+    [
+        (0, 0, ["--fp16"], False, True),
+        (1, 1, ["--fp16"], True, False),
+        (8, 0, ["--config", "/nowhere/run.yaml"], True, True),
+    ],
 )
 def test_which_rank_prints_an_error(
-    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, waits: bool, prints: bool
+    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, argv: list[str], waits: bool, prints: bool
 ) -> None:
-    """Rank 0 prints at once. Another rank waits, and prints only if nothing has stopped it by then."""
+    """Rank 0 prints at once. Another rank waits; if nothing stops it, it prints what may be an error of its own."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    code, _, stderr = run_main(["--fp16"])
+    code, _, stderr = run_main(argv)
     assert (code, bool(waited)) == (2, waits)
     assert stderr.count("simpo_megatron.train: ") == prints
 
@@ -143,7 +148,9 @@ def test_a_run_under_torchrun(inputs: Inputs) -> None:
         assert row.keys() == {"step", *names, "grad_norm", "learning_rate", "epoch"}
     assert {"tokens_per_second", "tflops_per_gpu", "memory_gib", "seconds/data"} <= first.keys()
     for row in (before, after):
-        assert row.keys() == {"step", "eval/length_spearman", *(f"eval/{name}" for name in names)}
+        whole = {name for name in row if name.startswith("eval/margin_by_length_difference/")}
+        assert 2 <= len(whole) <= 5
+        assert row.keys() == {"step", "eval/length_spearman", *whole, *(f"eval/{name}" for name in names)}
     assert after["eval/loss"] < before["eval/loss"]
 
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"

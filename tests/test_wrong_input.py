@@ -88,6 +88,23 @@ def two_gammas(inputs: Inputs) -> Wrong:
     return Wrong(settings, ["--simpo-gamma and --simpo-gamma-beta-ratio", "give one of them"])
 
 
+def reference_column_that_is_nan(inputs: Inputs) -> Wrong:
+    rows = make_rows(3)
+    rows[1] |= {"ref_chosen_logps": float("nan"), "ref_rejected_logps": -3.0}
+    path = inputs.with_rows(rows)
+    return Wrong({"objective": "dpo", "train_data": path}, [f"{path}:2: `ref_chosen_logps`", "a finite number"])
+
+
+def too_few_pairs_for_the_baseline_of_kto(inputs: Inputs) -> Wrong:
+    words = ["--global-batch-size 1 is too small for --objective kto", "give at least 2"]
+    return Wrong({"objective": "kto", "global_batch_size": 1}, words)
+
+
+def a_flag_of_another_objective(inputs: Inputs) -> Wrong:
+    settings = {"objective": "dpo", "kto_beta": 0.1}
+    return Wrong(settings, ["--kto-beta belongs to --objective kto and has no effect with --objective dpo; drop it"])
+
+
 def tensor_parallel_does_not_divide_heads(inputs: Inputs) -> Wrong:
     return Wrong({"tensor_model_parallel_size": 3}, ["--tensor-model-parallel-size 3 does not divide", "use 1 or 2"])
 
@@ -255,6 +272,9 @@ WRONG: list[Callable[[Inputs], Wrong]] = [
     no_chat_template,
     no_tokenizer,
     two_gammas,
+    reference_column_that_is_nan,
+    too_few_pairs_for_the_baseline_of_kto,
+    a_flag_of_another_objective,
     tensor_parallel_does_not_divide_heads,
     tensor_parallel_does_not_divide_query_groups,
     stages_do_not_divide_layers,

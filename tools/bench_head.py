@@ -7,6 +7,10 @@ measurement runs in processes of its own, one a shard. They also time the floor:
 tokens alone. The floor is in the dtype of the weight, or in fp32 where the CPU only emulates bf16, because fp32 is
 faster there. A measurement that takes longer than --limit is stopped.
 
+`--objective NAME ...` measures our head alone, with the losses of these objectives beside that of SimPO (`all`: every
+objective with two responses). They take turns in one process. The ratio is the median of their time by SimPO's in the
+same repeat; on a CPU it is that of the time of the cores. The rows go to `tools/results/head_objectives.csv`.
+
 Columns: milliseconds and floor (the best of --repeats); peak extra bytes beyond inputs and the fp32 `main_grad` that
 Megatron's DDP keeps in any case (resident memory of the process on a CPU, torch's allocator on CUDA); collectives of
 one pass; relative errors of both gradients against fp64. Rows are appended to `tools/results/head.csv`.
@@ -34,6 +38,7 @@ from machine import append_rows, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "tools" / "results" / "head.csv"
+OBJECTIVES_CSV = CSV.with_name("head_objectives.csv")
 SHAPES = {
     "cpu": ["2x512:2048x64000", "2x64:2048x64000", "2x64+256:2048x64000", "1x128:2048x64000", "16x8:2048x64000"]
     + [f"2x64:2048x64000@{tp}" for tp in (2, 4)],
@@ -62,6 +67,7 @@ def measure(args: argparse.Namespace, name: str, shape: str, dtype: str, gradien
     for option in ("device", "repeats", "threads", "slab_mib"):
         options[option.replace("_", "-")] = getattr(args, option)
     command = [sys.executable, __file__, *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
+    command += ["--objective", *args.objective] if args.objective else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": str(max(1, args.threads // ranks))}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
@@ -140,6 +146,20 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def benchmark_objectives(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures our head with the loss of every objective of --objective on every shape in every dtype."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in args.shapes:
+            for dtype in args.dtypes:
+                found = measure(args, "ours", shape, dtype, Path(folder) / "gradients.pt")
+                if "objectives" not in found:
+                    raise SystemExit(f"{shape} {dtype}: {found['note']}")
+                for name, measured in found["objectives"].items():
+                    rows.append({"objective": name, "shape": shape, "dtype": dtype, **measured})
+    return rows
+
+
 COLUMNS = ("implementation", "shape", "dtype", "milliseconds", "floor_milliseconds", "times_floor", "peak_extra_bytes")
 COLUMNS += ("collectives", "grad_hidden_error", "grad_weight_error", "note")
 
@@ -168,6 +188,34 @@ def table(rows: list[dict[str, Any]]) -> None:
             row["note"],
         )
     Console(width=200 if not sys.stdout.isatty() else None).print(shown)
+
+
+def objectives_table(rows: list[dict[str, Any]]) -> None:
+    """Prints the rows of `benchmark_objectives` as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table("shape", "dtype", "objective", "ms", "floor ms", "of SimPO's time", "peak MiB")
+    for row in rows:
+        numbers = (row["milliseconds"], row["floor_milliseconds"])
+        shown.add_row(
+            *(row[key] for key in ("shape", "dtype", "objective")),
+            *(f"{number:.1f}" for number in numbers),
+            f"{row['ratio']:.3f}",
+            f"{row['peak_extra_bytes'] / MIB:.0f}",
+        )
+    Console(width=200 if not sys.stdout.isatty() else None).print(shown)
+
+
+def compared(names: list[str]) -> list[str]:
+    """The objectives to measure, SimPO first; `all` stands for every one with two responses."""
+    from simpo_megatron.objectives import OBJECTIVES
+
+    every = [name for name, cls in OBJECTIVES.items() if cls.responses == 2]
+    chosen = every if "all" in names else names
+    if unknown := [name for name in chosen if name not in every]:
+        raise SystemExit(f"--objective {unknown[0]} is not known; use all or {' or '.join(every)}")
+    return list(dict.fromkeys(["simpo", *chosen]))
 
 
 def where(args: argparse.Namespace) -> dict[str, Any]:
@@ -208,15 +256,22 @@ def main() -> None:
     parser.add_argument("--slab-mib", type=int, default=256, help="--head-slab-bytes of ours")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all shards together")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--objective", nargs="+", metavar="NAME", help="compare our head with these losses, or all")
     for name in ("--only", "--gradients"):
         parser.add_argument(name, help=argparse.SUPPRESS)  # how the tool calls itself
     args = parser.parse_args()
     args.shapes = args.shapes or SHAPES[args.device]
     args.dtypes = args.dtypes or (["bfloat16"] if args.device == "cuda" else ["bfloat16", "float32"])
+    args.objective = compared(args.objective) if args.objective else []
     if args.only:
         print(json.dumps(work(args)))
         return
     setting = where(args)
+    if args.objective:
+        rows = benchmark_objectives(args)
+        objectives_table(rows)
+        append_rows(OBJECTIVES_CSV, rows, setting)
+        return
     rows = benchmark(args)
     table(rows)
     append_rows(CSV, rows, setting)

@@ -13,7 +13,7 @@ started again and again with one fault each:
 The moment is a random one of the moments of the run: an optimizer step, or a file of --save that is opened, renamed or
 deleted, by a rank or by a process that writes its checkpoint. After each fault every checkpoint that looks complete
 must be complete, and the tracker must name one. When the run comes to its end, its losses and gradient norms must be
-those of the run without a fault, bit for bit.
+those of the run without a fault, bit for bit. At the end no process of a run may be left.
 
 Exit code: 0 if all holds, 1 if not, 2 for wrong arguments.
 """
@@ -21,6 +21,8 @@ Exit code: 0 if all holds, 1 if not, 2 for wrong arguments.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import errno
 import functools
 import importlib
@@ -38,6 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from simpo_megatron import compat
 from simpo_megatron.checkpoint.folder import latest_step
 from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
@@ -48,6 +52,7 @@ from simpo_megatron.settings import path_value
 FAULTS = ("kill", "term", "full")
 STEP = "crash_test.step"
 MOMENTS = {STEP, "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+_SET_CHILD_SUBREAPER = 36  # of prctl
 PATIENCE = 30.0  # seconds that the other ranks get after one has ended
 
 
@@ -199,6 +204,22 @@ def check_folder(save: Path) -> list[str]:
     return wrong
 
 
+def _adopt_orphans() -> None:
+    """Processes that outlive a rank become children of this one, on Linux, so that `_left_over` sees them."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _left_over() -> list[str]:
+    """A sentence for every process of a run that does not end by itself; it is killed."""
+    _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=PATIENCE)
+    found = [f"process {process.pid} outlived its run" for process in left]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return found
+
+
 def measured(save: Path) -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm of every training step of a run."""
     rows = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
@@ -211,6 +232,7 @@ def run(argv: Sequence[str] | None) -> int:
     if args.folder.exists():
         raise UserError(f"--folder {args.folder} exists; give a new folder")
     compat.quiet_megatron()
+    _adopt_orphans()
     for name in ("simpo_megatron.trainer.loop", "simpo_megatron.dry_run", "transformers", "torch.utils.tensorboard"):
         importlib.import_module(name)  # once: the ranks are forks
     args.folder.mkdir(parents=True)
@@ -235,6 +257,7 @@ def run(argv: Sequence[str] | None) -> int:
         wrong += found
     codes, _ = start(args.training, save, args.processes, None)
     found = check_folder(save) + ([] if measured(save) == expected else ["the last run has other losses"])
+    found += _left_over()
     wrong += found
     print(f"{args.trials} faults, {ended + 1} runs came to their end, last exit {codes}: {wrong or 'all good'}")
     return int(bool(wrong or any(codes)))

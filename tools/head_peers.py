@@ -18,6 +18,7 @@ import torch
 from head_oracle import lay_out, oracle
 from torch import Tensor
 
+from simpo_megatron.objectives import Objective, PairScores
 from simpo_megatron.objectives.simpo import simpo_slopes
 
 BETA, GAMMA = 2.0, 1.0
@@ -132,6 +133,44 @@ class Problem:
     def loss_of_logps(self, logps_R: Tensor) -> Tensor:
         """The loss from the log-probs of the response tokens."""
         return self.pair_loss(logps_R.view(self.shape.pairs, 2, self.shape.response).sum(2))
+
+
+class ObjectiveProblem(Problem):
+    """A problem with the loss of an objective in place of the SimPO loss that the peers have too.
+
+    Attributes:
+        objective: with two responses. Its reference log-probs are random numbers.
+    """
+
+    objective: Objective
+
+    def _batch(self, like: Tensor) -> Any:
+        """A microbatch, as far as the loss of a step reads it."""
+        from simpo_megatron.batch.row import BatchCounts
+
+        pairs, response = self.shape.pairs, self.shape.response
+        lengths = torch.full((pairs, 2), response, device=like.device)
+        known = -response * 3 * torch.rand(pairs, 2, generator=torch.Generator().manual_seed(2)).to(like)
+        weight = torch.ones(pairs, device=like.device)
+        return SimpleNamespace(
+            scores=lambda sums_PM: PairScores(sums_PM, lengths, weight * torch.nan, weight, known),
+            weight=weight,
+            counts=BatchCounts(pairs, pairs * response, 1),
+        )
+
+    def pair_loss(self, sums_PM: Tensor) -> Tensor:
+        """The loss of a step."""
+        from simpo_megatron.step import batch_loss
+
+        return batch_loss(self.objective, self._batch(sums_PM), sums_PM)
+
+    def pair_slopes(self, sums_PM: Tensor) -> Tensor:
+        """Its derivative with respect to each sum, as training gives it to our head."""
+        from simpo_megatron.step import batch_slopes
+
+        slopes_PM = batch_slopes(self.objective, self._batch(sums_PM), sums_PM)
+        assert slopes_PM is not None
+        return slopes_PM
 
 
 def eager(problem: Problem) -> Tensor:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from head_peers import IMPLEMENTATIONS, Problem, Shape
+from head_peers import IMPLEMENTATIONS, ObjectiveProblem, Problem, Shape
 
 MIB = 2**20
 
@@ -104,6 +104,53 @@ def count_collectives() -> dict[str, int]:
     return counts
 
 
+def compare_objectives(problem: ObjectiveProblem, names: list[str], repeats: int) -> dict[str, dict[str, Any]]:
+    """Measures our head with the losses of several objectives, in turn, so that a busy machine slows all of them alike.
+
+    Args:
+        problem: the inputs; `keep_main_grad` has been called.
+        names: of objectives, with their default settings. The first is the one that the others are compared with.
+        repeats: how often each is measured.
+
+    Returns:
+        By objective: `milliseconds` (the best), `floor_milliseconds` of the GEMMs, `ratio` (the median of its time by
+        the time of the first in the same repeat; on a CPU the time of its cores, which other processes change less) and
+        `peak_extra_bytes`.
+    """
+    from statistics import median
+
+    from simpo_megatron.objectives import OBJECTIVES
+
+    meter = Meter(problem.weight.device.type)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    costs: dict[str, list[float]] = {name: [] for name in names}
+    floors, peaks = [], dict.fromkeys(names, 0)
+    for repeat in range(repeats + 1):  # the first is a warm-up
+        floors.append(floor(problem))
+        for name in names if repeat % 2 else [names[0], *reversed(names[1:])]:
+            problem.objective = OBJECTIVES[name]()
+            problem.weight.main_grad.zero_()  # type: ignore[attr-defined]
+            problem.hidden_TH.grad = None
+            meter.start()
+            used = time.process_time()
+            IMPLEMENTATIONS["ours"](problem).backward()
+            used = time.process_time() - used
+            took, peak = meter.stop()
+            if repeat:
+                seconds[name].append(took)
+                costs[name].append(took if meter.cuda else used)
+                peaks[name] = max(peaks[name], peak)
+    return {
+        name: {
+            "milliseconds": 1e3 * min(seconds[name]),
+            "floor_milliseconds": 1e3 * min(floors),
+            "ratio": median(own / first for own, first in zip(costs[name], costs[names[0]], strict=True)),
+            "peak_extra_bytes": peaks[name],
+        }
+        for name in names
+    }
+
+
 def work(args: argparse.Namespace) -> dict[str, Any]:
     """Measures one shard, in a process of its own.
 
@@ -111,7 +158,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         args: of the command line of `bench_head.py`, with one implementation, shape and dtype.
 
     Returns:
-        What is measured, by the columns of `bench_head.py`.
+        What is measured, by the columns of `bench_head.py`; with --objective, that of each under `objectives`.
     """
     import torch
     import torch.distributed as dist
@@ -136,9 +183,11 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     tiny.keep_main_grad()
     run(tiny).backward()
 
-    problem = Problem(shape, dtype, args.device, rank)
+    problem = (ObjectiveProblem if args.objective else Problem)(shape, dtype, args.device, rank)
     problem.slab_bytes = args.slab_mib * MIB
     problem.keep_main_grad()
+    if isinstance(problem, ObjectiveProblem):
+        return {"objectives": compare_objectives(problem, args.objective, args.repeats)}
     found: dict[str, Any] = {"milliseconds": float("inf"), "floor_milliseconds": float("inf")}
     for _ in range(args.repeats):
         found["floor_milliseconds"] = min(found["floor_milliseconds"], 1e3 * floor(problem))

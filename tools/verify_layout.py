@@ -159,7 +159,7 @@ def verify(config: Config, report_file: Path | None = None) -> int:
     from simpo_megatron.verify.compare import compare, with_any_reference
     from simpo_megatron.verify.random_weights import RANDOM_PAIRS, random_pairs, random_weights
 
-    device = resolve_device(config.train.device, config.train.deterministic_mode)
+    device = resolve_device(config.train.device, config.train.deterministic_mode, config.megatron.nccl_buffers)
     alone = config_alone(config.model.checkpoint_folder)
     hf = read_model(config.model.checkpoint_folder, loaded=False, dry_run=alone)
     if config.train.bf16 and hf.architecture.num_experts is not None:

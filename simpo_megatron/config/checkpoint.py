@@ -30,8 +30,8 @@ class CheckpointConfig(Group):
     )
     save_retain_interval: int | None = setting(
         None,
-        "delete a checkpoint once a newer one is complete, unless its step is a multiple of this (default: delete "
-        "none)",
+        "delete a checkpoint once a newer one is complete, unless its step is a multiple of this, which must be a "
+        "multiple of --save-interval (default: delete none)",
     )
     keep_last: int | None = setting(
         None, "keep this many of the latest checkpoints and delete older ones (default: delete none)", metavar="N"
@@ -39,7 +39,8 @@ class CheckpointConfig(Group):
     keep_best: str | None = setting(
         None,
         "of the older checkpoints, also keep the best one by this metric of metrics.jsonl, e.g. eval/loss or "
-        "eval/rewards/accuracies; a loss should be low, another metric high",
+        "eval/rewards/accuracies; a loss should be low, another metric high; needs --keep-last or "
+        "--save-retain-interval, and the metric at each checkpoint",
         metavar="METRIC",
     )
     async_save: bool = setting(

@@ -24,7 +24,7 @@ class MegatronConfig(Group):
         ITEM,
     )
     ddp_config: tuple[str, ...] | None = setting(
-        None, "fields of Megatron's DistributedDataParallelConfig, such as bucket_size=40000000", ITEM
+        None, "fields of Megatron's DistributedDataParallelConfig, such as average_in_collective=true", ITEM
     )
     optimizer_config: tuple[str, ...] | None = setting(
         None,
@@ -38,6 +38,11 @@ class MegatronConfig(Group):
             # The command line and YAML give lists.
             object.__setattr__(self, name, tuple(getattr(self, name) or ()) or None)
             self.values(name)
+
+    @property
+    def nccl_buffers(self) -> bool:
+        """Whether DDP registers its buffers with NCCL."""
+        return self.values("ddp_config").get("nccl_ub", "").lower() == "true"
 
     def values(self, name: str) -> dict[str, str]:
         """The fields of one of the settings, and their values as text.

@@ -43,6 +43,11 @@ class ProfileConfig(Group):
             require(rank.isdecimal(), f"--profile-ranks {rank} is not a rank; give numbers from 0")
 
     @property
+    def window(self) -> range:
+        """The steps to profile."""
+        return range(self.profile_step_start, self.profile_step_end)
+
+    @property
     def ranks(self) -> frozenset[int]:
         """The ranks to profile."""
         return frozenset(map(int, self.profile_ranks or ("0",)))

@@ -47,6 +47,7 @@ _OWN_FLAGS = (
     *("optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"),
     *("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
 )
+_SPLIT = ("pipeline_model_parallel_layout", "account_for_*_in_pipeline_split")
 # Patterns of names, and why. The first one that fits counts.
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a CUDA graph has one shape, and packed rows change in length", ("*cuda_graph*",)),
@@ -88,6 +89,27 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("every weight is loaded", ("*init_method*", "perform_initialization", "use_cpu_initialization", "init_model_*")),
     ("it follows from --transformer-impl", ("moe_grouped_gemm", "moe_use_legacy_grouped_gemm")),
     ("it is not of training", ("*inference*", "flash_decode", "test_mode", "mlp_chunks_for_prefill")),
+    (
+        "nothing here uses it",
+        (
+            *("timers", "barrier_with_L1_time", "log_num_zeros_in_grad", "log_max_attention_logit", "moe_per_layer_*"),
+            *("async_tensor_model_parallel_allreduce", "moe_extended_tp", "moe_enable_routing_replay", "use_te_rng_*"),
+            *("pipeline_model_parallel_comm_backend", "hierarchical_*", "max_seqlen_per_dp_cp_rank"),
+            *("masked_softmax_fusion", "attention_softmax_in_fp32", "persist_layer_norm", "memory_efficient_*"),
+            *("gradient_reduce_div_fusion", "suggested_communication_*", "preserve_fp32_weights"),
+            "use_fused_weighted_squared_relu",
+        ),
+    ),
+    ("it belongs to --tp-comm-overlap, which packed rows cannot use", ("tp_comm_*",)),
+    ("it belongs to a split backward pass, which the head cannot use", ("wgrad_deferral_limit", "ep_overlap_*")),
+    ("it belongs to a dispatcher of experts that is not used here", ("moe_deepep_*", "moe_hybridep_*")),
+    ("Megatron's fused form has no packed rows", ("fused_single_qkv_rope",)),
+    ("the package splits the layers itself (--decoder-first-pipeline-num-layers)", (*_SPLIT,)),
+    ("layers are not moved to the host as a whole (recompute them: --recompute-granularity)", ("*cpu_offloading*",)),
+    ("the loop here takes the step of the whole optimizer at once", ("overlap_param_gather_with_optimizer_step",)),
+    ("it needs a build of torch with a ring exchange", ("use_ring_exchange_p2p",)),
+    ("the MLP of all models here is gated, by SiLU", ("use_te_activation_func",)),
+    ("it is an object, which no text can be", ("*_func", "quant_recipe")),
     (
         "this package has checkpoints, schedule and loss for Adam alone",
         ("optimizer", "sgd_*", "muon_*", "decoupled_*lr"),

@@ -245,6 +245,11 @@ class Config:
             f"--reference-checkpoint has no effect with --objective {self.objective.name}, which compares with no "
             "reference model; drop it",
         )
+        require(
+            self.train.global_batch_size > 1 or not self.objective.needs_baseline,
+            f"--global-batch-size {self.train.global_batch_size} is too small for --objective {self.objective.name}: "
+            "its baseline is a mean over the pairs of a step; give at least 2",
+        )
         given = self.stop.given
         require(
             given is None or save is not None,

@@ -98,12 +98,27 @@ class PairEncoder:
 
         return [
             EncodedPair(
-                prompt=self._open(ids[i], preference),
+                prompt=self._open(ids[i], preference.conversational, preference.where),
                 chosen=response(i + 1),
                 rejected=response(i + 2),
                 boundary_merges=(i + 1 in alone) + (i + 2 in alone),
             )
             for i, preference in zip(range(0, len(ids), 3), preferences, strict=True)
+        ]
+
+    def encode_prompts(self, prompts: Sequence[tuple[str, str | list[Message]]]) -> list[list[int]]:
+        """Token ids of prompts that a model is to answer: those that `encode` gives a pair with the same prompt.
+
+        Args:
+            prompts: the place of each, for errors, and its text or messages.
+
+        Raises:
+            UserError: a prompt cannot be encoded; it is named.
+        """
+        texts = [prompt if isinstance(prompt, str) else self._render(prompt, True, where) for where, prompt in prompts]
+        return [
+            self._open(ids, isinstance(prompt, list), where)
+            for (where, prompt), ids in zip(prompts, self._ids(texts), strict=True)
         ]
 
     def straddles(self, preference: Preference) -> bool:
@@ -177,7 +192,7 @@ class PairEncoder:
             for ids, alone in zip(after, self._ids(responses), strict=True)
         ]
 
-    def _open(self, prompt: list[int], preference: Preference) -> list[int]:
+    def _open(self, prompt: list[int], conversational: bool, where: str) -> list[int]:
         """The prompt with one BOS or none. It has at least one token.
 
         A conversation begins with BOS where the template or the tokenizer adds one, as it does when the model is used.
@@ -189,12 +204,12 @@ class PairEncoder:
         if self.bos is None:
             if not prompt:
                 raise UserError(
-                    f"{preference.where}: the prompt is empty and the tokenizer {self._name} has no BOS token, so "
+                    f"{where}: the prompt is empty and the tokenizer {self._name} has no BOS token, so "
                     "nothing predicts the first token of the response; give the row a `prompt`"
                 )
             return prompt
         start = next((i for i, token in enumerate(prompt) if token != self.bos), len(prompt))
-        begins = start or self._adds_bos or not prompt or not preference.conversational
+        begins = start or self._adds_bos or not prompt or not conversational
         return [self.bos, *prompt[start:]] if begins else prompt
 
     def _close(self, response: list[int]) -> list[int]:

@@ -6,18 +6,38 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from simpo_megatron.data.reading import Row
-from simpo_megatron.data.schema import NUMBER, is_number, shown
+from simpo_megatron.data.schema import NUMBER, is_number, prompt_messages, shown
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path
+from simpo_megatron.settings import Group, setting
 
-# best-worst: one pair a prompt, as in the paper; best-random: the best response and any other; all: every two of them.
-Strategy = Literal["best-worst", "best-random", "all"]
+
+@dataclass(frozen=True, kw_only=True)
+class PairingOptions(Group):
+    """How responses become pairs."""
+
+    strategy: Literal["best-worst", "best-random", "all"] = setting(
+        "best-worst",
+        "best-worst: one pair a prompt, as in the paper; best-random: the best response and any other; all: every two",
+    )
+    min_score_gap: float = setting(0.0, "least difference of the two scores; equal scores make no pair in any case")
+    truncated_chosen: bool = setting(
+        False, "a response that was cut (finish_reason length) may be the chosen one of a pair"
+    )
+    margin_scale: float | None = setting(
+        None, "write the column `margin`, the target reward margin of the pair: X times the difference of the scores"
+    )
+    seed: int = setting(1234, "of best-random")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.not_negative("min_score_gap")
+        self.positive("margin_scale")
 
 
 @dataclass
@@ -27,18 +47,30 @@ class PairingReport:
     Attributes:
         prompts: read.
         pairs: built.
-        too_few: prompts with fewer than two responses.
+        merged: responses that repeat another response to the prompt.
+        too_few: prompts with fewer than two different responses.
+        all_cut: prompts without a whole response that could be chosen.
         no_gap: prompts without a pair of the score gap.
+        undecided: pairs left out because the judge preferred neither response.
+        reversed: pairs left out because the judge preferred their rejected response.
+        flipped: pairs turned round for that reason.
     """
 
     prompts: int = 0
     pairs: int = 0
+    merged: int = 0
     too_few: int = 0
+    all_cut: int = 0
     no_gap: int = 0
+    undecided: int = 0
+    reversed: int = 0
+    flipped: int = 0
 
     def summary(self, path: str | Path) -> str:
         """The counts in one line; `path` is the file that was written."""
-        return f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self._left_out()}"
+        merged = f"; merged {self.merged} responses that repeat another" if self.merged else ""
+        flipped = f"; turned {self.flipped} pairs round" if self.flipped else ""
+        return f"{path}: {self.pairs} pairs of {self.prompts} prompts; left out {self._left_out()}{merged}{flipped}"
 
     def nothing(self, source: str | Path, min_score_gap: float) -> UserError:
         """The error for a source without a pair.
@@ -50,49 +82,81 @@ class PairingReport:
         fix = "give each prompt two responses with different scores"
         if self.no_gap and min_score_gap:
             fix = f"lower --min-score-gap {min_score_gap:g}, or {fix}"
+        elif self.all_cut:
+            fix = "generate with a higher --max-new-tokens, or use --truncated-chosen"
         return UserError(f"{source}: no pair of {self.prompts} prompts: left out {self._left_out()}; {fix}")
 
     def _left_out(self) -> str:
-        return f"{self.no_gap} prompts without the score gap, {self.too_few} with fewer than two responses"
+        parts = [
+            f"{self.no_gap} prompts without the score gap",
+            f"{self.too_few} with fewer than two responses",
+        ]
+        parts += [f"{self.all_cut} without a whole response to choose"] if self.all_cut else []
+        parts += [f"{self.undecided} pairs that the judge could not decide"] if self.undecided else []
+        parts += [f"{self.reversed} pairs of which it prefers the rejected response"] if self.reversed else []
+        return ", ".join(parts)
 
 
-def build_pairs(
-    rows: Iterable[Row], report: PairingReport, strategy: Strategy, min_score_gap: float, seed: int
-) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Scored:
+    """A response with its score.
+
+    Attributes:
+        content: the text.
+        score: a higher one is better.
+        cut: it ended at the limit of tokens.
+    """
+
+    content: str
+    score: float
+    cut: bool
+
+
+def build_pairs(rows: Iterable[Row], report: PairingReport, options: PairingOptions) -> Iterator[dict[str, Any]]:
     """Builds rows of pairs in the UltraFeedback-binarized schema.
 
     Args:
         rows: with `prompt` (string or messages) and `responses` ({"content": str, "score": number, ...}).
         report: counts are added to it.
-        strategy: which responses make a pair.
-        min_score_gap: least difference of the two scores; scores that are equal make no pair in any case.
-        seed: `best-random` draws from (seed, row).
+        options: of the user. `best-random` draws from (seed, row).
 
     Raises:
         UserError: a row is of another form; its place is named.
     """
     for number, (where, row) in enumerate(rows):
-        prompt, responses = _read(row, where)
+        prompt = prompt_messages(row.get("prompt"), f"{where}: `prompt`")
+        responses = _read(row, where)
         report.prompts += 1
-        if len(responses) < 2:
+        different = _merged(responses)
+        report.merged += len(responses) - len(different)
+        if len(different) < 2:
             report.too_few += 1
             continue
-        found = [
+        ranked = sorted(different, key=lambda response: -response.score)
+        wide = [
             (chosen, rejected)
-            for chosen, rejected in _candidates(responses, strategy)
-            if chosen[1] > rejected[1] and chosen[1] - rejected[1] >= min_score_gap
+            for position, chosen in enumerate(ranked)
+            for rejected in ranked[position + 1 :]
+            if chosen.score > rejected.score and chosen.score - rejected.score >= options.min_score_gap
         ]
-        if strategy == "best-random" and found:
-            found = [random.Random(f"{seed}/{number}").choice(found)]
-        report.no_gap += not found
+        whole = [pair for pair in wide if options.truncated_chosen or not pair[0].cut]
+        report.no_gap += not wide
+        report.all_cut += bool(wide) and not whole
+        found = _picked(whole, options, number)
         report.pairs += len(found)
         for chosen, rejected in found:
+            margin = (
+                {}
+                if options.margin_scale is None
+                else {"margin": options.margin_scale * (chosen.score - rejected.score)}
+            )
             yield {
                 "prompt": prompt[-1]["content"],
-                "chosen": [*prompt, {"role": "assistant", "content": chosen[0]}],
-                "rejected": [*prompt, {"role": "assistant", "content": rejected[0]}],
-                "score_chosen": chosen[1],
-                "score_rejected": rejected[1],
+                "chosen": [*prompt, {"role": "assistant", "content": chosen.content}],
+                "rejected": [*prompt, {"role": "assistant", "content": rejected.content}],
+                "score_chosen": chosen.score,
+                "score_rejected": rejected.score,
+                **margin,
             }
 
 
@@ -111,24 +175,35 @@ def write_pairs(rows: Iterable[dict[str, Any]], path: Path) -> None:
         raise cannot_write(f"--output {path}", error, "choose another file") from error
 
 
-def _candidates(
-    responses: list[tuple[str, float]], strategy: Strategy
-) -> Iterable[tuple[tuple[str, float], tuple[str, float]]]:
-    """Pairs of (text, score), the better response first; responses with equal scores keep the order of the row."""
-    ranked = sorted(responses, key=lambda response: -response[1])
-    if strategy == "best-worst":
-        return [(ranked[0], ranked[-1])]
-    if strategy == "best-random":
-        return [(ranked[0], other) for other in ranked[1:]]
-    return combinations(ranked, 2)
+def _picked(pairs: list[tuple[Scored, Scored]], options: PairingOptions, number: int) -> list[tuple[Scored, Scored]]:
+    """The pairs of a prompt that the strategy takes, of those that may be taken.
+
+    Args:
+        pairs: the best chosen response first, and for each the best rejected one first.
+        options: of the user.
+        number: of the row.
+    """
+    if options.strategy == "all" or not pairs:
+        return pairs
+    of_the_best = [pair for pair in pairs if pair[0] is pairs[0][0]]
+    if options.strategy == "best-worst":
+        return [of_the_best[-1]]
+    return [random.Random(f"{options.seed}/{number}").choice(of_the_best)]
 
 
-def _read(row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[tuple[str, float]]]:
-    prompt, responses = row.get("prompt"), row.get("responses")
-    if isinstance(prompt, str) and prompt:
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
-        raise UserError(f"{where}: `prompt` is {_found(row, 'prompt')}; it must be a text or a list of messages")
+def _merged(responses: list[Scored]) -> list[Scored]:
+    """One response for each different text, with the mean of their scores; it is cut only if all of them are."""
+    by_text: dict[str, list[Scored]] = {}
+    for response in responses:
+        by_text.setdefault(response.content, []).append(response)
+    return [
+        Scored(text, sum(one.score for one in same) / len(same), all(one.cut for one in same))
+        for text, same in by_text.items()
+    ]
+
+
+def _read(row: dict[str, Any], where: str) -> list[Scored]:
+    responses = row.get("responses")
     if not isinstance(responses, list):
         raise UserError(f"{where}: `responses` is {_found(row, 'responses')}; it must be a list of {{content, score}}")
     found = []
@@ -145,13 +220,9 @@ def _read(row: dict[str, Any], where: str) -> tuple[list[dict[str, Any]], list[t
                 f"{where}: response {number}: `score` is {_found(fields, 'score')}; give {NUMBER}, or remove the "
                 "response"
             )
-        found.append((content, float(score)))
-    return prompt, found
+        found.append(Scored(content, float(score), fields.get("finish_reason") == "length"))
+    return found
 
 
 def _found(columns: dict[str, Any], name: str) -> str:
     return shown(columns[name]) if name in columns else "missing"
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

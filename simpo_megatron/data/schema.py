@@ -184,6 +184,24 @@ def _split_last(prompt: str | list[Message] | None, value: list[Any], what: str)
     return before, response
 
 
+def prompt_messages(value: Any, what: str) -> list[Message]:
+    """The messages of a prompt without a response; a text is the user's turn.
+
+    Args:
+        value: of the column.
+        what: place and name of the column, for errors.
+
+    Raises:
+        UserError: it is neither a text nor a list of messages, or it is empty.
+    """
+    if isinstance(value, str) and value:
+        return [{"role": "user", "content": _text(value, what)}]
+    if not isinstance(value, list) or not value:
+        found = "missing" if value is None else "empty" if value in ("", []) else kind_of(value)
+        raise UserError(f"{what} is {found}; it must be a text or a list of messages")
+    return _messages(value, what)
+
+
 def _messages(value: list[Any], what: str) -> list[Message]:
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, flag: str = "--hf-checkpoint") -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder. Nothing is downloaded, and no code of the folder runs.
+
+    Args:
+        path: the folder.
+        flag: that names it, for the error.
 
     Raises:
         UserError: transformers can load none.
@@ -23,12 +27,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not path.is_dir():
-        raise UserError(f"--hf-checkpoint {path} is not a folder; give the folder of a Hugging Face checkpoint")
+        raise UserError(f"{flag} {path} is not a folder; give the folder of a Hugging Face checkpoint")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--hf-checkpoint {path} has no tokenizer that transformers can load: {reason}") from error
+        raise UserError(f"{flag} {path} has no tokenizer that transformers can load: {reason}") from error
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
-from simpo_megatron.errors import UserError
+from simpo_megatron.errors import UserError, one_line
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
@@ -90,7 +90,7 @@ def transformer_config(
     try:
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
-        raise UserError(f"Megatron refuses this layout for {hf.path}: {error}") from error
+        raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error
 
 
 def _check_recomputed(transformer_engine: bool, experts: bool, modules: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ Shapes: P pairs, M scored responses of a pair (2: chosen and rejected; 1: chosen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simpo_megatron.settings import Group, required, setting
+from simpo_megatron.objectives.measured import PAIR_METRICS, Metric, PairScores
+from simpo_megatron.settings import Group, setting
 
 Normalizer = Literal["token", "pair"]
 
@@ -36,135 +37,6 @@ def sigmoid_slope(logits_P: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The derivative of `sigmoid_loss` with respect to the logits."""
     # sigmoid(-z), not 1 - sigmoid(z), which would lose the small slopes of pairs with a large margin
     return label_smoothing * torch.sigmoid(logits_P) - (1 - label_smoothing) * torch.sigmoid(-logits_P)
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """What an objective sees of some pairs. It is the same on all tensor- and context-parallel ranks.
-
-    Attributes:
-        sums_PM: log-probs of the responses, summed over their tokens, chosen first; fp32 or fp64, differentiable.
-        lengths_PM: scored tokens of the responses, int64 or floating.
-        margin_P: target reward margin that the data sets for the pair; NaN if the data sets none.
-        weight_P: factor of the pair's loss. The step multiplies by it; an objective need not.
-        reference_sums_PM: the same sums under a reference model, without gradient; NaN for pairs without
-            (`Pairs.with_reference_sums`), None where the caller has none at all.
-    """
-
-    sums_PM: Tensor
-    lengths_PM: Tensor
-    margin_P: Tensor
-    weight_P: Tensor
-    reference_sums_PM: Tensor | None = None
-
-    @property
-    def averages_PM(self) -> Tensor:
-        """The average log-prob of each response's tokens, in the dtype of the sums."""
-        return self.sums_PM / self.lengths_PM
-
-    @property
-    def token_shares_PM(self) -> Tensor:
-        """One by the length of each response, in the dtype of the sums (an integer length alone would give fp32)."""
-        return torch.ones_like(self.sums_PM) / self.lengths_PM
-
-    @property
-    def log_ratios_PM(self) -> Tensor:
-        """The sums minus those of the reference model: log pi(y | x) / pi_ref(y | x) of each response.
-
-        Raises:
-            UserError: there is no reference model.
-        """
-        known_PM = required(self.reference_sums_PM, "the objective needs log-probs of a reference model")
-        return self.sums_PM - known_PM
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the metrics of one microbatch are computed from. Nothing in it has a gradient.
-
-    Attributes:
-        scores: of the pairs of the microbatch.
-        truncated_PM: bool, True where the response lost its end.
-        rewards_PM: what `Objective.rewards` gives for the scores.
-        target_margins_P: what `Objective.target_margins` gives for the scores.
-        loss: scalar, the share of the microbatch in the loss of the global batch.
-    """
-
-    scores: PairScores
-    truncated_PM: Tensor
-    rewards_PM: Tensor
-    target_margins_P: Tensor
-    loss: Tensor
-
-    @property
-    def margins_P(self) -> Tensor:
-        """The reward of the chosen response minus the reward of the rejected one."""
-        return self.rewards_PM[:, 0] - self.rewards_PM[:, 1]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number that a step reports.
-
-    Attributes:
-        name: the name in the log; TRL's name if TRL has the metric.
-        value: computes one number a pair, [P], or a scalar for the microbatch. It is summed over the global batch.
-        divisor: the sum is divided by the number of pairs, by the number of scored chosen tokens, or by nothing.
-    """
-
-    name: str
-    value: Callable[[Measured], Tensor]
-    divisor: Literal["pairs", "chosen_tokens", "none"] = "pairs"
-
-
-LOSS_METRICS = (
-    Metric("loss", lambda found: found.loss, "none"),  # `step.batch_loss` has already divided each term
-    Metric("nll_loss", lambda found: -found.scores.sums_PM[:, 0], "chosen_tokens"),
-)
-# For objectives that score the chosen response alone.
-CHOSEN_METRICS = (
-    *LOSS_METRICS,
-    Metric("logps/chosen", lambda found: found.scores.averages_PM[:, 0]),
-    Metric("response_length/chosen", lambda found: found.scores.lengths_PM[:, 0]),
-    Metric("truncated/chosen", lambda found: found.truncated_PM[:, 0]),
-)
-_REWARDS = (
-    Metric("rewards/chosen", lambda found: found.rewards_PM[:, 0]),
-    Metric("rewards/rejected", lambda found: found.rewards_PM[:, 1]),
-    Metric("rewards/margins", lambda found: found.margins_P),
-    Metric("rewards/accuracies", lambda found: found.margins_P > 0),  # strict: a tie counts as wrong
-    Metric("rewards/ties", lambda found: found.margins_P == 0),
-)
-_RESPONSES = (
-    Metric("likelihood_accuracy", lambda found: found.scores.averages_PM[:, 0] > found.scores.averages_PM[:, 1]),
-    Metric("response_length/chosen", lambda found: found.scores.lengths_PM[:, 0]),
-    Metric("response_length/rejected", lambda found: found.scores.lengths_PM[:, 1]),
-    Metric("truncated/chosen", lambda found: found.truncated_PM[:, 0]),
-    Metric("truncated/rejected", lambda found: found.truncated_PM[:, 1]),
-)
-# For objectives that compare the averages of two responses. TRL then gives the names `logps/*` to averages.
-AVERAGE_METRICS = (
-    *LOSS_METRICS,
-    *_REWARDS,
-    Metric("logps/chosen", lambda found: found.scores.averages_PM[:, 0]),
-    Metric("logps/rejected", lambda found: found.scores.averages_PM[:, 1]),
-    *_RESPONSES,
-)
-# The same with a target margin.
-PAIR_METRICS = (
-    *AVERAGE_METRICS,
-    Metric("rewards/above_gamma", lambda found: found.margins_P > found.target_margins_P),
-)
-# For objectives that compare the sums of two responses, or their log-ratios. TRL then gives `logps/*` to sums.
-SUM_METRICS = (
-    *LOSS_METRICS,
-    *_REWARDS,
-    Metric("logps/chosen", lambda found: found.scores.sums_PM[:, 0]),
-    Metric("logps/rejected", lambda found: found.scores.sums_PM[:, 1]),
-    Metric("logps_mean/chosen", lambda found: found.scores.averages_PM[:, 0]),
-    Metric("logps_mean/rejected", lambda found: found.scores.averages_PM[:, 1]),
-    *_RESPONSES,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +53,7 @@ class Objective(Group):
         drops: pairs of settings of which one replaces the other. A flag that is a key here drops the value that the
             YAML file or the preset gives to the other setting.
         needs_reference: the loss compares with log-probs of a reference model.
+        needs_baseline: the loss compares with a statistic of the pairs of the previous step (`next_baseline`).
         own_nll_weight: the weight of the NLL term where --nll-weight is not given.
         own_nll_normalizer: its divisor where --nll-normalizer is not given.
         nll_weight: of --nll-weight, or None. `nll_factor` has the value in force.
@@ -192,6 +65,7 @@ class Objective(Group):
     metrics: ClassVar[tuple[Metric, ...]] = PAIR_METRICS
     drops: ClassVar[Mapping[str, str]] = {}
     needs_reference: ClassVar[bool] = False
+    needs_baseline: ClassVar[bool] = False
     own_nll_weight: ClassVar[float] = 0.0
     own_nll_normalizer: ClassVar[Normalizer] = "token"
     nll_weight: float | None = setting(
@@ -259,6 +133,18 @@ class Objective(Group):
     def target_margins(self, scores: PairScores) -> Tensor:
         """The reward margin that each pair is to exceed, [P]. The metric `rewards/above_gamma` compares with it."""
         return scores.margin_P.nan_to_num(0.0)
+
+    def next_baseline(self, metrics: Mapping[str, float]) -> float:
+        """A statistic of a step that the loss of the next step compares with; 0 where there is none.
+
+        Args:
+            metrics: of the step, over the global batch.
+        """
+        return 0.0
+
+    def with_baseline(self, baseline: float) -> Objective:
+        """The objective for the step after the one that gave this `next_baseline`."""
+        return self
 
     def describe(self) -> str:
         """One line for the start of a run: the objective and its effective values."""

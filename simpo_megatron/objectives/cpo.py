@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from simpo_megatron.objectives.base import SUM_METRICS, Metric, PairScores, RewardObjective
+from simpo_megatron.objectives.base import RewardObjective
+from simpo_megatron.objectives.measured import SUM_METRICS, Metric, PairScores
 from simpo_megatron.settings import setting
 
 

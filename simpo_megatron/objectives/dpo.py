@@ -18,14 +18,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from simpo_megatron.objectives.base import (
-    SUM_METRICS,
-    Metric,
-    PairScores,
-    RewardObjective,
-    sigmoid_loss,
-    sigmoid_slope,
-)
+from simpo_megatron.objectives.base import RewardObjective, sigmoid_loss, sigmoid_slope
+from simpo_megatron.objectives.measured import SUM_METRICS, Metric, PairScores
 from simpo_megatron.settings import require, setting
 
 

@@ -17,7 +17,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from simpo_megatron.objectives.base import SUM_METRICS, Metric, Objective, PairScores
+from simpo_megatron.objectives.base import Objective
+from simpo_megatron.objectives.measured import SUM_METRICS, Metric, PairScores
 from simpo_megatron.settings import setting
 
 

@@ -16,15 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from simpo_megatron.objectives.base import (
-    AVERAGE_METRICS,
-    Measured,
-    Metric,
-    Objective,
-    PairScores,
-    sigmoid_loss,
-    sigmoid_slope,
-)
+from simpo_megatron.objectives.base import Objective, sigmoid_loss, sigmoid_slope
+from simpo_megatron.objectives.measured import AVERAGE_METRICS, Measured, Metric, PairScores
 from simpo_megatron.settings import setting
 
 _LARGEST = -1e-6  # of an average log-prob: at 0, where the model is certain of every token, the odds are infinite

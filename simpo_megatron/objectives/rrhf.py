@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from simpo_megatron.objectives.base import AVERAGE_METRICS, Metric, Normalizer, PairScores, RewardObjective
+from simpo_megatron.objectives.base import Normalizer, RewardObjective
+from simpo_megatron.objectives.measured import AVERAGE_METRICS, Metric, PairScores
 
 
 @dataclass(frozen=True)

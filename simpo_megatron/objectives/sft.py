@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from simpo_megatron.objectives.base import CHOSEN_METRICS, Metric, Objective, PairScores
+from simpo_megatron.objectives.base import Objective
+from simpo_megatron.objectives.measured import CHOSEN_METRICS, Metric, PairScores
 
 
 @dataclass(frozen=True)

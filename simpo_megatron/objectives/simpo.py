@@ -25,7 +25,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from simpo_megatron.objectives.base import Objective, PairScores, sigmoid_loss, sigmoid_slope
+from simpo_megatron.objectives.base import Objective, sigmoid_loss, sigmoid_slope
+from simpo_megatron.objectives.measured import PairScores
 from simpo_megatron.settings import require, setting
 
 

@@ -51,4 +51,6 @@ def raise_on_all_ranks() -> Iterator[None]:
     dist.all_gather_object(messages, message, group=host_group())
     first = next((text for text in messages if text), None)
     if first:
-        raise UserError(first)
+        error = UserError(first)
+        error.on_all_ranks = True
+        raise error

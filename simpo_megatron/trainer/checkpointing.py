@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -53,6 +52,7 @@ from simpo_megatron.trainer.full_precision import in_fp32
 from simpo_megatron.trainer.optimizer_format import BUCKETS, bucket_checksums, content_metadata
 from simpo_megatron.trainer.progress import Progress
 from simpo_megatron.trainer.retention import UNFINISHED, delete, delete_old, remove_leftovers
+from simpo_megatron.trainer.writing import start_server, undisturbed
 
 FAILURES = (Exception, CheckpointException)  # torch derives CheckpointException from BaseException
 
@@ -196,6 +196,7 @@ class CheckpointWriter:
                     folder.mkdir(parents=True)
                 except OSError as error:
                     raise UserError(f"{folder} cannot be created: {error.strerror}") from error
+        start_server()
         group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
         try:
@@ -211,7 +212,7 @@ class CheckpointWriter:
             assert request is not None  # as always with `async_sharded_save`
             request.add_finalize_fn(partial(self._complete, folder, root, progress.step))
             if request.async_fn is not None:
-                request = request._replace(async_fn=partial(_undisturbed, request.async_fn))
+                request = request._replace(async_fn=partial(undisturbed, request.async_fn))
             self._queue.schedule_async_request(request)
         except FAILURES as error:
             raise self._error(error) from error
@@ -284,14 +285,3 @@ class CheckpointWriter:
 def first_failure(error: BaseException) -> BaseException:
     """The failure of the first rank that failed. Ranks other than 0 may have no details."""
     return next((failure for failure, _ in getattr(error, "failures", {}).values()), error)
-
-
-def _undisturbed(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Runs in a forked process: writes, and leaves signals to the trainer.
-
-    A scheduler sends a signal to all processes of a job. The trainer then finishes its checkpoint, for which the writer
-    must live on.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    write(*args, **kwargs)

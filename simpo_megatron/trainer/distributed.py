@@ -17,28 +17,32 @@ from simpo_megatron.data import InMemoryPairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.limits import check_processes
 from simpo_megatron.parallel.together import host_group, start_host_group
+from simpo_megatron.settings import require
 from simpo_megatron.trainer.environment import local_gpu, prepare_environment
 
 
-def resolve_device(device: str, deterministic: bool = False) -> str:
+def resolve_device(device: str, deterministic: bool = False, nccl_buffers: bool = False) -> str:
     """Chooses the device and prepares it: selects this rank's GPU, or lets Megatron run on the CPU (`cpu.enable`).
 
     Args:
         device: `--device`: auto, cpu or cuda.
         deterministic: `--deterministic-mode`.
+        nccl_buffers: `--ddp-config nccl_ub=true`.
 
     Returns:
         `cuda` or `cpu`.
 
     Raises:
-        UserError: --device cuda, and there is no GPU; or the environment does not fit (`environment.py`).
+        UserError: there is no GPU, and --device cuda or `nccl_ub` needs one; or the environment does not fit
+            (`environment.py`).
     """
-    prepare_environment(deterministic)
+    prepare_environment(deterministic, nccl_buffers)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda finds no CUDA device; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
+        require(not nccl_buffers, "--ddp-config nccl_ub registers buffers with NCCL, and this run is on a CPU; drop it")
         compat.quiet_connections()  # they concern GPUs only
         cpu.enable()
     else:

@@ -39,8 +39,11 @@ class Engine:
     Attributes:
         chunks: the models wrapped by DDP: Megatron's model chunks.
         packer: makes the global batches that the methods take (`packer.pack`).
+        baseline: what the loss of the next step compares with (`Objective.next_baseline`).
         seconds: the time of `forward_backward` and `optimizer` in `train_step`.
     """
+
+    baseline: float = 0.0
 
     def __init__(
         self,
@@ -69,10 +72,10 @@ class Engine:
         }
         with refusals(self.config, "ddp_config"):
             ddp = DistributedDataParallelConfig(**{**own, **fields_of(self.config, "ddp_config")})
-        chunks = [
-            DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
-            for index, model in enumerate(self.models)
-        ]
+            chunks = [
+                DistributedDataParallel(hooks, ddp, model, disable_bucketing=index > 0)
+                for index, model in enumerate(self.models)
+            ]
         single = len(chunks) == 1
 
         def hook(name: str) -> Any:
@@ -138,7 +141,8 @@ class Engine:
         )
 
     def _run(self, batch: GlobalBatch, forward_only: bool, on_sums: Any = None) -> dict[str, float]:
-        objective, coefficient = self.config.objective, self.config.train.moe_aux_loss_coeff
+        objective = self.config.objective.with_baseline(self.baseline)
+        coefficient = self.config.train.moe_aux_loss_coeff
         sums: list[dict[str, Tensor]] = self.run_schedule(
             forward_step_func=PreferenceStep(
                 objective, self.hf.architecture.vocab_size, len(batch.microbatches), coefficient, on_sums
@@ -187,6 +191,7 @@ class Engine:
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         with self.seconds.of("optimizer"):
             _, metrics["grad_norm"], _ = self.optimizer.step()
+        self.baseline = self.config.objective.next_baseline(metrics)
         self.scheduler.step(increment=self.config.train.global_batch_size)
         return metrics
 

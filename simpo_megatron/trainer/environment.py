@@ -25,7 +25,7 @@ _DETERMINISTIC = {
 }
 
 
-def prepare_environment(deterministic: bool) -> None:
+def prepare_environment(deterministic: bool, nccl_buffers: bool = False) -> None:
     """Sets what CUDA, NCCL and cuBLAS read when they start, unless the user has set it.
 
     The allocator gets `expandable_segments:True`: packed rows have different lengths, which would fragment its memory.
@@ -33,11 +33,12 @@ def prepare_environment(deterministic: bool) -> None:
     Args:
         deterministic: --deterministic-mode. It also tells torch to use deterministic algorithms, and to raise an error
             where there is none.
+        nccl_buffers: --ddp-config nccl_ub=true, with which Megatron allows no expandable segments.
 
     Raises:
         UserError: the environment forbids a deterministic run.
     """
-    if not any(name in os.environ for name in _ALLOCATOR):
+    if not nccl_buffers and not any(name in os.environ for name in _ALLOCATOR):
         os.environ.update(dict.fromkeys(_ALLOCATOR, "expandable_segments:True"))
     if not deterministic:
         return

@@ -61,7 +61,7 @@ def load(engine: Engine, directory: Path) -> None:
     else:
         with torch_adam.loadable(engine.optimizer), in_fp32(engine.optimizer):
             if content["distrib_optim_sharding_type"] == DP_RESHARDABLE:
-                check_buckets(engine.optimizer, common, directory)
+                check_buckets(engine.optimizer, common, directory, engine.hf)
             state = _load_strictly(sharded_state(engine, content, is_loading=True), directory)
             _fill_all(engine.models, state)
             with torch.no_grad():  # which Megatron sets itself for the other form alone

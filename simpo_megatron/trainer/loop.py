@@ -24,17 +24,18 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.planning.flops import step_flops
-from simpo_megatron.settings import require
 from simpo_megatron.trainer import loading
 from simpo_megatron.trainer.alarms import Alarms
 from simpo_megatron.trainer.checkpointing import CheckpointWriter
 from simpo_megatron.trainer.console import Logger, print_line
 from simpo_megatron.trainer.data import load_data
+from simpo_megatron.trainer.ended import describe_end, is_anything_left
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.environment import connection_warnings
-from simpo_megatron.trainer.folders import check_folders, export_record, is_export_of
+from simpo_megatron.trainer.folders import check_folders, export_record
+from simpo_megatron.trainer.model_card import model_card
 from simpo_megatron.trainer.opening import describe_run, describe_start
-from simpo_megatron.trainer.profiling import Profiling, check_profiling
+from simpo_megatron.trainer.profiling import Profiling, check_profiling, check_window
 from simpo_megatron.trainer.progress import Length, Progress, new_progress, run_length
 from simpo_megatron.trainer.record import write_record
 from simpo_megatron.trainer.reference import with_reference
@@ -63,7 +64,7 @@ def start_run(
         stopping: from `signals.watch`; None: no signal stops the run before its end.
 
     Returns:
-        The run; None if the run that is resumed has ended and --export-hf is its export.
+        The run; None if the run that is resumed has ended and nothing is left to do.
 
     Raises:
         UserError: data or checkpoint cannot be read, or the run cannot be resumed; the same on every rank.
@@ -79,33 +80,31 @@ def start_run(
         check_pairs(saved, state)
         state = saved.progress
     length = run_length(config, len(train_pairs))
+    window = check_window(config, length.steps, state.step)
     if saved is not None and not length.is_reached(state):
         check_optimizer(saved)
-    export = config.model.export_hf
-    if export is not None and length.is_reached(state) and is_export_of(export, state):
-        require(
-            not changes,
-            f"the run of {config.checkpoint.load} has ended, and this command differs from it ({'; '.join(changes)}): "
-            "nothing would be trained; choose another --save and --export-hf, or give the settings of that run",
-        )
-        print_line(f"nothing is left to do: the run of {config.checkpoint.load} has ended, and {export} is its export")
+    ended = saved is not None and length.is_reached(state)
+    if saved is not None and ended and not is_anything_left(config, saved):
+        print_line(describe_end(config))
         return None
+    export = config.model.export_hf
     with raise_on_all_ranks():
         if export is not None:
             check_target(export)  # it may be the export of a checkpoint that this run goes on from
     engine = build_engine(config, hf, transformer, length.steps)
     if saved is not None:
         loading.load(engine, saved.folder)
+        engine.baseline = state.baseline
     train_pairs, valid_pairs, scored = with_reference(engine, train_pairs, valid_pairs, resumed=saved is not None)
     with raise_on_all_ranks():
         disk = check_disk(config, hf.architecture, length.steps, state.step) if dist.get_rank() == 0 else []
         logger = Logger(config, length.steps, state.step)
-        if config.checkpoint.save is not None and dist.get_rank() == 0:
+        if config.checkpoint.save is not None and not ended and dist.get_rank() == 0:
             write_record(config, config.checkpoint.save)
     stopping = Stopping(config.stop, handles_signals=False) if stopping is None else stopping
     run = Run(engine, train_pairs, valid_pairs, length, state, logger, stopping)
     data_parallel = parallel_state.get_data_parallel_world_size()
-    found = [*remarks(config, hf, len(train_pairs), data_parallel), *connection_warnings(config.parallel)]
+    found = [*remarks(config, hf, len(train_pairs), data_parallel), *window, *connection_warnings(config.parallel)]
     warnings = [f"warning: {text}" for text in found]
     for line in (
         *messages,
@@ -189,16 +188,15 @@ class Run:
             batch, flops = self._next_batch()
         metrics = self.engine.train_step(batch)
         consumed = self.state.consumed_pairs + batch.counts.pairs
-        self.state = replace(self.state, step=self.state.step + 1, consumed_pairs=consumed)
+        step, baseline = self.state.step + 1, self.engine.baseline
+        self.state = replace(self.state, step=step, consumed_pairs=consumed, baseline=baseline)
         metrics |= self.speed.measure(time.perf_counter() - started, batch.tokens, flops)
         metrics |= self.engine.seconds.take()
         metrics["epoch"] = consumed / len(self.train_pairs)
         if self._is_due(self.config.log.log_interval) or not self.unfinished:
             self.logger.record(self.state.step, metrics | self.save_seconds.take())
             self.logger.step_line(self.state.step, metrics)
-        for text in self.alarms.check(metrics):
-            self.logger.message(f"alarm: step {self.state.step}: {text}")
-            self.alarmed = True
+        self._alarm(self.alarms.check(metrics))
         self.logger.advance(self.state.step)
         if self._is_due(self.config.log.eval_interval):
             self._evaluate()
@@ -253,6 +251,12 @@ class Run:
         self.evaluations[self.state.step] = metrics
         self.logger.record(self.state.step, {f"eval/{name}": value for name, value in metrics.items()})
         self.logger.eval_line(self.state.step, metrics)
+        self._alarm(self.alarms.check_evaluation(metrics, len(self.valid_pairs)))
+
+    def _alarm(self, texts: list[str]) -> None:
+        for text in texts:
+            self.logger.message(f"alarm: step {self.state.step}: {text}")
+            self.alarmed = True
 
     def _finish(self) -> None:
         if not self._is_due(self.config.log.eval_interval):  # else the last step has evaluated
@@ -260,9 +264,10 @@ class Run:
         folder = self.config.model.export_hf
         if folder is not None:
             self.engine.sync_parameters()
-            record = export_record(self.config, self.state)
-            first = dist.get_rank() == 0
-            export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=record)
+            files, first = export_record(self.config, self.state), dist.get_rank() == 0
+            if first:
+                files["README.md"] = model_card(self.config, self.train_pairs.fingerprint, self.evaluations)
+            export_hf(self.engine.models, self.engine.hf, folder, progress=first, more_files=files)
             self.logger.message(f"exported to {folder}")
         self.logger.summary(self.evaluations)
         used = memory()

@@ -13,15 +13,18 @@ of every rank, and `check_buckets` compares it.
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import host_group
 from simpo_megatron.trainer.resume import DP_RESHARDABLE, OTHER_LAYOUT
 
@@ -76,18 +79,23 @@ def _own_checksums(optimizer: Any) -> dict[str, int]:
     return found
 
 
-def check_buckets(optimizer: Any, common: dict[str, Any], directory: object) -> None:
+def check_buckets(optimizer: Any, common: dict[str, Any], directory: Path, hf: HFCheckpoint) -> None:
     """Makes sure that a `dp_reshardable` state fits the buckets of this run. Collectives: one all-gather.
 
     Args:
         optimizer: Megatron's ChainedOptimizer.
         common: the content of common.pt.
-        directory: of the checkpoint, for the error.
+        directory: of the checkpoint.
+        hf: the Hugging Face checkpoint of this run.
 
     Raises:
-        UserError: it does not fit, on every rank.
+        UserError: it does not fit, because the model is another or for another reason; on every rank.
     """
     if bucket_checksums(optimizer) != common.get(BUCKETS) or has_empty_share(optimizer):
+        try:
+            read_torch_dist(directory, hf)  # of another model no layout would help
+        except UserError as error:
+            raise UserError(f"{directory} does not fit this model: {error}") from error
         raise UserError(
             f"{directory}: its optimizer state does not fit the parameters as they lie on the ranks of this run (other "
             f"layers, precision, --overlap-grad-reduce or release of Megatron-Core); {OTHER_LAYOUT}"

@@ -19,10 +19,11 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
+from simpo_megatron.compat import have_transformer_engine
 from simpo_megatron.config.run import Config
-from simpo_megatron.errors import UserError
+from simpo_megatron.errors import UserError, one_line
 from simpo_megatron.program import nearest
-from simpo_megatron.settings import flag
+from simpo_megatron.settings import flag, require
 
 CLASSES: dict[str, type] = {
     "transformer_config": TransformerConfig,
@@ -31,6 +32,12 @@ CLASSES: dict[str, type] = {
 }
 # Names of Megatron-LM's flags for types of numbers.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+
+# Fields that only some layouts use; see `check_use`.
+_PARTIAL = "num_microbatches_with_partial_activation_checkpoints"
+_REDUCE_SCATTER = ("pad_buckets_for_high_nccl_busbw", "reduce_scatter_with_fp32_accumulation")
+_SENDING = ("overlap_p2p_comm", "batch_p2p_comm", "batch_p2p_sync", "deallocate_pipeline_outputs")
+_INTERLEAVED = ("overlap_p2p_comm_warmup_flush", "microbatch_group_size_per_vp_stage")
 
 
 def fields_of(config: Config, name: str) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def fields_of(config: Config, name: str) -> dict[str, Any]:
         name: of the setting: a key of `CLASSES`.
 
     Raises:
-        UserError: Megatron has no such field, or the value is not of its type.
+        UserError: Megatron has no such field, the value is not of its type, or a number is too small.
     """
     cls, given = CLASSES[name], config.megatron.values(name)
     known = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -57,7 +64,51 @@ def fields_of(config: Config, name: str) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             wanted = _wanted(annotations[field])
             raise UserError(f"{flag(name)} {field}={text}: {field} is {wanted}; give such a value") from None
+        least = _least(field, found[field])
+        require(least is None, f"{flag(name)} {field}={text} must be {least}")
     return found
+
+
+def _least(field: str, value: Any) -> str | None:
+    """What a number that is too small must be; None for other values. Counts are above 0, but for layers in bf16."""
+    numbers = [one for one in (value if isinstance(value, list | tuple) else (value,)) if type(one) in (int, float)]
+    if all(type(one) is int for one in numbers) and not field.startswith("num_layers_"):
+        return "greater than 0" if min(numbers, default=1) <= 0 else None
+    return "at least 0" if min(numbers, default=0) < 0 else None
+
+
+def check_use(config: Config, has_experts: bool) -> None:
+    """Makes sure that the fields that are passed through change something in this run.
+
+    Args:
+        config: of the run.
+        has_experts: whether the model has experts.
+
+    Raises:
+        UserError: a field has no effect with this layout or model, or needs what is not installed.
+    """
+    parallel = config.parallel
+    full = parallel.recompute_granularity == "full"
+    stages = parallel.pipeline_model_parallel_size > 1
+    virtual = parallel.num_layers_per_virtual_pipeline_stage is not None
+    rows = (  # whether the fields have an effect, what they need, and the fields
+        (parallel.overlap_grad_reduce, "--overlap-grad-reduce", ("bucket_size",)),
+        (parallel.overlap_param_gather, "--overlap-param-gather", ("align_param_gather",)),
+        (parallel.sequence_parallel, "--sequence-parallel", ("clone_scatter_output_in_embedding",)),
+        (full, "--recompute-granularity full", ("distribute_saved_activations", _PARTIAL)),
+        (parallel.use_distributed_optimizer, "--use-distributed-optimizer", _REDUCE_SCATTER),
+        (stages, "--pipeline-model-parallel-size of at least 2", (*_SENDING, _PARTIAL)),
+        (virtual, "--num-layers-per-virtual-pipeline-stage", _INTERLEAVED),
+        (have_transformer_engine(), "Transformer Engine, which is not installed", ("moe_router_fusion",)),
+    )
+    for name in CLASSES:
+        for field in config.megatron.values(name):
+            lacking = [what for there, what, fields in rows if not there and field in fields]
+            if field.startswith("moe_") and not has_experts:
+                lacking = ["a model with experts, and this one is dense"]
+            for what in lacking:
+                advice = "drop it, or add that" if what.startswith("--") else "drop it"
+                raise UserError(f"{flag(name)} {field} needs {what}; {advice}")
 
 
 @contextlib.contextmanager
@@ -73,11 +124,14 @@ def refusals(config: Config, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:
         items = " ".join(getattr(config.megatron, name) or ())
-        if not items:
+        of_megatron = error.__cause__ if isinstance(error, UserError) else error  # `transformer_config` has told one
+        if not items or of_megatron is None or isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError):
             raise
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = one_line(of_megatron)
+        if isinstance(error, TypeError) and not have_transformer_engine():  # Megatron compares its version with None
+            why = "it needs Transformer Engine, which is not installed"
         raise UserError(f"{flag(name)} {items}: Megatron refuses it: {why}") from error
 
 

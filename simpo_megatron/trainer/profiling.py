@@ -48,6 +48,34 @@ def check_profiling(config: Config) -> None:
         require(rank <= highest, f"--profile-ranks {rank}: the ranks of this run are 0 to {highest}")
 
 
+def check_window(config: Config, steps: int, taken: int) -> list[str]:
+    """Makes sure that a run reaches the steps to profile.
+
+    Args:
+        config: of the run.
+        steps: of the whole run.
+        taken: steps that it has taken, where it is resumed.
+
+    Returns:
+        A sentence if all of them are among the steps that were taken.
+
+    Raises:
+        UserError: the whole run is shorter.
+    """
+    profile = config.profile
+    first, last = profile.window[0], profile.window[-1]
+    if not profile.profile:
+        return []
+    require(
+        first <= steps,
+        f"--profile-step-start {first} is after the last step of the run, {steps}; give a step that it reaches, and "
+        "--profile-step-end after that",
+    )
+    return (
+        [] if last > taken else [f"--profile writes no trace: the run goes on after step {taken}, and {last} is past"]
+    )
+
+
 class Profiling:
     """Profiles the steps and ranks that the settings name.
 
@@ -83,12 +111,13 @@ class Profiling:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def before(self, step: int) -> None:
-        """Starts a trace if this step is the first to profile.
+        """Starts a trace if this step is the first to profile of this start of the run.
 
         Args:
             step: that begins now, counted from 1.
         """
-        if not self.config.profile or self._folder is None or step != self.config.profile_step_start:
+        running = self._capturing or self._trace is not None
+        if not self.config.profile or self._folder is None or step not in self.config.window or running:
             return
         if _NSYS in os.environ and torch.cuda.is_initialized():
             torch.cuda.profiler.start()

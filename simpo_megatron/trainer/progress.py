@@ -21,6 +21,7 @@ class Progress:
         seed: of the data order.
         checkpoint: a random name that each checkpoint gets when it is saved, by which an export knows the checkpoint
             that it was made of; empty before the first one.
+        baseline: what the loss of the next step compares with (`Objective.next_baseline`).
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class Progress:
     tokens_crc32: int = 0
     seed: int = 0
     checkpoint: str = ""
+    baseline: float = 0.0
 
 
 def new_progress(config: Config, pairs: Pairs) -> Progress:

@@ -40,9 +40,11 @@ def write_record(config: Config, folder: Path) -> None:
         "add --save and --load with a new folder.",
         f"Command: {shlex.join(sys.orig_argv)}",
         f"In the folder: {Path.cwd()}",
-        f"Python {platform.python_version()}, {', '.join(_versions())}",
+        f"Python {platform.python_version()}, {', '.join(versions())}",
     ]
-    text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(_settings(config), sort_keys=False, width=120)
+    text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(
+        effective_settings(config), sort_keys=False, width=120
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / RECORD, text)
@@ -50,7 +52,8 @@ def write_record(config: Config, folder: Path) -> None:
         raise cannot_write(f"--save: {folder / RECORD}", error, "choose another --save") from error
 
 
-def _versions() -> list[str]:
+def versions() -> list[str]:
+    """The packages that decide a run, with their versions."""
     found = []
     for name in _PACKAGES:
         try:
@@ -60,7 +63,7 @@ def _versions() -> list[str]:
     return found
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def effective_settings(config: Config) -> dict[str, Any]:
     """Every setting by its name, as a YAML value that `arguments.read_yaml` reads back."""
     values: dict[str, Any] = {"objective": config.objective.name}
     for group in (config.objective, *(getattr(config, field.name) for field in fields(Config) if field.name in GROUPS)):

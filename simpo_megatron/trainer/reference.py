@@ -40,8 +40,8 @@ from simpo_megatron.trainer.data import check_ids
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.reference_scoring import (
     ScoringEngine,
+    complete,
     evaluation_batches,
-    score_missing,
     training_batches,
 )
 from simpo_megatron.trainer.reference_source import (
@@ -133,7 +133,7 @@ class _Finder:
             if earlier is not None:
                 return earlier
         else:
-            beside = from_prefixes(pairs, self.made_of)
+            beside = from_prefixes(pairs, lambda: self.made_of)
             if beside is not None:
                 self._keep(name, beside)
                 return "PREFIX.reference beside the prepared set", beside
@@ -191,13 +191,8 @@ class _Finder:
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 file = self._file(name, pairs)
-        begun = broadcast_sums(None if file is None else file.sums)
-        sums = ReferenceFile.new(Path(), {}, len(pairs)).sums if begun is None else begun
-        if file is not None:
-            file.sums = sums
-        if np.isnan(sums).any():
-            batches = evaluation_batches(pairs) if name == "valid" else training_batches(pairs, self.config)
-            score_missing(self._engine(pairs), pairs, batches, file, sums, f"Scoring the {name} pairs")
+        batches = evaluation_batches(pairs) if name == "valid" else training_batches(pairs, self.config)
+        sums = complete(file, lambda: self._engine(pairs), pairs, batches, f"Scoring the {name} pairs")
         model = "the weights that the run starts from" if self.checkpoint is None else self.checkpoint
         return f"computed with {model}", pairs.with_reference_sums(sums)
 
@@ -221,7 +216,7 @@ class _Finder:
 def score_prepared(config: Config, hf: HFCheckpoint, transformer: TransformerConfig, pairs: Pairs) -> Path:
     """Scores a prepared set and writes `PREFIX.reference`. A file that is not complete is completed.
 
-    Collectives: those of `ScoringEngine.build` and `score_missing`, and a broadcast.
+    Collectives: those of `ScoringEngine.build` and `complete`.
 
     Args:
         config: of layout and batch.
@@ -243,13 +238,8 @@ def score_prepared(config: Config, hf: HFCheckpoint, transformer: TransformerCon
             made_of = {**run_made_of(weights_fingerprint_of(hf.path), precision), **prepared_made_of(pairs)}
             file = ReferenceFile.read(path) if path.is_file() else ReferenceFile.new(path, made_of, len(pairs))
             file.check(made_of, "remove it to score the pairs again")
-    sums = broadcast_sums(None if file is None else file.sums)
-    assert sums is not None
-    if file is not None:
-        file.sums = sums
-    if np.isnan(sums).any():
-        engine = ScoringEngine.build(config, hf, transformer)
-        score_missing(engine, pairs, training_batches(pairs, config), file, sums, f"Scoring {pairs.prefix}")
+    batches = training_batches(pairs, config)
+    complete(file, lambda: ScoringEngine.build(config, hf, transformer), pairs, batches, f"Scoring {pairs.prefix}")
     return path
 
 

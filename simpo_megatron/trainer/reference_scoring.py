@@ -1,18 +1,14 @@
 """Scores pairs with a reference model: forward passes alone, in the batches of training, resumable after a kill.
 
 engine = ScoringEngine.build(config, hf, transformer)       # or the engine of the run
-score_missing(engine, pairs, training_batches(pairs, config), file, sums, "Scoring")
+sums = complete(file, lambda: engine, pairs, training_batches(pairs, config), "Scoring")
 
 Every rank calls these functions. `reference.py` decides when.
 """
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch.distributed as dist
@@ -27,7 +23,9 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import build_model
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.program import with_time_left
 from simpo_megatron.trainer.engine import Engine
+from simpo_megatron.trainer.reference_source import broadcast_sums
 from simpo_megatron.trainer.scoring import evaluation_order, score_batch
 from simpo_megatron.trainer.setup import prepare_models
 
@@ -77,7 +75,38 @@ def evaluation_batches(pairs: Pairs) -> list[np.ndarray]:
     return [evaluation_order(pairs)]
 
 
-def score_missing(
+def complete(
+    file: ReferenceFile | None, engine: Callable[[], Engine], pairs: Pairs, batches: list[np.ndarray], title: str
+) -> np.ndarray:
+    """Scores the pairs that are missing in a file; every rank calls it.
+
+    Collectives: a broadcast of what the file has, those of the engine and of `score_batch`.
+
+    Args:
+        file: on rank 0, written from time to time; None for no file, and on the other ranks.
+        engine: makes the engine with the reference model. It is called where a pair is missing.
+        pairs: the data set.
+        batches: indices of pairs, in the order of scoring. Pairs in none of them come last, in batches of the same
+            size.
+        title: of the progress bar.
+
+    Returns:
+        The sums of all pairs, float32 [P, 2], the same on every rank.
+
+    Raises:
+        UserError: a log-prob is not finite, or the file cannot be written; the same on every rank.
+    """
+    sums = broadcast_sums(None if file is None else file.sums)
+    if sums is None:
+        sums = np.full((len(pairs), 2), np.nan, np.float32)
+    if file is not None:
+        file.sums = sums
+    if np.isnan(sums).any():
+        _score_missing(engine(), pairs, batches, file, sums, title)
+    return sums
+
+
+def _score_missing(
     engine: Engine,
     pairs: Pairs,
     batches: list[np.ndarray],
@@ -85,20 +114,7 @@ def score_missing(
     sums: np.ndarray,
     title: str,
 ) -> None:
-    """Fills what is missing in `sums`; every rank calls it.
-
-    Args:
-        engine: with the reference model.
-        pairs: the data set.
-        batches: indices of pairs, in the order of scoring. Pairs in none of them come last, in batches of the same
-            size.
-        file: to write the sums into from time to time, on rank 0; None for no file, and on the other ranks.
-        sums: float32 [P, 2], the same on every rank; NaN where a pair is missing.
-        title: of the progress bar.
-
-    Raises:
-        UserError: a log-prob is not finite, or the file cannot be written; the same on every rank.
-    """
+    """Fills what is missing in `sums`; the arguments are those of `complete`."""
     reached = np.zeros(len(pairs), bool)
     for indices in batches:
         reached[indices] = True
@@ -107,7 +123,7 @@ def score_missing(
     batches = [*batches, *(rest[start : start + size] for start in range(0, len(rest), size))]
     batches = [indices for indices in batches if np.isnan(sums[indices]).any()]
     interval = -(-len(batches) // _WRITES)
-    for number, indices in enumerate(_with_time_left(batches, title), start=1):
+    for number, indices in enumerate(with_time_left(batches, title, shown=dist.get_rank() == 0), start=1):
         found, _ = score_batch(engine, pairs, indices)
         new = np.isnan(sums[indices]).any(axis=1)
         sums[indices[new]] = found[new]
@@ -117,19 +133,3 @@ def score_missing(
                 raise UserError(f"the reference log-prob of pair {pair} is not finite; the reference model is broken")
             if file is not None and (number % interval == 0 or number == len(batches)):
                 file.write()
-
-
-def _with_time_left(batches: Sequence[Any], title: str) -> Iterator[Any]:
-    """The same batches. Rank 0 shows the time that is left: in a bar on a terminal, else in a line for every tenth."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console, first, started = Console(stderr=True), dist.get_rank() == 0, time.monotonic()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tenth = -(-len(batches) // 10)
-    with Progress(*columns, console=console, transient=True, disable=not (first and console.is_terminal)) as bar:
-        for number, batch in enumerate(bar.track(batches, description=title), start=1):
-            yield batch
-            if first and not console.is_terminal and number % tenth == 0:
-                left = timedelta(seconds=round((time.monotonic() - started) / number * (len(batches) - number)))
-                print(f"{title}: {number} of {len(batches)} batches, {left} left", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def known_reference(pairs: Pairs, weights: Path, precision: str) -> Pairs | None
     with raise_on_all_ranks():
         if has_columns(pairs):
             return pairs
-    return from_prefixes(pairs, run_made_of(weights_fingerprint_of(weights), precision))
+    return from_prefixes(pairs, lambda: run_made_of(weights_fingerprint_of(weights), precision))
 
 
 def has_columns(pairs: Pairs) -> bool:
@@ -75,15 +75,22 @@ def tokens_made_of(pairs: Pairs) -> dict[str, str]:
     return {"tokens": f"{pairs.fingerprint:08x}{zlib.crc32(lengths.tobytes()):08x}"}
 
 
-def from_prefixes(pairs: Pairs, made_of: dict[str, str]) -> Pairs | None:
-    """The pairs with the numbers of `PREFIX.reference`, if each of their sources is a prepared set that has one."""
+def from_prefixes(pairs: Pairs, made_of: Callable[[], dict[str, str]]) -> Pairs | None:
+    """The pairs with the numbers of `PREFIX.reference`, if each of their sources is a prepared set that has one.
+
+    Collectives: those of `raise_on_all_ranks`, and a broadcast.
+
+    Args:
+        pairs: the data set.
+        made_of: what the files must have been made of. Rank 0 calls it where there is a file: it may read weights.
+    """
     parts = pairs.parts if isinstance(pairs, BlendedPairs) else [pairs]
     found: list[np.ndarray] = []
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
             for part in parts:
                 if isinstance(part, PreparedPairs) and (path := reference_path(part.prefix)).is_file():
-                    found.append(_read_prefix(path, part, made_of))
+                    found.append(_read_prefix(path, part, made_of()))
     sums = broadcast_sums(np.concatenate(found) if len(found) == len(parts) else None)
     return None if sums is None else pairs.with_reference_sums(sums)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 from simpo_megatron.config.run import Config
 from simpo_megatron.data.blend import parse_blend
@@ -10,6 +11,7 @@ from simpo_megatron.data.prepared_format import is_prepared
 from simpo_megatron.data.prepared_set import PreparedPairs
 from simpo_megatron.data.reading import read_rows
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.settings import flag
 from simpo_megatron.trainer.progress import run_length
 
 
@@ -26,6 +28,7 @@ def remarks(config: Config, hf: HFCheckpoint, num_pairs: int | None, data_parall
         *config.objective.warnings(config.optimizer.lr, hf.num_parameters),
         *_positions(config, hf),
         *_nothing_kept(config),
+        *_without_effect(config),
         *([] if num_pairs is None else _batch(config, num_pairs)),
         *_idle_ranks(config, data_parallel_size),
         *_bf16_gradients(config),
@@ -46,6 +49,27 @@ def _nothing_kept(config: Config) -> list[str]:
     if config.checkpoint.save is not None or config.model.export_hf is not None:
         return []
     return ["neither --save nor --export-hf is set: the trained model is lost when the run ends"]
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Settings that are not at their default, and that nothing reads because another one is off."""
+    profile, checkpoint = config.profile, config.checkpoint
+    writes = profile.profile or profile.record_memory_history
+    saves_adam = checkpoint.save is not None and checkpoint.save_optim
+    rows: tuple[tuple[Any, bool, str, tuple[str, ...]], ...] = (
+        (profile, profile.profile, "--profile", ("profile_step_start", "profile_step_end")),
+        (profile, writes, "--profile or --record-memory-history", ("profile_ranks", "profile_dir")),
+        (profile, profile.manual_gc, "--manual-gc", ("manual_gc_interval",)),
+        (checkpoint, checkpoint.save is not None, "--save", ("save_optim",)),
+        (checkpoint, saves_adam, "--save and an optimizer state in it", ("dist_ckpt_optim_fully_reshardable",)),
+        (config.log, config.data.valid_data is not None, "--valid-data", ("eval_interval",)),
+    )
+    return [
+        f"{flag(name if getattr(group, name) is not False else f'no_{name}')} has no effect without {needed}"
+        for group, there, needed, names in rows
+        for name in names
+        if not there and getattr(group, name) != getattr(type(group)(), name)
+    ]
 
 
 def _batch(config: Config, num_pairs: int) -> list[str]:

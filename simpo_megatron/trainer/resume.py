@@ -162,21 +162,34 @@ def follow(config: Config, saved: SavedRun | None) -> tuple[Config, list[str]]:
             if value != given[name]
         ]
         config = replace(config, optimizer=replace(config.optimizer, **kept))
-    return config, lines + _changes(flat(config), saved.settings)
+    return config, [*lines, *changes(config, saved).values()]
 
 
-def _changes(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """A line for every setting that differs; one line for two settings of which one takes the place of the other."""
+def changes(config: Config, saved: SavedRun) -> dict[str, str]:
+    """A line for every setting that differs; one line for two settings of which one takes the place of the other.
+
+    Args:
+        config: of this run.
+        saved: the run that it resumes.
+    """
+    now, before = flat(config), saved.settings
     unprinted = {*REFUSED, *NOT_OF_THE_RUN}
     changed = [name for name in now if name not in unprinted and before.get(name, now[name]) != now[name]]
-    lines = []
+    lines = {}
     for name in changed:
         if in_place_of(name, now) in changed:
             continue  # the line of the setting that takes its place names it
         was = in_place_of(name, before)
         old = f"{was} {before[was]}" if was in changed else _spelled(before[name])
-        lines.append(f"resumed with {name} {_spelled(now[name])}, was {old}")
+        lines[name] = f"resumed with {name} {_spelled(now[name])}, was {old}"
     return lines
+
+
+def changes_of_training(config: Config, saved: SavedRun) -> dict[str, str]:
+    """Those of `changes` that concern the objective, the schedule or Adam: they change nothing but the training."""
+    names = {field.name for group in (config.objective, config.optimizer) for field in fields(group)}
+    names.add("moe_aux_loss_coeff")
+    return {name: line for name, line in changes(config, saved).items() if name in names}
 
 
 def _spelled(value: Any) -> str:

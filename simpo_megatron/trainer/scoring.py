@@ -18,7 +18,8 @@ from torch import Tensor
 
 from simpo_megatron.batch.row import PreferenceBatch
 from simpo_megatron.data import Pairs
-from simpo_megatron.metrics import spearman
+from simpo_megatron.diagnose.lengths import by_length_difference, spearman
+from simpo_megatron.objectives import Objective, PairScores
 from simpo_megatron.trainer.engine import Engine
 
 
@@ -96,12 +97,46 @@ def evaluate_pairs(engine: Engine, pairs: Pairs) -> dict[str, float]:
         pairs: the data set.
 
     Returns:
-        The metrics of the objective, and `length_spearman`: Spearman's rank correlation of the average log-prob of a
-        response with its length, over all scored responses. It shows whether the model likes long responses.
+        The metrics of the objective, and those of `whole_set_metrics`.
     """
-    sums_PM, metrics = score_batch(engine, pairs, evaluation_order(pairs))
-    lengths = np.stack([pairs.chosen_length[:], pairs.rejected_length[:]], axis=1)[:, : sums_PM.shape[1]]
-    return {**metrics, "length_spearman": spearman((sums_PM / lengths).ravel(), lengths.ravel())}
+    indices = evaluation_order(pairs)
+    sums_PM, metrics = score_batch(engine, pairs, indices)
+    return {**metrics, **whole_set_metrics(engine.config.objective, pairs, indices, sums_PM)}
+
+
+def whole_set_metrics(objective: Objective, pairs: Pairs, indices: np.ndarray, sums_PM: np.ndarray) -> dict[str, float]:
+    """The metrics that need the scores of all pairs at once.
+
+    Args:
+        objective: whose rewards are compared.
+        pairs: the data set.
+        indices: of the pairs that were scored, [P].
+        sums_PM: their summed log-probs, float32.
+
+    Returns:
+        By name:
+
+        * `length_spearman`: rank correlation of the average log-prob of a response with its length, over all scored
+          responses. It shows whether the model likes long responses.
+        * `margin_by_length_difference/1` to `/5`: mean reward margin of the pairs in five bins, from those whose chosen
+          response is shortest beside the rejected one. A bin without pairs has no metric.
+        * `kl_on_given_text`: mean over the scored responses of the summed log-prob minus that of the reference model,
+          where all pairs have one. The text is that of the data and not drawn from the model, so this is not
+          KL[pi || pi_ref], and may be negative.
+    """
+    responses = sums_PM.shape[1]
+    lengths = np.stack([pairs.chosen_length[indices], pairs.rejected_length[indices]], axis=1)[:, :responses]
+    known_PM = pairs.reference_sums(indices)[:, :responses]
+    found = {"length_spearman": spearman((sums_PM / lengths).ravel(), lengths.ravel())}
+    if responses == 2:
+        nothing = torch.full((len(indices),), torch.nan)
+        arrays = (torch.from_numpy(array) for array in (sums_PM, lengths))
+        rewards = objective.rewards(PairScores(*arrays, nothing, nothing, torch.from_numpy(known_PM))).numpy()
+        for one in by_length_difference(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]):
+            found[f"margin_by_length_difference/{one.number}"] = one.margin
+    if np.isfinite(known_PM).all():
+        found["kl_on_given_text"] = float((sums_PM - known_PM).mean(dtype=np.float64))
+    return found
 
 
 def evaluation_order(pairs: Pairs) -> np.ndarray:

@@ -28,7 +28,7 @@ from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.loading import load_weights
 from simpo_megatron.trainer.low_precision import fp8_fields
-from simpo_megatron.trainer.pass_through import CLASSES, fields_of
+from simpo_megatron.trainer.pass_through import CLASSES, check_use, fields_of, refusals
 from simpo_megatron.trainer.resume import step_to_resume, weights_folder
 
 
@@ -56,18 +56,20 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
         fused = use_transformer_engine(config.model.transformer_impl)
         check_shared_prompts(config.objective.responses, config.parallel.context_parallel_size, fused)
     passed = {name: fields_of(config, name) for name in CLASSES}["transformer_config"]  # checks the others too
+    check_use(config, has_experts=hf.architecture.num_experts is not None)
     layout = layout_arguments(config.parallel, hf.architecture.num_layers)
     transformer_engine = use_transformer_engine(config.model.transformer_impl)
     fp8 = fp8_fields(config.memory, transformer_engine, hf.architecture.transformer, layout)
-    return transformer_config(
-        hf,
-        bf16=config.train.bf16,
-        transformer_impl=config.model.transformer_impl,
-        kernels=Kernels(**{name: getattr(config.model, name) for name in vars(Kernels())}),
-        moe_aux_loss_coeff=config.train.moe_aux_loss_coeff,
-        deterministic_mode=config.train.deterministic_mode,
-        **{**layout, **fp8, **passed},
-    )
+    with refusals(config, "transformer_config"):
+        return transformer_config(
+            hf,
+            bf16=config.train.bf16,
+            transformer_impl=config.model.transformer_impl,
+            kernels=Kernels(**{name: getattr(config.model, name) for name in vars(Kernels())}),
+            moe_aux_loss_coeff=config.train.moe_aux_loss_coeff,
+            deterministic_mode=config.train.deterministic_mode,
+            **{**layout, **fp8, **passed},
+        )
 
 
 def build_engine(config: Config, hf: HFCheckpoint, transformer: TransformerConfig, train_iters: int) -> Engine:
@@ -86,12 +88,13 @@ def build_engine(config: Config, hf: HFCheckpoint, transformer: TransformerConfi
     Raises:
         UserError: the weights cannot be read, or are of another model; on every rank.
     """
-    models = build_model(
-        hf,
-        transformer,
-        transformer_impl=config.model.transformer_impl,
-        make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
-    )
+    with refusals(config, "transformer_config"):
+        models = build_model(
+            hf,
+            transformer,
+            transformer_impl=config.model.transformer_impl,
+            make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+        )
     prepare_models(models, config, hf)
     return Engine(config, hf, models, transformer, train_iters)
 

@@ -13,7 +13,7 @@ import pytest
 from simpo_megatron.config.arguments import build_parser, flat, parse
 from simpo_megatron.config.other_names import COUNTERPARTS, MEGATRON_LM, SIMPO_REPOSITORY, TRL
 from simpo_megatron.errors import UserError
-from simpo_megatron.objectives.base import PAIR_METRICS
+from simpo_megatron.objectives.measured import PAIR_METRICS
 from simpo_megatron.settings import flag
 from tools import (
     build_pairs,

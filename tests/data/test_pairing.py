@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from simpo_megatron.data.pairing import PairingReport, Strategy, build_pairs, write_pairs
+from simpo_megatron.data.pairing import PairingOptions, PairingReport, build_pairs, write_pairs
 from simpo_megatron.data.schema import parse_preference
 from simpo_megatron.errors import UserError
 
@@ -19,10 +19,11 @@ ROW = {
 
 
 def pairs(
-    rows: list[dict[str, Any]], strategy: Strategy = "best-worst", gap: float = 0.0, seed: int = 0
+    rows: list[dict[str, Any]], strategy: Any = "best-worst", gap: float = 0.0, seed: int = 0, **more: Any
 ) -> tuple[list[tuple[str, str]], PairingReport, list[dict[str, Any]]]:
     report = PairingReport()
-    built = list(build_pairs(((f"f:{i + 1}", row) for i, row in enumerate(rows)), report, strategy, gap, seed))
+    options = PairingOptions(strategy=strategy, min_score_gap=gap, seed=seed, **more)
+    built = list(build_pairs(((f"f:{i + 1}", row) for i, row in enumerate(rows)), report, options))
     return [(pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]) for pair in built], report, built
 
 
@@ -57,12 +58,40 @@ def test_what_gives_no_pair_is_counted() -> None:
     )
 
 
+def answers(*responses: tuple[str, float, str]) -> dict[str, Any]:
+    names = ("content", "score", "finish_reason")
+    return {"prompt": "p", "responses": [dict(zip(names, response, strict=True)) for response in responses]}
+
+
+def test_a_cut_response_is_not_chosen() -> None:
+    row = answers(("long", 9, "length"), ("good", 5, "stop"), ("bad", 1, "stop"))
+    assert pairs([row])[0] == [("good", "bad")]
+    assert pairs([row], "all")[0] == [("good", "bad")]
+    assert pairs([row], truncated_chosen=True)[0] == [("long", "bad")]
+    found, report, _ = pairs([answers(("long", 9, "length"), ("bad", 1, "stop"))])
+    assert (found, report.all_cut, report.no_gap) == ([], 1, 0)
+    assert "1 without a whole response to choose" in report.summary("out")
+    assert "--truncated-chosen" in str(report.nothing("source", 0.0))
+
+
+def test_equal_responses_are_one_with_the_mean_of_their_scores() -> None:
+    row = answers(("a", 1, "stop"), ("a", 5, "length"), ("b", 2, "stop"))
+    found, report, built = pairs([row, answers(("a", 1, "stop"), ("a", 2, "stop"))])
+    assert (found, report.merged, report.too_few) == ([("a", "b")], 2, 1)
+    assert built[0]["score_chosen"] == 3
+
+
+def test_a_margin_from_the_scores() -> None:
+    (built,) = pairs([ROW], margin_scale=0.25)[2]
+    assert built["margin"] == 1.0 and parse_preference(built, "").margin == 1.0
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": 3}, "`prompt` is 3; it must be a text or a list of messages"),
-        ({"prompt": None}, "`prompt` is null; it must be"),
-        ({"prompt": [{"role": "user"}]}, "`prompt` is [{'role': 'user'}]; it must be"),
+        ({"prompt": 3}, "`prompt` is a number; it must be a text or a list of messages"),
+        ({"prompt": None}, "`prompt` is missing; it must be"),
+        ({"prompt": [{"role": "user"}]}, "`prompt` message 1: `content` is null; it must be"),
         ({"responses": "a"}, "`responses` is 'a'; it must be a list of {content, score}"),
         ({"responses": None}, "`responses` is null"),
         ({"responses": ["a"]}, "response 1: `content` is missing; give a text"),

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from simpo_megatron import compat
 from simpo_megatron.errors import UserError
@@ -100,9 +101,11 @@ def test_a_half_installed_package_is_a_sentence(tmp_path: Path, package: str, er
     )
 
 
-def test_megatron_imports_quietly() -> None:
+def test_megatron_imports_quietly_and_without_the_compiler_of_torch() -> None:
     code = (
-        "from simpo_megatron.compat import quiet_megatron; quiet_megatron();"
-        "import simpo_megatron.models.build, megatron.core.optimizer, megatron.core.distributed"
+        "import sys, torch; from simpo_megatron import compat; compat.quiet_megatron(); compat.check_megatron_core();"
+        "import simpo_megatron.models.build, megatron.core.optimizer, megatron.core.distributed;"
+        "print('torch._inductor' in sys.modules, torch.compile.__module__)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr == ""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{torch.cuda.is_available()} torch\n", "")

@@ -29,7 +29,7 @@ from simpo_megatron.config.arguments import build_parser, flat, parse
 from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES, Metric, Objective, PairScores
-from simpo_megatron.objectives.base import PAIR_METRICS
+from simpo_megatron.objectives.measured import PAIR_METRICS
 from simpo_megatron.settings import setting
 from simpo_megatron.verify.compare import reference_loss, reference_scores
 from tests.support.distributed import WorkerPool

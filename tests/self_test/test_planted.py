@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support import planted as mistakes
-from tests.support.distributed import WorkerPool
+from tests.support.distributed import LOCAL, NEWEST, WorkerPool
 
 
 def unmarked_norms() -> list[tuple[Any, str, Any]]:
@@ -118,9 +118,18 @@ def run_named(names: tuple[str, ...], fault: str | None) -> dict[str, tuple[str,
         return {found.name: (found.outcome.result, found.outcome.figure) for found in run_rows(rows, bench)}
 
 
-@pytest.mark.parametrize("fault", ROWS)
+@pytest.mark.parametrize(
+    "pool, fault",
+    [
+        *((LOCAL, fault) for fault in ROWS),
+        *(pytest.param(NEWEST, fault, marks=pytest.mark.te) for fault in ROWS if fault != "bf16 sum"),
+    ],
+    indirect=["pool"],
+)
 def test_a_fault_turns_its_row_red(pool: WorkerPool, fault: str) -> None:
     red, green = ROWS[fault]
+    if pool.kind != LOCAL:
+        red = f"{red} (Transformer Engine)"
     for found in pool.run(2, run_named, (red, green), fault):
         assert found[green][0] == "proved", found
         result, figure = found[red]

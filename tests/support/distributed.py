@@ -5,8 +5,9 @@
     def test_it(pool):
         results = pool.run(4, check, 3)  # one result a rank; an exception on any rank fails the test
 
-A worker imports torch and Megatron once, which takes seconds, and then runs task after task. Each task gets a process
-group of its own and leaves no Megatron state behind. A task that hangs is killed with its pool after `TIMEOUT` seconds.
+A pool has one process that imports torch and Megatron, which takes seconds. Its workers are forked from it, and run
+task after task. Each task gets a process group of its own and leaves no Megatron state behind. A task that hangs is
+killed with the workers of its pool after `TIMEOUT` seconds.
 
 The workers of a pool have Megatron's plain layers, or a release of Transformer Engine on a CPU (`tests/te_on_cpu`):
 
@@ -16,7 +17,9 @@ The workers of a pool have Megatron's plain layers, or a release of Transformer 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import importlib
 import os
 import traceback
 from collections.abc import Callable
@@ -34,6 +37,8 @@ from tests import te_on_cpu
 TIMEOUT = 150.0
 LOCAL = "local"  # the kind of a pool without Transformer Engine; the other kinds are releases of it
 NEWEST = te_on_cpu.NEWEST
+# What most tasks import, beside Megatron-Core.
+IMPORTED = ("simpo_megatron.train", "simpo_megatron.trainer.loop", "simpo_megatron.trainer.setup", "transformers")
 BOTH = [LOCAL, pytest.param(NEWEST, marks=pytest.mark.te)]
 
 
@@ -41,18 +46,34 @@ class WorkerError(AssertionError):
     """A rank raised; the message is its traceback."""
 
 
-def _serve(rank: int, kind: str, connection: Any) -> None:
-    """Runs in a worker: tasks from the connection, one after the other."""
+def _fork_workers(kind: str, connection: Any) -> None:
+    """Runs in the first process of a pool: imports what a worker needs, and forks a worker for each connection."""
     if kind != LOCAL:
         te_on_cpu.enable(te_on_cpu.folder(kind))
     import torch
-    import torch.distributed as dist
 
     from simpo_megatron import compat, cpu
 
     torch.set_num_threads(1)
     compat.quiet_megatron()
+    compat.check_megatron_core()
     cpu.enable()
+    for module in IMPORTED:
+        importlib.import_module(module)
+    gc.freeze()  # what was imported stays: to search it for garbage after every task would take longer than most tasks
+    context = mp.get_context("fork")
+    while True:
+        rank, theirs = connection.recv()
+        # Not daemonic: Megatron's checkpoint writer starts processes of its own.
+        process = context.Process(target=_serve, args=(rank, theirs))
+        process.start()
+        theirs.close()
+        connection.send(process.pid)
+
+
+def _serve(rank: int, connection: Any) -> None:
+    """Runs in a worker: tasks from the connection, one after the other."""
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
     while True:
@@ -100,17 +121,25 @@ class WorkerPool:
     def __init__(self, kind: str = LOCAL) -> None:
         self.kind = kind
         self.context = mp.get_context("spawn")
-        self.workers: list[tuple[Any, Any]] = []
+        self.workers: list[tuple[psutil.Process, Any]] = []
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.tasks = 0
+
+    @functools.cached_property
+    def _first(self) -> tuple[Any, Any]:
+        """The process that workers are forked from, and the connection to it."""
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_fork_workers, args=(self.kind, theirs))
+        process.start()
+        theirs.close()
+        return process, ours
 
     def _grow(self, size: int) -> None:
         while len(self.workers) < size:
             ours, theirs = self.context.Pipe()
-            # Not daemonic: Megatron's checkpoint writer starts processes of its own.
-            process = self.context.Process(target=_serve, args=(len(self.workers), self.kind, theirs))
-            process.start()
-            self.workers.append((process, ours))
+            self._first[1].send((len(self.workers), theirs))
+            self.workers.append((psutil.Process(self._first[1].recv()), ours))
+            theirs.close()
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Runs `function(*args)` on ranks 0 .. world_size - 1 of a fresh process group.
@@ -129,29 +158,38 @@ class WorkerPool:
         failures = [f"rank {rank}:\n{value}" for rank, (good, value) in enumerate(outcomes) if not good]
         if failures:
             # Ranks that wait for the failed one in a collective cannot run the next task.
-            self.close()
+            self.kill_workers()
             raise WorkerError("\n".join(failures))
         return [value for _, value in outcomes]
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
-        process, connection = self.workers[rank]
+        _, connection = self.workers[rank]
         try:
             if connection.poll(TIMEOUT):
                 return connection.recv()
             return False, f"no answer in {TIMEOUT:.0f} s"
         except EOFError:
-            return False, f"the process died with exit code {process.exitcode}"
+            return False, "the process died"
+
+    def kill_workers(self) -> None:
+        """Ends the workers, and the processes that Megatron's checkpoint writer started in them."""
+        killed = []
+        for worker, connection in self.workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                killed += [*worker.children(recursive=True), worker]
+            connection.close()
+        for process in killed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.workers = []
 
     def close(self) -> None:
-        """Ends all workers, and the processes that Megatron's checkpoint writer started in them."""
-        for process, _ in self.workers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-            process.kill()
-        for process, _ in self.workers:
-            process.join()
-        self.workers = []
+        """Ends all processes of the pool."""
+        self.kill_workers()
+        if "_first" in vars(self):
+            self._first[0].kill()
+            self._first[0].join()
+            del self._first
 
 
 class Pools(dict[str, WorkerPool]):

@@ -95,6 +95,14 @@ def _rrhf(p: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     return torch.clamp(rejected - chosen, min=0), chosen, rejected
 
 
+def _kto(p: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    beta, baseline = s["kto_beta"], s.get("baseline", 0.0)
+    chosen = 1 - torch.sigmoid(beta * p.u - baseline)
+    rejected = 1 - torch.sigmoid(baseline - beta * p.v)
+    loss = s.get("kto_desirable_weight", 1.0) * chosen + s.get("kto_undesirable_weight", 1.0) * rejected
+    return loss, beta * p.u, beta * p.v
+
+
 def _simpo_sums(p: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     beta = s["simpo_beta"]
     return F.softplus(-(beta * (p.a - p.b) - s["simpo_gamma"])), beta * p.a, beta * p.b
@@ -109,6 +117,7 @@ FORMULAS: dict[str, Formula] = {
     "orpo": _orpo,
     "slic": _slic,
     "rrhf": _rrhf,
+    "kto": _kto,
     "simpo": _simpo_sums,  # the ablation without length normalization
 }
 # The settings of each case: (weight of the NLL term, its divisor, settings of the objective).
@@ -132,6 +141,17 @@ TERMS: dict[str, tuple[float, str, dict[str, Any]]] = {
     "orpo": (0.0, "token", {"objective": "orpo", "orpo_lambda": 0.5}),
     "slic": (1.0, "pair", {"objective": "slic", "slic_delta": 2.0}),
     "rrhf": (0.5, "pair", {"objective": "rrhf", "nll_weight": 0.5}),
+    "kto": (
+        0.2,
+        "token",
+        {
+            "objective": "kto",
+            "kto_beta": 0.05,
+            "kto_desirable_weight": 0.7,
+            "kto_undesirable_weight": 1.4,
+            "nll_weight": 0.2,
+        },
+    ),
     "simpo, sums": (
         0.0,
         "token",
@@ -144,4 +164,4 @@ TERMS: dict[str, tuple[float, str, dict[str, Any]]] = {
     ),
 }
 # TRL's `logps/*` are sums for these; the averages have names of their own.
-SUMS = ("dpo", "ln-dpo", "rdpo", "ipo", "cpo", "slic")
+SUMS = ("dpo", "ln-dpo", "rdpo", "ipo", "cpo", "slic", "kto")

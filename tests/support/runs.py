@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.support.distributed import WorkerPool
@@ -89,3 +91,42 @@ def without_speed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     """What the rows of metrics.jsonl say of the model, and nothing of the machine."""
     speed = ("time", "tokens_per_second", "tflops_per_gpu", "mfu", "memory_", "seconds/")
     return [{name: value for name, value in row.items() if not name.startswith(speed)} for row in rows]
+
+
+def megatron_lm_args(model: Path, data: Path, **changes: Any) -> Any:
+    """Those of Megatron-LM's arguments that `simpo_megatron/megatron_lm.py` reads, for `make_checkpoint`'s Llama."""
+    from simpo_megatron import megatron_lm
+
+    own = vars(megatron_lm.add_simpo_args(argparse.ArgumentParser()).parse_args([]))
+    megatron = {
+        "micro_batch_size": 1,
+        "dataloader_type": "external",
+        "calculate_per_token_loss": False,
+        "fp16": False,
+        "sft": False,
+        "mtp_num_layers": None,
+        "num_experts": None,
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "allgather",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": str(model),
+        "train_data_path": [str(data)],
+        "valid_data_path": None,
+        "transformer_impl": "local",
+        "context_parallel_size": 1,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "bf16": True,
+        "accumulate_allreduce_grads_in_fp32": True,
+        "seq_length": 256,
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+    }
+    return SimpleNamespace(**{**own, **megatron, **changes})

@@ -101,7 +101,7 @@ def response_logps(model: Any, prompt: Any, response: Any) -> torch.Tensor:
 def oracle_metrics(model: Any, case: Case) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss, with its autograd graph, and every metric."""
     pairs, loss = case.pairs, case.loss
-    if case in OBJECTIVE_CASES.values():
+    if loss.get("objective") in {settings["objective"] for _, _, settings in TERMS.values()}:
         return _metrics_of_formula(model, case)
     sft = loss.get("objective") == "sft"
     beta = loss.get("simpo_beta", 2.0)
@@ -149,7 +149,8 @@ def _metrics_of_formula(model: Any, case: Case) -> tuple[torch.Tensor, dict[str,
     """`oracle_metrics` of an objective whose formula is in `formulas.py`."""
     pairs, settings = case.pairs, case.loss
     name = settings["objective"]
-    ((weight, normalizer, _),) = (term for term in TERMS.values() if term[2] == settings)
+    flags = {key: value for key, value in settings.items() if key != "baseline"}
+    ((weight, normalizer, _),) = (term for term in TERMS.values() if term[2] == flags)
     total, nll, tokens, found = torch.zeros((), dtype=torch.float64), torch.zeros(()), 0, Counter[str]()
     for i in case.indices:
         prompt, *responses = pairs.pair(i)
@@ -182,6 +183,8 @@ def _metrics_of_formula(model: Any, case: Case) -> tuple[torch.Tensor, dict[str,
                 "log_odds_chosen": (odds[0] / odds[1]).log(),
                 "log_odds_ratio": -F.softplus(-(odds[0] / odds[1]).log()),
             }
+        if name == "kto":
+            values["kl_on_given_text"] = ((a - known[0]) + (b - known[1])) / 2
         if name == "simpo":
             values["rewards/above_gamma"] = chosen - rejected > settings["simpo_gamma"]
         found.update({key: float(value) / len(case.indices) for key, value in values.items()})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +159,25 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         _fuse_attention_in_fp32()
 
 
+class _Beside(importlib.metadata.DistributionFinder):
+    """Imports from the folder what the wheel needs and the environment lacks.
+
+    The folder is not on sys.path, which a spawned process inherits: Megatron's checkpoint writer spawns processes, and
+    there the wheel would be found without its extension. They have Megatron's plain layers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return importlib.machinery.PathFinder.find_spec(name, [self.folder]) if path is None else None
+
+    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
+        name = None if context is None else context.name
+        context = importlib.metadata.DistributionFinder.Context(name=name, path=[self.folder])
+        return importlib.metadata.MetadataPathFinder.find_distributions(context)
+
+
 def enable(folder: Path) -> None:
     """Makes `import transformer_engine.pytorch` work in this process.
 
@@ -168,6 +189,5 @@ def enable(folder: Path) -> None:
     """
     if "transformer_engine" in sys.modules:
         raise RuntimeError("call te_on_cpu.enable() before Megatron is imported")
-    # At the end of the path: it also holds what the wheel needs and the environment lacks.
-    sys.path.append(str(folder))
     sys.meta_path.insert(0, _Finder(folder))
+    sys.meta_path.append(_Beside(folder))

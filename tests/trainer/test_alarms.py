@@ -50,6 +50,17 @@ def test_a_jump_of_the_gradient_norm() -> None:
     assert not any(found[:-3])
 
 
+def test_a_log_prob_that_follows_the_length() -> None:
+    """Once, against the first evaluation, and not where few pairs or equal lengths say nothing."""
+    alarms = Alarms()
+    values = [0.3, 0.5, float("nan"), 0.6, 0.7]
+    found = [alarms.check_evaluation({"length_spearman": value}, module.LENGTH_PAIRS) for value in values]
+    assert [bool(lines) for lines in found] == [False, False, False, True, False]
+    assert "follows its length (rank correlation 0.60, first 0.30, bound +0.25)" in found[3][0]
+    few = Alarms()
+    assert not any(few.check_evaluation({"length_spearman": value}, module.LENGTH_PAIRS - 1) for value in values)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_run_raises_none(seed: int) -> None:
     """A noisy loss that falls, log-probs that fall a little, a noisy norm; also of an objective without pairs."""
@@ -66,19 +77,21 @@ def test_a_healthy_run_raises_none(seed: int) -> None:
 
 
 def _with_small_bounds(argv: list[str]) -> tuple[int, str, str]:
-    """On a rank: runs the program with windows of two steps, and any fall of the chosen log-probs is an alarm."""
-    before = module.WINDOW, module.CHOSEN_FALL
-    module.WINDOW, module.CHOSEN_FALL = 2, -1e9
+    """On a rank: runs the program with windows of two steps; the chosen log-probs and the lengths are alarms."""
+    before = module.WINDOW, module.CHOSEN_FALL, module.LENGTH_GROWTH, module.LENGTH_PAIRS
+    module.WINDOW, module.CHOSEN_FALL, module.LENGTH_GROWTH, module.LENGTH_PAIRS = 2, -1e9, -1, 1
     try:
         return run_main(argv)
     finally:
-        module.WINDOW, module.CHOSEN_FALL = before
+        module.WINDOW, module.CHOSEN_FALL, module.LENGTH_GROWTH, module.LENGTH_PAIRS = before
 
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_an_alarm_is_printed_and_can_stop_the_run(pool: WorkerPool, inputs: Inputs, tmp_path: Path, stop: bool) -> None:
     argv = [*flags(inputs.checkpoint, inputs.data, global_batch_size=4), "--save", str(tmp_path / "run")]
-    outcomes = pool.run(2, _with_small_bounds, [*argv, *(["--stop-on-alarm"] if stop else [])])
+    argv += ["--stop-on-alarm"] if stop else ["--valid-data", str(inputs.data)]
+    outcomes = pool.run(2, _with_small_bounds, argv)
     assert [code for code, _, _ in outcomes] == [0, 0]
     assert outcomes[0][1].count("alarm: step 2: the chosen responses have lost") == 1
     assert ("stopped by --stop-on-alarm after step 2 of 4" in outcomes[0][1]) == stop
+    assert outcomes[0][1].count("alarm: step 0: the average log-prob of a response follows its length") == (not stop)

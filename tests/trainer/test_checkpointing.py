@@ -65,19 +65,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     "before, after, settings",
     [
         (1, 2, []),
-        (2, 1, ["--bf16", "--no-fp32"]),
+        (2, 1, ["--bf16", "--context-parallel-size", "1"]),
         (1, 2, ["--tensor-model-parallel-size", "2"]),
         (2, 2, ["--pipeline-model-parallel-size", "2"]),
     ],
-    ids=["DP 1 to 2", "DP 2 to 1", "TP 1 to 2", "DP 2 to PP 2"],
+    ids=["DP 1 to 2", "CP 2 to 1", "TP 1 to 2", "DP 2 to PP 2"],
 )
 def test_resume_in_another_layout(
     pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path, before: int, after: int, settings: list[str]
 ) -> None:
-    """At another data-parallel size by default, and at another TP or PP with the flag, which a refusal names."""
+    """At another DP or CP size by default, and at another TP or PP with the flag, which a refusal names."""
     argv, layout = flags(*inputs, train_iters=6, save_interval=3), [] if "--bf16" in settings else settings
     if "--bf16" in settings:
-        argv = [*(word for word in argv if word != "--fp32"), "--bf16"]
+        argv = [*(word for word in argv if word != "--fp32"), "--bf16", "--context-parallel-size", str(before)]
     if layout:
         run_and_read(pool, before, argv, tmp_path / "default")
         refused = [*argv, *layout, "--load", str(tmp_path / "default"), "--save", str(tmp_path / "refused")]
@@ -87,7 +87,7 @@ def test_resume_in_another_layout(
         argv.append("--dist-ckpt-optim-fully-reshardable")
     whole = run_and_read(pool, before, argv, tmp_path / "run")
     (tmp_path / "run" / TRACKER).write_text("3")
-    resumed = run_and_read(pool, after, [*argv, *layout, "--load", str(tmp_path / "run")], tmp_path / "other")
+    resumed = run_and_read(pool, after, [*argv, *settings, "--load", str(tmp_path / "run")], tmp_path / "other")
     assert [row["step"] for row in resumed] == [4, 5, 6]
     tolerance = 2e-2 if "--bf16" in settings else 1e-4
     for ours, theirs in zip(numbers(resumed), numbers(whole[3:]), strict=True):

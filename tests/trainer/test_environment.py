@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from simpo_megatron.config.arguments import parse
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.trainer import console, environment, timing
+from simpo_megatron.trainer.distributed import resolve_device
 
+ENOUGH = ["--hf-checkpoint", "m", "--train-data", "d.jsonl", "--train-iters", "1"]
 NAMES = (*environment._ALLOCATOR, *environment._DETERMINISTIC)
 
 
@@ -35,6 +38,14 @@ def test_the_allocator_is_set_unless_the_user_has_set_it(monkeypatch: pytest.Mon
     environment.prepare_environment(deterministic=False)
     assert [os.environ.get(each) for each in environment._ALLOCATOR if each != name] == [None]
     assert not torch.are_deterministic_algorithms_enabled() and "NCCL_ALGO" not in os.environ
+
+
+def test_buffers_of_nccl_need_an_allocator_without_expandable_segments() -> None:
+    """The program does not set what Megatron then refuses."""
+    config = parse([*ENOUGH, "--ddp-config", "nccl_ub=true"])
+    with pytest.raises(UserError, match=r"--ddp-config nccl_ub registers buffers with NCCL, and this run is on a CPU"):
+        resolve_device("cpu", nccl_buffers=config.megatron.nccl_buffers)
+    assert not any(name in os.environ for name in environment._ALLOCATOR)
 
 
 def test_deterministic_mode_sets_what_megatron_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def config_of(*more: str) -> Config:
     [
         ("transformer_config", "moe_router_fusion=true", True),
         ("transformer_config", "moe-router-dtype=fp64", "fp64"),
-        ("transformer_config", "moe_deepep_num_sms=20", 20),
+        ("ddp_config", "bucket_size=20", 20),
         ("ddp_config", "bucket_size=none", None),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_value_may_be_a_member_or_a_list_of_numbers() -> None:
         ),
         (
             ["--transformer-config", "no_sync_func=f"],
-            "no_sync_func is an object, which no text can be or none; give such a value",
+            "--transformer-config no_sync_func cannot be set: it is an object, which no text can be; drop it",
         ),
         (
             ["--transformer-config", "tp_comm_overlap=true"],
@@ -82,6 +82,20 @@ def test_a_value_may_be_a_member_or_a_list_of_numbers() -> None:
         (["--ddp-config", "use_megatron_fsdp=true"], "the head adds to the buffers of Megatron's DDP"),
         (["--transformer-config", "moe_z_loss_coeff=1"], "only the loss of --moe-aux-loss-coeff is made a mean"),
         (["--transformer-config", "hidden_dropout=0.1"], "the two responses of a pair must not see different noise"),
+        (["--transformer-config", "cpu_offloading=true"], "layers are not moved to the host as a whole (recompute"),
+        (["--optimizer-config", "overlap_param_gather_with_optimizer_step=true"], "the step of the whole optimizer"),
+        (["--optimizer-config", "log_num_zeros_in_grad=true"], "cannot be set: nothing here uses it; drop it"),
+        (
+            ["--transformer-config", "pipeline_model_parallel_layout=Et|tL"],
+            "(--decoder-first-pipeline-num-layers); drop",
+        ),
+        (["--ddp-config", "bucket_size=-5"], "--ddp-config bucket_size=-5 must be greater than 0"),
+        (["--ddp-config", "bucket_size=5"], "bucket_size needs --overlap-grad-reduce; drop it, or add that"),
+        (["--transformer-config", "batch_p2p_sync=false"], "needs --pipeline-model-parallel-size of at least 2; drop"),
+        (
+            ["--transformer-config", "moe_router_dtype=fp64"],
+            "needs a model with experts, and this one is dense; drop it",
+        ),
     ],
 )
 def test_what_cannot_be_passed_is_one_sentence(argv: list[str], message: str) -> None:
@@ -89,6 +103,7 @@ def test_what_cannot_be_passed_is_one_sentence(argv: list[str], message: str) ->
         config = config_of(*argv)
         for name in pass_through.CLASSES:
             fields_of(config, name)
+        pass_through.check_use(config, has_experts=False)
     assert message in str(raised.value)
 
 
@@ -151,6 +166,17 @@ def test_what_is_passed_reaches_megatron(pool: WorkerPool, inputs: Inputs, tmp_p
     assert found["adam"] == "Adam", "not AdamW"
     losses = [row["loss"] for row in read_rows(tmp_path / "run")]
     assert losses == pytest.approx([row["loss"] for row in plain], abs=1e-6)
+
+
+def test_an_assertion_without_text_shows_its_code() -> None:
+    config = config_of("--ddp-config", "average_in_collective=true")
+    with (
+        pytest.raises(UserError, match=r"average_in_collective=true: Megatron refuses it: raise AssertionError$"),
+        pass_through.refusals(config, "ddp_config"),
+    ):
+        raise AssertionError
+    with pytest.raises(torch.OutOfMemoryError), pass_through.refusals(config, "ddp_config"):
+        raise torch.OutOfMemoryError("no fault of a field")
 
 
 def test_what_is_not_installed_is_one_sentence(pool: WorkerPool, inputs: Inputs) -> None:

@@ -14,7 +14,7 @@ from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.prepare import prepare
 from simpo_megatron.data.reference_file import ReferenceFile
 from tests.support.distributed import WorkerPool
-from tests.support.runs import Inputs, flags, read_rows, train
+from tests.support.runs import Inputs, flags, read_rows, train, without_speed
 from tests.support.tiny import make_checkpoint, make_rows, write_rows
 
 PAIRS = 14
@@ -75,9 +75,22 @@ def test_a_scoring_that_was_killed_goes_on_and_another_model_is_refused(
     finished = ReferenceFile.read(killed / "reference" / "train.npz").sums
     np.testing.assert_array_equal(finished[:9], planted[:9])
     np.testing.assert_allclose(finished[9:], found.sums[9:], rtol=1e-5)
-    ReferenceFile(tmp_path / "third" / "reference" / "train.npz", found.made_of | {"weights": "x"}, planted).write()
-    message = run(pool, inputs, tmp_path / "third")
-    assert message is not None and "holds reference log-probs for other weights (x) than those of this run" in message
+    for other in ("weights", "tokens"):
+        ReferenceFile(tmp_path / other / "reference" / "train.npz", found.made_of | {other: "x"}, planted).write()
+        message = run(pool, inputs, tmp_path / other)
+        assert message is not None and f"reference log-probs for other {other} (x) than those of this run" in message
+
+
+def test_a_resumed_kto_run_goes_on_with_its_baseline(pool: WorkerPool, inputs: Inputs, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"objective": "kto", "nll_weight": 1.0, "lr_decay_style": "constant"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(pool, inputs, whole, **settings, train_iters=3) is None
+    rows = without_speed(read_rows(whole))
+    assert rows[0]["loss"] - rows[0]["nll_loss"] == pytest.approx(1, rel=1e-6), "half of each weight"
+    assert rows[1]["kl_on_given_text"] > 0, "the baseline of the last step"
+    assert run(pool, inputs, parts, **settings) is None
+    assert run(pool, inputs, parts, **settings, train_iters=3, load=parts) is None
+    assert without_speed(read_rows(parts)) == rows
 
 
 def test_another_model_scores(pool: WorkerPool, inputs: Inputs, tmp_path: Path) -> None:

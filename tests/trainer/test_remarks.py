@@ -24,6 +24,12 @@ EPOCHS = {"train_iters": False, "train_epochs": 1}
         ({"global_batch_size": 128, **EPOCHS}, 72, 1, "exceeds the 72 training pairs: the whole run is one step of 72"),
         ({"global_batch_size": 128}, None, 1, None),
         ({}, 10, 16, "the data-parallel size 16 exceeds the 8 pairs of a step"),
+        ({"profile_step_end": 20}, 10, 1, "--profile-step-end has no effect without --profile"),
+        ({"profile_ranks": "1"}, 10, 1, "--profile-ranks has no effect without --profile or --record-memory-history"),
+        ({"manual_gc_interval": 5, "manual_gc": True}, 10, 1, None),
+        ({"manual_gc_interval": 5}, 10, 1, "--manual-gc-interval has no effect without --manual-gc"),
+        ({"no_save_optim": True}, 10, 1, "--no-save-optim has no effect without --save"),
+        ({"eval_interval": 2}, 10, 1, "--eval-interval has no effect without --valid-data"),
         ({"seq_length": 2048}, 10, 1, "--max-length 1024 (half of --seq-length unless set) exceeds the 512 positions"),
     ],
 )

@@ -202,6 +202,17 @@ def test_the_same_command_after_the_end(pool: WorkerPool, inputs: Inputs, base: 
     argv = [*base, "--save", str(save), "--load", str(save)]
     assert pool.run(2, train, argv) == [None, None]  # as if it was killed between the last save and the export
     whole = [*argv, "--export-hf", str(export)]
+    record, other = (save / "run.yaml").read_text(), ["--lr", "1e-5"]
+    [(code, stdout, _)] = pool.run(1, run_main, argv)
+    assert (code, stdout) == (0, f"nothing is left to do: the run of {save} has ended\n")
+    for command in (argv, whole):
+        [(code, _, stderr)] = pool.run(1, run_main, [*command, *other])
+        assert code == 2 and "nothing would be trained; choose another --save" in stderr
+        assert "has ended, and this command differs from it (resumed with lr 1e-05, was 0.001)" in stderr
+    held_out = [*argv, "--valid-data", str(inputs.data)]
+    assert "eval at step 2" in pool.run(1, run_main, held_out)[0][1], "its evaluation was missing"
+    assert "nothing is left to do" in pool.run(1, run_main, argv)[0][1]
+    assert (save / "run.yaml").read_text() == record, "nothing has been trained with other settings"
     [(code, stdout, _)] = pool.run(1, run_main, whole)
     assert code == 0 and f"exported to {export}" in stdout and "resumed with" not in stdout
     written = (export / "model.safetensors").stat().st_mtime_ns
@@ -211,8 +222,8 @@ def test_the_same_command_after_the_end(pool: WorkerPool, inputs: Inputs, base: 
     assert (export / "model.safetensors").stat().st_mtime_ns == written
     [(code, _, stderr)] = pool.run(1, run_main, [*whole, "--train-iters", "3"])
     assert code == 2 and f"{export} is not empty" in stderr, "it is the export of an earlier step"
-    [(code, _, stderr)] = pool.run(1, run_main, [*whole, "--simpo-beta", "9"])
-    assert code == 2 and "has ended, and this command differs from it (resumed with simpo_beta 9.0, was 2.0)" in stderr
+    [(code, _, stderr)] = pool.run(1, run_main, [*whole, "--head", "plain"])
+    assert code == 2 and "has ended, and this command differs from it (resumed with head plain, was fused)" in stderr
     assert (save / TRACKER).read_text() == "2"
 
     shutil.move(export, inputs.folder / "moved")

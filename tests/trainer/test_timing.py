@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from simpo_megatron.config.arguments import parse
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import read_hf_config
 from simpo_megatron.planning.flops import forward_flops
-from tests.support.distributed import WorkerPool
+from simpo_megatron.trainer.profiling import Profiling, check_window
+from tests.support.distributed import WorkerPool, free_environment
 from tests.support.runs import Inputs, flags, read_rows, run_main, train
 
 PARTS = ("data", "forward_backward", "optimizer")
@@ -47,11 +51,54 @@ def test_a_record_has_speed_and_seconds(pool: WorkerPool, inputs: Inputs, base: 
 def test_a_trace_of_the_steps_and_ranks_that_are_asked_for(pool: WorkerPool, base: list[str], tmp_path: Path) -> None:
     argv = [*base, "--profile", "--profile-dir", str(tmp_path), "--profile-ranks", "1"]
     argv += ["--profile-step-start", "2", "--profile-step-end", "3"]
+    [message, _] = pool.run(2, train, [*argv, "--profile-step-start", "4", "--profile-step-end", "5"])
+    assert message is not None and "--profile-step-start 4 is after the last step of the run, 3; give" in message
     assert pool.run(2, train, argv) == [None, None]
     assert [path.name for path in tmp_path.glob("trace*")] == ["trace_rank_1.json"]
     events = json.loads((tmp_path / "trace_rank_1.json").read_text())["traceEvents"]
     starts = {event["ts"] for event in events if str(event.get("name", "")).startswith("Optimizer.step")}
     assert len(starts) == 1, "one step"
+
+
+@pytest.mark.parametrize("taken, steps", [(0, [2, 3]), (2, [3]), (3, [])])
+def test_a_resumed_run_profiles_the_steps_that_are_left(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, taken: int, steps: list[int]
+) -> None:
+    """What is said when none is left, too."""
+    config = parse([*base, "--profile", "--profile-dir", "x", "--profile-step-start", "2", "--profile-step-end", "4"])
+    said = check_window(config, 5, taken)
+    assert said == ([] if steps else ["--profile writes no trace: the run goes on after step 3, and 3 is past"])
+    events: list[str] = []
+
+    class Trace(SimpleNamespace):
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: events.append(name)
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Trace())
+    profiling = Profiling(config)
+    for step in range(taken + 1, 6):
+        profiling.before(step)
+        events.append(str(step))
+        profiling.after(step)
+    written = ["start", *map(str, steps), "stop", "export_chrome_trace"] if steps else []
+    others = [str(step) for step in range(taken + 1, 6) if step not in steps]
+    assert events == [*others[: -2 if steps else 0], *written, *others[-2:]]
+
+
+def test_a_memory_snapshot_is_written_also_when_memory_runs_out(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The calls of torch that a GPU needs; on a CPU they are recorded here."""
+    config = parse([*base, "--record-memory-history", "--profile-dir", str(tmp_path / "out")])
+    calls: list[Any] = []
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda name: calls.append(Path(name)))
+    with pytest.raises(torch.OutOfMemoryError), Profiling(config):
+        raise torch.OutOfMemoryError
+    assert calls == [{"max_entries": 100_000}, tmp_path / "out" / "memory_rank_0.pickle", {"enabled": None}]
+    assert (tmp_path / "out").is_dir()
 
 
 def _collections(argv: list[str]) -> tuple[str | None, list[bool], bool]:
@@ -134,3 +181,14 @@ def test_weights_and_biases_get_what_the_file_gets(pool: WorkerPool, base: list[
     [(error, logged, settings)] = pool.run(1, _with_wandb, [*base, "--wandb-project", "simpo", "--save", str(run)])
     assert error is None and settings["project"] == "simpo" and settings["finished"] and settings["lr"] == 1e-3
     assert [{"step": step, **metrics} for step, metrics in logged] == read_rows(run)
+
+
+def test_weights_and_biases_offline(base: list[str], tmp_path: Path) -> None:
+    """The real package, which is an extra: it writes a file, and the log of the run stays as it is."""
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    line = [sys.executable, "-m", "simpo_megatron.train", *base, "--wandb-project", "simpo"]
+    environment = {**free_environment(), "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"rewards/margins" in file.read_bytes()

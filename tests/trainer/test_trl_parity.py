@@ -34,7 +34,7 @@ def trl_history(
         checkpoint: the model.
         rows: the pairs.
         output: a folder for the trainer.
-        kind: CPO or DPO: whose trainer.
+        kind: CPO, DPO or KTO: whose trainer. KTO's baseline is set to ours: that of the previous step.
         settings: of the loss.
     """
     datasets = pytest.importorskip("datasets")
@@ -44,14 +44,23 @@ def trl_history(
 
     order = [i for step in range(STEPS) for i in pairs_of_batch(step * BATCH, BATCH, PAIRS, SEED)]
     losses: list[float] = []
+    baselines = [0.0]
+    if kind == "KTO":
+        settings |= {"train_sampling_strategy": "sequential"}
 
     class Recorder(getattr(trl, f"{kind}Trainer")):
+        def _compute_kl_logps(self, model: Any, batch: Any) -> Any:  # KTO alone calls it, for policy and reference
+            return torch.tensor([0.0 if model is self.ref_model else baselines[-1]])
+
         def _get_train_sampler(self, *args: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
             losses.append(loss.item())  # its log rounds to four digits
+            if kind == "KTO":
+                rewards = [self._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
+                baselines.append(sum(rewards) / 2 / settings["beta"])
             return loss
 
     trainer = Recorder(
@@ -60,7 +69,7 @@ def trl_history(
             output_dir=str(output),
             **settings,
             max_length=256,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=BATCH * (2 if kind == "KTO" else 1),
             max_steps=STEPS,
             learning_rate=LR,
             lr_scheduler_type="cosine",
@@ -75,12 +84,20 @@ def trl_history(
             save_strategy="no",
             disable_tqdm=True,
         ),
-        train_dataset=datasets.Dataset.from_list([rows[i] for i in order]),
+        train_dataset=datasets.Dataset.from_list([row for i in order for row in _rows_for(kind, rows[i])]),
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
     )
     trainer.train()
     history = [row for row in trainer.state.log_history if "grad_norm" in row]
     return [{**row, "loss": loss} for row, loss in zip(history, losses, strict=True)]
+
+
+def _rows_for(kind: str, pair: dict[str, Any]) -> list[dict[str, Any]]:
+    """A pair as TRL takes it: for KTO two responses with a label each."""
+    if kind != "KTO":
+        return [pair]
+    sides = (("chosen", True), ("rejected", False))
+    return [{"prompt": pair["prompt"], "completion": pair[side], "label": label} for side, label in sides]
 
 
 # What TRL is given, and our flags of the same run.
@@ -92,6 +109,15 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cpo": (
         {"kind": "CPO", "loss_type": "sigmoid", "cpo_alpha": 0.5, "beta": 0.1},
         {"cpo_beta": 0.1, "nll_weight": 0.5},
+    ),
+    "slic": (
+        {"kind": "CPO", "loss_type": "hinge", "cpo_alpha": 0.5, "beta": 1.0},
+        {"slic_delta": 1.0, "nll_weight": 0.5, "nll_normalizer": "token"},
+    ),
+    # A mean over responses is half of a mean over pairs.
+    "kto": (
+        {"kind": "KTO", "beta": 0.1, "desirable_weight": 1.5},
+        {"kto_beta": 0.1, "kto_desirable_weight": 0.75, "kto_undesirable_weight": 0.5},
     ),
     "dpo": ({"kind": "DPO", "loss_type": ["sigmoid"], "beta": 0.1}, {"dpo_beta": 0.1}),
     "ipo": ({"kind": "DPO", "loss_type": ["ipo"], "beta": 0.5}, {"ipo_beta": 0.5}),
@@ -110,7 +136,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[
 
 @pytest.mark.parametrize(
     "objective, tensor, pipeline",
-    [("simpo", 2, 2), ("cpo", 1, 1), ("dpo", 2, 1), ("ipo", 1, 1), ("ln-dpo", 1, 1)],
+    [("simpo", 2, 2), ("cpo", 1, 1), ("dpo", 2, 1), ("ipo", 1, 1), ("ln-dpo", 1, 1), ("slic", 1, 1), ("kto", 1, 1)],
 )
 def test_twenty_steps_equal_trl(
     pool: WorkerPool,
@@ -140,8 +166,10 @@ def test_twenty_steps_equal_trl(
     rows = run_and_read(pool, tensor * pipeline, argv, tmp_path / "run")
     assert len(rows) == len(history) == STEPS
     names = [name for name in NAMES if not (objective in OTHER_REWARDS and name.startswith("rewards/"))]
+    names = [name for name in names if name in history[0]]  # KTOTrainer has no accuracies
     for ours, theirs in zip(rows, history, strict=True):
         assert math.isclose(ours["learning_rate"], theirs["learning_rate"], rel_tol=1e-6, abs_tol=1e-12)
         for name in ("loss", "grad_norm", *names):
             assert math.isclose(ours[name], theirs[name], rel_tol=2e-4, abs_tol=1e-4), (ours["step"], name)
     assert history[-1]["loss"] < 0.9 * history[0]["loss"], "the steps must have changed something"
+    assert objective != "kto" or max(row["kl_on_given_text"] for row in rows[:-1]) > 0, "the baseline has had an effect"

@@ -1,0 +1,93 @@
+"""The interface of what generates responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from simpo_megatron.data.schema import Message
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted.
+
+    Attributes:
+        ids: token ids of the prompt, by the chat template of training.
+        messages: the prompt; a server that has its own template takes these.
+        temperature: of this response.
+        seed: of this response.
+    """
+
+    ids: tuple[int, ...]
+    messages: list[Message]
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response.
+
+    Attributes:
+        content: its text, without the token that ends it.
+        finish_reason: "stop", or "length" where it was cut; a server may give others.
+        tokens: generated, with the token that ends it.
+    """
+
+    content: str
+    finish_reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is the same for all responses of a run.
+
+    Attributes:
+        top_p: least probability of the tokens that are drawn from.
+        top_k: most tokens that are drawn from; 0: no limit.
+        max_new_tokens: most tokens of a response.
+    """
+
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+
+
+class Backend(Protocol):
+    """A model that answers.
+
+    Attributes:
+        block: how many responses it is best asked for at a time.
+    """
+
+    block: int
+
+    def __init__(self, checkpoint: Path, settings: Any, limits: Limits, eos_ids: Sequence[int]) -> None:
+        """Loads the model.
+
+        Args:
+            checkpoint: folder of the Hugging Face checkpoint.
+            settings: the group of `settings.py` that belongs to the backend.
+            limits: of all responses.
+            eos_ids: ids that end a response.
+
+        Raises:
+            UserError: the model, or what the backend needs, is not there.
+        """
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What decides the responses and is not in the sampling settings, as JSON values."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        """The responses, in the order of the requests.
+
+        Raises:
+            UserError: the backend fails.
+        """
+        ...

@@ -1,0 +1,128 @@
+"""Prompts -> responses, block by block, through any backend; `tools/generate_responses.py` runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.data.encode import PairEncoder
+from simpo_megatron.data.options import DataOptions
+from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.errors import UserError
+from simpo_megatron.files import end_of_turn_ids
+from simpo_megatron.on_policy.backends import BACKENDS
+from simpo_megatron.on_policy.backends.base import Backend, Limits, Request, Response
+from simpo_megatron.on_policy.hf_models import weights_of
+from simpo_megatron.on_policy.journal import Journal
+from simpo_megatron.on_policy.progress import Meter, meter
+from simpo_megatron.on_policy.prompts import Prompt
+from simpo_megatron.on_policy.sampling import SamplingSettings, response_seed
+from simpo_megatron.settings import Group
+
+
+class Generator:
+    """A model that answers prompts.
+
+    Args:
+        checkpoint: folder of the Hugging Face checkpoint: its tokenizer and template, and the weights where the
+            backend loads them.
+        backend: name in `BACKENDS`.
+        settings: of the backend.
+        sampling: of the run.
+
+    Raises:
+        UserError: the checkpoint or the backend cannot be used.
+    """
+
+    def __init__(self, checkpoint: Path, backend: str, settings: Group, sampling: SamplingSettings) -> None:
+        self.sampling = sampling
+        tokenizer = load_tokenizer(checkpoint)
+        eos_ids = end_of_turn_ids(checkpoint)
+        self._encoder = PairEncoder(tokenizer, DataOptions(), eos_ids)
+        limits = Limits(sampling.top_p, sampling.top_k, sampling.max_new_tokens)
+        self._backend: Backend = BACKENDS[backend].load()(
+            checkpoint,
+            settings,
+            limits,
+            sorted(self._encoder.eos_ids, key=lambda token: token != tokenizer.eos_token_id),
+        )
+        self._about = {
+            "model": str(checkpoint.resolve()),
+            "weights": weights_of(checkpoint),
+            **fingerprint(tokenizer, eos_ids),
+            "backend": backend,
+            **self._backend.about(),
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What decides the responses, as JSON values."""
+        return {**self._about, **vars(self.sampling)}
+
+    def answer(
+        self, prompts: Sequence[Prompt], journal: Journal, title: str, temperatures: Sequence[float] | None = None
+    ) -> Meter:
+        """Answers those prompts that have no row in the journal, and adds their rows.
+
+        Prompts are taken by length, the longest first, so that a batch has little padding and a lack of memory shows at
+        the start.
+
+        Args:
+            prompts: to answer.
+            journal: rows go there, one a prompt.
+            title: of the progress bar.
+            temperatures: one a prompt; None for that of the settings.
+
+        Raises:
+            UserError: a prompt cannot be encoded, or the backend or the disk fails.
+        """
+        everywhere = temperatures or [self.sampling.temperature] * len(prompts)
+        todo = [
+            (prompt, heat) for prompt, heat in zip(prompts, everywhere, strict=True) if prompt.id not in journal.done
+        ]
+        encoded = self._encoder.encode_prompts([(prompt.where, prompt.messages) for prompt, _ in todo])
+        order = sorted(range(len(todo)), key=lambda i: -len(encoded[i]))
+        with meter(title, len(todo)) as progress:
+            while order:
+                size = max(1, self._backend.block // self.sampling.num_responses)
+                block, order = order[:size], order[size:]
+                requests = [
+                    Request(
+                        tuple(encoded[i]),
+                        todo[i][0].messages,
+                        todo[i][1],
+                        response_seed(self.sampling.seed, todo[i][0].id, index),
+                    )
+                    for i in block
+                    for index in range(self.sampling.num_responses)
+                ]
+                responses = self._backend.generate(requests)
+                rows = []
+                for number, i in enumerate(block):
+                    first = number * self.sampling.num_responses
+                    mine = slice(first, first + self.sampling.num_responses)
+                    rows.append(_row(todo[i][0], requests[mine], responses[mine]))
+                journal.append(rows)
+                progress.add(len(block), sum(response.tokens for response in responses))
+        return progress
+
+
+def _row(prompt: Prompt, requests: Sequence[Request], responses: Sequence[Response]) -> dict[str, Any]:
+    """What is written for a prompt."""
+    for response in responses:
+        if not isinstance(response.content, str):
+            raise UserError(f"{prompt.where}: the backend gave {response.content!r} in place of a text")
+    return {
+        "id": prompt.id,
+        "prompt": prompt.messages,
+        **prompt.columns,
+        "responses": [
+            {
+                "content": response.content,
+                "finish_reason": response.finish_reason,
+                "tokens": response.tokens,
+                "seed": request.seed,
+            }
+            for request, response in zip(requests, responses, strict=True)
+        ],
+    }

@@ -1,0 +1,161 @@
+"""A JSON Lines file that grows by blocks of rows, and goes on where a killed run stopped.
+
+with Journal.open("--output", Path("responses.jsonl"), about) as journal:
+    todo = [prompt for prompt in prompts if prompt.id not in journal.done]
+    journal.append(rows)                       # on the disk when the call returns
+
+Beside it, `responses.about.json` says what made the rows. A run with other settings is refused. A kill may leave a part
+of a line at the end of the file: the next run cuts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.disk import cannot_write
+from simpo_megatron.errors import UserError
+from simpo_megatron.files import atomic_write, read_json, sync
+from simpo_megatron.on_policy.prompts import digest
+from simpo_megatron.trainer.lock import locked
+
+_OTHERWISE = "give another --output"
+
+
+class Journal:
+    """An open file of rows. Each row has an `id`.
+
+    Attributes:
+        path: of the file.
+        done: id -> digest of the prompt, of every row in the file.
+    """
+
+    def __init__(self, path: Path, done: dict[str, str]) -> None:
+        self.path, self.done = path, done
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, flag: str, path: Path, about: Mapping[str, Any]) -> Iterator[Journal]:
+        """Opens the file for this process alone, and creates it if it is not there.
+
+        Args:
+            flag: that names the file, for errors.
+            path: of the file, which ends in .jsonl.
+            about: what decides the rows, as JSON values.
+
+        Raises:
+            UserError: the file belongs to a run with other settings or to another process, is damaged, or cannot be
+                written.
+        """
+        if path.suffix != ".jsonl":
+            raise UserError(f"{flag} {path}: rows are written as JSON lines; give a name that ends in .jsonl")
+        with locked(flag, path, path.with_name(f".{path.name}.lock")):
+            beside = about_path(path)
+            if path.exists() and not beside.exists():
+                raise UserError(f"{flag} {path} exists and has no {beside.name} beside it; give another file")
+            if path.exists():
+                check_about(flag, path, about)
+            try:
+                if not path.exists():
+                    atomic_write(beside, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+                    path.touch()
+                    sync(path.parent)
+                _cut_torn_line(path)
+            except OSError as error:
+                raise cannot_write(f"{flag} {path}", error, _OTHERWISE) from error
+            yield cls(path, {row["id"]: digest(row["prompt"]) for row in read_journal(path)})
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows and flushes them to the disk (fsync).
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(f"--output {self.path}", error, _OTHERWISE, " and start again, it goes on") from error
+        self.done.update((row["id"], digest(row["prompt"])) for row in rows)
+
+    def check_prompts(self, prompts: Mapping[str, Any], source: str) -> None:
+        """Checks that every row in the file answers one of these prompts.
+
+        Args:
+            prompts: id -> messages.
+            source: where they come from, for the error.
+
+        Raises:
+            UserError: a row answers another prompt.
+        """
+        for prompt_id, found in self.done.items():
+            if prompt_id not in prompts:
+                what = "which is not among the prompts of"
+            elif digest(prompts[prompt_id]) != found:
+                what = "which is another prompt in"
+            else:
+                continue
+            raise UserError(f"--output {self.path} has the prompt {prompt_id}, {what} {source}; {_OTHERWISE}")
+
+
+def about_path(path: Path) -> Path:
+    """`responses.about.json` beside `responses.jsonl`."""
+    return path.with_suffix(".about.json")
+
+
+def check_about(flag: str, path: Path, about: Mapping[str, Any]) -> None:
+    """Compares what made a file with the settings of this run.
+
+    Raises:
+        UserError: they differ; the settings are named.
+    """
+    found = read_json(about_path(path))
+    differ = [
+        f"{name} is {json.dumps(found.get(name))} there and {json.dumps(about.get(name))} here"
+        for name in {**found, **about}
+        if found.get(name) != about.get(name)
+    ]
+    if differ:
+        raise UserError(f"{flag} {path} was made with other settings: {'; '.join(differ[:3])}; {_OTHERWISE}")
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a journal.
+
+    Raises:
+        UserError: a line is not a row with `id` and `prompt`, or two rows have one id.
+    """
+    seen: set[str] = set()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                prompt_id, _ = str(row["id"]), row["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: not a row with `id` and `prompt`; remove the line") from None
+            if prompt_id in seen:
+                raise UserError(f"{path}:{number}: a second row with the id {prompt_id}; remove one")
+            seen.add(prompt_id)
+            yield row
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes what follows the last end of a line."""
+    with path.open("rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 2**16)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            end = start + newline + 1 if newline >= 0 else start
+            if newline >= 0:
+                break
+        if end < size:
+            file.truncate(end)
+            os.fsync(file.fileno())

@@ -1,0 +1,100 @@
+"""Scores by a reward model of transformers: one forward pass a batch, batches of conversations of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.errors import UserError
+from simpo_megatron.on_policy.hf_models import device_and_dtype, load_model, weights_of
+from simpo_megatron.on_policy.scorers.base import Answered
+from simpo_megatron.on_policy.scorers.settings import RewardModelSettings
+from simpo_megatron.settings import required
+
+
+class RewardModel:
+    """See `base.Scorer`. The conversation is written by the reward model's own template; two BOS become one."""
+
+    block = 64
+
+    def __init__(self, settings: RewardModelSettings) -> None:
+        folder = required(settings.reward_model, "--reward-model is missing; give the folder of a reward model")
+        device, dtype = device_and_dtype(settings.device, settings.dtype)
+        self._tokenizer: Any = load_tokenizer(folder, "--reward-model")
+        self._settings, self._folder = settings, folder
+        self._model = load_model(
+            transformers.AutoModelForSequenceClassification, folder, dtype, device, settings.trust_remote_code
+        )
+        if getattr(self._model.config, "num_labels", 1) != 1 and not self._own_score():
+            raise UserError(
+                f"--reward-model {folder} has {self._model.config.num_labels} outputs; a reward model has one"
+            )
+        self._about = {
+            "reward_model": str(folder.resolve()),
+            "weights": weights_of(folder),
+            **fingerprint(self._tokenizer, ()),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    def about(self) -> dict[str, Any]:
+        """See `base.Scorer`."""
+        return self._about
+
+    def score(self, rows: Sequence[Answered]) -> list[list[float]]:
+        """See `base.Scorer`."""
+        flat = [self._ids(row, response) for row in rows for response in row.responses]
+        scores = [0.0] * len(flat)
+        order = sorted(range(len(flat)), key=lambda i: len(flat[i]), reverse=True)
+        while order:
+            size = max(1, self._settings.batch_tokens // len(flat[order[0]]))
+            batch, order = order[:size], order[size:]
+            for i, score in zip(batch, self._batch([flat[i] for i in batch]), strict=True):
+                scores[i] = score
+        numbers = iter(scores)
+        return [[next(numbers) for _ in row.responses] for row in rows]
+
+    def _own_score(self) -> bool:
+        """Whether the checkpoint's own code puts a number a conversation into `.score`, as ArmoRM's does."""
+        return self._settings.trust_remote_code and bool(getattr(self._model.config, "auto_map", None))
+
+    def _ids(self, row: Answered, response: str) -> list[int]:
+        messages = [*row.prompt, {"role": "assistant", "content": response}]
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                f"--reward-model {self._folder} has no chat template; add chat_template.jinja to its folder"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template raises errors of its own
+            raise UserError(
+                f"{row.where}: the template of --reward-model {self._folder} refuses it ({error})"
+            ) from error
+        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        bos = self._tokenizer.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        longest = self._settings.max_length or getattr(self._model.config, "max_position_embeddings", None) or len(ids)
+        if len(ids) > longest:
+            raise UserError(
+                f"{row.where}: prompt and response have {len(ids)} tokens, and the reward model takes {longest}; "
+                "remove the row, or give a reward model for longer texts"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def _batch(self, sequences: Sequence[list[int]]) -> list[float]:
+        longest, device = len(sequences[0]), self._model.device
+        # Padded on the right with a token that the model takes for padding: it reads the last token before it.
+        pad = self._model.config.pad_token_id
+        if pad is None:
+            pad = next((token for token in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if token), 0)
+            self._model.config.pad_token_id = pad
+        ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in sequences], device=device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=device)
+        output = self._model(input_ids=ids, attention_mask=mask)
+        found = output.score if self._own_score() and hasattr(output, "score") else output.logits[:, 0]
+        return found.float().flatten().tolist()

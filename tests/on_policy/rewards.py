@@ -1,0 +1,28 @@
+"""Scorers that the tests name as module:function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def short(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """Shorter is better."""
+    return [-float(len(response)) for response in responses]
+
+
+def broken(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """Raises."""
+    raise RuntimeError("no reward")
+
+
+def too_few(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """Returns one score."""
+    return [1.0]
+
+
+def not_finite(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """Returns NaN."""
+    return [float("nan")] * len(responses)
+
+
+NUMBER = 1

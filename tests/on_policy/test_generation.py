@@ -1,0 +1,319 @@
+"""Responses: the ids of training, draws that depend on the seed alone, resuming, shards, backends, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from simpo_megatron.data.encode import PairEncoder
+from simpo_megatron.data.options import DataOptions
+from simpo_megatron.data.schema import parse_preference
+from simpo_megatron.on_policy.backends.base import Limits
+from simpo_megatron.on_policy.backends.transformers_backend import draw
+from simpo_megatron.on_policy.prompts import Shard, read_prompts
+from simpo_megatron.on_policy.sampling import response_seed
+from tests.support.openai_server import serving
+from tests.support.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
+from tools import generate_responses
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TOKENS = 6
+SAMPLING = {"num_responses": 3, "max_new_tokens": TOKENS, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"id": f"p{i}", "prompt": row["prompt"], "answer": i} for i, row in enumerate(make_rows(7))]
+    return write_rows(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
+
+
+def run(**flags: Any) -> int:
+    words: list[str] = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        words += ["--" + name.replace("_", "-"), *map(str, values)]
+    return generate_responses.main(words)
+
+
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The responses of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "responses.jsonl"
+    assert run(prompts=prompts, hf_checkpoint=model, output=output, batch_size=100, **SAMPLING) == 0
+    return rows_of(output)
+
+
+def test_prompts_have_the_ids_of_training() -> None:
+    encoder = PairEncoder(make_tokenizer(), DataOptions(), ())
+    rows = make_rows(4)
+    pairs = encoder.encode([parse_preference(row, "") for row in rows])
+    assert encoder.encode_prompts([("", row["prompt"]) for row in rows]) == [pair.prompt for pair in pairs]
+    assert all(pair.prompt.count(0) == 1 for pair in pairs), "one BOS"
+
+
+def test_rows_keep_columns_seeds_and_reasons(whole: dict[str, dict[str, Any]]) -> None:
+    assert whole.keys() == {f"p{i}" for i in range(7)}
+    for name, row in whole.items():
+        assert row["answer"] == int(name[1:]) and len(row["responses"]) == 3
+        assert [response["seed"] for response in row["responses"]] == [response_seed(42, name, i) for i in range(3)]
+        for response in row["responses"]:
+            assert response["finish_reason"] in ("stop", "length") and 1 <= response["tokens"] <= TOKENS
+            assert (response["finish_reason"] == "length") <= (response["tokens"] == TOKENS)
+    assert len({response["content"] for row in whole.values() for response in row["responses"]}) > 15
+
+
+def test_greedy_responses_are_those_of_transformers(model: Path, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "r.jsonl"
+    greedy = {"num_responses": 1, "temperature": 0, "max_new_tokens": 8}
+    assert run(prompts=prompts, hf_checkpoint=model, output=output, batch_size=3, **greedy) == 0
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    for row in rows_of(output).values():
+        inputs = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        new = reference.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert row["responses"][0]["content"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_draws_depend_neither_on_batch_nor_order_nor_shard(
+    model: Path, prompts: Path, whole: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("".join(reversed(prompts.read_text().splitlines(keepends=True))))
+    found: dict[str, dict[str, Any]] = {}
+    for part in (1, 2):
+        output = tmp_path / f"{part}.jsonl"
+        flags = {"prompts": turned, "hf_checkpoint": model, "output": output, "batch_size": 2, "shard": f"{part}/2"}
+        assert run(**flags, **SAMPLING) == 0
+        rows = rows_of(output)
+        assert rows and not found.keys() & rows.keys()
+        found |= rows
+    assert found == whole
+
+
+def test_a_killed_run_goes_on(
+    model: Path, prompts: Path, whole: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "responses.jsonl"
+    flags = {"prompts": prompts, "hf_checkpoint": model, "output": output, "batch_size": 3}
+    assert run(**flags, **SAMPLING) == 0
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # as a kill in the middle of a write leaves it
+    assert run(**flags, **SAMPLING) == 0
+    assert rows_of(output) == whole and output.read_bytes().count(b"\n") == 7
+    capsys.readouterr()
+    assert run(**flags, **{**SAMPLING, "temperature": 0.5}) == 2
+    assert "temperature is 1.0 there and 0.5 here" in capsys.readouterr().err
+    other = write_rows(tmp_path / "other.jsonl", [{"id": "p0", "prompt": "another"}])
+    assert run(**{**flags, "prompts": other}, **SAMPLING) == 2
+    assert "has the prompt p" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_draws_follow_the_distribution(top_k: int) -> None:
+    """Frequencies of many draws against the distribution that transformers' processors leave."""
+    logits = torch.tensor([1.0, 0.2, -0.5, 2.0, -3.0], dtype=torch.float64)
+    expected = logits / 0.7
+    processors = [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    for processor in (*processors, transformers.TopPLogitsWarper(0.9)):
+        expected = processor(torch.zeros(1, 1, dtype=torch.long), expected[None])[0]
+    count = 20000
+    numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    found = draw(logits.expand(count, -1), torch.full((count,), 0.7), Limits(0.9, top_k, 1), numbers)
+    frequencies = torch.bincount(found, minlength=5) / count
+    torch.testing.assert_close(frequencies.double(), expected.softmax(0), atol=1e-3, rtol=0)
+    greedy = draw(logits.expand(4, -1), torch.zeros(4), Limits(0.9, top_k, 1), numbers[:4])
+    assert greedy.tolist() == [3] * 4
+
+
+def test_evaluation_prompts_are_kept_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_rows(tmp_path / "p.jsonl", [{"prompt": text} for text in ("One?", "Two?", "three", "Two?")])
+    pairs = [{"prompt": "One?", "chosen": "a", "rejected": "b"}, {"instruction": "THREE!"}, {"turns": ["x", "y"]}]
+    kept, report = read_prompts(str(source), [str(write_rows(tmp_path / "held.jsonl", pairs))])
+    assert [prompt.messages[0]["content"] for prompt in kept] == ["Two?"]
+    assert (report.rows, report.repeated, report.excluded, report.excluded_alike, report.kept) == (4, 1, 1, 1, 1)
+    assert "1 that are evaluation prompts up to case" in report.summary("p.jsonl")
+    parts = [read_prompts(str(source), (), Shard(number, 3))[0] for number in (1, 2, 3)]
+    assert sorted(prompt.id for part in parts for prompt in part) == sorted(
+        prompt.id for prompt in read_prompts(str(source))[0]
+    )
+
+
+class FakeVLLM:
+    """Answers with what it was asked."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def generate(self, prompts: list[dict[str, Any]], params: list[dict[str, Any]]) -> list[Any]:
+        return [
+            types.SimpleNamespace(
+                outputs=[
+                    types.SimpleNamespace(
+                        text=json.dumps([prompt["prompt_token_ids"], asked]), finish_reason="stop", token_ids=[1, 2]
+                    )
+                ]
+            )
+            for prompt, asked in zip(prompts, params, strict=True)
+        ]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = FakeVLLM, dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1")
+    yield
+
+
+@pytest.mark.usefixtures("vllm")
+def test_vllm_gets_ids_and_a_seed_for_each(model: Path, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "r.jsonl"
+    assert run(prompts=prompts, hf_checkpoint=model, output=output, backend="vllm", top_k=4, **SAMPLING) == 0
+    encoder = PairEncoder(make_tokenizer(), DataOptions(), ())
+    for row in rows_of(output).values():
+        for response in row["responses"]:
+            ids, asked = json.loads(response["content"])
+            assert ids == encoder.encode_prompts([("", row["prompt"])])[0]
+            assert asked["seed"] == response["seed"] and asked["stop_token_ids"] == [1]
+            assert (asked["temperature"], asked["top_k"], asked["max_tokens"], asked["n"]) == (1.0, 4, TOKENS, 1)
+
+
+def test_a_server_that_stumbles(model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request meets two failures of its own kind before it is answered."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    failures: dict[int, list[int | bytes]] = {}
+
+    def reply(path: str, body: dict[str, Any]) -> dict[str, Any] | int | bytes:
+        todo = failures.setdefault(body["seed"], [429, b"not json"] if body["seed"] % 2 else [503, b'{"choices": []}'])
+        if todo:
+            return todo.pop()
+        text = json.dumps(body["prompt"] if path == "completions" else body["messages"])
+        choice = {"text": text, "message": {"content": text}, "finish_reason": "stop"}
+        return {"choices": [choice], "usage": {"completion_tokens": 9}}
+
+    with serving(reply) as url:
+        for api in ("completions", "chat"):
+            failures.clear()
+            flags = {"backend": "server", "server_url": url, "server_api": api, "retries": 2}
+            output = tmp_path / f"{api}.jsonl"
+            assert run(prompts=prompts, hf_checkpoint=model, output=output, **flags, **SAMPLING) == 0
+            assert len(failures) == 21
+            row = rows_of(output)["p0"]
+            sent = json.loads(row["responses"][0]["content"])
+            ids = PairEncoder(make_tokenizer(), DataOptions(), ()).encode_prompts([("", row["prompt"])])[0]
+            assert sent == (ids if api == "completions" else row["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompts": "none.jsonl"}, "there is no such file"),
+        ({"shard": "3/2"}, "--shard 3/2 is not a part"),
+        ({"temperature": 0}, "--temperature 0"),
+        ({"top_p": 0}, "--top-p 0"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size belongs to --backend vllm"),
+        ({"backend": "vllm"}, "vllm is not installed"),
+        ({"backend": "server"}, "--backend server needs --server-url"),
+        ({"backend": "server", "server_url": "http://127.0.0.1:9/v1", "retries": 0}, "is it running?"),
+        ({"backend": "server", "server_url": "localhost"}, "must begin with http"),
+        ({"output": "responses.json"}, "ends in .jsonl"),
+        ({"questions": "x"}, "--questions belongs to --for"),
+        ({"for": "alpaca_eval", "questions": "x"}, "--for takes --questions alone"),
+        ({"hf_checkpoint": "none"}, "is not a folder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    change: dict[str, Any],
+    words: str,
+    model: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(**{"prompts": prompts, "hf_checkpoint": model, "output": "r.jsonl", **SAMPLING, **change}) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not Path("r.jsonl").exists()
+
+
+def test_wrong_prompts_are_named(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for rows, words in (
+        ([{"prompt": ""}], ":1: `prompt` is empty"),
+        ([{"text": "a"}], ":1: `prompt` is missing"),
+        ([{"prompt": said}], ":1: `prompt` ends with an assistant's message"),
+        ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], ":2: `id` 1 is that of another prompt"),
+        ([{"id": [], "prompt": "a"}], ":1: `id` is []"),
+    ):
+        source = write_rows(tmp_path / "p.jsonl", rows)
+        assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
+        assert words in capsys.readouterr().err
+    source = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    flags = {"prompts": source, "hf_checkpoint": model, "output": tmp_path / "r.jsonl", "exclude_prompts": [source]}
+    assert run(**flags) == 2
+    assert "no prompt is left to answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["generate", "score"])
+def test_kill_at_any_block(
+    stage: str, model: Path, prompts: Path, whole: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """A process that kills itself (signal 9) after its second block, until the work is done."""
+    responses = write_rows(tmp_path / "in.jsonl", list(whole.values()))
+    output = tmp_path / "out.jsonl"
+    program = {
+        "generate": ["tools/generate_responses.py", "--prompts", prompts, "--hf-checkpoint", model, "--batch-size", 3]
+        + [word for name, value in SAMPLING.items() for word in ("--" + name.replace("_", "-"), value)],
+        "score": ["tools/score_responses.py", "--responses", responses, "--scorer", "tests.on_policy.rewards:short"],
+    }[stage]
+    argv = [*map(str, program), "--output", str(output)]
+    code = (
+        "import os, runpy, signal, sys\n"
+        "from simpo_megatron.on_policy import journal\n"
+        "from simpo_megatron.on_policy.scorers.function import FunctionScorer\n"
+        "FunctionScorer.block = 1\n"
+        "append, calls = journal.Journal.append, []\n"
+        "def appending(self, rows):\n"
+        "    calls.append(0)\n"
+        "    if len(calls) == 3:\n"
+        "        with self.path.open('ab') as file:\n"
+        '            file.write(b\'{"id": "p\')\n'
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    append(self, rows)\n"
+        "journal.Journal.append = appending\n"
+        f"sys.argv = {argv!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    codes = []
+    while 0 not in codes and len(codes) < 6:
+        codes.append(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=False).returncode)
+    assert codes == [-signal.SIGKILL] * 3 + [0]
+    found = rows_of(output)
+    assert output.read_bytes().count(b"\n") == len(found) == 7, "no prompt twice"
+    if stage == "generate":
+        assert found == whole

@@ -1,0 +1,71 @@
+"""Scores responses: by a reward model, by a Python function, or by a judge behind a server.
+
+    python tools/score_responses.py --responses responses.jsonl --reward-model DIR --output scored.jsonl
+    python tools/score_responses.py --responses responses.jsonl --scorer module:function --output scored.jsonl
+    python tools/score_responses.py --responses responses.jsonl --judge-url URL --output scored.jsonl
+
+Each row keeps its columns, and each response gets a `score`; a higher one is better. A run that was stopped goes on
+with the same command. tools/build_pairs.py is next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo_megatron.config.arguments import add_settings, build_group, heading, settable
+from simpo_megatron.errors import UserError
+from simpo_megatron.on_policy.journal import Journal
+from simpo_megatron.on_policy.scorers import CHOSEN_BY, SCORERS
+from simpo_megatron.on_policy.scoring import score_responses
+from simpo_megatron.program import Parser, exit_code
+from simpo_megatron.settings import flag, path_value, source_value
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
+        "score_responses.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--responses", type=source_value, required=True, metavar="SOURCE", help="rows with `prompt` and `responses`"
+    )
+    parser.add_argument("--output", type=path_value, required=True, metavar="FILE", help="the .jsonl to write")
+    for entry in SCORERS.values():
+        add_settings(parser.add_argument_group(heading(entry.settings)), entry.settings)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Scores the responses."""
+    given = vars(args)
+    chosen = [name for name in CHOSEN_BY if name in given]
+    if len(chosen) != 1:
+        flags = ", ".join(flag(name) for name in CHOSEN_BY)
+        raise UserError(f"{len(chosen)} scorers are given; give one of {flags}")
+    name = CHOSEN_BY[chosen[0]]
+    if Path(args.responses).resolve() == args.output.resolve():
+        raise UserError(f"--output {args.output} is the input; choose another file")
+    own = {field.name for field in settable(SCORERS[name].settings)}
+    for entry in SCORERS.values():
+        for field in settable(entry.settings):
+            if field.name in given and field.name not in own:
+                raise UserError(f"{flag(field.name)} has no effect with {flag(chosen[0])}; drop it")
+    scorer = SCORERS[name].load()(build_group(SCORERS[name].settings, given))
+    with Journal.open("--output", args.output, scorer.about()) as journal:
+        progress = score_responses(args.responses, scorer, journal)
+        print(f"{args.output}: {len(journal.done)} prompts scored; {progress.tokens_per_second:,.0f} tokens/s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    return exit_code("score_responses.py", lambda: run(build_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
