@@ -38,6 +38,7 @@ MISSING = [what for what in compat.missing_for_megatron_lm() if not what.startsw
 STEPS = 10
 SIMPO: dict[str, Any] = {"simpo_beta": 2.5, "simpo_gamma_beta_ratio": 0.55, "simpo_sft_weight": 0.1}
 DPO: dict[str, Any] = {"objective": "dpo", "dpo_beta": 0.2}
+KTO: dict[str, Any] = {"objective": "kto", "kto_beta": 0.05}
 # The architecture of tests/support/tiny.py, a constant learning rate, and what a machine without a GPU or Apex needs.
 ARGUMENTS = """
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --group-query-attention
@@ -197,7 +198,7 @@ def scored(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     """The model, and a prepared set with columns of reference log-probs."""
     folder = tmp_path_factory.mktemp("scored")
     rows = [
-        {**row, "ref_chosen_logps": -9.5 - number, "ref_rejected_logps": -4.0 - number / 2}
+        {**row, "ref_chosen_logps": -159.5 - number, "ref_rejected_logps": -154.0 - number / 2}
         for number, row in enumerate(make_rows(30))
     ]
     prefix = folder / "set"
@@ -208,12 +209,15 @@ def scored(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @needs_megatron_lm
-def test_megatron_lm_trains_with_a_reference(pool: WorkerPool, scored: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", [DPO, KTO], ids=lambda objective: objective["objective"])
+def test_megatron_lm_trains_with_a_reference(
+    pool: WorkerPool, scored: tuple[Path, Path], tmp_path: Path, objective: dict[str, Any]
+) -> None:
     convert(scored[0], tmp_path / "converted")
     start = ["--load", str(tmp_path / "converted"), "--finetune", "--tensorboard-dir", str(tmp_path / "logs")]
-    done = pretrain([*common(*scored, tmp_path / "run", 3, DPO), *start], pool.kind)
+    done = pretrain([*common(*scored, tmp_path / "run", 3, objective), *start], pool.kind)
     assert done.returncode == 0, done.stderr[-3000:]
-    for row in our_run(pool, scored, tmp_path / "ours", 3, DPO):
+    for row in our_run(pool, scored, tmp_path / "ours", 3, objective):
         for name in ("loss", "rewards/chosen", "rewards/rejected"):
             assert scalars(tmp_path / "logs", name)[row["step"]] == pytest.approx(row[name], rel=1e-5, abs=1e-5)
 

@@ -2,7 +2,8 @@
 # Makes .venv in the repository root, installs this package and its development tools, and activates it.
 #
 #     . tools/venv.sh            # from the repository root, in bash
-#     . tools/venv.sh with-te    # also Transformer Engine's wheels for the tests (tests/te_on_cpu), in .venv/te
+#     . tools/venv.sh with-te    # also what the tests read from beside it: Transformer Engine's wheels (tests/te_on_cpu) in .venv/te,
+#                                # and AlpacaEval's in .venv/alpaca_eval, whose loader reads our files (tests/on_policy)
 #
 # Exact versions come from constraints.txt. Installs again when they, or setup.py, have changed.
 
@@ -41,7 +42,16 @@ simpo_te() {
     done <tests/te_on_cpu/releases.txt
 }
 
+# AlpacaEval's loader needs few of the packages that the wheel asks for.
+simpo_alpaca_eval() {
+    [[ ! -f .venv/alpaca_eval/installed ]] || return 0
+    rm -rf .venv/alpaca_eval
+    .venv/bin/python -m pip install --quiet --no-deps --target .venv/alpaca_eval -c constraints.txt alpaca_eval
+    touch .venv/alpaca_eval/installed
+}
+
 simpo_venv
 if [[ ${1:-} == with-te ]]; then
     simpo_te
+    simpo_alpaca_eval
 fi

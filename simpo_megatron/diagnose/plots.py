@@ -25,7 +25,8 @@ def scatter(title: str, across: tuple[str, np.ndarray], up: tuple[str, np.ndarra
     (x_name, x), (y_name, y) = across, up
     shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), _POINTS)).round().astype(int))
     right, above = _scale(x, _LEFT, WIDTH - 8), _scale(y, HEIGHT - _BOTTOM, _TOP)
-    points = "".join(f'<circle cx="{right(x[i]):.1f}" cy="{above(y[i]):.1f}" r="2" />' for i in shown)
+    points_N2 = np.stack((x, y), axis=1)[shown].tolist()
+    points = "".join(f'<circle cx="{right(at):.1f}" cy="{above(height):.1f}" r="2" />' for at, height in points_N2)
     ends = [(float(values.min()), float(values.max())) for values in (x, y)]
     return _frame(title, points, x_name, y_name, *ends)
 

@@ -65,12 +65,13 @@ def load_model(flag: str, folder: Path, dtype: torch.dtype = torch.float32, devi
     if not folder.is_dir():
         raise UserError(f"{flag} {folder} is not a folder; give the folder of a Hugging Face checkpoint")
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{flag} {folder} cannot be loaded by transformers: {reason}") from error
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{flag} {folder} has no {missing[0]}, and {len(missing)} weights are missing in all")
     return model.to(device).eval().requires_grad_(False)

@@ -71,6 +71,7 @@ class Client:
 
     def _request(self, path: str, body: bytes | None, read: Callable[[Any], T]) -> T:
         request = urllib.request.Request(f"{self._url}/{path}", body, self._headers)
+        problem = ""
         for attempt in range(self._retries + 1):
             pause = min(self._pause * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
             try:

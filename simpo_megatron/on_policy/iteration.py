@@ -146,8 +146,9 @@ class Loop:
         """Runs a program, unless it has been done."""
         record, what = folder / "done" / f"{stage.name}.json", f"round {number}: {stage.name}"
         done = read_json(record)["command"] if record.exists() else None
-        if done is not None and done[1:] != stage.command[1:]:  # the first word is this machine's Python
-            before, after = (shlex.join(map(str, words[1:])) for words in (done, stage.command))
+        command = [Path(stage.command[1]).name, *stage.command[2:]]  # wherever Python and this repository are
+        if done is not None and done != command:
+            before, after = (shlex.join(map(str, words)) for words in (done, command))
             raise UserError(
                 f"{what} was done with other settings; give another folder in --config, or the same settings "
                 f"(done: {before}; asked for: {after})"
@@ -163,7 +164,7 @@ class Loop:
             )
         with _writing(record):
             record.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(record, json.dumps({"command": stage.command}, indent=1) + "\n")
+            atomic_write(record, json.dumps({"command": command}, indent=1) + "\n")
 
     def _write_table(self, rows: Sequence[dict[str, Any]]) -> None:
         text = io.StringIO()

@@ -139,7 +139,7 @@ def layer_bytes(
     inner = (3 if fused else 6) - ("moe_act" in recomputed)
     kept += routed * (model["hidden_size"] + inner * model["moe_ffn_hidden_size"] / ranks)
     # Indices, probabilities, and the map from tokens to experts.
-    routing = (24 * topk + 5 * architecture.num_experts) / sequence
+    routing = (24 * topk + 5 * (architecture.num_experts or 0)) / sequence
     return kept * element + statistics + routing
 
 

@@ -37,6 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 _PARTIAL = "num_microbatches_with_partial_activation_checkpoints"
 _REDUCE_SCATTER = ("pad_buckets_for_high_nccl_busbw", "reduce_scatter_with_fp32_accumulation")
 _SENDING = ("overlap_p2p_comm", "batch_p2p_comm", "batch_p2p_sync", "deallocate_pipeline_outputs")
+_FP8 = ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "tp_only_amax_red")
+_OFFLOAD = ("use_torch_optimizer_for_cpu_offload", "pin_cpu_grads", "pin_cpu_params")
 _INTERLEAVED = ("overlap_p2p_comm_warmup_flush", "microbatch_group_size_per_vp_stage")
 
 
@@ -87,7 +89,7 @@ def check_use(config: Config, has_experts: bool) -> None:
     Raises:
         UserError: a field has no effect with this layout or model, or needs what is not installed.
     """
-    parallel = config.parallel
+    parallel, memory = config.parallel, config.memory
     full = parallel.recompute_granularity == "full"
     stages = parallel.pipeline_model_parallel_size > 1
     virtual = parallel.num_layers_per_virtual_pipeline_stage is not None
@@ -99,6 +101,9 @@ def check_use(config: Config, has_experts: bool) -> None:
         (parallel.use_distributed_optimizer, "--use-distributed-optimizer", _REDUCE_SCATTER),
         (stages, "--pipeline-model-parallel-size of at least 2", (*_SENDING, _PARTIAL)),
         (virtual, "--num-layers-per-virtual-pipeline-stage", _INTERLEAVED),
+        (memory.fp8_format is not None, "--fp8-format", _FP8),
+        (memory.use_precision_aware_optimizer, "--use-precision-aware-optimizer", ("store_param_remainders",)),
+        (memory.optimizer_cpu_offload, "--optimizer-cpu-offload", _OFFLOAD),
         (have_transformer_engine(), "Transformer Engine, which is not installed", ("moe_router_fusion",)),
     )
     for name in CLASSES:

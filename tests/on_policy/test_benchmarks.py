@@ -1,9 +1,12 @@
-"""The files of benchmarks: fields, order, turns; AlpacaEval's and FastChat's own loaders read them where installed."""
+"""The files of benchmarks: fields, order, turns; AlpacaEval's own loader reads ours."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +16,18 @@ from tests.support.tiny import make_checkpoint, write_rows
 from tools import generate_responses
 
 TOKENS = 5
+ALPACA_EVAL = Path(__file__).resolve().parents[2] / ".venv" / "alpaca_eval"  # put there by tools/venv.sh with-te
+
+
+def alpaca_eval_loader(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """AlpacaEval's own module that reads files of outputs, without the packages of its judges."""
+    if not ALPACA_EVAL.is_dir():
+        pytest.skip("AlpacaEval's wheel is not there; . tools/venv.sh with-te installs it")
+    package = ModuleType("alpaca_eval")
+    package.__path__ = [str(ALPACA_EVAL / "alpaca_eval")]
+    monkeypatch.setitem(sys.modules, "alpaca_eval", package)
+    monkeypatch.setitem(sys.modules, "pkg_resources", ModuleType("pkg_resources"))  # it asks for versions of judges
+    return importlib.import_module("alpaca_eval.utils")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +40,9 @@ def answer(benchmark: str, questions: Path, output: Path, model: Path, *more: st
     return generate_responses.main([*flags, "--max-new-tokens", str(TOKENS), *more])
 
 
-def test_alpaca_eval(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_alpaca_eval(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions = [
         {"instruction": text, "dataset": "helpful_base", "output": "x", "generator": "y"}
         for text in ("amber birch amber birch cedar", "amber", "kelp kelp kelp")
@@ -41,6 +58,12 @@ def test_alpaca_eval(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {row["generator"] for row in found} == {"tiny"}
     about = json.loads((tmp_path / "outputs.json.responses.about.json").read_text())
     assert (about["temperature"], about["top_p"], about["num_responses"]) == ([0.9], 1.0, 1)
+    loader = alpaca_eval_loader(monkeypatch)
+    frame = loader.load_or_convert_to_dataframe(output)
+    assert loader.get_generator_name(None, frame) == "tiny"
+    assert list(frame["output"]) == [row["output"] for row in found] and list(frame["instruction"]) == [
+        row["instruction"] for row in questions
+    ]
 
 
 def test_arena_hard(model: Path, tmp_path: Path) -> None:

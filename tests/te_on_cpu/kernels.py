@@ -199,9 +199,9 @@ def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: Any, device
     return quantizer.create_tensor_from_data(torch.zeros(shape, dtype=torch.uint8), dtype)
 
 
-def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
-    """FP8 numbers of a tensor, by the scale of the quantizer."""
-    only(output is not None and noop is None, "quantize into a new tensor")
+def quantize(tensor: Tensor, quantizer: Any, output: Any, noop: Any) -> Any:
+    """FP8 numbers of a tensor, by the scale of the quantizer, written into a tensor that is there."""
+    only(noop is None, "quantize with noop")
     dtype = _fp8(quantizer)
     limit = torch.finfo(dtype).max
     output._data.copy_((tensor.float() * quantizer.scale).clamp(-limit, limit).to(dtype).view(torch.uint8))

@@ -34,7 +34,7 @@ STEPS: dict[str, tuple[dict[str, Any], float]] = {
     "fp32 in two halves": (AWARE, 1e-4),
     "fp32 whole": ({**AWARE, "optimizer_config": "store_param_remainders=false"}, 1e-4),
     "bf16 moments": (MOMENTS, 2e-2),
-    "fp16": ({**AWARE, "main_params_dtype": "fp16", "exp_avg_dtype": "fp16", "exp_avg_sq_dtype": "fp16"}, 2e-2),
+    "fp16": ({**AWARE, "main_params_dtype": "fp16", "exp_avg_dtype": "fp16", "exp_avg_sq_dtype": "fp16"}, 5e-2),
     "fp8 mean": ({**AWARE, "exp_avg_dtype": "fp8"}, 0.1),
     "bf16 gradients": ({**MOMENTS, "main_grads_dtype": "bf16"}, 2e-2),
     "all in host memory": (OFFLOADED, 1e-4),
@@ -163,7 +163,8 @@ def test_steps_are_those_of_adam_and_bytes_those_of_the_planner(pool: WorkerPool
             planned = StateBytes.of(memory_settings(settings), bf16=True)
             found = (steps.on_gpu / steps.parameters, steps.on_host / steps.parameters)
             if name == "half in host memory":  # Megatron cuts between tensors
-                assert sum(found) == 16 == planned.device + planned.host and 0.4 < found[1] / found[0] < 2.5
+                assert steps.on_gpu + steps.on_host == 16 * steps.parameters and 0.4 < found[1] / found[0] < 2.5
+                assert planned.device + planned.host == 16
                 continue
             if name == "fp8 mean":  # the planner counts the transposed copy, which the stand-in for the kernels drops
                 planned = replace(planned, device=planned.device - 1)
