@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -152,6 +153,11 @@ def test_a_run_under_torchrun(inputs: Inputs) -> None:
         assert 2 <= len(whole) <= 5
         assert row.keys() == {"step", "eval/length_spearman", *whole, *(f"eval/{name}" for name in names)}
     assert after["eval/loss"] < before["eval/loss"]
+    card = (export / "README.md").read_text()
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == str(inputs.checkpoint)
+    assert f"| loss | {before['eval/loss']:.4f} | {after['eval/loss']:.4f} |" in body
+    assert "simpo_beta: 2.0" in body and "torch " in body and f"--export-hf {export}" in body
 
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert list((save / "tensorboard").glob("events*"))
