@@ -96,10 +96,9 @@ def run(args: argparse.Namespace) -> None:
 
     from simpo_megatron.diagnose import figures, load_model, score
     from simpo_megatron.diagnose.page import page, rankings_table, table
+    from simpo_megatron.models.transformers_model import choose_device
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda finds no CUDA device; use --device cpu")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = choose_device(args.device)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     policy, reference = (load_model(flag, folder, dtype, device) for flag, folder in folders.items())
     scored = score(policy, reference, pairs, args.batch_tokens)

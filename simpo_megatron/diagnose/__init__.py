@@ -12,6 +12,7 @@ plots.py     the plots, as SVG
 from __future__ import annotations
 
 from simpo_megatron.diagnose.figures import figures
-from simpo_megatron.diagnose.scoring import Scored, load_model, score
+from simpo_megatron.diagnose.scoring import Scored, score
+from simpo_megatron.models.transformers_model import load_model
 
 __all__ = ["Scored", "figures", "load_model", "score"]

@@ -13,7 +13,6 @@ V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,37 +45,6 @@ class Scored:
     lengths: np.ndarray
 
 
-def load_model(flag: str, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-    """A model of transformers, ready to score.
-
-    Args:
-        flag: that names the folder, for the error.
-        folder: the Hugging Face checkpoint.
-        dtype: of the weights.
-        device: of the weights.
-
-    Raises:
-        UserError: transformers cannot load it, or weights of the model are not in it.
-    """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder} is not a folder; give the folder of a Hugging Face checkpoint")
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{flag} {folder} cannot be loaded by transformers: {reason}") from error
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"{flag} {folder} has no {missing[0]}, and {len(missing)} weights are missing in all")
-    return model.to(device).eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def score(
     policy: Any, reference: Any, pairs: Pairs, batch_tokens: int = BATCH_TOKENS, block_bytes: int = BLOCK_BYTES
@@ -84,8 +52,8 @@ def score(
     """Scores the responses of all pairs under both models.
 
     Args:
-        policy: from `load_model`.
-        reference: from `load_model`, with the same vocabulary.
+        policy: from `models.transformers_model.load_model`.
+        reference: the same, with the same vocabulary.
         pairs: their token ids.
         batch_tokens: tokens of a batch, with padding; a longer sequence has a batch of its own.
         block_bytes: memory for the logits of both models.

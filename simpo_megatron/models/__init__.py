@@ -15,6 +15,7 @@ build.py          the TransformerConfig and the GPTModels of this rank
 placement.py      the parameters of a built model, each with its entry of the weight table
 load.py           Hugging Face weights -> the parameters of this rank
 export.py         the parameters of all ranks -> a Hugging Face checkpoint
+transformers_model.py  whole models of transformers on one device. No Megatron
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids
 from simpo_megatron.on_policy.backends import BACKENDS
 from simpo_megatron.on_policy.backends.base import Backend, Limits, Request, Response
-from simpo_megatron.on_policy.hf_models import weights_of
 from simpo_megatron.on_policy.journal import Journal
 from simpo_megatron.on_policy.progress import Meter, meter
 from simpo_megatron.on_policy.prompts import Prompt
 from simpo_megatron.on_policy.sampling import SamplingSettings, response_seed
 from simpo_megatron.settings import Group
+from simpo_megatron.trainer.reference_source import weights_fingerprint_in
 
 
 class Generator:
@@ -49,7 +49,7 @@ class Generator:
         )
         self._about = {
             "model": str(checkpoint.resolve()),
-            "weights": weights_of(checkpoint),
+            "weights": weights_fingerprint_in(checkpoint),
             **fingerprint(tokenizer, eos_ids),
             "backend": backend,
             **self._backend.about(),

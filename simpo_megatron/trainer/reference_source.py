@@ -129,6 +129,12 @@ def weights_fingerprint_of(folder: Path) -> str:
     return weights_fingerprint({tensor.file for tensor in hf.tensors.values()})
 
 
+def weights_fingerprint_in(folder: Path) -> str | None:
+    """The fingerprint of all files of weights in a folder, of any model; None where it has none."""
+    files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
+    return weights_fingerprint(files) if files else None
+
+
 def weights_fingerprint(files: Iterable[Path]) -> str:
     """A digest of files of weights: their names and sizes, and samples from end to end.
 

@@ -12,15 +12,14 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from simpo_megatron.data.tokenizer import load_tokenizer
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.transformers_model import choose_device, choose_dtype, load_model
 from simpo_megatron.on_policy.backends.base import Limits, Request, Response
 from simpo_megatron.on_policy.backends.settings import TransformersSettings
-from simpo_megatron.on_policy.hf_models import device_and_dtype, load_model
 
 _MOST = 256  # responses in a batch
 _USED = 0.5  # share of the free memory that keys, values and logits of a batch may take
@@ -33,10 +32,11 @@ class TransformersBackend:
         self, checkpoint: Path, settings: TransformersSettings, limits: Limits, eos_ids: Sequence[int]
     ) -> None:
         self._limits, self._eos_ids = limits, list(eos_ids)
-        self._device, self._dtype = device_and_dtype(settings.device, settings.dtype)
+        self._device = choose_device(settings.device)
+        self._dtype = choose_dtype(settings.dtype, self._device)
         self._tokenizer = load_tokenizer(checkpoint)
         self._model: Any = load_model(
-            transformers.AutoModelForCausalLM, checkpoint, self._dtype, self._device, settings.trust_remote_code
+            "--hf-checkpoint", checkpoint, self._dtype, self._device, trust_remote_code=settings.trust_remote_code
         )
         self.block = settings.batch_size or self._batch_that_fits()
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
-from simpo_megatron.on_policy.hf_models import device_and_dtype, load_model, weights_of
+from simpo_megatron.models.transformers_model import choose_device, choose_dtype, load_model
 from simpo_megatron.on_policy.scorers.base import Answered
 from simpo_megatron.on_policy.scorers.settings import RewardModelSettings
 from simpo_megatron.settings import required
+from simpo_megatron.trainer.reference_source import weights_fingerprint_in
 
 
 class RewardModel:
@@ -23,19 +23,19 @@ class RewardModel:
 
     def __init__(self, settings: RewardModelSettings) -> None:
         folder = required(settings.reward_model, "--reward-model is missing; give the folder of a reward model")
-        device, dtype = device_and_dtype(settings.device, settings.dtype)
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
         self._tokenizer: Any = load_tokenizer(folder, "--reward-model")
         self._settings, self._folder = settings, folder
-        self._model = load_model(
-            transformers.AutoModelForSequenceClassification, folder, dtype, device, settings.trust_remote_code
-        )
+        auto = "AutoModelForSequenceClassification"
+        self._model = load_model("--reward-model", folder, dtype, device, auto, settings.trust_remote_code)
         if getattr(self._model.config, "num_labels", 1) != 1 and not self._own_score():
             raise UserError(
                 f"--reward-model {folder} has {self._model.config.num_labels} outputs; a reward model has one"
             )
         self._about = {
             "reward_model": str(folder.resolve()),
-            "weights": weights_of(folder),
+            "weights": weights_fingerprint_in(folder),
             **fingerprint(self._tokenizer, ()),
             "dtype": str(dtype).removeprefix("torch."),
         }
