@@ -138,26 +138,67 @@ def write_report(flag: str, file: Path, text: str) -> None:
         raise cannot_write(f"{flag} {file}", error, "give another file") from error
 
 
-def with_time_left(parts: Sequence[T], title: str, shown: bool = True) -> Iterator[T]:
-    """The same parts. Shows the time that is left: in a bar on a terminal, else in a line for every tenth.
+class Meter:
+    """Counts the parts of a long work that are done; `meter` makes it.
+
+    Attributes:
+        tokens: counted so far.
+    """
+
+    def __init__(self, title: str, total: int, bar: Any, lines: bool) -> None:
+        self._title, self._total, self._bar, self._lines = title, total, bar, lines
+        self._task = bar.add_task(title, total=total, speed="")
+        self._started, self._parts, self.tokens = time.monotonic(), 0, 0
+
+    def add(self, parts: int, tokens: int = 0) -> None:
+        """Counts finished parts, and their tokens where the work has some."""
+        tenth = -(-self._total // 10)
+        crossed = (self._parts + parts) // tenth > self._parts // tenth
+        self._parts, self.tokens = self._parts + parts, self.tokens + tokens
+        speed = f"{self.tokens_per_second:,.0f} tokens/s" if self.tokens else ""
+        self._bar.update(self._task, advance=parts, speed=speed)
+        if self._lines and crossed:
+            seconds = time.monotonic() - self._started
+            left = timedelta(seconds=round(seconds / self._parts * (self._total - self._parts)))
+            said = [f"{self._title}: {self._parts} of {self._total}", *([speed] if speed else []), f"{left} left"]
+            print(", ".join(said), file=sys.stderr, flush=True)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Since the start."""
+        return self.tokens / max(time.monotonic() - self._started, 1e-9)
+
+
+@contextlib.contextmanager
+def meter(title: str, total: int, shown: bool = True) -> Iterator[Meter]:
+    """Shows the progress and the time that is left: in a bar on a terminal, else in a line for every tenth.
 
     Args:
-        parts: of the work; each takes about as long.
         title: what is done.
+        total: number of parts, each of which takes about as long.
         shown: False: nothing is shown (on ranks other than 0).
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console, started = Console(stderr=True), time.monotonic()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tenth = -(-len(parts) // 10)
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        for number, part in enumerate(bar.track(parts, description=title), start=1):
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (shown and console.is_terminal),
+    ) as bar:
+        yield Meter(title, total, bar, lines=shown and not console.is_terminal)
+
+
+def with_time_left(parts: Sequence[T], title: str, shown: bool = True) -> Iterator[T]:
+    """The same parts, with the progress that `meter` shows."""
+    with meter(title, len(parts), shown) as done:
+        for part in parts:
             yield part
-            if shown and not console.is_terminal and number % tenth == 0:
-                left = timedelta(seconds=round((time.monotonic() - started) / number * (len(parts) - number)))
-                print(f"{title}: {number} of {len(parts)} batches, {left} left", file=sys.stderr, flush=True)
+            done.add(1)
 
 
 @contextlib.contextmanager

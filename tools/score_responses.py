@@ -15,13 +15,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from simpo_megatron.config.arguments import add_settings, build_group, heading, settable
+from simpo_megatron.config.arguments import add_settings, build_group, heading
 from simpo_megatron.errors import UserError
+from simpo_megatron.on_policy.choice import flag_of_another
 from simpo_megatron.on_policy.journal import Journal
 from simpo_megatron.on_policy.scorers import CHOSEN_BY, SCORERS
 from simpo_megatron.on_policy.scoring import score_responses
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import flag, path_value, source_value
+
+SETTINGS = {name: entry.settings for name, entry in SCORERS.items()}
 
 
 def build_parser() -> Parser:
@@ -36,8 +39,8 @@ def build_parser() -> Parser:
         "--responses", type=source_value, required=True, metavar="SOURCE", help="rows with `prompt` and `responses`"
     )
     parser.add_argument("--output", type=path_value, required=True, metavar="FILE", help="the .jsonl to write")
-    for entry in SCORERS.values():
-        add_settings(parser.add_argument_group(heading(entry.settings)), entry.settings)
+    for group in SETTINGS.values():
+        add_settings(parser.add_argument_group(heading(group)), group)
     return parser
 
 
@@ -51,12 +54,9 @@ def run(args: argparse.Namespace) -> None:
     name = CHOSEN_BY[chosen[0]]
     if Path(args.responses).resolve() == args.output.resolve():
         raise UserError(f"--output {args.output} is the input; choose another file")
-    own = {field.name for field in settable(SCORERS[name].settings)}
-    for entry in SCORERS.values():
-        for field in settable(entry.settings):
-            if field.name in given and field.name not in own:
-                raise UserError(f"{flag(field.name)} has no effect with {flag(chosen[0])}; drop it")
-    scorer = SCORERS[name].load()(build_group(SCORERS[name].settings, given))
+    if (other := flag_of_another(name, SETTINGS, given)) is not None:
+        raise UserError(f"{flag(other[0])} has no effect with {flag(chosen[0])}; drop it")
+    scorer = SCORERS[name].load()(build_group(SETTINGS[name], given))
     with Journal.open("--output", args.output, scorer.about()) as journal:
         progress = score_responses(args.responses, scorer, journal)
         print(f"{args.output}: {len(journal.done)} prompts scored; {progress.tokens_per_second:,.0f} tokens/s")

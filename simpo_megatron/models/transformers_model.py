@@ -76,7 +76,7 @@ def load_model(
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise UserError(
-            f"{flag} {folder} has no weights for {', '.join(missing[:3])}, and {len(missing)} are missing in all; is it "
-            "another kind of model?"
+            f"{flag} {folder} has no weights for {', '.join(missing[:3])}, and {len(missing)} are missing in all; is "
+            "it another kind of model?"
         )
     return model.to(device).eval().requires_grad_(False)

@@ -25,7 +25,6 @@ Rounds:
 Used by all:
 
     journal.py           a JSON Lines file that goes on where a killed run stopped
-    progress.py          progress, tokens/s and the time that is left
     http_client.py       requests to a server with OpenAI's interface
     registry.py          a line of a registry of backends or scorers
     choice.py            flags of the part that is chosen

@@ -7,7 +7,6 @@ settings = chosen_settings(args, "backend", {...})       # a flag of another par
 from __future__ import annotations
 
 import argparse
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,12 +40,21 @@ def chosen_settings(args: argparse.Namespace, name: str, parts: Mapping[str, typ
     Raises:
         UserError: a flag of another part is given, or a value is wrong.
     """
-    given, part = vars(args), getattr(args, name)
-    own = typing.get_type_hints(parts[part])
-    for other, group in parts.items():
-        for field in settable(group):
-            if field.name in given and field.name not in own:
-                raise UserError(
-                    f"{flag(field.name)} belongs to {flag(name)} {other} and has no effect on {part}; drop it"
-                )
-    return build_group(parts[part], given)
+    part = getattr(args, name)
+    if (other := flag_of_another(part, parts, vars(args))) is not None:
+        field, owner = other
+        raise UserError(f"{flag(field)} belongs to {flag(name)} {owner} and has no effect on {part}; drop it")
+    return build_group(parts[part], vars(args))
+
+
+def flag_of_another(part: str, parts: Mapping[str, type[Group]], given: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first setting that is given and that the chosen part does not have, with the part that has it.
+
+    Args:
+        part: the name of the chosen part.
+        parts: name of a part -> its settings.
+        given: the flags of the command line, by field name.
+    """
+    own = {field.name for field in settable(parts[part])}
+    others = ((field.name, name) for name, group in parts.items() for field in settable(group))
+    return next(((field, name) for field, name in others if field in given and field not in own), None)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
-from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids
 from simpo_megatron.on_policy.backends import BACKENDS
-from simpo_megatron.on_policy.backends.base import Backend, Limits, Request, Response
+from simpo_megatron.on_policy.backends.base import Backend, Request, Response
 from simpo_megatron.on_policy.journal import Journal
-from simpo_megatron.on_policy.progress import Meter, meter
 from simpo_megatron.on_policy.prompts import Prompt
 from simpo_megatron.on_policy.sampling import SamplingSettings, response_seed
+from simpo_megatron.program import Meter, meter
 from simpo_megatron.settings import Group
 from simpo_megatron.trainer.reference_source import weights_fingerprint_in
 
@@ -40,11 +40,10 @@ class Generator:
         tokenizer = load_tokenizer(checkpoint)
         eos_ids = end_of_turn_ids(checkpoint)
         self._encoder = PairEncoder(tokenizer, DataOptions(), eos_ids)
-        limits = Limits(sampling.top_p, sampling.top_k, sampling.max_new_tokens)
         self._backend: Backend = BACKENDS[backend].load()(
             checkpoint,
             settings,
-            limits,
+            sampling,
             sorted(self._encoder.eos_ids, key=lambda token: token != tokenizer.eos_token_id),
         )
         self._about = {
@@ -81,37 +80,30 @@ class Generator:
             (prompt, heat) for prompt, heat in zip(prompts, everywhere, strict=True) if prompt.id not in journal.done
         ]
         encoded = self._encoder.encode_prompts([(prompt.where, prompt.messages) for prompt, _ in todo])
-        order = sorted(range(len(todo)), key=lambda i: -len(encoded[i]))
+        by_length = iter(sorted(zip(todo, encoded, strict=True), key=lambda one: -len(one[1])))
+        size = max(1, self._backend.block // self.sampling.num_responses)
         with meter(title, len(todo)) as progress:
-            while order:
-                size = max(1, self._backend.block // self.sampling.num_responses)
-                block, order = order[:size], order[size:]
-                requests = [
-                    Request(
-                        tuple(encoded[i]),
-                        todo[i][0].messages,
-                        todo[i][1],
-                        response_seed(self.sampling.seed, todo[i][0].id, index),
-                    )
-                    for i in block
-                    for index in range(self.sampling.num_responses)
-                ]
-                responses = self._backend.generate(requests)
-                rows = []
-                for number, i in enumerate(block):
-                    first = number * self.sampling.num_responses
-                    mine = slice(first, first + self.sampling.num_responses)
-                    rows.append(_row(todo[i][0], requests[mine], responses[mine]))
-                journal.append(rows)
+            while block := list(islice(by_length, size)):
+                asked = [list(self._requests(prompt, heat, ids)) for (prompt, heat), ids in block]
+                responses = self._backend.generate([request for requests in asked for request in requests])
+                left = iter(responses)
+                journal.append(
+                    [
+                        _row(prompt, requests, list(islice(left, len(requests))))
+                        for ((prompt, _), _), requests in zip(block, asked, strict=True)
+                    ]
+                )
                 progress.add(len(block), sum(response.tokens for response in responses))
         return progress
+
+    def _requests(self, prompt: Prompt, temperature: float, ids: Sequence[int]) -> Iterator[Request]:
+        """What is asked for a prompt."""
+        for index in range(self.sampling.num_responses):
+            yield Request(tuple(ids), prompt.messages, temperature, response_seed(self.sampling.seed, prompt.id, index))
 
 
 def _row(prompt: Prompt, requests: Sequence[Request], responses: Sequence[Response]) -> dict[str, Any]:
     """What is written for a prompt."""
-    for response in responses:
-        if not isinstance(response.content, str):
-            raise UserError(f"{prompt.where}: the backend gave {response.content!r} in place of a text")
     return {
         "id": prompt.id,
         "prompt": prompt.messages,

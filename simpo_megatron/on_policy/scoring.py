@@ -11,9 +11,9 @@ from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.schema import is_number, shown
 from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.journal import Journal
-from simpo_megatron.on_policy.progress import Meter, meter
 from simpo_megatron.on_policy.prompts import parse_prompt
 from simpo_megatron.on_policy.scorers.base import Answered, Scorer
+from simpo_megatron.program import Meter, meter
 
 
 def read_responses(source: str | Path) -> Iterator[tuple[Answered, dict[str, Any]]]:

@@ -19,10 +19,9 @@ import transformers
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.schema import parse_preference
-from simpo_megatron.on_policy.backends.base import Limits
 from simpo_megatron.on_policy.backends.transformers_backend import draw
 from simpo_megatron.on_policy.prompts import Shard, read_prompts
-from simpo_megatron.on_policy.sampling import response_seed
+from simpo_megatron.on_policy.sampling import SamplingSettings, response_seed
 from tests.support.openai_server import serving
 from tests.support.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
 from tools import generate_responses
@@ -141,10 +140,10 @@ def test_draws_follow_the_distribution(top_k: int) -> None:
         expected = processor(torch.zeros(1, 1, dtype=torch.long), expected[None])[0]
     count = 20000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    found = draw(logits.expand(count, -1), torch.full((count,), 0.7), Limits(0.9, top_k, 1), numbers)
+    found = draw(logits.expand(count, -1), torch.full((count,), 0.7), SamplingSettings(top_p=0.9, top_k=top_k), numbers)
     frequencies = torch.bincount(found, minlength=5) / count
     torch.testing.assert_close(frequencies.double(), expected.softmax(0), atol=1e-3, rtol=0)
-    greedy = draw(logits.expand(4, -1), torch.zeros(4), Limits(0.9, top_k, 1), numbers[:4])
+    greedy = draw(logits.expand(4, -1), torch.zeros(4), SamplingSettings(top_p=0.9, top_k=top_k), numbers[:4])
     assert greedy.tolist() == [3] * 4
 
 

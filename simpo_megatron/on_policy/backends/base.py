@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from simpo_megatron.data.schema import Message
+from simpo_megatron.on_policy.sampling import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,6 @@ class Response:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What is the same for all responses of a run.
-
-    Attributes:
-        top_p: least probability of the tokens that are drawn from.
-        top_k: most tokens that are drawn from; 0: no limit.
-        max_new_tokens: most tokens of a response.
-    """
-
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-
-
 class Backend(Protocol):
     """A model that answers.
 
@@ -66,13 +52,13 @@ class Backend(Protocol):
 
     block: int
 
-    def __init__(self, checkpoint: Path, settings: Any, limits: Limits, eos_ids: Sequence[int]) -> None:
+    def __init__(self, checkpoint: Path, settings: Any, sampling: SamplingSettings, eos_ids: Sequence[int]) -> None:
         """Loads the model.
 
         Args:
             checkpoint: folder of the Hugging Face checkpoint.
             settings: the group of `settings.py` that belongs to the backend.
-            limits: of all responses.
+            sampling: of the run; the temperature is that of each request.
             eos_ids: ids that end a response.
 
         Raises:

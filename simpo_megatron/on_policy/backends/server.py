@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.errors import UserError
-from simpo_megatron.on_policy.backends.base import Limits, Request, Response
+from simpo_megatron.on_policy.backends.base import Request, Response
 from simpo_megatron.on_policy.backends.settings import ServerSettings
+from simpo_megatron.on_policy.sampling import SamplingSettings
 
 
 class ServerBackend:
     """See `base.Backend`."""
 
-    def __init__(self, checkpoint: Path, settings: ServerSettings, limits: Limits, eos_ids: Sequence[int]) -> None:
-        self._settings, self._limits, self._eos_ids = settings, limits, list(eos_ids)
+    def __init__(
+        self, checkpoint: Path, settings: ServerSettings, sampling: SamplingSettings, eos_ids: Sequence[int]
+    ) -> None:
+        self._settings, self._sampling, self._eos_ids = settings, sampling, list(eos_ids)
         self._client = settings.client()
         self._model = self._client.model(settings.server_model)
         self.block = 8 * settings.concurrency
@@ -40,34 +41,29 @@ class ServerBackend:
         body: dict[str, Any] = {
             "model": self._model,
             "temperature": request.temperature,
-            "top_p": self._limits.top_p,
-            "max_tokens": self._limits.max_new_tokens,
+            "top_p": self._sampling.top_p,
+            "max_tokens": self._sampling.max_new_tokens,
             "seed": request.seed,
         }
-        if self._limits.top_k:
-            body["top_k"] = self._limits.top_k
+        if self._sampling.top_k:
+            body["top_k"] = self._sampling.top_k
         if chat:
             body["messages"] = request.messages
         else:
             body |= {"prompt": list(request.ids), "stop_token_ids": self._eos_ids}
-        answer = self._client.post("chat/completions" if chat else "completions", body, _read_chat if chat else _read)
-        if answer.content is None:
-            raise UserError(f"--server-url {self._settings.server_url}: a reply without a text; check the server's log")
-        return Response(str(answer.content), answer.finish_reason, answer.tokens)
+        return self._client.post("chat/completions" if chat else "completions", body, _read_chat if chat else _read)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    content: str | None
-    finish_reason: str
-    tokens: int
+def _read(reply: dict[str, Any]) -> Response:
+    return _response(reply, reply["choices"][0]["text"])
 
 
-def _read(reply: dict[str, Any]) -> _Answer:
-    choice = reply["choices"][0]
-    return _Answer(choice["text"], str(choice["finish_reason"]), int(reply["usage"]["completion_tokens"]))
+def _read_chat(reply: dict[str, Any]) -> Response:
+    return _response(reply, reply["choices"][0]["message"]["content"])
 
 
-def _read_chat(reply: dict[str, Any]) -> _Answer:
-    choice = reply["choices"][0]
-    return _Answer(choice["message"]["content"], str(choice["finish_reason"]), int(reply["usage"]["completion_tokens"]))
+def _response(reply: dict[str, Any], content: Any) -> Response:
+    """The response of a reply; raises TypeError where it has no text, so that the request is sent again."""
+    if not isinstance(content, str):
+        raise TypeError(f"its text is {content!r}")
+    return Response(content, str(reply["choices"][0]["finish_reason"]), int(reply["usage"]["completion_tokens"]))

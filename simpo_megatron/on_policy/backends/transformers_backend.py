@@ -18,8 +18,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from simpo_megatron.data.tokenizer import load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.transformers_model import choose_device, choose_dtype, load_model
-from simpo_megatron.on_policy.backends.base import Limits, Request, Response
+from simpo_megatron.on_policy.backends.base import Request, Response
 from simpo_megatron.on_policy.backends.settings import TransformersSettings
+from simpo_megatron.on_policy.sampling import SamplingSettings
 
 _MOST = 256  # responses in a batch
 _USED = 0.5  # share of the free memory that keys, values and logits of a batch may take
@@ -29,9 +30,9 @@ class TransformersBackend:
     """See `base.Backend`."""
 
     def __init__(
-        self, checkpoint: Path, settings: TransformersSettings, limits: Limits, eos_ids: Sequence[int]
+        self, checkpoint: Path, settings: TransformersSettings, sampling: SamplingSettings, eos_ids: Sequence[int]
     ) -> None:
-        self._limits, self._eos_ids = limits, list(eos_ids)
+        self._sampling, self._eos_ids = sampling, list(eos_ids)
         self._device = choose_device(settings.device)
         self._dtype = choose_dtype(settings.dtype, self._device)
         self._tokenizer = load_tokenizer(checkpoint)
@@ -49,7 +50,7 @@ class TransformersBackend:
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        length = min(2 * self._limits.max_new_tokens, getattr(config, "max_position_embeddings", 2**31))
+        length = min(2 * self._sampling.max_new_tokens, getattr(config, "max_position_embeddings", 2**31))
         cache = 2 * config.num_hidden_layers * width * self._dtype.itemsize * length
         logits = 4 * 6 * config.vocab_size  # fp32 copies of the last position while a token is drawn
         free = torch.cuda.mem_get_info()[0] if self._device == "cuda" else psutil.virtual_memory().available
@@ -65,8 +66,8 @@ class TransformersBackend:
             except torch.OutOfMemoryError as error:
                 if self.block == 1:
                     raise UserError(
-                        f"--max-new-tokens {self._limits.max_new_tokens}: one response does not fit the GPU's memory; "
-                        "lower it, or use a larger GPU"
+                        f"--max-new-tokens {self._sampling.max_new_tokens}: one response does not fit the GPU's "
+                        "memory; lower it, or use a larger GPU"
                     ) from error
                 self.block = -(-min(self.block, len(batch)) // 2)
                 torch.cuda.empty_cache()
@@ -84,11 +85,11 @@ class TransformersBackend:
             # Draw makes the chosen token the most likely one.
             generation_config=GenerationConfig(
                 do_sample=False,
-                max_new_tokens=self._limits.max_new_tokens,
+                max_new_tokens=self._sampling.max_new_tokens,
                 eos_token_id=self._eos_ids or None,
                 pad_token_id=pad,
             ),
-            logits_processor=LogitsProcessorList([Draw(requests, self._limits, longest)]),
+            logits_processor=LogitsProcessorList([Draw(requests, self._sampling, longest)]),
         )
         return [self._response(ids) for ids in output[:, longest:].tolist()]
 
@@ -110,17 +111,17 @@ class Draw(LogitsProcessor):
 
     Args:
         requests: one a row.
-        limits: of all rows.
+        sampling: of all rows.
         start: number of positions before the first generated one.
     """
 
-    def __init__(self, requests: Sequence[Request], limits: Limits, start: int) -> None:
-        self._limits, self._start = limits, start
+    def __init__(self, requests: Sequence[Request], sampling: SamplingSettings, start: int) -> None:
+        self._sampling, self._start = sampling, start
         self._temperatures = [request.temperature for request in requests]
         # One number a token, drawn on the CPU: the same on every device.
         self._numbers = torch.stack(
             [
-                torch.rand(limits.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
                 for seed in (request.seed for request in requests)
             ]
         )
@@ -133,17 +134,17 @@ class Draw(LogitsProcessor):
             scores: [rows, vocabulary].
         """
         numbers = self._numbers[:, input_ids.shape[1] - self._start].to(scores.device)
-        chosen = draw(scores.double(), torch.tensor(self._temperatures, device=scores.device), self._limits, numbers)
+        chosen = draw(scores.double(), torch.tensor(self._temperatures, device=scores.device), self._sampling, numbers)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
-def draw(logits: Tensor, temperatures: Tensor, limits: Limits, numbers: Tensor) -> Tensor:
+def draw(logits: Tensor, temperatures: Tensor, sampling: SamplingSettings, numbers: Tensor) -> Tensor:
     """Draws a token for every row, by the inverse of the cumulative distribution.
 
     Args:
         logits: float64 [rows, vocabulary].
         temperatures: [rows]; 0 takes the largest logit.
-        limits: top_k and top_p.
+        sampling: top_k and top_p.
         numbers: float64 [rows], uniform in [0, 1).
 
     Returns:
@@ -153,12 +154,12 @@ def draw(logits: Tensor, temperatures: Tensor, limits: Limits, numbers: Tensor) 
     scaled = logits / torch.where(greedy, 1.0, temperatures)[:, None]
     ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
-    if limits.top_k:
-        probabilities[:, limits.top_k :] = 0
+    if sampling.top_k:
+        probabilities[:, sampling.top_k :] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
     # A token stays where those before it do not reach top_p yet; so the first always stays.
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= limits.top_p, 0)
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     cumulative = probabilities.cumsum(-1)
     place = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]
     last = (probabilities > 0).sum(-1) - 1  # rounding must not draw a token that was left out

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.on_policy.backends.base import Limits, Request, Response
+from simpo_megatron.on_policy.backends.base import Request, Response
 from simpo_megatron.on_policy.backends.settings import VLLMSettings
+from simpo_megatron.on_policy.sampling import SamplingSettings
 
 
 class VLLMBackend:
@@ -17,7 +18,9 @@ class VLLMBackend:
 
     block = 4096
 
-    def __init__(self, checkpoint: Path, settings: VLLMSettings, limits: Limits, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, checkpoint: Path, settings: VLLMSettings, sampling: SamplingSettings, eos_ids: Sequence[int]
+    ) -> None:
         try:
             import vllm
         except ImportError:
@@ -25,7 +28,7 @@ class VLLMBackend:
                 "--backend vllm: vllm is not installed; install it in an environment of its own, since its versions of "
                 "torch and transformers differ from Megatron's, or use --backend server or transformers"
             ) from None
-        self._sampling_params, self._limits, self._eos_ids = vllm.SamplingParams, limits, list(eos_ids)
+        self._sampling_params, self._sampling, self._eos_ids = vllm.SamplingParams, sampling, list(eos_ids)
         self._model = vllm.LLM(
             model=str(checkpoint),
             tensor_parallel_size=settings.tensor_parallel_size,
@@ -39,16 +42,16 @@ class VLLMBackend:
 
     def generate(self, requests: Sequence[Request]) -> list[Response]:
         """See `base.Backend`. Token ids are given, so vLLM adds no BOS."""
-        limits = self._limits
+        sampling = self._sampling
         outputs = self._model.generate(
             [{"prompt_token_ids": list(request.ids)} for request in requests],
             [
                 self._sampling_params(
                     n=1,
                     temperature=request.temperature,
-                    top_p=limits.top_p,
-                    top_k=limits.top_k or -1,
-                    max_tokens=limits.max_new_tokens,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k or -1,
+                    max_tokens=sampling.max_new_tokens,
                     seed=request.seed,
                     stop_token_ids=self._eos_ids,
                 )
