@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from simpo_megatron.checkpoint.cli import add_conversion_flags, print_end
+from simpo_megatron.checkpoint.cli import add_conversion_flags, carry_out, options_of
 from simpo_megatron.errors import UserError
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import path_value
@@ -72,20 +72,12 @@ def run(argv: Sequence[str] | None) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from simpo_megatron.checkpoint.adapter import plan_to_peft, read_adapter
-    from simpo_megatron.checkpoint.estimate import print_plan
     from simpo_megatron.checkpoint.folder import checkpoint_folder
-    from simpo_megatron.checkpoint.transfer import publish
     from simpo_megatron.models.hf_checkpoint import read_hf_config
 
     hf = read_hf_config(args.hf_checkpoint)
     lora, saved = read_adapter(checkpoint_folder(args.load), hf)
-    options = publish.Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
-    conversion = plan_to_peft(hf, lora, saved, args.save, options)
-    if args.plan:
-        print_plan(conversion, options)
-        return 0
-    print_end(publish.run(conversion, options), conversion.final, args.shard)
-    return 0
+    return carry_out(plan_to_peft(hf, lora, saved, args.save, options_of(args)), args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

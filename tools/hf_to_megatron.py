@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, print_end
+from simpo_megatron.checkpoint.cli import add_conversion_flags, carry_out, options_of, positive
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import path_value
 
@@ -44,11 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     """Converts; 0 when the checkpoint, or this shard of it, is written."""
     args = build_parser().parse_args(argv)
-    from simpo_megatron.checkpoint.estimate import print_plan
     from simpo_megatron.checkpoint.formats.rank_files_writer import RankLayout
     from simpo_megatron.checkpoint.source import has_weights, imagine_weights, read_source
     from simpo_megatron.checkpoint.to_megatron import plan_to_megatron
-    from simpo_megatron.checkpoint.transfer import publish
     from simpo_megatron.errors import UserError
     from simpo_megatron.models.hf_checkpoint import read_hf_config
 
@@ -58,15 +56,9 @@ def run(argv: Sequence[str] | None) -> int:
         raise UserError(f"{flag} is of --format torch; torch_dist loads at every layout, so drop it")
     imagined = args.plan and args.hf_checkpoint.is_dir() and not has_weights(args.hf_checkpoint)
     hf = imagine_weights(read_hf_config(args.hf_checkpoint)) if imagined else read_source(args.hf_checkpoint)
-    options = publish.Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
     layout = RankLayout(**given) if args.format == "torch" else None
-    conversion = plan_to_megatron(hf, layout, args.save, options)
-    if args.plan:
-        print_plan(conversion, options)
-        return 0
-    complete = publish.run(conversion, options)
-    print_end(complete, conversion.final, args.shard, then=f"; `--load {args.save}` reads it")
-    return 0
+    conversion = plan_to_megatron(hf, layout, args.save, options_of(args))
+    return carry_out(conversion, args, then=f"; `--load {args.save}` reads it")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

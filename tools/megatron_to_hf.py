@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from simpo_megatron.checkpoint.cli import add_conversion_flags, positive, print_end
+from simpo_megatron.checkpoint.cli import add_conversion_flags, carry_out, options_of, positive
 from simpo_megatron.errors import UserError
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import path_value
@@ -45,11 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None) -> int:
     """Converts; 0 when the checkpoint, or this shard of it, is written."""
     args = build_parser().parse_args(argv)
-    from simpo_megatron.checkpoint.estimate import print_plan
     from simpo_megatron.checkpoint.folder import checkpoint_folder, read_args
     from simpo_megatron.checkpoint.saved_args import checkpoint_of_args
     from simpo_megatron.checkpoint.to_hf import check_padding, plan_to_hf, read_checkpoint
-    from simpo_megatron.checkpoint.transfer import publish
     from simpo_megatron.models.hf_checkpoint import read_hf_config
 
     for flag, source in (("--hf-checkpoint", args.hf_checkpoint), ("--load", args.load)):
@@ -66,15 +64,9 @@ def run(argv: Sequence[str] | None) -> int:
     else:
         hf = checkpoint_of_args(folder, read_args(folder), args.vocab_size)
     saved = read_checkpoint(folder, hf)
-    options = publish.Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
     if not args.drop_trained_padding:
         check_padding(saved)
-    conversion = plan_to_hf(hf, saved, args.save, options, DTYPES.get(args.dtype))
-    if args.plan:
-        print_plan(conversion, options)
-        return 0
-    print_end(publish.run(conversion, options), conversion.final, args.shard)
-    return 0
+    return carry_out(plan_to_hf(hf, saved, args.save, options_of(args), DTYPES.get(args.dtype)), args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

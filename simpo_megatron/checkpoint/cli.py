@@ -1,13 +1,16 @@
-"""What the converting programs in tools/ share: flags, and the last line."""
+"""What the converting programs in tools/ share: flags, running a plan, and the last line."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simpo_megatron.settings import parse_size
+
+if TYPE_CHECKING:
+    from simpo_megatron.checkpoint.transfer.publish import Conversion, Options
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -57,17 +60,36 @@ def add_conversion_flags(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote")
 
 
-def print_end(complete: bool, folder: Path, shard: tuple[int, int], then: str = "") -> None:
-    """Prints how a conversion ended.
+def options_of(args: argparse.Namespace) -> Options:
+    """What the flags of `add_conversion_flags` ask for."""
+    from simpo_megatron.checkpoint.transfer.publish import Options
+
+    return Options(args.max_memory, args.workers, args.shard, args.resume, args.overwrite)
+
+
+def carry_out(conversion: Conversion, args: argparse.Namespace, then: str = "") -> int:
+    """Runs a conversion, or with --plan prints it, and prints how it ended.
 
     Args:
-        complete: whether `folder` is complete, or only this node's share of it.
-        folder: the checkpoint.
-        shard: the share of this node.
+        conversion: that is planned.
+        args: with the flags of `add_conversion_flags`.
         then: what can be done with the complete checkpoint; goes behind the sentence.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: a file cannot be read or written.
     """
-    if complete:
-        print(f"{folder} is complete{then}")
+    from simpo_megatron.checkpoint.estimate import print_plan
+    from simpo_megatron.checkpoint.transfer import publish
+
+    options = options_of(args)
+    if args.plan:
+        print_plan(conversion, options)
+    elif publish.run(conversion, options):
+        print(f"{conversion.final} is complete{then}")
     else:
-        index, count = shard
-        print(f"share {index + 1}/{count} is written; the node that finishes last publishes {folder}")
+        index, count = args.shard
+        print(f"share {index + 1}/{count} is written; the node that finishes last publishes {conversion.final}")
+    return 0
