@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from simpo_megatron.adapters.lora import Lora, projections
 from simpo_megatron.adapters.peft_folder import PeftFolder
@@ -17,6 +17,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.files import check_empty, record_files
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.hf_checkpoint import INDEX, HFCheckpoint, check_tensors, copied_files
+from simpo_megatron.program import with_time_left
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def merge_files(hf: HFCheckpoint, adapter: Path, save: Path) -> None:
         partial.mkdir(parents=True)
         with folder.open() as factor:
             names = set(adapted_names(hf.architecture, folder.lora))
-            for source in sorted({tensor.file for tensor in hf.tensors.values()}):
+            for source in with_time_left(sorted({tensor.file for tensor in hf.tensors.values()}), "Merging files"):
                 _merge_file(hf, source, partial / source.name, lambda name: _added(factor, folder.lora, names, name))
         index = [hf.path / INDEX] if (hf.path / INDEX).is_file() else []
         for path in (*copied_files(hf.path), *index):
@@ -84,7 +85,8 @@ def _added(factor: Factor, lora: Lora, names: set[str], tensor: str) -> Tensor |
 def _merge_file(hf: HFCheckpoint, source: Path, target: Path, added: Callable[[str], Tensor | None]) -> None:
     """Copies one file of the base; the bytes of tensors that change are computed."""
     import torch
-    from safetensors.torch import _TYPES
+
+    from simpo_megatron.models.dtypes import TORCH
 
     tensors = {name: tensor for name, tensor in hf.tensors.items() if tensor.file == source}
     with source.open("rb") as read, target.open("wb") as write:
@@ -93,21 +95,23 @@ def _merge_file(hf: HFCheckpoint, source: Path, target: Path, added: Callable[[s
             if read.tell() != tensor.start:
                 raise UserError(f"{source} has bytes between its tensors; save it again with safetensors")
             plus = added(name)
+            if plus is not None and tensor.dtype not in TORCH:
+                raise UserError(f"{name} in {source} is {tensor.dtype}; adapters are added to {', '.join(TORCH)}")
             if plus is None:
                 _copy(read, write, tensor.length or 0)
                 continue
             data = bytearray(read.read(tensor.length or 0))
-            weight = torch.frombuffer(data, dtype=_TYPES[tensor.dtype]).view(tensor.shape)
+            weight = torch.frombuffer(data, dtype=TORCH[tensor.dtype]).view(tensor.shape)
             merged = (weight.float() + plus).to(weight.dtype)
             write.write(merged.view(torch.uint8).numpy().tobytes())
 
 
-def _copy(read: object, write: object, length: int) -> None:
+def _copy(read: BinaryIO, write: BinaryIO, length: int) -> None:
     while length:
-        data = read.read(min(BLOCK, length))  # type: ignore[attr-defined]
+        data = read.read(min(BLOCK, length))
         if not data:
             raise UserError("a file of the base ended early; copy it again")
-        write.write(data)  # type: ignore[attr-defined]
+        write.write(data)
         length -= len(data)
 
 

@@ -7,6 +7,7 @@ part_layout.py    how Hugging Face tensors form one parameter, and its slices on
 rope.py           rotary frequencies as the config asks for them
 megatron_args.py  an architecture under Megatron-LM's argument names, and back. No torch, no Megatron
 hf_checkpoint.py  a checkpoint directory: its config, and names, shapes and files of its tensors. No torch, no Megatron
+dtypes.py         torch's dtypes by the names of safetensors
 fusions.py        which fused kernels and which attention a model runs with
 spec.py           the layers: Transformer Engine's, or Megatron's on plain torch with RMSNorm and packed attention
 attention.py      attention over packed rows on plain torch, also under context parallelism

@@ -20,10 +20,10 @@ from rich.table import Table
 from torch import Tensor
 
 from simpo_megatron import cpu
-from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.parameters import StoredModel, StoredParameter
 from simpo_megatron.checkpoint.transfer.cut import whole_parameter
 from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
+from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
 TOLERANCE = 1e-5  # relative to the largest value, in fp32

@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.source import model_folder, tensor_bytes
 from simpo_megatron.checkpoint.to_hf import safetensors_header
 from simpo_megatron.data import InMemoryPairs
 from simpo_megatron.disk import cannot_write, free_bytes, human
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     MAX_FILE_BYTES,

@@ -27,9 +27,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.source import tensor_bytes
 from simpo_megatron.data import Pairs
+from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

@@ -6,5 +6,4 @@ rank_files_writer.py  the `torch` format, one file a rank for one layout: which 
 rank_files_reader.py  the same format: the blocks of every parameter in the files of all ranks
 torch_save_file.py    a torch.save file: where its tensors are, and the bytes of one before its tensors are there
 safe_pickle.py        reads pickles without importing or calling anything that they name
-dtypes.py             dtype names of safetensors as torch's
 """

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.formats.torch_save_file import skeleton_of
 from simpo_megatron.checkpoint.parameters import Block, FileSet, MegatronParameter
 from simpo_megatron.checkpoint.saved_args import common_state, megatron_args, namespace
 from simpo_megatron.checkpoint.transfer.moves import OutFile
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.part_layout import rank_rows, rank_slice
 from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from simpo_megatron.checkpoint.formats.dtypes import TORCH
 from simpo_megatron.checkpoint.formats.torch_save_file import Skeleton, skeleton_of
 from simpo_megatron.checkpoint.parameters import Block, FileSet, MegatronParameter
 from simpo_megatron.checkpoint.transfer.moves import OutFile
+from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.weight_table import WeightEntry
 
 CHUNK_BYTES = 64 * 2**20

@@ -200,7 +200,7 @@ def _cast(data: np.ndarray, source: str, target: str) -> np.ndarray:
     """Bytes of one dtype as bytes of another, rounded to nearest."""
     import torch
 
-    from simpo_megatron.checkpoint.formats.dtypes import TORCH
+    from simpo_megatron.models.dtypes import TORCH
 
     return torch.from_numpy(data).view(TORCH[source]).to(TORCH[target]).view(torch.uint8).numpy()
 
