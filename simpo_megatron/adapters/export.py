@@ -10,19 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simpo_megatron.adapters.install import factors
+from simpo_megatron.adapters.install import AdaptedModel, factors
 from simpo_megatron.adapters.peft_folder import write_peft
-from simpo_megatron.adapters.settings import lora_of
-from simpo_megatron.config.adapter import AdapterConfig
-from simpo_megatron.errors import UserError
 from simpo_megatron.models.export import first_replica, gathered
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.placement import unwrap
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 
 
 def export_adapter(
     models: Sequence[torch.nn.Module],
-    settings: AdapterConfig,
     hf: HFCheckpoint,
     path: Path,
     more_files: Mapping[str, str] | None = None,
@@ -32,8 +29,7 @@ def export_adapter(
     Collectives: those of `gather_adapter`, and of `raise_on_all_ranks`.
 
     Args:
-        models: of this rank, wrapped by DDP or not.
-        settings: of the run.
+        models: of this rank, with an adapter, wrapped by DDP or not.
         hf: the checkpoint of the base.
         path: the folder, absent or empty.
         more_files: text files to add, by name.
@@ -41,13 +37,11 @@ def export_adapter(
     Raises:
         UserError: on every rank; the folder is not empty, or a file cannot be written.
     """
-    whole = gather_adapter(models)
+    whole, adapted = gather_adapter(models), unwrap(models[0])
+    assert isinstance(adapted, AdaptedModel)
     with raise_on_all_ranks():
-        lora = lora_of(settings, hf.architecture)
-        if lora is None:
-            raise UserError("--export-adapter needs adapters; give --lora-rank")
         if whole is not None:
-            write_peft(path, lora, whole, hf.architecture, str(hf.path), more_files)
+            write_peft(path, adapted.lora, whole, hf.architecture, str(hf.path), more_files)
 
 
 def gather_adapter(models: Sequence[torch.nn.Module]) -> dict[str, Tensor] | None:

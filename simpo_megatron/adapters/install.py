@@ -34,10 +34,12 @@ class AdaptedModel(GPTModel):
     """A GPTModel with an adapter. Its checkpoints hold the factors alone; the base comes from its own checkpoint.
 
     Attributes:
+        lora: the adapter.
         table: the weight table, with the entries of the factors.
         tied: whether the output layer is the embedding.
     """
 
+    lora: Lora
     table: Sequence[WeightEntry]
     tied: bool
 
@@ -105,7 +107,7 @@ def install(models: Sequence[GPTModel], hf: HFCheckpoint, lora: Lora, seed: int)
             ).attach(linear)
         adapted: Any = model
         adapted.__class__ = AdaptedModel
-        adapted.table, adapted.tied = table, tied
+        adapted.lora, adapted.table, adapted.tied = lora, table, tied
         mark_parameters(model, table, tied=tied)
         for place in factors(model):
             _mark(place, model.config.sequence_parallel)

@@ -274,17 +274,17 @@ class Run:
             self.logger.message(f"GPU memory of rank 0: {allocated:.1f} GiB allocated, {reserved:.1f} GiB reserved")
 
     def _export(self) -> None:
-        engine, adapter = self.engine, self.config.adapter
+        engine = self.engine
         targets, record = missing_exports(self.config, self.state), export_record(self.config, self.state)
         first = dist.get_rank() == 0
-        card = {"README.md": model_card(self.config, self.train_pairs.fingerprint, self.evaluations)} if first else {}
         if targets:
             engine.sync_parameters()
         if (folder := targets.get("--export-hf")) is not None:
-            merged = MergedWeights(engine.models) if adapter.trains_adapters else None
+            merged = MergedWeights(engine.models) if self.config.adapter.trains_adapters else None
+            card = {"README.md": model_card(self.config, self.state.tokens_crc32, self.evaluations)} if first else {}
             export_hf(engine.models, engine.hf, folder, progress=first, merged=merged, more_files={**record, **card})
         if (folder := targets.get("--export-adapter")) is not None:
-            export_adapter(engine.models, adapter, engine.hf, folder, more_files=record)
+            export_adapter(engine.models, engine.hf, folder, more_files=record)
         for folder in targets.values():
             self.logger.message(f"exported to {folder}")
 
