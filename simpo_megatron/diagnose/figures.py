@@ -62,9 +62,8 @@ def figures(scored: Scored, objective: Objective) -> dict[str, Any]:
 
 def rewards_of(scored: Scored, objective: Objective) -> np.ndarray:
     """The rewards that the objective gives to the policy's responses, float64 [P, M]."""
-    nothing = torch.full((len(scored.lengths),), math.nan)
-    arrays = [torch.from_numpy(array) for array in (scored.policy_sums, scored.lengths, scored.reference_sums)]
-    return objective.rewards(PairScores(arrays[0], arrays[1], nothing, nothing, arrays[2])).numpy()
+    sums, lengths, known = map(torch.from_numpy, (scored.policy_sums, scored.lengths, scored.reference_sums))
+    return objective.rewards(PairScores.of_sums(sums, lengths, known)).numpy()
 
 
 def _higher(values_PM: np.ndarray) -> np.ndarray:

@@ -34,6 +34,12 @@ class PairScores:
     weight_P: Tensor
     reference_sums_PM: Tensor | None = None
 
+    @classmethod
+    def of_sums(cls, sums_PM: Tensor, lengths_PM: Tensor, reference_sums_PM: Tensor) -> PairScores:
+        """The scores of pairs whose rewards alone are wanted: no target margin and no weight is known."""
+        unknown_P = torch.full((len(sums_PM),), torch.nan)
+        return cls(sums_PM, lengths_PM, unknown_P, unknown_P, reference_sums_PM)
+
     @property
     def averages_PM(self) -> Tensor:
         """The average log-prob of each response's tokens, in the dtype of the sums."""

@@ -129,9 +129,8 @@ def whole_set_metrics(objective: Objective, pairs: Pairs, indices: np.ndarray, s
     known_PM = pairs.reference_sums(indices)[:, :responses]
     found = {"length_spearman": spearman((sums_PM / lengths).ravel(), lengths.ravel())}
     if responses == 2:
-        nothing = torch.full((len(indices),), torch.nan)
         sums, counts, known = (torch.from_numpy(array) for array in (sums_PM, lengths, known_PM))
-        rewards = objective.rewards(PairScores(sums, counts, nothing, nothing, known)).numpy()
+        rewards = objective.rewards(PairScores.of_sums(sums, counts, known)).numpy()
         for one in by_length_difference(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]):
             found[f"margin_by_length_difference/{one.number}"] = one.margin
     if np.isfinite(known_PM).all():
