@@ -13,6 +13,7 @@ than to the rejected.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -26,9 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simpo_megatron.disk import cannot_write
-from simpo_megatron.files import atomic_path
-from simpo_megatron.program import exit_code
+from simpo_megatron.program import exit_code, write_report
 
 matplotlib.use("Agg")  # draws to files; needs no screen
 from matplotlib import pyplot
@@ -161,11 +160,9 @@ def plot(metrics: Path, file: Path) -> None:
             axis.plot(*zip(*points, strict=True), style, label=label, alpha=0.6 if style == "-" else 1)
         axis.set(title=title, xlabel="step")
         axis.legend()
-    try:
-        with atomic_path(file) as temporary:
-            figure.savefig(temporary, dpi=120, format=file.suffix[1:] or "png")
-    except OSError as error:
-        raise cannot_write(f"--plot {file}", error, "give another file") from error
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format=file.suffix[1:] or "png")
+    write_report("--plot", file, drawn.getvalue())
 
 
 def main() -> int:

@@ -44,10 +44,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; see `atomic_path`."""
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes a text or bytes whole or not at all; see `atomic_path`."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:

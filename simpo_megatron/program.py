@@ -118,22 +118,22 @@ def check_report(flag: str, file: Path, inputs: Collection[Path]) -> None:
         raise cannot_write(f"{flag} {file}", error, "give another file") from error
 
 
-def write_report(flag: str, file: Path, text: str) -> None:
+def write_report(flag: str, file: Path, content: str | bytes) -> None:
     """Writes a report whole or not at all; into a pipe or a device, as it comes.
 
     Args:
         flag: that names the file, for the error.
         file: the report.
-        text: its content.
+        content: text or bytes.
 
     Raises:
         UserError: the file cannot be written.
     """
     try:
         if file.exists() and not file.is_file():
-            file.write_text(text, encoding="utf-8")
+            file.write_bytes(content.encode() if isinstance(content, str) else content)
         else:
-            atomic_write(file.resolve(), text)
+            atomic_write(file.resolve(), content)
     except OSError as error:
         raise cannot_write(f"{flag} {file}", error, "give another file") from error
 

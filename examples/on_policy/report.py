@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -15,10 +16,8 @@ from matplotlib import pyplot
 from rich.console import Console
 from rich.table import Table
 
-from simpo_megatron.disk import cannot_write
-from simpo_megatron.files import atomic_path
 from simpo_megatron.on_policy.lengths import LengthReport
-from simpo_megatron.program import exit_code
+from simpo_megatron.program import exit_code, write_report
 
 COLUMNS = {
     "round": "round",
@@ -51,11 +50,9 @@ def run(options: argparse.Namespace) -> None:
         axis.axhline(float(offline[name]), color="gray", linestyle="--", label="one offline round")
         axis.set(title=COLUMNS[name], xlabel="round", xticks=range(len(rows)))
         axis.legend()
-    try:
-        with atomic_path(options.plot) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    except OSError as error:
-        raise cannot_write(f"--plot {options.plot}", error, "give another file") from error
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    write_report("--plot", options.plot, drawn.getvalue())
     print(f"Plot: {options.plot}")
 
 

@@ -145,19 +145,16 @@ def build_pairs(rows: Iterable[Row], report: PairingReport, options: PairingOpti
         found = _picked(whole, options, number)
         report.pairs += len(found)
         for chosen, rejected in found:
-            margin = (
-                {}
-                if options.margin_scale is None
-                else {"margin": options.margin_scale * (chosen.score - rejected.score)}
-            )
-            yield {
+            pair: dict[str, Any] = {
                 "prompt": prompt[-1]["content"],
                 "chosen": [*prompt, {"role": "assistant", "content": chosen.content}],
                 "rejected": [*prompt, {"role": "assistant", "content": rejected.content}],
                 "score_chosen": chosen.score,
                 "score_rejected": rejected.score,
-                **margin,
             }
+            if options.margin_scale is not None:
+                pair["margin"] = options.margin_scale * (chosen.score - rejected.score)
+            yield pair
 
 
 def write_pairs(rows: Iterable[dict[str, Any]], path: Path) -> None:
