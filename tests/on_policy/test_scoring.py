@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,24 @@ def test_a_reward_model(reward_model: Path, responses: Path, tmp_path: Path) -> 
             messages = [*row["prompt"], {"role": "assistant", "content": response["content"]}]
             ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
             assert int((ids == 0).sum()) == 1
+            with torch.no_grad():
+                assert found == pytest.approx(model(ids).logits[0, 0].item(), abs=1e-5)
+
+
+def test_a_reward_model_without_a_padding_token(reward_model: Path, responses: Path, tmp_path: Path) -> None:
+    """The token that ends a conversation must not be taken for padding: the score is read at the last token."""
+    folder = tmp_path / "unpadded"
+    shutil.copytree(reward_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    output = tmp_path / "scored.jsonl"
+    assert run(responses=responses, reward_model=folder, output=output) == 0
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for row in ROWS:
+        for response, found in zip(row["responses"], scores(output)[row["id"]], strict=True):
+            messages = [*row["prompt"], {"role": "assistant", "content": response["content"]}]
+            ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
             with torch.no_grad():
                 assert found == pytest.approx(model(ids).logits[0, 0].item(), abs=1e-5)
 

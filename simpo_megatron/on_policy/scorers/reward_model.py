@@ -50,7 +50,8 @@ class RewardModel:
         scores = [0.0] * len(flat)
         order = sorted(range(len(flat)), key=lambda i: len(flat[i]), reverse=True)
         while order:
-            size = max(1, self._settings.batch_tokens // len(flat[order[0]]))
+            padded = self._model.config.pad_token_id is not None
+            size = max(1, self._settings.batch_tokens // len(flat[order[0]])) if padded else 1
             batch, order = order[:size], order[size:]
             for i, score in zip(batch, self._batch([flat[i] for i in batch]), strict=True):
                 scores[i] = score
@@ -88,11 +89,9 @@ class RewardModel:
     @torch.inference_mode()
     def _batch(self, sequences: Sequence[list[int]]) -> list[float]:
         longest, device = len(sequences[0]), self._model.device
-        # Padded on the right with a token that the model takes for padding: it reads the last token before it.
+        # Padded on the right with a token that the model takes for padding: it reads the last token before it. A model
+        # that knows no such token gets one conversation at a time.
         pad = self._model.config.pad_token_id
-        if pad is None:
-            pad = next((token for token in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if token), 0)
-            self._model.config.pad_token_id = pad
         ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in sequences], device=device)
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=device)
         output = self._model(input_ids=ids, attention_mask=mask)
