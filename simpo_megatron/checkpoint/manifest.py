@@ -42,6 +42,7 @@ def model_facts(hf: HFCheckpoint) -> dict[str, Any]:
         "rope": asdict(hf.architecture.rope),
         "vocabulary_rows": hf.architecture.vocab_size,
         "tied": hf.architecture.tied,
+        **({"additions": additions} if (additions := hf.architecture.additions.as_dict()) else {}),
     }
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.families.registry import config_of_args
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_architecture
@@ -31,6 +33,7 @@ _NO_FLAG = (
     "add_position_embedding",
     *(f"rope_scaling_{name}" for name in LLAMA3_ROPE),
 )
+_ADDITIONS = tuple(field.name for field in fields(Additions))
 
 
 def megatron_args(architecture: Architecture, divisor: int = VOCAB_DIVISOR) -> dict[str, Any]:
@@ -51,6 +54,10 @@ def not_expressible(architecture: Architecture) -> list[str]:
         found.append(f"linear rope scaling by {rope.factor:g}: Megatron-LM takes whole numbers")
     if rope.theta != int(rope.theta):
         found.append(f"rope theta {rope.theta!r}: Megatron-LM takes whole numbers")
+    found += [
+        f"{name} {value!r}: Megatron-LM has no argument for it"
+        for name, value in architecture.additions.as_dict().items()
+    ]
     return found
 
 
@@ -60,7 +67,7 @@ def flags(args: dict[str, Any]) -> list[str]:
     for name, value in args.items():
         if name == "add_bias_linear":
             line += [] if value else ["--disable-bias-linear"]
-        elif name not in _NO_FLAG and value is not None and value is not False:
+        elif name not in _NO_FLAG and name not in _ADDITIONS and value is not None and value is not False:
             flag = "--" + name.replace("_", "-")
             if isinstance(value, tuple):
                 line += [flag, ",".join(map(str, value))]

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints as Megatron-Core models: reading, building, loading, and the way back. See README.md.
 
 families/         one file for each family, and the registry
+additions.py      what a model computes beyond Megatron's config. No torch, no Megatron
 architecture.py   what a model computes, and what a family is. No torch, no Megatron
 weight_table.py   which Hugging Face tensors form which Megatron parameter. No torch, no Megatron
 part_layout.py    how Hugging Face tensors form one parameter, and its slices on tensor-parallel ranks

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.additions import Additions, no_additions
 from simpo_megatron.models.megatron_args import default_megatron_args
 from simpo_megatron.models.rope import Rope, read_rope
 from simpo_megatron.models.weight_table import WeightEntry
@@ -41,6 +42,7 @@ class Family:
             It returns None where they describe another family.
         megatron_args: makes Megatron-LM's arguments by name from the architecture. Their values are primitives.
         layer_spec: makes the layers that Megatron builds; takes the arguments of `spec.layer_spec`.
+        additions: makes from the config.json what the model computes beyond Megatron's TransformerConfig.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Family:
     config_from_megatron_args: Callable[[Mapping[str, Any]], dict[str, Any] | None]
     megatron_args: Callable[[Architecture], dict[str, Any]] = default_megatron_args
     layer_spec: Callable[..., Any] = default_layer_spec
+    additions: Callable[[dict[str, Any]], Additions] = no_additions
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """Reads a config.json of this family.
@@ -66,6 +69,7 @@ class Family:
             max_position_embeddings=config.get("max_position_embeddings", 0),
             tied=bool(config.get("tie_word_embeddings", False)),
             rope=read_rope(config),
+            additions=self.additions(config),
         )
 
 
@@ -82,6 +86,7 @@ class Architecture:
         max_position_embeddings: positions the model was made for; 0 where config.json does not say.
         tied: whether the output layer is the embedding.
         rope: the rotary frequencies.
+        additions: what it computes beyond Megatron's TransformerConfig.
     """
 
     family: Family
@@ -92,6 +97,24 @@ class Architecture:
     max_position_embeddings: int
     tied: bool
     rope: Rope
+    additions: Additions = Additions()
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The keys that a query of each layer attends to at most, itself included; None where it attends to all.
+
+        Megatron's `window_size` counts the keys on the left of the query. Its `window_attn_skip_freq` says which layers
+        have the window: all but every n-th, or those with a 1 in the list (`transformer/utils.py`,
+        `is_layer_window_attention`).
+        """
+        if "window_size" not in self.transformer:
+            return (None,) * self.num_layers
+        window, skipped = self.transformer["window_size"][0] + 1, self.transformer.get("window_attn_skip_freq")
+        if isinstance(skipped, list):
+            has_window = [bool(value) for value in skipped]
+        else:
+            has_window = [skipped is None or layer % skipped != 0 for layer in range(1, self.num_layers + 1)]
+        return tuple(window if has else None for has in has_window[: self.num_layers])
 
     @property
     def num_experts(self) -> int | None:

@@ -24,6 +24,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -38,9 +39,9 @@ class PackedAttention(torch.nn.Module):
     """Attention with the signature of Megatron's DotProductAttention.
 
     Torch's scaled dot-product attention is called once for every sequence, so the cost grows with the lengths of the
-    sequences, not with the length of the row. The attention mask is ignored, as Transformer Engine ignores it for
-    causal attention. All layers have the window of `config`: `layer_number`, `attn_mask_type` and `cp_comm_type`
-    change nothing. Any other keyword is an error, because ignoring it could change what is computed.
+    sequences, not with the length of the row. A layer has the window of `config` unless `window_attn_skip_freq` leaves
+    it out. The attention mask is ignored, as Transformer Engine ignores it for causal attention: it, `attn_mask_type`
+    and `cp_comm_type` change nothing. Any other keyword is an error, because ignoring it could change what is computed.
 
     Raises:
         UserError: when built, for attention dropout or cross attention, which this attention does not have.
@@ -62,7 +63,8 @@ class PackedAttention(torch.nn.Module):
         if attention_type != "self":
             raise UserError(f"attention_type {attention_type!r} is not supported; only self attention runs here")
         self.scale = softmax_scale
-        self.window = config.window_size[0] + 1 if config.window_size else None
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
+        self.window = config.window_size[0] + 1 if config.window_size and windowed else None
         self.cp_group: Any = None
         if config.context_parallel_size > 1:
             self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp

@@ -9,10 +9,10 @@ load_hf_weights(models, hf)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -67,12 +67,13 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": _activation(hf.architecture.additions.activation),
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,  # every weight is loaded
-        "bias_activation_fusion": on_gpu(),  # these two are compiled, which is slower on a CPU
+        # These two are compiled, which is slower on a CPU. Of the gated activations, Megatron fuses SwiGLU.
+        "bias_activation_fusion": on_gpu() and hf.architecture.additions.activation == "silu",
         "bias_dropout_fusion": on_gpu(),
         "masked_softmax_fusion": False,  # belongs to an attention that is not used here
         "persist_layer_norm": False,
@@ -91,6 +92,16 @@ def transformer_config(
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
         raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error
+
+
+@cache
+def _activation(name: str) -> Any:
+    """The function of torch for a name of transformers; one object a name, because Megatron compares it with `is`."""
+    if name == "silu":
+        return torch.nn.functional.silu
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
 
 
 def _check_recomputed(transformer_engine: bool, experts: bool, modules: Sequence[str]) -> None:
@@ -165,12 +176,12 @@ def build_model(
     Raises:
         UserError: Transformer Engine is asked for and not installed.
     """
-    virtual = config.virtual_pipeline_model_parallel_size
+    virtual, additions = config.virtual_pipeline_model_parallel_size, hf.architecture.additions
     models = []
     for vp_stage in range(virtual) if virtual else (None,):
         model = GPTModel(
             config,
-            hf.architecture.family.layer_spec(config, transformer_impl, vp_stage),
+            hf.architecture.family.layer_spec(additions, config, transformer_impl, vp_stage),
             vocab_size=padded_vocab_size(
                 hf.architecture.vocab_size, config.tensor_model_parallel_size, make_vocab_size_divisible_by
             ),
@@ -188,10 +199,18 @@ def build_model(
         # Megatron can express one of the scalings, and fixes three of its four values. So the frequencies are replaced.
         frequencies = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
         rotary.inv_freq = frequencies.to(torch.cuda.current_device())
+        if additions.embedding_scale is not None and model.pre_process:
+            model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
     return models
+
+
+def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """A forward hook: the embeddings times `scale`, which transformers rounds to the dtype of the weight."""
+    del module, inputs
+    return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
 
 
 def mark_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tied: bool) -> None:

@@ -59,7 +59,9 @@ def default_megatron_args(architecture: Architecture) -> dict[str, Any]:
     if "num_moe_experts" in kwargs:
         args |= {"num_experts": kwargs.pop("num_moe_experts"), "moe_layer_freq": 1, "moe_grouped_gemm": False}
         args |= {"moe_token_dispatcher_type": "alltoall", "moe_router_score_function": "softmax"}
-    return args | kwargs
+    # A checkpoint may hold tuples, and no lists (`checkpoint/saved_args.py`, `namespace`).
+    others = {name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+    return args | others | architecture.additions.as_dict()
 
 
 def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dict[str, Any]:

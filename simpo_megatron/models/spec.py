@@ -1,30 +1,37 @@
 """The layers that a family builds unless it brings its own: Transformer Engine's, or Megatron's on plain torch.
 
 Megatron's local layers lack two things that this package needs: a norm that works under sequence parallelism, which is
-here, and attention over packed sequences, which is in `attention.py`. Everything else in them is Megatron's.
+here, and attention over packed sequences, which is in `attention.py`. Everything else in them is Megatron's. What a
+model computes beyond that (`additions.Additions`) is added to the layers of both kinds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from simpo_megatron import compat
 from simpo_megatron.compat import have_transformer_engine
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.attention import PackedAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with the arguments with which Megatron builds a norm; any other argument is an error.
+
+    With `layernorm_zero_centered_gamma` the weight is added to 1, and the product is computed in fp32 and rounded once.
 
     Under sequence parallelism every tensor-parallel rank sees other tokens. Megatron therefore sums the gradients of
     parameters with the attribute `sequence_parallel` over the ranks (`distributed/finalize_model_grads.py`).
@@ -33,6 +40,35 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x, in its shape and dtype."""
+        if not self.zero_centered:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+class PostNormAdd(torch.nn.Module):
+    """Normalises the output of attention or feed-forward, then adds it to the residual.
+
+    It stands where Megatron's layer adds to the residual (`self_attn_bda`, `mlp_bda`). The row-parallel layer before it
+    has summed its output over the tensor-parallel ranks there; the norm of a part of the sum would be wrong.
+    """
+
+    def __init__(self, config: TransformerConfig, norm: Any) -> None:
+        super().__init__()
+        self.norm = build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """What Megatron calls with the output and its bias, the residual, and the probability of dropout (0)."""
+        del training, fused
+        return self._add
+
+    def _add(self, output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        assert not dropout
+        output, bias = output_and_bias
+        return residual + self.norm(output if bias is None else output + bias)
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
@@ -52,23 +88,26 @@ def use_transformer_engine(transformer_impl: str) -> bool:
 
 
 def layer_spec(
-    config: TransformerConfig, transformer_impl: str = "auto", vp_stage: int | None = None
+    additions: Additions, config: TransformerConfig, transformer_impl: str = "auto", vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The `transformer_layer_spec` of a GPTModel.
 
     Args:
+        additions: of the model.
         config: of the model; `parallel_state` is initialised.
         transformer_impl: "auto" (Transformer Engine where it is installed), "local" or "transformer_engine".
         vp_stage: the virtual pipeline stage of this rank that the model is for; None where there is one.
 
     Raises:
-        UserError: Transformer Engine is asked for and not installed.
+        UserError: Transformer Engine is asked for and not installed, or cannot compute the model.
     """
     experts = config.num_moe_experts
     if use_transformer_engine(transformer_impl):
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
+        _add(additions, config, spec.submodules, _te_norm())
+        return spec
     if experts is not None:
         compat.moe_without_transformer_engine()
     if "layernorm" in (config.recompute_modules or ()):
@@ -83,8 +122,37 @@ def layer_spec(
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    _add(additions, config, layer, RMSNorm)
     # With a layer spec alone Megatron would build its own final norm, which refuses sequence parallelism.
     return TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage),
         layer_norm=RMSNorm,  # type: ignore[arg-type]
     )
+
+
+def _te_norm() -> Any:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+# Where Megatron's layer keeps the norms after attention and feed-forward, and the names that checkpoints have for them.
+POST_NORMS = {
+    "self_attn_bda.norm.": "self_attention.linear_proj.post_layernorm.",
+    "mlp_bda.norm.": "mlp.linear_fc2.post_layernorm.",
+}
+
+
+def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any) -> None:
+    """Adds to the submodules of a layer what the model has beyond Megatron's.
+
+    Args:
+        additions: of the model.
+        config: of the model.
+        layer: the submodules, which are changed.
+        norm: the class of the layer's norms.
+    """
+    if additions.post_norms:
+        add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
+        layer.self_attn_bda = layer.mlp_bda = add
+        layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **POST_NORMS}

@@ -64,10 +64,13 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
 # Names in Megatron's local spec that differ from the canonical ones: there, norms are separate modules. The norm before
-# experts is a separate module in both specs. Its entry keeps the dense name.
+# experts is a separate module in both specs. Its entry keeps the dense name. The norms after attention and feed-forward
+# are this package's (`spec.PostNormAdd`); their canonical names are those of Megatron-Bridge.
 _LOCAL_TO_CANONICAL = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "self_attn_bda.norm.weight": "self_attention.linear_proj.post_layernorm.weight",
+    "mlp_bda.norm.weight": "mlp.linear_fc2.post_layernorm.weight",
 }
 _GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|adapter\.\w+_[ab])(\d+)$")
 

@@ -18,7 +18,10 @@ LENGTHS = [1, 40, 7, 16, 3]
 
 def attention(window: int | None = None, scale: float | None = None) -> PackedAttention:
     config: Any = SimpleNamespace(
-        context_parallel_size=1, attention_dropout=0.0, window_size=None if window is None else (window - 1, 0)
+        context_parallel_size=1,
+        attention_dropout=0.0,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None,
     )
     return PackedAttention(config, softmax_scale=scale)
 
@@ -84,7 +87,9 @@ def test_tokens_outside_every_segment_are_an_error() -> None:
 
 @pytest.mark.parametrize("keyword", ["window_size", "softcap", "k_channels"])
 def test_a_keyword_that_is_not_known_is_an_error(keyword: str) -> None:
-    config: Any = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, window_size=None)
+    config: Any = SimpleNamespace(
+        context_parallel_size=1, attention_dropout=0.0, window_size=None, window_attn_skip_freq=None
+    )
     with pytest.raises(TypeError, match=keyword):
         PackedAttention(config, **{keyword: 1})
     q = torch.randn(12, 4, 8)

@@ -1,15 +1,18 @@
 """The families of this package, and how one is found. A new family is one line in `FAMILIES`.
 
 A config.json names its family. Megatron-LM's arguments do not: the families are asked in the order of `FAMILIES`, and
-the first that recognises the arguments is taken.
+the first that recognises the arguments is taken. A family whose model has other additions
+(`additions.Additions`) than the arguments say does not recognise them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
@@ -34,9 +37,10 @@ def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] |
     Raises:
         UserError: an argument is missing.
     """
+    additions = {field.name: args[field.name] for field in fields(Additions) if field.name in args}
     for family in FAMILIES:
         config = family.config_from_megatron_args(args)
-        if config is not None:
+        if config is not None and family.additions(config).as_dict() == additions:
             return {**config, "vocab_size": vocab_size}
     return None
 

@@ -1,0 +1,43 @@
+"""What a model computes that Megatron's TransformerConfig has no field for. Data only, without torch and Megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What a model computes that Megatron's TransformerConfig has no field for. The defaults add nothing.
+
+    `spec.py` builds what concerns a layer, `build.py` what concerns the whole model. Megatron-LM's own training cannot
+    compute any of it (`checkpoint/saved_args.py`, `not_expressible`).
+
+    Attributes:
+        activation: of the gated feed-forward, by its name in transformers (`ACT2FN`).
+        post_norms: whether the outputs of attention and feed-forward are normalised before they are added to the
+            residual.
+        embedding_scale: the number that multiplies the embeddings, rounded to their dtype; None for none.
+        attention_softcap: c of `c * tanh(score / c)`, before the mask; None for none.
+        logit_softcap: the same for the logits.
+    """
+
+    activation: str = "silu"
+    post_norms: bool = False
+    embedding_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that add something, as primitives."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+
+def no_additions(config: dict[str, Any]) -> Additions:
+    """The additions of a family whose layers are Megatron's."""
+    del config
+    return Additions()
