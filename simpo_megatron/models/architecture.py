@@ -97,7 +97,7 @@ class Architecture:
     max_position_embeddings: int
     tied: bool
     rope: Rope
-    additions: Additions = Additions()
+    additions: Additions
 
     @property
     def windows(self) -> tuple[int | None, ...]:
