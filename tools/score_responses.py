@@ -20,7 +20,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.choice import flag_of_another
 from simpo_megatron.on_policy.journal import Journal
 from simpo_megatron.on_policy.scorers import CHOSEN_BY, SCORERS
-from simpo_megatron.on_policy.scoring import score_responses
+from simpo_megatron.on_policy.scoring import made_from, score_responses
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import flag, path_value, source_value
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if (other := flag_of_another(name, SETTINGS, given)) is not None:
         raise UserError(f"{flag(other[0])} has no effect with {flag(chosen[0])}; drop it")
     scorer = SCORERS[name].load()(build_group(SETTINGS[name], given))
-    with Journal.open("--output", args.output, scorer.about()) as journal:
+    with Journal.open("--output", args.output, scorer.about(), made_from) as journal:
         progress = score_responses(args.responses, scorer, journal)
         print(f"{args.output}: {len(journal.done)} prompts scored; {progress.tokens_per_second:,.0f} tokens/s")
 

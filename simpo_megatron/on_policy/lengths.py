@@ -30,7 +30,8 @@ class LengthReport:
         for row in rows:
             for response in row["responses"]:
                 report.responses += 1
-                report.tokens += response.get("tokens") or 0
+                tokens = response.get("tokens")  # files made by hand may have none
+                report.tokens += tokens if isinstance(tokens, int) else 0
                 report.characters += len(response["content"])
                 report.cut += response.get("finish_reason") == "length"
         return report

@@ -9,11 +9,14 @@ import torch
 
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import read_json
 from simpo_megatron.models.transformers_model import choose_device, choose_dtype, load_model
 from simpo_megatron.on_policy.scorers.base import Answered
 from simpo_megatron.on_policy.scorers.settings import RewardModelSettings
 from simpo_megatron.settings import required
 from simpo_megatron.trainer.reference_source import weights_fingerprint_in
+
+_AUTO = "AutoModelForSequenceClassification"
 
 
 class RewardModel:
@@ -27,12 +30,16 @@ class RewardModel:
         dtype = choose_dtype(settings.dtype, device)
         self._tokenizer: Any = load_tokenizer(folder, "--reward-model")
         self._settings, self._folder = settings, folder
-        auto = "AutoModelForSequenceClassification"
-        self._model = load_model("--reward-model", folder, dtype, device, auto, settings.trust_remote_code)
-        if getattr(self._model.config, "num_labels", 1) != 1 and not self._own_score():
+        own = read_json(folder / "config.json").get("auto_map")
+        own = own.get(_AUTO) if isinstance(own, dict) else None
+        if own and not settings.trust_remote_code:
             raise UserError(
-                f"--reward-model {folder} has {self._model.config.num_labels} outputs; a reward model has one"
+                f"--reward-model {folder} is computed by code in its folder ({own}); read it and add "
+                "--trust-remote-code, or give another reward model"
             )
+        self._model = load_model("--reward-model", folder, dtype, device, _AUTO, settings.trust_remote_code)
+        if not own:
+            self._check_outputs(getattr(self._model.config, "num_labels", 1))
         self._about = {
             "reward_model": str(folder.resolve()),
             "weights": weights_fingerprint_in(folder),
@@ -53,14 +60,22 @@ class RewardModel:
             padded = self._model.config.pad_token_id is not None
             size = max(1, self._settings.batch_tokens // len(flat[order[0]])) if padded else 1
             batch, order = order[:size], order[size:]
-            for i, score in zip(batch, self._batch([flat[i] for i in batch]), strict=True):
+            try:
+                found = self._batch([flat[i] for i in batch])
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"--batch-tokens {self._settings.batch_tokens}: {len(batch)} conversations of {len(flat[batch[0]])} "
+                    "tokens do not fit the GPU's memory; lower it"
+                ) from error
+            for i, score in zip(batch, found, strict=True):
                 scores[i] = score
         numbers = iter(scores)
         return [[next(numbers) for _ in row.responses] for row in rows]
 
-    def _own_score(self) -> bool:
-        """Whether the checkpoint's own code puts a number a conversation into `.score`, as ArmoRM's does."""
-        return self._settings.trust_remote_code and bool(getattr(self._model.config, "auto_map", None))
+    def _check_outputs(self, count: int) -> None:
+        """Raises UserError if there is more than one number a conversation."""
+        if count != 1:
+            raise UserError(f"--reward-model {self._folder} has {count} outputs; a reward model has one")
 
     def _ids(self, row: Answered, response: str) -> list[int]:
         messages = [*row.prompt, {"role": "assistant", "content": response}]
@@ -95,5 +110,7 @@ class RewardModel:
         ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in sequences], device=device)
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=device)
         output = self._model(input_ids=ids, attention_mask=mask)
-        found = output.score if self._own_score() and hasattr(output, "score") else output.logits[:, 0]
+        # Code of a folder's own may put one number a conversation into `.score`, as ArmoRM's does.
+        found = output.logits if getattr(output, "score", None) is None else output.score
+        self._check_outputs(found.numel() // len(sequences))
         return found.float().flatten().tolist()
