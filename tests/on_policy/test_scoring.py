@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from simpo_megatron.on_policy.scorers.judge import read_verdict
 from tests.support.openai_server import serving
@@ -26,7 +27,7 @@ ROWS = [
 ]
 
 
-# Each is what people score with: Llama with the end of a turn or nothing as padding, Qwen2 with another token, Gemma-2 with
+# What people score with: Llama with the end of a turn or nothing as padding, Qwen2 with another token, Gemma-2 with
 # sliding windows and soft-capped attention.
 REWARD_MODELS: dict[str, dict[str, Any]] = {
     "Llama": {"pad_token_id": 1},
@@ -40,6 +41,9 @@ def make_reward_model(folder: Path, kind: str) -> Path:
     """A random model with one output, whose template and tokenizer both write a BOS, and whose tokenizer pads left."""
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
+    writes_bos = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = writes_bos  # type: ignore[assignment]
+    assert tokenizer("amber")["input_ids"][0] == 0
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     architecture = kind.split()[0]

@@ -64,8 +64,8 @@ class RewardModel:
                 found = self._batch([flat[i] for i in batch])
             except torch.OutOfMemoryError as error:
                 raise UserError(
-                    f"--batch-tokens {self._settings.batch_tokens}: {len(batch)} conversations of {len(flat[batch[0]])} "
-                    "tokens do not fit the GPU's memory; lower it"
+                    f"--batch-tokens {self._settings.batch_tokens}: {len(batch)} conversations of "
+                    f"{len(flat[batch[0]])} tokens do not fit the GPU's memory; lower it"
                 ) from error
             for i, score in zip(batch, found, strict=True):
                 scores[i] = score
