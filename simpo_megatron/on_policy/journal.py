@@ -38,7 +38,10 @@ class Journal:
 
     def __init__(self, path: Path, made_from: Callable[[Row], Any]) -> None:
         self.path, self._made_from = path, made_from
-        self.done = {row["id"]: self.digest(row) for row in read_journal(path)}
+        try:
+            self.done = {row["id"]: self.digest(row) for row in read_journal(path)}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} has rows that this program did not write ({error}); {_OTHERWISE}") from None
 
     @classmethod
     @contextlib.contextmanager
@@ -152,10 +155,10 @@ def read_journal(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                prompt_id, _ = row["id"], row["prompt"]
-            except (ValueError, KeyError, TypeError):
-                prompt_id = None
-            if not isinstance(prompt_id, str):
+            except ValueError:
+                row = None
+            prompt_id = row.get("id") if isinstance(row, dict) and "prompt" in row else None
+            if row is None or not isinstance(prompt_id, str):
                 raise UserError(f"{path}:{number}: not a row with `id`, a text, and `prompt`; remove the line")
             if prompt_id in seen:
                 raise UserError(f"{path}:{number}: a second row with the id {prompt_id}; remove one")

@@ -86,7 +86,7 @@ def test_greedy_responses_are_those_of_transformers(model: Path, prompts: Path, 
     output = tmp_path / "r.jsonl"
     greedy = {"num_responses": 1, "temperature": 0, "max_new_tokens": 8}
     assert run(prompts=prompts, hf_checkpoint=model, output=output, batch_size=3, **greedy) == 0
-    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     for row in rows_of(output).values():
         inputs = tokenizer.apply_chat_template(
@@ -137,7 +137,7 @@ def test_draws_follow_the_distribution(top_k: int) -> None:
     expected = logits / 0.7
     processors = [transformers.TopKLogitsWarper(top_k)] if top_k else []
     for processor in (*processors, transformers.TopPLogitsWarper(0.9)):
-        expected = processor(torch.zeros(1, 1, dtype=torch.long), expected[None])[0]
+        expected = processor(torch.zeros(1, 1, dtype=torch.long), expected[None])[0]  # pyright: ignore[reportArgumentType]
     count = 20000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     found = draw(logits.expand(count, -1), torch.full((count,), 0.7), SamplingSettings(top_p=0.9, top_k=top_k), numbers)
