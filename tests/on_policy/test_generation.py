@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,9 @@ import transformers
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.schema import parse_preference
+from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.backends.transformers_backend import draw
+from simpo_megatron.on_policy.http_client import on_threads
 from simpo_megatron.on_policy.prompts import Shard, read_prompts
 from simpo_megatron.on_policy.sampling import SamplingSettings, response_seed
 from tests.support.openai_server import serving
@@ -34,7 +38,10 @@ SAMPLING = {"num_responses": 3, "max_new_tokens": TOKENS, "temperature": 1.0}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+    """Its generation_config.json asks for a penalty, as Qwen2.5's does. Responses are drawn by our settings alone."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2, max_position_embeddings=128)
+    transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, repetition_penalty=5.0).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +99,8 @@ def test_greedy_responses_are_those_of_transformers(model: Path, prompts: Path, 
         inputs = tokenizer.apply_chat_template(
             row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        new = reference.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        plain = {"do_sample": False, "max_new_tokens": 8, "repetition_penalty": 1.0}
+        new = reference.generate(**inputs, **plain)[0, inputs["input_ids"].shape[1] :]
         assert row["responses"][0]["content"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
@@ -137,7 +145,8 @@ def test_draws_follow_the_distribution(top_k: int) -> None:
     expected = logits / 0.7
     processors = [transformers.TopKLogitsWarper(top_k)] if top_k else []
     for processor in (*processors, transformers.TopPLogitsWarper(0.9)):
-        expected = processor(torch.zeros(1, 1, dtype=torch.long), expected[None])[0]  # pyright: ignore[reportArgumentType]
+        ids: Any = torch.zeros(1, 1, dtype=torch.long)
+        expected = processor(ids, expected[None])[0]
     count = 20000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     found = draw(logits.expand(count, -1), torch.full((count,), 0.7), SamplingSettings(top_p=0.9, top_k=top_k), numbers)
@@ -207,6 +216,7 @@ def test_a_server_that_stumbles(model: Path, prompts: Path, tmp_path: Path, monk
     failures: dict[int, list[int | bytes]] = {}
 
     def reply(path: str, body: dict[str, Any]) -> dict[str, Any] | int | bytes:
+        assert (body["repetition_penalty"], body["min_p"], body["top_k"]) == (1.0, 0.0, -1)
         todo = failures.setdefault(body["seed"], [429, b"not json"] if body["seed"] % 2 else [503, b'{"choices": []}'])
         if todo:
             return todo.pop()
@@ -239,6 +249,7 @@ def test_a_server_that_stumbles(model: Path, prompts: Path, tmp_path: Path, monk
         ({"backend": "server"}, "--backend server needs --server-url"),
         ({"backend": "server", "server_url": "http://127.0.0.1:9/v1", "retries": 0}, "is it running?"),
         ({"backend": "server", "server_url": "localhost"}, "must begin with http"),
+        ({"backend": "server", "server_url": "http://[::1"}, "is not an address"),
         ({"output": "responses.json"}, "ends in .jsonl"),
         ({"questions": "x"}, "--questions belongs to --for"),
         ({"for": "alpaca_eval", "questions": "x"}, "--for takes --questions alone"),
@@ -272,17 +283,51 @@ def test_wrong_prompts_are_named(tmp_path: Path, model: Path, capsys: pytest.Cap
         source = write_rows(tmp_path / "p.jsonl", rows)
         assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
         assert words in capsys.readouterr().err
+    for column, words in ((r'"\ud83d"', "the row has half a surrogate pair"), ("1", ":2: not valid JSON")):
+        source.write_text('{"prompt": "a", "other": ' + column + '}\n{"prompt')
+        assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
+        assert words in capsys.readouterr().err
     source = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}])
     flags = {"prompts": source, "hf_checkpoint": model, "output": tmp_path / "r.jsonl", "exclude_prompts": [source]}
     assert run(**flags) == 2
     assert "no prompt is left to answer" in capsys.readouterr().err
 
 
+def test_responses_longer_than_the_model_takes_are_refused(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the number that the error gives works, into the same file, since it has no row yet."""
+    flags = {"prompts": prompts, "hf_checkpoint": model, "output": tmp_path / "r.jsonl"}
+    assert run(**flags, **{**SAMPLING, "max_new_tokens": 500}) == 2
+    most = re.search(r"use at most --max-new-tokens (\d+)$", capsys.readouterr().err.strip())
+    assert most is not None and 50 < int(most[1]) < 128
+    assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1]) + 1) == 2
+    assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1])) == 0
+
+
+def test_an_error_does_not_wait_for_other_requests() -> None:
+    begun, release, ended = threading.Event(), threading.Event(), list[int]()
+
+    def ask(number: int) -> None:
+        if number == 0:
+            begun.wait()
+            raise UserError("no")
+        begun.set()
+        release.wait()
+        ended.append(number)
+
+    with pytest.raises(UserError):
+        on_threads(ask, range(9), 2)
+    assert not ended
+    release.set()
+    assert on_threads(str, range(5), 3) == list("01234")
+
+
 @pytest.mark.parametrize("stage", ["generate", "score"])
 def test_kill_at_any_block(
     stage: str, model: Path, prompts: Path, whole: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """A process that kills itself (signal 9) after its second block, until the work is done."""
+    """A process that kills itself (signal 9) after its third block, until the work is done."""
     responses = write_rows(tmp_path / "in.jsonl", list(whole.values()))
     output = tmp_path / "out.jsonl"
     program = {
@@ -299,7 +344,7 @@ def test_kill_at_any_block(
         "append, calls = journal.Journal.append, []\n"
         "def appending(self, rows):\n"
         "    calls.append(0)\n"
-        "    if len(calls) == 3:\n"
+        "    if len(calls) == 4:\n"
         "        with self.path.open('ab') as file:\n"
         '            file.write(b\'{"id": "p\')\n'
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -311,7 +356,7 @@ def test_kill_at_any_block(
     codes = []
     while 0 not in codes and len(codes) < 6:
         codes.append(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=False).returncode)
-    assert codes == [-signal.SIGKILL] * 3 + [0]
+    assert codes == [-signal.SIGKILL] * 2 + [0]
     found = rows_of(output)
     assert output.read_bytes().count(b"\n") == len(found) == 7, "no prompt twice"
     if stage == "generate":

@@ -160,6 +160,9 @@ def test_a_function_and_resuming(responses: Path, tmp_path: Path, capsys: pytest
     other = write_rows(tmp_path / "other.jsonl", [{**ROWS[0], "prompt": "another"}])
     assert run(**{**flags, "responses": other}) == 2
     assert "has another prompt" in capsys.readouterr().err
+    again = write_rows(tmp_path / "again.jsonl", [*ROWS[1:], {**ROWS[0], "responses": [{"content": "drawn again"}]}])
+    assert run(**{**flags, "responses": again}) == 2
+    assert "the prompt p0, which has another prompt or other responses in" in capsys.readouterr().err
 
 
 def test_a_judge_is_asked_in_both_orders(responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +231,7 @@ def test_verdicts() -> None:
         ({"scorer": "tests.on_policy.rewards:broken"}, "RuntimeError: no reward"),
         ({"scorer": "tests.on_policy.rewards:too_few"}, "returned 1 scores for 3 responses"),
         ({"scorer": "tests.on_policy.rewards:not_finite"}, "returned nan"),
+        ({"scorer": "tests.on_policy.rewards:text"}, "returned '1'"),
         ({"judge_model": "x"}, "--judge-model has no effect with --scorer"),
         ({"responses": "none.jsonl"}, "there is no such file"),
         ({"output": "responses.jsonl", "responses": "responses.jsonl"}, "is the input"),
@@ -258,4 +262,4 @@ def test_wrong_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         source = write_rows(tmp_path / "r.jsonl", rows)
         assert run(responses=source, scorer="tests.on_policy.rewards:short", output=tmp_path / "s.jsonl") == 2
-        assert words in capsys.readouterr().err
+        assert words in capsys.readouterr().err and not (tmp_path / "s.jsonl").read_text(), "before the first score"
