@@ -62,6 +62,13 @@ def build_parser() -> Parser:
     return parser
 
 
+def check(argv: Sequence[str]) -> None:
+    """Raises UserError if a flag is wrong; nothing is loaded. tools/iterate.py asks before its first round."""
+    args = build_parser().parse_args(argv)
+    chosen_settings(args, "backend", SETTINGS)
+    build_group(SamplingSettings, vars(args))
+
+
 def run(args: argparse.Namespace) -> None:
     """Answers the prompts, and prints how long the responses are."""
     settings = chosen_settings(args, "backend", SETTINGS)

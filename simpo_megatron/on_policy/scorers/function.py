@@ -29,6 +29,11 @@ class FunctionScorer:
         self._name = required(settings.scorer, "--scorer is missing; give module:function")
         self._function = find_function(self._name)
 
+    @classmethod
+    def check(cls, settings: FunctionSettings) -> None:
+        """See `base.Scorer`."""
+        cls(settings)
+
     def about(self) -> dict[str, Any]:
         """See `base.Scorer`."""
         return {"scorer": self._name}

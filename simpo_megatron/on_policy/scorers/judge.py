@@ -94,6 +94,11 @@ class JudgeScorer:
         self._judge = Judge(settings)
         self.block = max(1, settings.judge_concurrency // 4)
 
+    @classmethod
+    def check(cls, settings: JudgeSettings) -> None:
+        """See `base.Scorer`. The server may be started later."""
+        settings.client()
+
     def about(self) -> dict[str, Any]:
         """See `base.Scorer`."""
         return {"judge_model": self._judge.model}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,27 +26,24 @@ class RewardModel:
     block = 64
 
     def __init__(self, settings: RewardModelSettings) -> None:
-        folder = required(settings.reward_model, "--reward-model is missing; give the folder of a reward model")
+        self._settings = settings
+        self._folder, self._tokenizer, own_code = _found(settings)
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
-        self._tokenizer: Any = load_tokenizer(folder, "--reward-model")
-        self._settings, self._folder = settings, folder
-        own = read_json(folder / "config.json").get("auto_map")
-        own = own.get(_AUTO) if isinstance(own, dict) else None
-        if own and not settings.trust_remote_code:
-            raise UserError(
-                f"--reward-model {folder} is computed by code in its folder ({own}); read it and add "
-                "--trust-remote-code, or give another reward model"
-            )
-        self._model = load_model("--reward-model", folder, dtype, device, _AUTO, settings.trust_remote_code)
-        if not own:
+        self._model = load_model("--reward-model", self._folder, dtype, device, _AUTO, settings.trust_remote_code)
+        if not own_code:
             self._check_outputs(getattr(self._model.config, "num_labels", 1))
         self._about = {
-            "reward_model": str(folder.resolve()),
-            "weights": weights_fingerprint_in(folder),
+            "reward_model": str(self._folder.resolve()),
+            "weights": weights_fingerprint_in(self._folder),
             **fingerprint(self._tokenizer, ()),
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+    @classmethod
+    def check(cls, settings: RewardModelSettings) -> None:
+        """See `base.Scorer`."""
+        _found(settings)
 
     def about(self) -> dict[str, Any]:
         """See `base.Scorer`."""
@@ -79,10 +77,6 @@ class RewardModel:
 
     def _ids(self, row: Answered, response: str) -> list[int]:
         messages = [*row.prompt, {"role": "assistant", "content": response}]
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                f"--reward-model {self._folder} has no chat template; add chat_template.jinja to its folder"
-            )
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template raises errors of its own
@@ -114,3 +108,22 @@ class RewardModel:
         found = output.logits if getattr(output, "score", None) is None else output.score
         self._check_outputs(found.numel() // len(sequences))
         return found.float().flatten().tolist()
+
+
+def _found(settings: RewardModelSettings) -> tuple[Path, Any, bool]:
+    """The folder of the reward model, its tokenizer, and whether code in the folder computes it.
+
+    Raises:
+        UserError: a part of it is missing, or its code must not run.
+    """
+    folder = required(settings.reward_model, "--reward-model is missing; give the folder of a reward model")
+    tokenizer: Any = load_tokenizer(folder, "--reward-model")
+    if not tokenizer.chat_template:
+        raise UserError(f"--reward-model {folder} has no chat template; add chat_template.jinja to its folder")
+    code = (read_json(folder / "config.json").get("auto_map") or {}).get(_AUTO)
+    if code and not settings.trust_remote_code:
+        raise UserError(
+            f"--reward-model {folder} is computed by code in its folder ({code}); read it and add "
+            "--trust-remote-code, or give another reward model"
+        )
+    return folder, tokenizer, bool(code)
