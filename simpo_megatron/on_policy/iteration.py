@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import io
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ from simpo_megatron.on_policy.prompts import Prompt, read_prompts
 from simpo_megatron.settings import expand
 from simpo_megatron.trainer.lock import locked
 
+_SET_PDEATHSIG = 1  # of prctl
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # Section of the loop's file -> the program that gets its flags.
 PROGRAMS = {
@@ -205,11 +208,10 @@ class Loop:
 
 
 def show_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the table over the rounds. Round 0 is the model that the loop starts from."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*names, title="rounds")
-    for row in rows:
-        table.add_row(*("" if row.get(name) is None else _shown(row[name]) for name in names))
+    """Prints the table over the rounds, a column each. Round 0 is the model that the loop starts from."""
+    table = Table("round", *(str(row["round"]) for row in rows))
+    for name in dict.fromkeys(name for row in rows for name in row if name != "round"):
+        table.add_row(name, *("" if row.get(name) is None else _shown(row[name]) for row in rows))
     Console(highlight=False).print(table)
 
 
@@ -251,13 +253,20 @@ def _torchrun(processes: int) -> list[str]:
 
 
 def _run(command: list[str]) -> int:
-    """Runs a program to its end. Where this process is stopped, the program gets SIGTERM and is waited for."""
-    with subprocess.Popen(command) as process:
+    """Runs a program to its end. Where this process is stopped, the program gets SIGTERM and is waited for.
+
+    Where this process is killed, Linux sends the SIGTERM: a training that went on would hold the lock of its folder.
+    """
+    with subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None) as process:
         try:
             return process.wait()
         except BaseException:
             process.terminate()
             raise
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
