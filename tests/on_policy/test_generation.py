@@ -1,16 +1,12 @@
-"""Responses: the ids of training, draws that depend on the seed alone, resuming, shards, backends, wrong input."""
+"""Responses: the ids of training, draws that depend on the seed alone, resuming, shards, wrong input."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
-import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +17,14 @@ import transformers
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
 from simpo_megatron.data.schema import parse_preference
-from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.backends.transformers_backend import draw
-from simpo_megatron.on_policy.http_client import on_threads
 from simpo_megatron.on_policy.prompts import Shard, read_prompts
 from simpo_megatron.on_policy.sampling import SamplingSettings, response_seed
-from tests.support.openai_server import serving
-from tests.support.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
-from tools import generate_responses
+from tests.on_policy.generating import SAMPLING, TOKENS, rows_of, run
+from tests.support.tiny import make_rows, make_tokenizer, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-TOKENS = 6
-SAMPLING = {"num_responses": 3, "max_new_tokens": TOKENS, "temperature": 1.0}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its generation_config.json asks for a penalty, as Qwen2.5's does. Responses are drawn by our settings alone."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2, max_position_embeddings=128)
-    transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, repetition_penalty=5.0).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [{"id": f"p{i}", "prompt": row["prompt"], "answer": i} for i, row in enumerate(make_rows(7))]
-    return write_rows(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
-
-
-def run(**flags: Any) -> int:
-    words: list[str] = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list) else [value]
-        words += ["--" + name.replace("_", "-"), *map(str, values)]
-    return generate_responses.main(words)
-
-
-def rows_of(path: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
 @pytest.fixture(scope="module")
@@ -169,74 +134,6 @@ def test_evaluation_prompts_are_kept_out(tmp_path: Path, capsys: pytest.CaptureF
     )
 
 
-class FakeVLLM:
-    """Answers with what it was asked."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
-
-    def generate(self, prompts: list[dict[str, Any]], params: list[dict[str, Any]]) -> list[Any]:
-        return [
-            types.SimpleNamespace(
-                outputs=[
-                    types.SimpleNamespace(
-                        text=json.dumps([prompt["prompt_token_ids"], asked]), finish_reason="stop", token_ids=[1, 2]
-                    )
-                ]
-            )
-            for prompt, asked in zip(prompts, params, strict=True)
-        ]
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    module = types.ModuleType("vllm")
-    module.LLM, module.SamplingParams = FakeVLLM, dict  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "1")
-    yield
-
-
-@pytest.mark.usefixtures("vllm")
-def test_vllm_gets_ids_and_a_seed_for_each(model: Path, prompts: Path, tmp_path: Path) -> None:
-    output = tmp_path / "r.jsonl"
-    assert run(prompts=prompts, hf_checkpoint=model, output=output, backend="vllm", top_k=4, **SAMPLING) == 0
-    encoder = PairEncoder(make_tokenizer(), DataOptions(), ())
-    for row in rows_of(output).values():
-        for response in row["responses"]:
-            ids, asked = json.loads(response["content"])
-            assert ids == encoder.encode_prompts([("", row["prompt"])])[0]
-            assert asked["seed"] == response["seed"] and asked["stop_token_ids"] == [1]
-            assert (asked["temperature"], asked["top_k"], asked["max_tokens"], asked["n"]) == (1.0, 4, TOKENS, 1)
-
-
-def test_a_server_that_stumbles(model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every request meets two failures of its own kind before it is answered."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    failures: dict[int, list[int | bytes]] = {}
-
-    def reply(path: str, body: dict[str, Any]) -> dict[str, Any] | int | bytes:
-        assert (body["repetition_penalty"], body["min_p"], body["top_k"]) == (1.0, 0.0, -1)
-        todo = failures.setdefault(body["seed"], [429, b"not json"] if body["seed"] % 2 else [503, b'{"choices": []}'])
-        if todo:
-            return todo.pop()
-        text = json.dumps(body["prompt"] if path == "completions" else body["messages"])
-        choice = {"text": text, "message": {"content": text}, "finish_reason": "stop"}
-        return {"choices": [choice], "usage": {"completion_tokens": 9}}
-
-    with serving(reply) as url:
-        for api in ("completions", "chat"):
-            failures.clear()
-            flags = {"backend": "server", "server_url": url, "server_api": api, "retries": 2}
-            output = tmp_path / f"{api}.jsonl"
-            assert run(prompts=prompts, hf_checkpoint=model, output=output, **flags, **SAMPLING) == 0
-            assert len(failures) == 21
-            row = rows_of(output)["p0"]
-            sent = json.loads(row["responses"][0]["content"])
-            ids = PairEncoder(make_tokenizer(), DataOptions(), ()).encode_prompts([("", row["prompt"])])[0]
-            assert sent == (ids if api == "completions" else row["prompt"])
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -303,24 +200,6 @@ def test_responses_longer_than_the_model_takes_are_refused(
     assert most is not None and 50 < int(most[1]) < 128
     assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1]) + 1) == 2
     assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1])) == 0
-
-
-def test_an_error_does_not_wait_for_other_requests() -> None:
-    begun, release, ended = threading.Event(), threading.Event(), list[int]()
-
-    def ask(number: int) -> None:
-        if number == 0:
-            begun.wait()
-            raise UserError("no")
-        begun.set()
-        release.wait()
-        ended.append(number)
-
-    with pytest.raises(UserError):
-        on_threads(ask, range(9), 2)
-    assert not ended
-    release.set()
-    assert on_threads(str, range(5), 3) == list("01234")
 
 
 @pytest.mark.parametrize("stage", ["generate", "score"])
