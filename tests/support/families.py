@@ -187,6 +187,7 @@ def gradients(
     Parameters that see other tokens or heads on every rank are summed over the ranks, by the rule of Megatron's
     `finalize_model_grads`: those with the attribute `sequence_parallel`, and the query and key norms by name.
     """
+    from simpo_megatron.models.part_layout import join_ranks
     from simpo_megatron.models.placement import place_parameters
 
     hf, config, models = build(path, **layout)
@@ -203,12 +204,13 @@ def gradients(
         dist.all_gather(shards, gradient, group=group)
         if place.entry.tp_dim is not None:
             assert place.parameter.tensor_model_parallel, place.name
-            parts = [place.entry.part_layout.split(shard, place.entry.rows, ranks) for shard in shards]
-            wholes = [torch.cat(slices, dim=place.entry.tp_dim) for slices in zip(*parts, strict=True)]
+            whole = join_ranks(place.entry.part_layout, place.entry.rows, shards, place.entry.tp_dim)
         else:
             by_name = config.qk_layernorm and ("q_layernorm" in place.name or "k_layernorm" in place.name)
             summed = by_name or getattr(place.parameter, "sequence_parallel", False)
-            wholes = [sum(shards, torch.zeros_like(gradient)) if summed else gradient]
-        for name, shape, whole in zip(place.hf, place.entry.shapes, wholes, strict=True):
-            found[name] = found.get(name, 0) + whole[: shape[0]]
+            whole = sum(shards, torch.zeros_like(gradient)) if summed else gradient
+        parts = place.entry.part_layout.split(whole[: sum(place.entry.rows)], place.entry.rows)
+        for held in place.entry.tensors:
+            name = place.hf[held[0]]
+            found[name] = found.get(name, 0) + torch.cat([parts[part] for part in held])
     return found
