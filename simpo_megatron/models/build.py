@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
+from simpo_megatron import compat
 from simpo_megatron.errors import UserError, one_line
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
@@ -56,6 +57,8 @@ def transformer_config(
     """
     model = hf.architecture.transformer
     check_layout(model, parallel)
+    if model["num_query_groups"] < parallel.get("tensor_model_parallel_size", 1):
+        compat.check_cut_query_groups()
     transformer_engine, experts = use_transformer_engine(transformer_impl), hf.architecture.num_experts is not None
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)

@@ -222,6 +222,18 @@ def rank_runs(layout: PartLayout, rows: Sequence[int], rank: int, ranks: int) ->
             offset += last - first
 
 
+def same_shares(layout: PartLayout, rows: Sequence[int], ranks: int) -> bool:
+    """Whether every rank holds the same share of every part, so that `PartLayout.join` makes its parameter.
+
+    >>> same_shares(QKV(2), (8, 2, 2), 2), same_shares(QKV(2), (8, 2, 2), 4)  # four ranks hold half a query group each
+    (True, False)
+    """
+    held = [0] * len(rows)
+    for run in rank_runs(layout, rows, 0, ranks):
+        held[run.part] += run.last - run.first
+    return held == [size // ranks for size in rows]
+
+
 def join_ranks(layout: PartLayout, rows: Sequence[int], shards: Sequence[Tensor], dim: int | None) -> Tensor:
     """The whole parameter, with the padding of a vocabulary, from what the tensor-parallel ranks hold of it.
 

@@ -118,9 +118,13 @@ def layer_bytes(
     tensor = layout["tensor_model_parallel_size"]
     sequence = tensor if layout["sequence_parallel"] else 1
     width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
-    q, k = heads * width, model["num_query_groups"] * width // tensor
+    groups = model["num_query_groups"]
+    q, k = heads * width, max(groups // tensor, 1) * width
+    projection = q + 2 * k
+    if groups < tensor:  # every rank gathers all of it, and its values are a view of that
+        projection = (model["num_attention_heads"] + 2 * groups) * width
     kept = _norms(dense, fused, recomputed) * model["hidden_size"] / sequence
-    kept += (q + 2 * k) + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
+    kept += projection + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     kept += 4 * width  # cosine and sine for queries and for keys
     kept += q  # attention's output, which the next projection reads
     if not fused and "core_attn" not in recomputed:

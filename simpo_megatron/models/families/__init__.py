@@ -6,6 +6,7 @@ moe.py        what the mixture-of-experts families share: router and experts
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window
 mixtral.py    Mixtral
+phi3.py       Phi-3, Phi-3.5 and Phi-4
 qwen2.py      Qwen2 and Qwen2.5
 qwen3.py      Qwen3, dense
 qwen3_moe.py  Qwen3 with experts

@@ -1,8 +1,8 @@
 """The families of this package, and how one is found. A new family is one line in `FAMILIES`.
 
-A config.json names its family. Megatron-LM's arguments do not: the families are asked in the order of `FAMILIES`, and
-the first that recognises the arguments is taken. A family whose model has other additions
-(`additions.Additions`) than the arguments say does not recognise them.
+A config.json names its family. Megatron-LM's arguments do not (those that this package writes do, as `hf_model_type`):
+the families are asked in the order of `FAMILIES`, and the first that recognises the arguments is taken. A family whose
+model has other additions (`additions.Additions`) than the arguments say does not recognise them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from simpo_megatron.models.architecture import Family
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
+from simpo_megatron.models.families.phi3 import PHI3
 from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
+FAMILIES = (PHI3, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
 
 
 def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
