@@ -48,7 +48,7 @@ def test_whole_heads(kind: str) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     sizes = {"head_dim": 12, "max_position_embeddings": 128, "rope_theta": 50000.0}
-    config = transformers.LlamaConfig(**sizes, rope_scaling=dict(KINDS[kind]))
+    config = transformers.LlamaConfig.from_dict({**sizes, "rope_scaling": dict(KINDS[kind])})
     old = {**sizes, "rope_scaling": KINDS[kind]}  # as transformers 4 writes it
     for written in (config.to_dict(), old):
         check(read_rope(written), LlamaRotaryEmbedding(config), 12)
