@@ -43,6 +43,7 @@ class Family:
         megatron_args: makes Megatron-LM's arguments by name from the architecture. Their values are primitives.
         layer_spec: makes the layers that Megatron builds; takes the arguments of `spec.layer_spec`.
         additions: makes from the config.json what the model computes beyond Megatron's TransformerConfig.
+        rope: makes the rotary frequencies from the config.json.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Family:
     megatron_args: Callable[[Architecture], dict[str, Any]] = default_megatron_args
     layer_spec: Callable[..., Any] = default_layer_spec
     additions: Callable[[dict[str, Any]], Additions] = no_additions
+    rope: Callable[[dict[str, Any]], Rope] = read_rope
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """Reads a config.json of this family.
@@ -68,7 +70,7 @@ class Family:
             vocab_size=required(config, "vocab_size"),
             max_position_embeddings=config.get("max_position_embeddings", 0),
             tied=bool(config.get("tie_word_embeddings", False)),
-            rope=read_rope(config),
+            rope=self.rope(config),
             additions=self.additions(config),
         )
 

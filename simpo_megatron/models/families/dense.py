@@ -7,7 +7,6 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import refuse, required
 from simpo_megatron.models.part_layout import QKV, Copy, GateUp
-from simpo_megatron.models.rope import read_rope
 from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, WeightEntry
 
 BLOCK, LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -40,14 +39,13 @@ def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of TransformerConfig that every dense family has.
 
     Raises:
-        UserError: an activation, rope scaling or attention is not supported, or config.json lacks a value.
+        UserError: an activation or attention is not supported, or config.json lacks a value.
     """
     refuse(config, "hidden_act", "silu", fix="only SwiGLU models (silu) run")
     if other := set(config.get("layer_types") or ()) - {"full_attention"}:
         raise UserError(
             f"config.json lists {', '.join(sorted(other))} in layer_types; only full attention in every layer runs"
         )
-    read_rope(config)  # for its errors; `Family.architecture` keeps the values
     return {
         "num_layers": required(config, "num_hidden_layers"),
         "hidden_size": required(config, "hidden_size"),
