@@ -72,8 +72,8 @@ def flags(args: dict[str, Any]) -> list[str]:
             line += [] if value else ["--disable-bias-linear"]
         elif name not in _NO_FLAG and name not in _ADDITIONS and value is not None and value is not False:
             flag = "--" + name.replace("_", "-")
-            if name == "window_attn_skip_freq" and isinstance(value, tuple):
-                line += [flag, str(list(value))]
+            if isinstance(value, list):  # one number a layer
+                line += [flag, str(value).replace(" ", "")]
             elif isinstance(value, tuple):
                 line += [flag, ",".join(map(str, value))]
             else:
@@ -107,8 +107,8 @@ def namespace(args: Mapping[str, Any], **more: Any) -> Namespace:
         UserError: a value is not a primitive.
     """
     values = {**args, "use_rotary_position_embeddings": True, "ckpt_format": "torch_dist", **more}
-    if not all(isinstance(value, (int, float, str, tuple, type(None))) for value in values.values()):
-        raise UserError("the arguments of this model hold something else than numbers, names and tuples")
+    if not all(isinstance(value, (int, float, str, tuple, list, type(None))) for value in values.values()):
+        raise UserError("the arguments of this model hold something else than numbers, names, tuples and lists")
     return Namespace(**values)
 
 

@@ -114,8 +114,14 @@ class Architecture:
 
     @property
     def num_experts(self) -> int | None:
-        """Experts of a layer; None for a dense model."""
+        """Experts of a layer that has them; None for a dense model."""
         return self.transformer.get("num_moe_experts")
+
+    @property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has experts; the others have a dense feed-forward."""
+        pattern = self.transformer.get("moe_layer_freq") or [int(self.num_experts is not None)] * self.num_layers
+        return tuple(map(bool, pattern[: self.num_layers]))
 
     @property
     def num_parameters(self) -> int:

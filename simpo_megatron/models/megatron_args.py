@@ -65,11 +65,10 @@ def default_megatron_args(architecture: Architecture) -> dict[str, Any]:
     if rope.kind in OWN_ROPES:
         args |= {f"rope_{name}": value for name, value in rope.as_dict().items() if name not in _ROPE_ELSEWHERE}
     if "num_moe_experts" in kwargs:
-        args |= {"num_experts": kwargs.pop("num_moe_experts"), "moe_layer_freq": 1, "moe_grouped_gemm": False}
+        args |= {"num_experts": kwargs.pop("num_moe_experts"), "moe_grouped_gemm": False}
+        args["moe_layer_freq"] = kwargs.pop("moe_layer_freq", 1)
         args |= {"moe_token_dispatcher_type": "alltoall", "moe_router_score_function": "softmax"}
-    # A checkpoint may hold tuples, and no lists (`checkpoint/saved_args.py`, `namespace`).
-    others = {name: tuple(value) if isinstance(value, list) else value for name, value in kwargs.items()}
-    return args | others | architecture.additions.as_dict()
+    return args | kwargs | architecture.additions.as_dict()
 
 
 def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dict[str, Any]:
@@ -150,6 +149,14 @@ def sliding_window(args: Mapping[str, Any]) -> dict[str, int]:
     Hugging Face counts the token itself, Megatron only the tokens on its left.
     """
     return {"sliding_window": args["window_size"][0] + 1} if args.get("window_size") else {}
+
+
+def dense_layers(args: Mapping[str, Any]) -> list[int]:
+    """The layers without experts of a model with experts, by Megatron-LM's `moe_layer_freq`."""
+    pattern = args.get("moe_layer_freq") or 1
+    if isinstance(pattern, int):  # experts in every n-th layer, from the first on
+        pattern = [int(layer % pattern == 0) for layer in range(need(args, "num_layers"))]
+    return [layer for layer, experts in enumerate(pattern) if not experts]
 
 
 def expert_config(args: Mapping[str, Any], *, number: str, width: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
 def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     tp = parallel.get("tensor_model_parallel_size", 1)
     keys = ["num_query_groups", "num_attention_heads"]
-    if model.get("num_moe_experts") is None:  # experts have a size of their own: `_check_experts`
+    if _has_dense_layers(model):  # experts have a size of their own: `_check_experts`
         keys.append("ffn_hidden_size")
     sizes = {key: model[key] for key in keys}
     for key, size in sizes.items():
@@ -93,6 +93,10 @@ def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> N
             raise UserError(f"--tensor-model-parallel-size {tp} does not divide {key} {size}; use {listed}")
     if parallel.get("sequence_parallel") and tp == 1:
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; drop it, or split the tensors")
+
+
+def _has_dense_layers(model: dict[str, Any]) -> bool:
+    return model.get("num_moe_experts") is None or 0 in model.get("moe_layer_freq", ())
 
 
 def _check_context_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
@@ -159,7 +163,8 @@ def _check_recomputed(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     lacking = {
         "mla_up_proj": "multi-latent attention, which no model here has",
         "shared_experts": "shared experts, which no model here has",
-        **({"moe": experts, "moe_act": experts} if model.get("num_moe_experts") is None else {"mlp": dense}),
+        **({"moe": experts, "moe_act": experts} if model.get("num_moe_experts") is None else {}),
+        **({} if _has_dense_layers(model) else {"mlp": dense}),
     }
     for name in parallel.get("recompute_modules") or ():
         if name in lacking:

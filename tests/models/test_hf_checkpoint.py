@@ -66,8 +66,6 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
         ("llama", {"num_key_value_heads": -4}, ["num_key_value_heads", "-4"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise to 0.1", "set it to 0"]),
         ("mixtral", {"num_experts_per_tok": 9}, ["num_experts_per_tok to 9", "4 experts"]),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers", "experts in every layer"]),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
         ("llama", {"attention_bias": True}, ["attention_bias"]),
         ("llama", {"mlp_bias": True}, ["mlp_bias"]),
