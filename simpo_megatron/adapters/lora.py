@@ -125,6 +125,7 @@ def factor_entries(entry: WeightEntry, lora: Lora) -> Iterator[WeightEntry]:
                 Copy(),
                 tp_dim,
                 experts=entry.experts,
+                layers=entry.layers,
             )
 
 

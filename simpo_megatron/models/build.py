@@ -8,7 +8,9 @@ load_hf_weights(models, hf)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +23,7 @@ from megatron.core.utils import get_te_version, is_te_min_version
 
 from simpo_megatron import compat
 from simpo_megatron.errors import UserError, one_line
+from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
@@ -84,7 +87,7 @@ def transformer_config(
         "moe_router_dtype": "fp32",  # small differences decide which experts are chosen
         "moe_grouped_gemm": experts and transformer_engine,
         "cuda_graph_scope": [],  # the default is deprecated, and Megatron warns about it
-        **kernel_fields(kernels, transformer_engine, experts),
+        **kernel_fields(kernels, transformer_engine, experts, _turns_halves(hf.architecture)),
     }
     # As Megatron-LM does it (`arguments.py`): the interleaved schedule sends while it computes, the other cannot.
     overlap = parallel.get("overlap_p2p_comm", bool(parallel.get("virtual_pipeline_model_parallel_size")))
@@ -95,6 +98,12 @@ def transformer_config(
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
         raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error
+
+
+def _turns_halves(architecture: Architecture) -> bool:
+    """Whether the rotary embedding turns the halves of a head, and no more."""
+    _, factor = inverse_frequencies(architecture.rope, architecture.transformer["kv_channels"])
+    return factor == 1.0 and not architecture.transformer.get("rotary_interleaved")
 
 
 @cache
@@ -199,15 +208,36 @@ def build_model(
         )
         rotary: Any = model.rotary_pos_emb
         rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-        # Megatron can express one of the scalings, and fixes three of its four values. So the frequencies are replaced.
-        frequencies = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
+        # Megatron can express few of the scalings, and fixes values of theirs. So the frequencies are replaced.
+        frequencies, factor = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
         rotary.inv_freq = frequencies.to(torch.cuda.current_device())
+        for layer in model.decoder.layers:
+            set_attention_factor(layer.self_attention, factor)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
     return models
+
+
+def set_attention_factor(attention: Any, factor: float) -> None:
+    """Lets an attention of Megatron multiply cosine and sine of its rotary embedding by a factor.
+
+    It computes the factor from three fields of its config that are YaRN's
+    (`yarn_rotary_pos_embedding.py`, `_yarn_get_concentration_factor_from_config`): 0.1 * mscale * log(scaling) + 1,
+    over the same with `mscale_all_dim`. The values here make any factor of it. From 0.19 on it is computed when the
+    attention is built.
+
+    Args:
+        attention: of one layer.
+        factor: 1 leaves it as it is.
+    """
+    if factor != 1.0:
+        attention.config = copy(attention.config)
+        attention.config.yarn_rotary_scaling_factor = math.exp(10)
+        attention.config.yarn_mscale, attention.config.yarn_mscale_all_dim = factor - 1, 0.0
+        attention._yarn_concentration_factor = factor
 
 
 def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

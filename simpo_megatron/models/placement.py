@@ -86,8 +86,7 @@ def place_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, ti
     missing = {
         (name, layer, expert)
         for name, entry in entries.items()
-        if entry.per_layer
-        for layer in layers
+        for layer in filter(entry.in_layer, layers)
         for expert in (_local_experts(entry) if entry.experts else (None,))
     }
     for name, parameter in gpt.named_parameters():

@@ -68,4 +68,6 @@ class PairRotary(RotaryEmbedding):
             return super().forward(max_seq_len, *args, **kwargs)
         inverse = self.inv_freq.to(max_seq_len.device)
         frequencies = torch.outer(max_seq_len.to(inverse.dtype), inverse)
+        if self.rotary_interleaved:
+            return frequencies.repeat_interleave(2, dim=-1)[:, None, None, :]
         return torch.cat((frequencies, frequencies), dim=-1)[:, None, None, :]

@@ -8,6 +8,7 @@ model computes beyond that (`additions.Additions`) is added to the layers of bot
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from simpo_megatron import compat
@@ -71,6 +73,17 @@ class PostNormAdd(torch.nn.Module):
         return residual + self.norm(output if bias is None else output + bias)
 
 
+@cache
+def with_bias(linear: type) -> type:
+    """A linear layer of Megatron or of Transformer Engine that has a bias whatever its config says."""
+
+    class WithBias(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "bias": True})
+
+    return WithBias
+
+
 def use_transformer_engine(transformer_impl: str) -> bool:
     """Whether the layers are Transformer Engine's.
 
@@ -89,7 +102,7 @@ def use_transformer_engine(transformer_impl: str) -> bool:
 
 def layer_spec(
     additions: Additions, config: TransformerConfig, transformer_impl: str = "auto", vp_stage: int | None = None
-) -> ModuleSpec | TransformerBlockSubmodules:
+) -> TransformerBlockSubmodules:
     """The `transformer_layer_spec` of a GPTModel.
 
     Args:
@@ -101,33 +114,55 @@ def layer_spec(
     Raises:
         UserError: Transformer Engine is asked for and not installed, or cannot compute the model.
     """
-    experts = config.num_moe_experts
-    if use_transformer_engine(transformer_impl):
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
-        )
-        _add(additions, config, spec.submodules, _te_norm())
-        return spec
-    if experts is not None:
+    transformer_engine = use_transformer_engine(transformer_impl)
+    if config.num_moe_experts is not None and not transformer_engine:
         compat.moe_without_transformer_engine()
-    if "layernorm" in (config.recompute_modules or ()):
+    if "layernorm" in (config.recompute_modules or ()) and not transformer_engine:
         compat.norms_recomputed_without_transformer_engine()
-    spec = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    norm = _te_norm() if transformer_engine else RMSNorm
+    specs = {}
+    for experts in set(_expert_layers(config)):
+        specs[experts] = (_te_layer if transformer_engine else _local_layer)(config, experts)
+        _add(additions, config, specs[experts].submodules, norm)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    # With a layer spec alone Megatron would build its own final norm, which refuses sequence parallelism.
+    return TransformerBlockSubmodules([specs[_expert_layers(config)[layer]] for layer in layers], norm)
+
+
+def _expert_layers(config: TransformerConfig) -> list[bool]:
+    """Whether each layer of the model has experts."""
+    if isinstance(config.moe_layer_freq, list):
+        return list(map(bool, config.moe_layer_freq))
+    return [config.num_moe_experts is not None] * config.num_layers
+
+
+def _te_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
+    """A layer of Transformer Engine, with or without experts."""
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
+def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
+    """A layer of Megatron on plain torch, with or without experts."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    if experts is not None:
+    if experts:
         # Checkpoints then have Transformer Engine's name of the norm before experts. Both kinds of layers read it.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention: Any = layer.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    _add(additions, config, layer, RMSNorm)
-    # With a layer spec alone Megatron would build its own final norm, which refuses sequence parallelism.
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage),
-        layer_norm=RMSNorm,  # type: ignore[arg-type]
-    )
+    return spec
 
 
 def _te_norm() -> Any:
@@ -152,6 +187,12 @@ def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any)
         layer: the submodules, which are changed.
         norm: the class of the layer's norms.
     """
+    attention = layer.self_attention.submodules
+    if additions.attention_output_bias:
+        attention.linear_proj = with_bias(attention.linear_proj)
+    if additions.mlp_bias:
+        mlp = layer.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = with_bias(mlp.linear_fc1), with_bias(mlp.linear_fc2)
     if additions.post_norms:
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
         layer.self_attn_bda = layer.mlp_bda = add

@@ -27,6 +27,7 @@ class WeightEntry:
         tp_dim: the dimension that tensor parallelism splits, of the parameter and of every part; None where every rank
             holds all of it. The weights of experts are split over the expert-tensor-parallel ranks instead.
         experts: how many experts of a layer have such a parameter; 0 where it does not belong to an expert.
+        layers: the global indices of the layers that have it; None for all of them.
         trained: whether training changes it. A parameter that it does not change has no gradient and no optimizer
             state: the base weights under an adapter.
     """
@@ -37,6 +38,7 @@ class WeightEntry:
     part_layout: PartLayout
     tp_dim: int | None
     experts: int = 0
+    layers: tuple[int, ...] | None = None
     trained: bool = True
 
     @property
@@ -71,7 +73,7 @@ class WeightEntry:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has one."""
+        """Whether it belongs to a layer."""
         return "{layer}" in self.megatron
 
     @property
@@ -79,9 +81,13 @@ class WeightEntry:
         """Whether the first dimension is the vocabulary, which Megatron pads."""
         return self.megatron in (EMBEDDING, OUTPUT)
 
+    def in_layer(self, layer: int) -> bool:
+        """Whether the layer with this global index has one."""
+        return self.per_layer and (self.layers is None or layer in self.layers)
+
     def instances(self, num_layers: int) -> Iterator[dict[str, int]]:
         """The values of `{layer}` and `{expert}`, once for every parameter of this entry."""
-        for layer in range(num_layers) if self.per_layer else (0,):
+        for layer in filter(self.in_layer, range(num_layers)) if self.per_layer else (0,):
             for expert in range(self.experts or 1):
                 yield {"layer": layer, "expert": expert}
 
@@ -89,12 +95,16 @@ class WeightEntry:
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
-# Names in Megatron's local spec that differ from the canonical ones: there, norms are separate modules. The norm before
-# experts is a separate module in both specs. Its entry keeps the dense name. The norms after attention and feed-forward
-# are this package's (`spec.PostNormAdd`); their canonical names are those of Megatron-Bridge.
+# The norms whose canonical name is that of the linear layer behind them. In a layer without that linear layer, because
+# experts or latent attention follow, they are modules of their own in both specs.
+SEPARATE_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+# Names in Megatron's local spec that differ from the canonical ones: there, all norms are modules of their own. Those
+# after attention and feed-forward are this package's (`spec.PostNormAdd`); their canonical names are Megatron-Bridge's.
 _LOCAL_TO_CANONICAL = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    **{local: canonical for canonical, local in SEPARATE_NORMS.items()},
     "self_attn_bda.norm.weight": "self_attention.linear_proj.post_layernorm.weight",
     "mlp_bda.norm.weight": "mlp.linear_fc2.post_layernorm.weight",
 }

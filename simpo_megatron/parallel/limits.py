@@ -84,7 +84,7 @@ def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
 def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     tp = parallel.get("tensor_model_parallel_size", 1)
     keys = ["num_attention_heads"]
-    if model.get("num_moe_experts") is None:  # experts have a size of their own: `_check_experts`
+    if _has_dense_layers(model):  # experts have a size of their own: `_check_experts`
         keys.append("ffn_hidden_size")
     sizes, groups = {key: model[key] for key in keys}, model["num_query_groups"]
     legal = [size for size in divisors(math.gcd(*sizes.values())) if _divides_groups(model, size)]
@@ -108,6 +108,10 @@ def _divides_groups(model: dict[str, Any], tp: int) -> bool:
     groups = model["num_query_groups"]
     rows = (model["num_attention_heads"] + 2 * groups) * model["kv_channels"]
     return groups % tp == 0 or (tp % groups == 0 and rows % tp == 0)
+
+
+def _has_dense_layers(model: dict[str, Any]) -> bool:
+    return model.get("num_moe_experts") is None or 0 in model.get("moe_layer_freq", ())
 
 
 def _check_context_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
@@ -174,7 +178,8 @@ def _check_recomputed(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     lacking = {
         "mla_up_proj": "multi-latent attention, which no model here has",
         "shared_experts": "shared experts, which no model here has",
-        **({"moe": experts, "moe_act": experts} if model.get("num_moe_experts") is None else {"mlp": dense}),
+        **({"moe": experts, "moe_act": experts} if model.get("num_moe_experts") is None else {}),
+        **({} if _has_dense_layers(model) else {"mlp": dense}),
     }
     for name in parallel.get("recompute_modules") or ():
         if name in lacking:

@@ -32,13 +32,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0}
 QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
 # name: class prefix in transformers, and what its config sets besides the sizes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 16}),
-    "llama_linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama_yarn": ("Llama", {"rope_scaling": YARN}),
     "mistral": ("Mistral", {"sliding_window": 8, "head_dim": 16}),
     "mistral_whole": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
@@ -48,7 +49,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {"head_dim": 16, "sliding_window": 8, "num_key_value_heads": 2}),
     "phi3_tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe_plain": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
 }
 
