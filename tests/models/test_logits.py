@@ -48,7 +48,7 @@ def test_every_family_equals_transformers(name: str, pool: Any, tmp_path: Path) 
         assert error(packed, plain) > 1e-2  # so the test would see it if sequences attended to each other
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "llama3", "phi3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_tied", "llama3", "phi3", "glm4", "qwen3"])
 @pytest.mark.parametrize("layout", [TP2, SP, PP2, {**SP, **PP2}, VPP2, UNEVEN], ids=str)
 def test_every_layout_equals_transformers(name: str, layout: dict[str, Any], pool: Any, tmp_path: Path) -> None:
     model = tiny.make(name, tmp_path)
@@ -81,9 +81,10 @@ SELECTIVE = {"recompute_granularity": "selective"}
     [
         *((name, {}) for name in ("llama", "llama3", "phi3", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain")),
         *((name, layout) for name in ("mistral", "qwen3") for layout in (FULL, SELECTIVE)),
-        *((name, layout) for name in ("qwen2", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
+        *((name, layout) for name in ("glm4", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
         *(("qwen3_tied", layout) for layout in (TP2, SP)),  # one key head: every rank has it and a half of the queries
         ("phi3", TP4_SP),  # two key heads, each on two ranks
+        ("glm", {}),
     ],
     ids=str,
 )

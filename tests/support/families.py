@@ -33,6 +33,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0}
+PHI4_ROPE = {
+    "partial_rotary_factor": 0.75,  # 4 of 6
+    "original_max_position_embeddings": 64,  # the longest sequence of the tests is shorter
+    "rope_scaling": {"type": "longrope", "short_factor": [1.1, 1.4], "long_factor": [2.0, 5.0]},
+}
 QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
 # name: class prefix in transformers, and what its config sets besides the sizes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,7 +52,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 1}),
     "phi3": ("Phi3", {"head_dim": 16, "sliding_window": 8, "num_key_value_heads": 2}),
-    "phi3_tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "phi3_tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 1, **PHI4_ROPE}),
+    "glm": ("Glm", {"head_dim": 12, "num_key_value_heads": 2, "attention_bias": False, "tie_word_embeddings": True}),
+    "glm4": ("Glm4", {"head_dim": 16, "num_key_value_heads": 2, "attention_bias": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe_plain": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),

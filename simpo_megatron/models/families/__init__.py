@@ -3,6 +3,7 @@
 registry.py   the list of families; finds the family of a config.json, and of Megatron-LM's arguments
 dense.py      what the dense families share: RMSNorm, grouped-query attention with RoPE, SwiGLU
 moe.py        what the mixture-of-experts families share: router and experts
+glm.py        GLM-4
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window
 mixtral.py    Mixtral

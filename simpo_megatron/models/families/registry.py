@@ -14,6 +14,7 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family
+from simpo_megatron.models.families.glm import GLM, GLM4
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
@@ -22,7 +23,7 @@ from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (PHI3, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
+FAMILIES = (GLM, GLM4, PHI3, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
 
 
 def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
@@ -55,5 +56,5 @@ def family_of(config: dict[str, Any]) -> Family:
     for family in FAMILIES:
         if config.get("model_type") in family.model_types:
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise UserError(f"config.json has model_type {config.get('model_type')!r}; supported are {known}")
