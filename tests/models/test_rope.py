@@ -60,8 +60,13 @@ def test_a_part_of_every_head() -> None:
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
     config = {
-        **{"head_dim": 16, "hidden_size": 64, "num_attention_heads": 4, "model_type": "phi3"},
-        **{"max_position_embeddings": 256, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.75},
+        "head_dim": 16,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "model_type": "phi3",
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.75,
         "rope_scaling": LONG,
     }
     rope = read_partial_rope(config)
