@@ -36,6 +36,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}
 # name: class prefix in transformers, and what its config sets besides the sizes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -55,8 +56,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe_plain": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
+    # The bounds are low enough to matter, the heads are wider together than the hidden states, the window is short.
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}),
 }
 
+CAPPED = ("gemma2",)  # with a bound for attention scores, which Transformer Engine does not have
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain")
 
 
