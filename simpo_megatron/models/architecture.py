@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simpo_megatron.errors import UserError
@@ -44,6 +44,7 @@ class Family:
         layer_spec: makes the layers that Megatron builds; takes the arguments of `spec.layer_spec`.
         additions: makes from the config.json what the model computes beyond Megatron's TransformerConfig.
         rope: makes the rotary frequencies from the config.json.
+        defaults: the values that transformers takes for keys that a config.json of the family may lack.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Family:
     layer_spec: Callable[..., Any] = default_layer_spec
     additions: Callable[[dict[str, Any]], Additions] = no_additions
     rope: Callable[[dict[str, Any]], Rope] = read_rope
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """Reads a config.json of this family.
@@ -62,6 +64,7 @@ class Family:
         Raises:
             UserError: the config lacks a value, or sets one that changes the computation and is not supported.
         """
+        config = {**self.defaults, **config}
         return Architecture(
             family=self,
             transformer=self.transformer_kwargs(config),

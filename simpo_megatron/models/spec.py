@@ -70,7 +70,10 @@ class PostNormAdd(torch.nn.Module):
     def _add(self, output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
         assert not dropout
         output, bias = output_and_bias
-        return residual + self.norm(output if bias is None else output + bias)
+        # Megatron turns gradients on here even where nothing else has one: in evaluations, and where a forward pass is
+        # computed again later. The norm's weight would then keep the activations of every layer.
+        with torch.set_grad_enabled(output.requires_grad):
+            return residual + self.norm(output if bias is None else output + bias)
 
 
 @cache
@@ -197,3 +200,6 @@ def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any)
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
         layer.self_attn_bda = layer.mlp_bda = add
         layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **POST_NORMS}
+    if additions.attention_softcap is not None:
+        attention = layer.self_attention.submodules
+        attention.core_attention = ModuleSpec(PackedAttention, {"softcap": additions.attention_softcap})

@@ -60,15 +60,20 @@ def test_a_part_of_every_head() -> None:
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
     config = {
-        **{"head_dim": 16, "hidden_size": 64, "num_attention_heads": 4, "model_type": "phi3"},
-        **{"max_position_embeddings": 256, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.75},
+        "model_type": "phi3",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.75,
         "rope_scaling": LONG,
     }
     rope = read_partial_rope(config)
     theirs = Phi3RotaryEmbedding(transformers.Phi3Config(**config))
     check(rope, theirs, 16)
     assert (rotary_dim(rope, 16), rope.factor) == (12, 8.0)
-    with pytest.raises(UserError, match="partial_rotary_factor to 0.75; a 'phi3' model rotates whole heads"):
+    with pytest.raises(UserError, match=r"partial_rotary_factor to 0\.75; a 'phi3' model rotates whole heads"):
         read_rope(config)
     check_length(rope, 32, "--max-length")
     with pytest.raises(

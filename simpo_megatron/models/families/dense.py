@@ -103,15 +103,8 @@ def dense_weights(
         )
     )
     if output_bias:  # added after the sum over the tensor-parallel ranks, so that every rank holds all of it
-        table.append(
-            WeightEntry(
-                f"{BLOCK}self_attention.linear_proj.bias",
-                (f"{LAYER}self_attn.o_proj.bias",),
-                ((hidden,),),
-                Copy(),
-                None,
-            )
-        )
+        bias = f"{LAYER}self_attn.o_proj.bias"
+        table.append(WeightEntry(f"{BLOCK}self_attention.linear_proj.bias", (bias,), ((hidden,),), Copy(), None))
     table += [
         norm(f"{BLOCK}mlp.linear_fc1.layer_norm_weight", f"{LAYER}post_attention_layernorm.weight", hidden),
         *(swiglu(config, mlp_bias) if feed_forward is None else feed_forward),

@@ -17,9 +17,8 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not args.get("add_qkv_bias") or any(
-        args.get(name) for name in ("num_experts", "qk_layernorm", "attention_output_bias")
-    ):
+    others = ("num_experts", "qk_layernorm", "attention_output_bias")
+    if not args.get("add_qkv_bias") or any(args.get(name) for name in others):
         return None
     return default_config(args, "qwen2", "Qwen2") | qwen_window_config(args)
 
