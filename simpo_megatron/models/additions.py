@@ -28,6 +28,11 @@ class Additions:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
 
+    @property
+    def beyond_transformer_engine(self) -> str | None:
+        """What Transformer Engine's layers cannot compute of it, in words; None where they compute all."""
+        return None if self.attention_softcap is None else "capped attention scores"
+
     def as_dict(self) -> dict[str, Any]:
         """The fields that add something, as primitives."""
         return {
