@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+CAPPED_BLOCK = 1024  # queries whose capped scores exist at a time (`attention_blocks.CappedAttention`)
+
 
 @dataclass(frozen=True)
 class Additions:

@@ -5,8 +5,8 @@
     for name, gradient in reference.gradients(slopes_PM): ...      # slopes: the derivative of the loss by each sum
 
 Every sequence runs alone, without padding. Each layer is transformers' own code: its model without the other layers,
-loaded when it is needed. So only one layer (or the embedding, or the output layer) is in memory, and the hidden states between layers.
-The backward pass runs every layer again, from the last to the first.
+loaded when it is needed. So only one layer (or the embedding, or the output layer) is in memory, and the hidden states
+between layers. The backward pass runs every layer again, from the last to the first.
 
 Embedding, final norm, output layer and what a model does to the embeddings and the logits are those of a model without
 layers. Its config has no `pad_token_id`: transformers gives that row of the embedding no gradient, even where the token
