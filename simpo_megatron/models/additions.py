@@ -22,6 +22,9 @@ class Additions:
         embedding_scale: the number that multiplies the embeddings, rounded to their dtype; None for none.
         attention_softcap: c of `c * tanh(score / c)`, before the mask; None for none.
         logit_softcap: the same for the logits.
+        attention_output_bias: whether the output projection of the attention has a bias. With those of the feed-forward
+            too it is Megatron's `add_bias_linear`.
+        mlp_bias: whether the projections of the feed-forward have biases, and the attention none.
     """
 
     activation: str = "silu"
@@ -29,6 +32,8 @@ class Additions:
     embedding_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def beyond_transformer_engine(self) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions, no_additions
-from simpo_megatron.models.megatron_args import default_megatron_args
+from simpo_megatron.models.megatron_args import default_megatron_args, windowed_layers
 from simpo_megatron.models.rope import Rope, read_rope
 from simpo_megatron.models.weight_table import WeightEntry
 
@@ -108,18 +108,12 @@ class Architecture:
     def windows(self) -> tuple[int | None, ...]:
         """The keys that a query of each layer attends to at most, itself included; None where it attends to all.
 
-        Megatron's `window_size` counts the keys on the left of the query. Its `window_attn_skip_freq` says which layers
-        have the window: all but every n-th, or those with a 1 in the list (`transformer/utils.py`,
-        `is_layer_window_attention`).
+        Megatron's `window_size` counts the keys on the left of the query.
         """
         if "window_size" not in self.transformer:
             return (None,) * self.num_layers
-        window, skipped = self.transformer["window_size"][0] + 1, self.transformer.get("window_attn_skip_freq")
-        if isinstance(skipped, list):
-            has_window = [bool(value) for value in skipped]
-        else:
-            has_window = [skipped is None or layer % skipped != 0 for layer in range(1, self.num_layers + 1)]
-        return tuple(window if has else None for has in has_window[: self.num_layers])
+        has_window = windowed_layers(self.transformer.get("window_attn_skip_freq"), self.num_layers)
+        return tuple(self.transformer["window_size"][0] + 1 if has else None for has in has_window)
 
     @property
     def num_experts(self) -> int | None:

@@ -84,6 +84,8 @@ SELECTIVE = {"recompute_granularity": "selective"}
     [
         *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain")),
         *((name, layout) for name in ("mistral", "qwen3") for layout in (FULL, SELECTIVE)),
+        *((name, SP) for name in ("llama_attention_bias", "llama_mlp_bias")),
+        *((name, {**SP, **PP2}) for name in ("llama_biases", "qwen3_windows")),
         *((name, layout) for name in ("qwen2", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
     ],
     ids=str,

@@ -33,6 +33,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}
 # name: class prefix in transformers, and what its config sets besides the sizes.
@@ -40,12 +42,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 16}),
-    "llama_yarn": ("Llama", {"rope_scaling": YARN}),
+    "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_scaling": YARN}),
+    "llama_attention_bias": ("Llama", {"attention_bias": True}),
+    "llama_mlp_bias": ("Llama", {"mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 8, "head_dim": 16}),
     "mistral_whole": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_windows": ("Qwen2", {**WINDOWS, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_windows": ("Qwen3", {**WINDOWS, "head_dim": 16, "attention_bias": True, "layer_types": MIXED}),
     "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),

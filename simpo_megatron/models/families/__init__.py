@@ -2,6 +2,8 @@
 
 registry.py   the list of families; finds the family of a config.json, and of Megatron-LM's arguments
 dense.py      what the dense families share: RMSNorm, grouped-query attention with RoPE, SwiGLU
+biases.py     `attention_bias` and `mlp_bias`
+windows.py    sliding windows of some layers
 moe.py        what the mixture-of-experts families share: router and experts
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window
