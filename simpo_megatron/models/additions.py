@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+CAPPED_BLOCK = 1024  # queries whose capped scores exist at a time (`attention_blocks.CappedAttention`)
+
 
 @dataclass(frozen=True)
 class Additions:
@@ -32,6 +34,11 @@ class Additions:
     logit_softcap: float | None = None
     attention_output_bias: bool = False
     mlp_bias: bool = False
+
+    @property
+    def beyond_transformer_engine(self) -> str | None:
+        """What Transformer Engine's layers cannot compute of it, in words; None where they compute all."""
+        return None if self.attention_softcap is None else "capped attention scores"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that add something, as primitives."""

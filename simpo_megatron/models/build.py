@@ -24,6 +24,7 @@ from megatron.core.utils import get_te_version, is_te_min_version
 from simpo_megatron import compat
 from simpo_megatron.errors import UserError, one_line
 from simpo_megatron.head.kernels import soft_cap
+from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
@@ -66,7 +67,7 @@ def transformer_config(
     transformer_engine, experts = use_transformer_engine(transformer_impl), hf.architecture.num_experts is not None
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
-    _check_softcap(transformer_engine, hf.architecture.additions.attention_softcap)
+    _check_additions(transformer_engine, hf.architecture.additions)
     _check_recomputed(transformer_engine, experts, parallel.get("recompute_modules") or ())
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = {
@@ -118,17 +119,16 @@ def _activation(name: str) -> Any:
     return ACT2FN[name]
 
 
-def _check_softcap(transformer_engine: bool, softcap: float | None) -> None:
-    """Refuses capped attention scores on Transformer Engine's layers, which would leave out the cap.
+def _check_additions(transformer_engine: bool, additions: Additions) -> None:
+    """Refuses Transformer Engine's layers for a model that they would compute differently.
 
     Raises:
         UserError: it names what to use.
     """
-    if transformer_engine and softcap is not None:
+    if transformer_engine and (what := additions.beyond_transformer_engine):
         raise UserError(
-            f"this model caps its attention scores (at {softcap:g}), which Transformer Engine {get_te_version()} "
-            "cannot do: no release up to 2.20 has DotProductAttention(softcap=...), which is on its main branch; use "
-            "--transformer-impl local"
+            f"this model has {what}, which Transformer Engine {get_te_version()} cannot compute: no release up to 2.20 "
+            "has DotProductAttention(softcap=...), which is on its main branch; use --transformer-impl local"
         )
 
 
