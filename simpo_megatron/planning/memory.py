@@ -125,9 +125,8 @@ def layer_bytes(
     width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
     groups = model["num_query_groups"]
     q, k = heads * width, max(groups // tensor, 1) * width
-    projection = q + 2 * k
-    if groups < tensor:  # every rank gathers all of it, and its values are a view of that
-        projection = (model["num_attention_heads"] + 2 * groups) * width
+    # With fewer query groups than ranks, every rank gathers the whole projection and keeps it.
+    projection = q + 2 * k if groups >= tensor else (model["num_attention_heads"] + 2 * groups) * width
     # Of a norm behind attention or feed-forward its input is kept; torch also keeps the normalised input.
     norms = _norms(dense, fused, recomputed) + post_norms * (1 if fused else 2)
     kept = norms * model["hidden_size"] / sequence

@@ -7,6 +7,7 @@ compared byte for byte.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def _compare(path: Path, settings: dict[str, Any], bench: Bench) -> Outcome | No
             build_transformer_config(layout_config(bench, path, settings), read_hf_checkpoint(path))
         except UserError as refused:
             return Outcome("not here", str(refused))
-    return compare_at(path, settings, bench)
+    found = compare_at(path, settings, bench)
+    return found if found is None or found.result != "FAILED" else replace(found, advice=ADVICE)
 
 
 def _turns(hf: HFCheckpoint, bench: Bench) -> Outcome:
