@@ -22,6 +22,8 @@ class Additions:
         embedding_scale: the number that multiplies the embeddings, rounded to their dtype; None for none.
         attention_softcap: c of `c * tanh(score / c)`, before the mask; None for none.
         logit_softcap: the same for the logits.
+        window_rope_theta: the base of the rotary frequencies, without scaling, of the layers with a window; None where
+            they have those of the other layers.
         attention_output_bias: whether the output projection of the attention has a bias. With those of the feed-forward
             too it is Megatron's `add_bias_linear`.
         mlp_bias: whether the projections of the feed-forward have biases, and the attention none.
@@ -32,6 +34,7 @@ class Additions:
     embedding_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    window_rope_theta: float | None = None
     attention_output_bias: bool = False
     mlp_bias: bool = False
 

@@ -8,9 +8,7 @@ load_hf_weights(models, hf)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -30,7 +28,7 @@ from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
-from simpo_megatron.models.shared_prompts import PairRotary
+from simpo_megatron.models.rotary import set_rotary
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.limits import check_layout
@@ -222,41 +220,17 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        rotary: Any = model.rotary_pos_emb
-        rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-        # Megatron can express few of the scalings, and fixes values of theirs. So the frequencies are replaced.
-        frequencies, factor = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
-        rotary.inv_freq = frequencies.to(torch.cuda.current_device())
-        for layer in model.decoder.layers:
-            set_attention_factor(layer.self_attention, factor)
+        set_rotary(model, hf.architecture.rope, additions.window_rope_theta)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         if additions.logit_softcap is not None and model.post_process:
-            model.output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
-            model.output_layer.register_forward_hook(_cap_logits)
+            output_layer: Any = model.output_layer
+            output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
+            output_layer.register_forward_hook(_cap_logits)
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
     return models
-
-
-def set_attention_factor(attention: Any, factor: float) -> None:
-    """Lets an attention of Megatron multiply cosine and sine of its rotary embedding by a factor.
-
-    It computes the factor from three fields of its config that are YaRN's
-    (`yarn_rotary_pos_embedding.py`, `_yarn_get_concentration_factor_from_config`): 0.1 * mscale * log(scaling) + 1,
-    over the same with `mscale_all_dim`. The values here make any factor of it. From 0.19 on it is computed when the
-    attention is built.
-
-    Args:
-        attention: of one layer.
-        factor: 1 leaves it as it is.
-    """
-    if factor != 1.0:
-        attention.config = copy(attention.config)
-        attention.config.yarn_rotary_scaling_factor = math.exp(10)
-        attention.config.yarn_mscale, attention.config.yarn_mscale_all_dim = factor - 1, 0.0
-        attention._yarn_concentration_factor = factor
 
 
 def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
