@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from typing import Any
+
+from simpo_megatron.models.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Additions:
         attention_output_bias: whether the output projection of the attention has a bias. With those of the feed-forward
             too it is Megatron's `add_bias_linear`.
         mlp_bias: whether the projections of the feed-forward have biases, and the attention none.
+        pre_norms: whether the inputs of attention and feed-forward are normalised.
+        window_rope: the rotary embedding of the layers with a sliding window; None where all layers have the same.
+        qk_norm_over_heads: whether queries, and keys, are normalised over all heads of a token together.
     """
 
     activation: str = "silu"
@@ -32,13 +38,17 @@ class Additions:
     logit_softcap: float | None = None
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    pre_norms: bool = True
+    qk_norm_over_heads: bool = False
+    window_rope: Rope | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that add something, as primitives."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            field.name: getattr(self, field.name)
+            field.name: json.dumps(value.as_dict()) if isinstance(value := found[field.name], Rope) else value
             for field in fields(self)
-            if getattr(self, field.name) != field.default
+            if found[field.name] != field.default
         }
 
 

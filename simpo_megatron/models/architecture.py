@@ -116,6 +116,11 @@ class Architecture:
         return tuple(self.transformer["window_size"][0] + 1 if has else None for has in has_window)
 
     @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary embedding, and that of the layers with a window where it is another one."""
+        return (self.rope,) if self.additions.window_rope is None else (self.rope, self.additions.window_rope)
+
+    @property
     def num_experts(self) -> int | None:
         """Experts of a layer that has them; None for a dense model."""
         return self.transformer.get("num_moe_experts")

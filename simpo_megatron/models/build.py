@@ -100,9 +100,10 @@ def transformer_config(
 
 
 def _turns_halves(architecture: Architecture) -> bool:
-    """Whether the rotary embedding turns the halves of a head, and no more."""
-    _, factor = inverse_frequencies(architecture.rope, architecture.transformer["kv_channels"])
-    return factor == 1.0 and not architecture.transformer.get("rotary_interleaved")
+    """Whether the rotary embeddings turn the halves of a head, and no more."""
+    width = architecture.transformer["kv_channels"]
+    factors = {inverse_frequencies(rope, width)[1] for rope in architecture.ropes}
+    return factors == {1.0} and not architecture.transformer.get("rotary_interleaved")
 
 
 @cache
@@ -219,13 +220,7 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        rotary: Any = model.rotary_pos_emb
-        rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-        # Megatron can express few of the scalings, and fixes values of theirs. So the frequencies are replaced.
-        frequencies, factor = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
-        rotary.inv_freq = frequencies.to(torch.cuda.current_device())
-        for layer in model.decoder.layers:
-            set_attention_factor(layer.self_attention, factor)
+        set_rotary(model, hf.architecture)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         if additions.logit_softcap is not None and model.post_process:
@@ -235,6 +230,33 @@ def build_model(
         plain_output_layer(model)
         models.append(model)
     return models
+
+
+def set_rotary(model: Any, architecture: Architecture) -> None:
+    """Gives a GPTModel the rotary embedding of its architecture, or that of layers with a window and that of the others.
+
+    Megatron can express few of the scalings, and fixes values of theirs. So the frequencies are replaced. It passes one
+    tensor of angles to all layers. Where there are two embeddings, the tensor holds both, and each layer takes its own.
+    """
+    found = [inverse_frequencies(rope, architecture.transformer["kv_channels"]) for rope in architecture.ropes]
+    rotary: Any = model.rotary_pos_emb
+    rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
+    rotary.inv_freq = found[0][0].to(torch.cuda.current_device())
+    if len(found) > 1:
+        window = copy(rotary)
+        window.inv_freq = found[1][0].to(torch.cuda.current_device())
+        object.__setattr__(rotary, "window", window)  # not a module of the model: it has no parameters
+    for layer in model.decoder.layers:
+        own = int(len(found) > 1 and architecture.windows[layer.layer_number - 1] is not None)
+        set_attention_factor(layer.self_attention, found[own][1])
+        if len(found) > 1:
+            layer.self_attention.register_forward_pre_hook(partial(_own_angles, own), with_kwargs=True)
+
+
+def _own_angles(own: int, attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook before an attention: of the angles of two rotary embeddings those of this layer."""
+    del attention
+    return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"][own]}
 
 
 def set_attention_factor(attention: Any, factor: float) -> None:

@@ -40,7 +40,13 @@ class PairRotary(RotaryEmbedding):
     Where a frequency tensor has exactly `cu_seqlens[-1]` rows, Megatron takes its row i for the token i of the packed
     row (`rope_utils.py`, `_apply_rotary_pos_emb_thd`). So arbitrary positions need one row of frequencies for every
     token.
+
+    Attributes:
+        window: the rotary embedding of the layers with a sliding window; None where it is the same. The angles of both
+            are then in one tensor, behind a leading dimension of 2.
     """
+
+    window: PairRotary | None = None
 
     def get_rotary_seq_len(self, inference_context: Any, transformer: Any, *args: Any, **kwargs: Any) -> Any:
         """What Megatron then passes to `forward`.
@@ -62,8 +68,14 @@ class PairRotary(RotaryEmbedding):
             **kwargs: the same.
 
         Returns:
-            [max_seq_len, 1, 1, D] or [T, 1, 1, D], in radians.
+            [max_seq_len, 1, 1, D] or [T, 1, 1, D], in radians; [2, ...] with `window`.
         """
+        if self.window is not None:
+            both = self._angles(max_seq_len, *args, **kwargs), self.window(max_seq_len, *args, **kwargs)
+            return torch.stack(both)
+        return self._angles(max_seq_len, *args, **kwargs)
+
+    def _angles(self, max_seq_len: int | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(max_seq_len, Tensor):
             return super().forward(max_seq_len, *args, **kwargs)
         inverse = self.inv_freq.to(max_seq_len.device)
