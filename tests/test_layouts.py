@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from simpo_megatron.data import pack_rows
 from tests import te_on_cpu
 from tests.support.distributed import LOCAL, NEWEST, WorkerPool
+from tests.support.families import GEMMA3
 from tests.support.steps import CASES, EDGES, SEQ_LENGTH, VOCAB, check_layout, one_thread, oracle, run_cases
 from tests.support.tiny import EXPERTS, make_checkpoint
 
@@ -116,13 +117,21 @@ CAPPED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "capped, cp2 tp2, plain head": ("gemma2", 4, {**CP2, **TP2, "head": "plain"}),
     "capped, pp2, shared prompts": ("gemma2", 2, {**PP2, **SHARE}),
 }
-# Norms behind the sublayers and over all heads, biases, windows, and two rotary embeddings, one with a factor.
+# Norms behind the sublayers and over all heads, biases, and two rotary embeddings, one of them with a factor.
 OLMO: dict[str, tuple[str, int, dict[str, Any]]] = {
     "norms behind, tp2 sp vpp2, recompute": ("olmo3", 4, {**SP, **VPP, **FULL}),
     "norms behind, cp2 tp2, distributed optimizer": ("olmo3", 4, {**CP2, **TP2, **SHARDED}),
-    "norms behind, pp2, shared prompts": ("olmo3", 2, {**PP2, **SHARE}),
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+# Rotary embeddings of two kinds in one model, and norms of all kinds.
+TWO_ROPES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "two ropes, tp2 sp vpp2, recompute": ("gemma3", 4, {**SP, **VPP, **FULL}),
+    "two ropes, tp2": ("gemma3", 2, TP2),
+}
+LOCAL_ROPES: dict[str, tuple[str, int, dict[str, Any]]] = {  # a window under cp2 needs --cp-comm-type there
+    "two ropes, cp2": ("gemma3", 2, CP2),
+    "two ropes, pp2, shared prompts": ("gemma3", 2, {**PP2, **SHARE}),
+}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9, "pad_token_id": None}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -135,15 +144,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2",
         {**GEMMA, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.5, "tie_word_embeddings": True},
     ),
+    "gemma3": ("Gemma3", {**GEMMA, **GEMMA3}),
 }
-EVERY_LAYOUT = {**LAYOUTS, **TIED, **CAPPED, **OLMO}
+EVERYWHERE = {**LAYOUTS, **TIED, **TWO_ROPES}
+EVERY_LAYOUT = {**EVERYWHERE, **CAPPED, **LOCAL_ROPES, **OLMO}
 OLDER = ("tp2 sp", "pp2", "cp2", "experts, ep2")  # with the oldest release of Transformer Engine too
 # Transformer Engine's attention cannot let two responses see one prompt.
 RUNS = [
     *((LOCAL, name) for name in EVERY_LAYOUT),
     *(
         pytest.param(NEWEST, name, marks=pytest.mark.te)
-        for name, (_, _, settings) in {**LAYOUTS, **TIED}.items()
+        for name, (_, _, settings) in EVERYWHERE.items()
         if "share_prompts" not in settings
     ),
     pytest.param(NEWEST, "norms behind, tp2 sp vpp2, recompute", marks=pytest.mark.te),

@@ -116,11 +116,6 @@ class Architecture:
         return tuple(self.transformer["window_size"][0] + 1 if has else None for has in has_window)
 
     @property
-    def ropes(self) -> tuple[Rope, ...]:
-        """The rotary embedding, and that of the layers with a window where it is another one."""
-        return (self.rope,) if self.additions.window_rope is None else (self.rope, self.additions.window_rope)
-
-    @property
     def num_experts(self) -> int | None:
         """Experts of a layer that has them; None for a dense model."""
         return self.transformer.get("num_moe_experts")
@@ -139,9 +134,21 @@ class Architecture:
             for entry in self.weights
         )
 
-    def with_layers(self, num_layers: int) -> Architecture:
-        """The same model with another number of layers."""
-        return replace(self, num_layers=num_layers, transformer={**self.transformer, "num_layers": num_layers})
+    def only(self, layer: int) -> Architecture:
+        """The model without its other layers: its layer 0 computes what this layer does.
+
+        A list among the arguments of TransformerConfig has one value for each layer.
+        """
+        cut = {
+            name: value[layer : layer + 1] if isinstance(value, list) else value
+            for name, value in self.transformer.items()
+        }
+        weights = (
+            entry if entry.layers is None else replace(entry, layers=(0,))
+            for entry in self.weights
+            if not entry.per_layer or entry.in_layer(layer)
+        )
+        return replace(self, num_layers=1, transformer={**cut, "num_layers": 1}, weights=tuple(weights))
 
 
 def required(config: dict[str, Any], key: str) -> int:

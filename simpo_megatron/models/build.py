@@ -8,9 +8,7 @@ load_hf_weights(models, hf)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -23,12 +21,13 @@ from megatron.core.utils import get_te_version, is_te_min_version
 
 from simpo_megatron.errors import UserError, one_line
 from simpo_megatron.head.kernels import soft_cap
+from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
-from simpo_megatron.models.shared_prompts import PairRotary
+from simpo_megatron.models.rotary import set_rotary
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.limits import check_layout
@@ -63,7 +62,7 @@ def transformer_config(
     transformer_engine, experts = use_transformer_engine(transformer_impl), hf.architecture.num_experts is not None
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
-    _check_softcap(transformer_engine, hf.architecture.additions.attention_softcap)
+    _check_additions(transformer_engine, hf.architecture.additions)
     _check_recomputed(transformer_engine, experts, parallel.get("recompute_modules") or ())
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = {
@@ -100,10 +99,9 @@ def transformer_config(
 
 
 def _turns_halves(architecture: Architecture) -> bool:
-    """Whether the rotary embeddings turn the halves of a head, and no more."""
-    width = architecture.transformer["kv_channels"]
-    factors = {inverse_frequencies(rope, width)[1] for rope in architecture.ropes}
-    return factors == {1.0} and not architecture.transformer.get("rotary_interleaved")
+    """Whether the rotary embedding turns the halves of a head, and no more."""
+    _, factor = inverse_frequencies(architecture.rope, architecture.transformer["kv_channels"])
+    return factor == 1.0 and not architecture.transformer.get("rotary_interleaved")
 
 
 @cache
@@ -116,17 +114,16 @@ def _activation(name: str) -> Any:
     return ACT2FN[name]
 
 
-def _check_softcap(transformer_engine: bool, softcap: float | None) -> None:
-    """Refuses capped attention scores on Transformer Engine's layers, which would leave out the cap.
+def _check_additions(transformer_engine: bool, additions: Additions) -> None:
+    """Refuses Transformer Engine's layers for a model that they would compute differently.
 
     Raises:
         UserError: it names what to use.
     """
-    if transformer_engine and softcap is not None:
+    if transformer_engine and (what := additions.beyond_transformer_engine):
         raise UserError(
-            f"this model caps its attention scores (at {softcap:g}), which Transformer Engine {get_te_version()} "
-            "cannot do: no release up to 2.20 has DotProductAttention(softcap=...), which is on its main branch; use "
-            "--transformer-impl local"
+            f"this model has {what}, which Transformer Engine {get_te_version()} cannot compute: no release up to 2.20 "
+            "has DotProductAttention(softcap=...), which is on its main branch; use --transformer-impl local"
         )
 
 
@@ -220,62 +217,17 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        set_rotary(model, hf.architecture)
+        set_rotary(model, hf.architecture.rope, additions.window_rope_theta)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         if additions.logit_softcap is not None and model.post_process:
-            model.output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
-            model.output_layer.register_forward_hook(_cap_logits)
+            output_layer: Any = model.output_layer
+            output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
+            output_layer.register_forward_hook(_cap_logits)
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
     return models
-
-
-def set_rotary(model: Any, architecture: Architecture) -> None:
-    """Gives a GPTModel the rotary embedding of its architecture, or that of layers with a window and that of the others.
-
-    Megatron can express few of the scalings, and fixes values of theirs. So the frequencies are replaced. It passes one
-    tensor of angles to all layers. Where there are two embeddings, the tensor holds both, and each layer takes its own.
-    """
-    found = [inverse_frequencies(rope, architecture.transformer["kv_channels"]) for rope in architecture.ropes]
-    rotary: Any = model.rotary_pos_emb
-    rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-    rotary.inv_freq = found[0][0].to(torch.cuda.current_device())
-    if len(found) > 1:
-        window = copy(rotary)
-        window.inv_freq = found[1][0].to(torch.cuda.current_device())
-        object.__setattr__(rotary, "window", window)  # not a module of the model: it has no parameters
-    for layer in model.decoder.layers:
-        own = int(len(found) > 1 and architecture.windows[layer.layer_number - 1] is not None)
-        set_attention_factor(layer.self_attention, found[own][1])
-        if len(found) > 1:
-            layer.self_attention.register_forward_pre_hook(partial(_own_angles, own), with_kwargs=True)
-
-
-def _own_angles(own: int, attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A hook before an attention: of the angles of two rotary embeddings those of this layer."""
-    del attention
-    return args, {**kwargs, "rotary_pos_emb": kwargs["rotary_pos_emb"][own]}
-
-
-def set_attention_factor(attention: Any, factor: float) -> None:
-    """Lets an attention of Megatron multiply cosine and sine of its rotary embedding by a factor.
-
-    It computes the factor from three fields of its config that are YaRN's
-    (`yarn_rotary_pos_embedding.py`, `_yarn_get_concentration_factor_from_config`): 0.1 * mscale * log(scaling) + 1,
-    over the same with `mscale_all_dim`. The values here make any factor of it. From 0.19 on it is computed when the
-    attention is built.
-
-    Args:
-        attention: of one layer.
-        factor: 1 leaves it as it is.
-    """
-    if factor != 1.0:
-        attention.config = copy(attention.config)
-        attention.config.yarn_rotary_scaling_factor = math.exp(10)
-        attention.config.yarn_mscale, attention.config.yarn_mscale_all_dim = factor - 1, 0.0
-        attention._yarn_concentration_factor = factor
 
 
 def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -61,11 +61,6 @@ class Rope:
         """The fields that are not None, as primitives."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Rope:
-        """The inverse of `as_dict`, also after a passage through JSON."""
-        return cls(**{name: _plain(value) for name, value in values.items()})
-
     @property
     def parameters(self) -> dict[str, Any]:
         """`rope_parameters` of transformers 5, for the rotated dimensions."""

@@ -42,11 +42,10 @@ class PairRotary(RotaryEmbedding):
     token.
 
     Attributes:
-        window: the rotary embedding of the layers with a sliding window; None where it is the same. The angles of both
-            are then in one tensor, behind a leading dimension of 2.
+        windowed: the embedding of the layers with a window, where they have another one.
     """
 
-    window: PairRotary | None = None
+    windowed: PairRotary | None
 
     def get_rotary_seq_len(self, inference_context: Any, transformer: Any, *args: Any, **kwargs: Any) -> Any:
         """What Megatron then passes to `forward`.
@@ -68,12 +67,13 @@ class PairRotary(RotaryEmbedding):
             **kwargs: the same.
 
         Returns:
-            [max_seq_len, 1, 1, D] or [T, 1, 1, D], in radians; [2, ...] with `window`.
+            [max_seq_len, 1, 1, D] or [T, 1, 1, D], in radians. Where the layers with a window have another embedding,
+            [2, ..., D]: those of the other layers, then theirs.
         """
-        if self.window is not None:
-            both = self._angles(max_seq_len, *args, **kwargs), self.window(max_seq_len, *args, **kwargs)
-            return torch.stack(both)
-        return self._angles(max_seq_len, *args, **kwargs)
+        angles = self._angles(max_seq_len, *args, **kwargs)
+        if self.windowed is None:
+            return angles
+        return torch.stack((angles, self.windowed(max_seq_len, *args, **kwargs)))
 
     def _angles(self, max_seq_len: int | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(max_seq_len, Tensor):

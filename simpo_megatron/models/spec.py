@@ -30,6 +30,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.norms import KeyNorm, QueryNorm
+from simpo_megatron.models.rotary import WindowRopeAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -218,6 +219,7 @@ def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any)
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
         layer.self_attn_bda = layer.mlp_bda = add
         layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **POST_NORMS}
+    if additions.window_rope_theta is not None:
+        layer.self_attention.module = WindowRopeAttention
     if additions.attention_softcap is not None:
-        attention = layer.self_attention.submodules
         attention.core_attention = ModuleSpec(PackedAttention, {"softcap": additions.attention_softcap})

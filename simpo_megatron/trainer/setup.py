@@ -55,8 +55,7 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
         UserError: the layout does not divide the model, --share-prompts does not work with these settings, or the
             model's rotary embedding does not work with this --max-length.
     """
-    for rope in hf.architecture.ropes:
-        check_length(rope, config.data.options.max_length, "--max-length")
+    check_length(hf.architecture.rope, config.data.options.max_length, "--max-length")
     if config.data.share_prompts:
         fused = use_transformer_engine(config.model.transformer_impl)
         check_shared_prompts(config.objective.responses, config.parallel.context_parallel_size, fused)

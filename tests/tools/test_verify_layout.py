@@ -120,7 +120,9 @@ def write_config(name: str, file: Path, **settings: Any) -> Path:
     import transformers
 
     prefix, own = families.MODELS[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**families.SIZES, **own, "num_hidden_layers": 2, **settings})
+    config = getattr(transformers, f"{prefix}ForCausalLM").config_class(
+        **{**families.SIZES, **own, "num_hidden_layers": 2, **settings}
+    )
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({**config.to_dict(), "dtype": "float32"}))
     return file

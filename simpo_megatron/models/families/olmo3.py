@@ -6,7 +6,6 @@ as older config.json files have it, is of the layers without a window alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -53,8 +52,12 @@ def _rope(config: dict[str, Any], layer_type: str = FULL) -> Rope:
 
 def _additions(config: dict[str, Any]) -> Additions:
     windowed = _rope(config, SLIDING)
+    if windowed.kind != "default":
+        raise UserError(
+            f"config.json asks for rope scaling {windowed.kind!r} in the layers with a window; they run without scaling"
+        )
     other = SLIDING in _layer_types(config) and windowed != _rope(config)
-    return replace(olmo_additions(config), window_rope=windowed if other else None)
+    return replace(olmo_additions(config), window_rope_theta=windowed.theta if other else None)
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -62,9 +65,9 @@ def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
     if found is None or not args.get("window_size"):
         return None
     theta, scaling = found.pop("rope_theta"), found.pop("rope_scaling", {"rope_type": "default"})
-    of_all = {"rope_theta": theta, **scaling}
-    windowed = Rope.from_dict(json.loads(args["window_rope"])).parameters if args.get("window_rope") else of_all
-    return {**found, **listed_windows(args), "rope_parameters": {FULL: of_all, SLIDING: windowed}}
+    windowed = {"rope_type": "default", "rope_theta": args.get("window_rope_theta") or theta}
+    ropes = {FULL: {"rope_theta": theta, **scaling}, SLIDING: windowed}
+    return {**found, **listed_windows(args), "rope_parameters": ropes}
 
 
 OLMO3 = Family(

@@ -15,6 +15,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family
 from simpo_megatron.models.families.gemma2 import GEMMA2
+from simpo_megatron.models.families.gemma3 import GEMMA3
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
@@ -24,7 +25,7 @@ from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, OLMO2, OLMO3)
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2, OLMO3)
 
 
 def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
@@ -43,7 +44,7 @@ def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] |
     additions = {field.name: args[field.name] for field in fields(Additions) if field.name in args}
     for family in FAMILIES:
         config = family.config_from_megatron_args(args)
-        if config is not None and family.additions(config).as_dict() == additions:
+        if config is not None and family.additions({**family.defaults, **config}).as_dict() == additions:
             return {**config, "vocab_size": vocab_size}
     return None
 
