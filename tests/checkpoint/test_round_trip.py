@@ -39,7 +39,7 @@ RANK_FILES = {
     },
     "local": {"transformer_impl": "local"},
 }
-MOE = [name for name in tiny.MODELS if "mo" in name or "mixtral" in name]
+MOE = [name for name in tiny.MODELS if name in tiny.WITH_EXPERTS]
 
 
 def world(layout: dict[str, Any]) -> int:

@@ -90,7 +90,9 @@ SELECTIVE = {"recompute_granularity": "selective"}
         ("phi3", TP4_SP),  # two key heads, each on two ranks
         ("glm", {}),
         *((name, SP) for name in ("llama_attention_bias", "llama_mlp_bias")),
-        *((name, {**SP, **PP2}) for name in ("llama_biases", "qwen3_windows")),
+        *((name, {**SP, **PP2}) for name in ("llama_biases", "qwen3_windows", "olmo3")),
+        ("olmo2", TP2),
+        ("olmo3", FULL),
     ],
     ids=str,
 )

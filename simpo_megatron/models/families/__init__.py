@@ -9,6 +9,8 @@ glm.py        GLM-4
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window
 mixtral.py    Mixtral
+olmo2.py      OLMo-2
+olmo3.py      OLMo-3: windows, and two rotary embeddings
 phi3.py       Phi-3, Phi-3.5 and Phi-4
 qwen2.py      Qwen2 and Qwen2.5
 qwen3.py      Qwen3, dense
