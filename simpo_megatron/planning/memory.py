@@ -122,9 +122,8 @@ def layer_bytes(
     capped, post_norms = additions.attention_softcap is not None, 2 * additions.post_norms
     tensor = layout["tensor_model_parallel_size"]
     sequence = tensor if layout["sequence_parallel"] else 1
-    width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
-    groups, q = model["num_query_groups"], heads * width
-    k = max(groups // tensor, 1) * width
+    width, groups, heads = model["kv_channels"], model["num_query_groups"], model["num_attention_heads"] // tensor
+    q, k = heads * width, max(groups // tensor, 1) * width
     # With fewer query groups than ranks, every rank gathers the whole projection and keeps it.
     projection = q + 2 * k if groups >= tensor else (model["num_attention_heads"] + 2 * groups) * width
     # Of a norm behind attention or feed-forward its input is kept; torch also keeps the normalised input.

@@ -19,7 +19,7 @@ from tests.support.distributed import WorkerPool
 from tests.support.real_templates import tokenizer_of
 from tools import self_test
 
-ROWS = ["config", "tensors", "arguments", "conversion", "weights", "gradients: TP 2", "gradients: CP 2", "tokenizer"]
+ROWS = ["config", "tensors", "arguments", "conversion", "weights", "2 + SP, plain", "CP 2, plain", "tokenizer"]
 
 
 def program(argv: list[str], mistake: bool = False) -> tuple[int, str]:
@@ -53,9 +53,7 @@ def test_a_checkpoint_is_proved(pool: WorkerPool, checkpoint: Path, tmp_path: Pa
     (code, out), _ = pool.run(2, program, argv)
     assert code == 0, out
     found = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
-    assert {name for name, row in found.items() if row["result"] != "proved"} == {
-        name for name in found if "PP 2" in name or "CP 2, fixed" in name or "CP 2 + PP" in name
-    }
+    assert {row["result"] for row in found.values()} == {"proved"} and len(found) == 10
     assert found["tokenizer: the end of a turn"]["figure"] == "a response ends with <|end|>"
     assert found["conversion: rank files of TP 2 and back"]["figure"] == "every byte"
 
