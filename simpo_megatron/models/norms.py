@@ -8,16 +8,46 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from simpo_megatron.errors import UserError
+
+
+class _Normalise(torch.autograd.Function):
+    """`weight * x / rms`, where the mean of squares spans all ranks of a group. Of the inputs only x is kept.
+
+    Shapes: x [..., w] and weight [w] of this rank; `width` is w of all ranks together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, width: int, group: Any) -> Tensor:
+        """In fp32, and rounded once."""
+        inverse = _sum(x.float().square(), group).div_(width).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.width, ctx.group = width, group
+        return (x.float() * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """The gradients of x and of this rank's weight."""
+        x, weight, inverse = ctx.saved_tensors
+        normal, grad = x.float() * inverse, grads[0].float()
+        of_weight = (grad * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        of_x = inverse * (grad - normal * (_sum(grad * normal, ctx.group) / ctx.width))
+        return of_x.to(x.dtype), of_weight, None, None, None
+
+
+def _sum(x: Tensor, group: Any) -> Tensor:
+    """The sum over the last dimension, which is kept, and over the ranks."""
+    total = x.sum(-1, keepdim=True)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total
 
 
 class AllHeadsNorm(torch.nn.Module):
@@ -36,7 +66,8 @@ class AllHeadsNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        heads, ranks = getattr(config, self.heads_field), parallel_state.get_tensor_model_parallel_world_size()
+        self.group: Any = parallel_state.get_tensor_model_parallel_group()
+        heads, ranks = getattr(config, self.heads_field), self.group.size()
         if heads % ranks:
             raise UserError(
                 f"--tensor-model-parallel-size {ranks} does not divide the {heads} heads whose norm spans all heads; "
@@ -55,11 +86,8 @@ class AllHeadsNorm(torch.nn.Module):
         Returns:
             The same shape and dtype. The product is computed in fp32 and rounded once.
         """
-        flat = x.flatten(-2).float()
-        squares: Any = reduce_from_tensor_model_parallel_region(flat.square().sum(-1, keepdim=True))
-        squares = copy_to_tensor_model_parallel_region(squares)  # sums the gradients of all ranks' uses
-        normal = flat * torch.rsqrt(squares / self.width + self.eps)
-        return (self.weight * normal).to(x.dtype).view(x.shape)
+        normal: Any = _Normalise.apply(x.flatten(-2), self.weight, self.eps, self.width, self.group)
+        return normal.view(x.shape)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
