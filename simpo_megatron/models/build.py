@@ -114,7 +114,7 @@ def _activation(name: str) -> Any:
         return torch.nn.functional.silu
     from transformers.activations import ACT2FN
 
-    return ACT2FN[name]
+    return ACT2FN[name].forward  # Megatron would take a module for a part of the model with a state
 
 
 def _check_additions(transformer_engine: bool, additions: Additions) -> None:

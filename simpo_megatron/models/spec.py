@@ -31,6 +31,7 @@ from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.norms import KeyNorm, QueryNorm
 from simpo_megatron.models.rotary import WindowRopeAttention
+from simpo_megatron.models.weight_table import POST_NORMS
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -191,13 +192,6 @@ def _te_norm() -> Any:
     return TENorm
 
 
-# Where Megatron's layer keeps the norms after attention and feed-forward, and the names that checkpoints have for them.
-POST_NORMS = {
-    "self_attn_bda.norm.": "self_attention.linear_proj.post_layernorm.",
-    "mlp_bda.norm.": "mlp.linear_fc2.post_layernorm.",
-}
-
-
 def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any) -> None:
     """Adds to the submodules of a layer what the model has beyond Megatron's.
 
@@ -218,7 +212,8 @@ def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any)
     if additions.post_norms:
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
         layer.self_attn_bda = layer.mlp_bda = add
-        layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **POST_NORMS}
+        keys = {ours.removesuffix("weight"): key.removesuffix("weight") for key, ours in POST_NORMS.items()}
+        layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **keys}
     if additions.window_rope_theta is not None:
         layer.self_attention.module = WindowRopeAttention
     if additions.attention_softcap is not None:
