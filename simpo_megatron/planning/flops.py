@@ -34,7 +34,7 @@ def forward_flops(architecture: Architecture, tokens: int, attended: int, scored
     model: dict[str, Any] = architecture.transformer
     matrices = sum(
         sum(math.prod(shape) for shape in entry.shapes if len(shape) > 1)
-        * architecture.num_layers
+        * sum(map(entry.in_layer, range(architecture.num_layers)))
         * (model["moe_router_topk"] if entry.experts else 1)
         for entry in architecture.weights
         if not entry.is_vocabulary
@@ -96,5 +96,6 @@ def _adapter_parameters(architecture: Architecture, table: Sequence[WeightEntry]
     for entry in table:
         if entry.trained:
             chosen = architecture.transformer["moe_router_topk"] if entry.experts else 1
-            total += architecture.num_layers * sum(map(math.prod, entry.shapes)) * chosen
+            layers = sum(map(entry.in_layer, range(architecture.num_layers)))
+            total += layers * sum(map(math.prod, entry.shapes)) * chosen
     return total

@@ -30,6 +30,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], Lora]] = {
     "attention": ("Qwen3", {"head_dim": 16}, ATTENTION),
     "qwen2": ("Qwen2", {}, Lora(3, 5.0, rslora=True)),
     "mixtral": ("Mixtral", EXPERTS, LORA),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 1.0, "pad_token_id": None},
+        LORA,
+    ),
 }
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one": ("llama", 1, {}),
@@ -43,6 +48,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "cp2": ("llama", 2, CP2),
     "dp2, overlap": ("llama", 2, {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "tied, vpp2": ("tied", 2, VPP),
+    "norms behind the projections, tp2 sp": ("gemma2", 2, SP),
     "tp2 sp pp2": ("llama", 4, {**SP, **PP2, **SHARDED}),
     "experts, one": ("mixtral", 1, {}),
     "experts, ep2": ("mixtral", 2, EP2),
