@@ -59,4 +59,5 @@ def family_of(config: dict[str, Any]) -> Family:
         if config.get("model_type") in family.model_types:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise UserError(f"config.json has model_type {config.get('model_type')!r}; supported are {known}")
+    text = "; its text model alone may run: save it by itself" if "text_config" in config else ""
+    raise UserError(f"config.json has model_type {config.get('model_type')!r}; supported are {known}{text}")
