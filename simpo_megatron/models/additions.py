@@ -20,6 +20,8 @@ class Additions:
         embedding_scale: the number that multiplies the embeddings, rounded to their dtype; None for none.
         attention_softcap: c of `c * tanh(score / c)`, before the mask; None for none.
         logit_softcap: the same for the logits.
+        group_best: how many of its best experts say how good a group of experts is, where routing is limited to groups;
+            None for Megatron's rule, a token's experts divided by its groups.
     """
 
     activation: str = "silu"
@@ -27,6 +29,7 @@ class Additions:
     embedding_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    group_best: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that add something, as primitives."""

@@ -18,15 +18,17 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
 from simpo_megatron.errors import UserError, one_line
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.latent_attention import rope_type, set_latent_rotary
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
+from simpo_megatron.models.routing import rank_groups
 from simpo_megatron.models.shared_prompts import PairRotary
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
@@ -92,6 +94,9 @@ def transformer_config(
     # What was sent to the next stage is not read again. But gloo reads it after an overlapped send has returned.
     fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
     try:
+        if model.get("multi_latent_attention"):
+            _, factor = inverse_frequencies(hf.architecture.rope, hf.architecture.rotary_head_dim)
+            return MLATransformerConfig(**{**fields, **model, "rope_type": rope_type(factor), **parallel})
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
         raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error
@@ -99,8 +104,9 @@ def transformer_config(
 
 def _turns_halves(architecture: Architecture) -> bool:
     """Whether the rotary embedding turns the halves of a head, and no more."""
-    _, factor = inverse_frequencies(architecture.rope, architecture.transformer["kv_channels"])
-    return factor == 1.0 and not architecture.transformer.get("rotary_interleaved")
+    _, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
+    model = architecture.transformer
+    return factor == 1.0 and not model.get("rotary_interleaved") and not model.get("multi_latent_attention")
 
 
 @cache
@@ -203,19 +209,29 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        rotary: Any = model.rotary_pos_emb
-        rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-        # Megatron can express few of the scalings, and fixes values of theirs. So the frequencies are replaced.
-        frequencies, factor = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
-        rotary.inv_freq = frequencies.to(torch.cuda.current_device())
-        for layer in model.decoder.layers:
-            set_attention_factor(layer.self_attention, factor)
+        _set_rotary(model, hf.architecture)
+        if additions.group_best is not None:
+            rank_groups(model, additions.group_best)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
     return models
+
+
+def _set_rotary(model: Any, architecture: Architecture) -> None:
+    """Replaces the rotary frequencies: Megatron can express few of the scalings, and fixes values of theirs."""
+    frequencies, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
+    if architecture.transformer.get("multi_latent_attention"):
+        for layer in model.decoder.layers:
+            set_latent_rotary(layer.self_attention, frequencies, factor)
+        return
+    rotary = model.rotary_pos_emb
+    rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
+    rotary.inv_freq = frequencies.to(torch.cuda.current_device())
+    for layer in model.decoder.layers:
+        set_attention_factor(layer.self_attention, factor)
 
 
 def set_attention_factor(attention: Any, factor: float) -> None:

@@ -78,9 +78,11 @@ SELECTIVE = {"recompute_granularity": "selective"}
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain")),
+        *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3", "qwen3_moe")),
         *((name, layout) for name in ("mistral", "qwen3") for layout in (FULL, SELECTIVE)),
         *((name, layout) for name in ("qwen2", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
+        ("deepseek_v2", SP),
+        ("deepseek_v3", {**SP, **VPP2}),
     ],
     ids=str,
 )
@@ -94,4 +96,4 @@ def test_gradients_equal_transformers(name: str, layout: dict[str, Any], pool: A
     assert found.keys() == expected.keys()
     for parameter in expected:
         # Megatron's schedule divides the loss by the number of microbatches, which are all the same here.
-        assert error(found[parameter], expected[parameter]) < 1e-5, parameter
+        assert error(found[parameter], expected[parameter]) < 2e-5, parameter
