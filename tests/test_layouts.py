@@ -109,17 +109,30 @@ TIED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tied, vpp2 dp2": ("tied", 4, VPP),
     "tied, cp2 tp2 sp pp2, distributed optimizer": ("tied", 8, {**CP2, **SP, **PP2, **SHARDED}),
 }
+# Transformer Engine's attention has no bound for its scores.
+CAPPED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "capped, one": ("gemma2", 1, {"head_slab_bytes": "16KiB"}),
+    "capped, tp2 sp vpp2, recompute": ("gemma2", 4, {**SP, **VPP, **FULL}),
+    "capped, cp2 tp2, plain head": ("gemma2", 4, {**CP2, **TP2, "head": "plain"}),
+    "capped, pp2, shared prompts": ("gemma2", 2, {**PP2, **SHARE}),
+}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9, "pad_token_id": None}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "wide": ("Llama", {"num_key_value_heads": 4}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", EXPERTS),
     "mistral": ("Mistral", {"sliding_window": 9}),
+    "gemma2": (
+        "Gemma2",
+        {**GEMMA, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.5, "tie_word_embeddings": True},
+    ),
 }
+EVERY_LAYOUT = {**LAYOUTS, **TIED, **CAPPED}
 OLDER = ("tp2 sp", "pp2", "cp2", "experts, ep2")  # with the oldest release of Transformer Engine too
 # Transformer Engine's attention cannot let two responses see one prompt.
 RUNS = [
-    *((LOCAL, name) for name in {**LAYOUTS, **TIED}),
+    *((LOCAL, name) for name in EVERY_LAYOUT),
     *(
         pytest.param(NEWEST, name, marks=pytest.mark.te)
         for name, (_, _, settings) in {**LAYOUTS, **TIED}.items()
@@ -150,7 +163,7 @@ def oracles(checkpoints: dict[str, Path]) -> Oracles:
 
 @pytest.mark.parametrize("pool, layout", RUNS, indirect=["pool"])
 def test_loss_and_gradients(pool: WorkerPool, checkpoints: dict[str, Path], oracles: Oracles, layout: str) -> None:
-    model, world, settings = {**LAYOUTS, **TIED}[layout]
+    model, world, settings = EVERY_LAYOUT[layout]
     cases = CASES if layout in EVERY else ("hinge", "columns")
     if pool.kind != LOCAL:  # the other cases differ behind the layers
         cases = ("columns",)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+CAPPED_BLOCK = 1024  # queries whose capped scores exist at a time (`attention_blocks.CappedAttention`)
+
 
 @dataclass(frozen=True)
 class Additions:
@@ -22,6 +24,9 @@ class Additions:
         logit_softcap: the same for the logits.
         group_best: how many of its best experts say how good a group of experts is, where routing is limited to groups;
             None for Megatron's rule, a token's experts divided by its groups.
+        attention_output_bias: whether the output projection of the attention has a bias. With those of the feed-forward
+            too it is Megatron's `add_bias_linear`.
+        mlp_bias: whether the projections of the feed-forward have biases, and the attention none.
     """
 
     activation: str = "silu"
@@ -30,6 +35,13 @@ class Additions:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     group_best: int | None = None
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def beyond_transformer_engine(self) -> str | None:
+        """What Transformer Engine's layers cannot compute of it, in words; None where they compute all."""
+        return None if self.attention_softcap is None else "capped attention scores"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that add something, as primitives."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions, no_additions
-from simpo_megatron.models.megatron_args import default_megatron_args
+from simpo_megatron.models.megatron_args import default_megatron_args, windowed_layers
 from simpo_megatron.models.rope import Rope, read_rope
 from simpo_megatron.models.weight_table import WeightEntry
 
@@ -46,6 +46,7 @@ class Family:
         rope: makes the rotary frequencies from the config.json.
         unread: makes from the config.json the prefixes of tensors that a checkpoint may have and the model does not
             use.
+        defaults: the values that transformers takes for keys that a config.json of the family may lack.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Family:
     additions: Callable[[dict[str, Any]], Additions] = no_additions
     rope: Callable[[dict[str, Any]], Rope] = read_rope
     unread: Callable[[dict[str, Any]], tuple[str, ...]] = lambda config: ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """Reads a config.json of this family.
@@ -65,6 +67,7 @@ class Family:
         Raises:
             UserError: the config lacks a value, or sets one that changes the computation and is not supported.
         """
+        config = {**self.defaults, **config}
         return Architecture(
             family=self,
             transformer=self.transformer_kwargs(config),
@@ -108,18 +111,12 @@ class Architecture:
     def windows(self) -> tuple[int | None, ...]:
         """The keys that a query of each layer attends to at most, itself included; None where it attends to all.
 
-        Megatron's `window_size` counts the keys on the left of the query. Its `window_attn_skip_freq` says which layers
-        have the window: all but every n-th, or those with a 1 in the list (`transformer/utils.py`,
-        `is_layer_window_attention`).
+        Megatron's `window_size` counts the keys on the left of the query.
         """
         if "window_size" not in self.transformer:
             return (None,) * self.num_layers
-        window, skipped = self.transformer["window_size"][0] + 1, self.transformer.get("window_attn_skip_freq")
-        if isinstance(skipped, list):
-            has_window = [bool(value) for value in skipped]
-        else:
-            has_window = [skipped is None or layer % skipped != 0 for layer in range(1, self.num_layers + 1)]
-        return tuple(window if has else None for has in has_window[: self.num_layers])
+        has_window = windowed_layers(self.transformer.get("window_attn_skip_freq"), self.num_layers)
+        return tuple(self.transformer["window_size"][0] + 1 if has else None for has in has_window)
 
     @property
     def rotary_head_dim(self) -> int:
@@ -150,9 +147,21 @@ class Architecture:
             for entry in self.weights
         )
 
-    def with_layers(self, num_layers: int) -> Architecture:
-        """The same model with another number of layers."""
-        return replace(self, num_layers=num_layers, transformer={**self.transformer, "num_layers": num_layers})
+    def only(self, layer: int) -> Architecture:
+        """The model without its other layers: its layer 0 computes what this layer does.
+
+        A list among the arguments of TransformerConfig has one value for each layer.
+        """
+        cut = {
+            name: value[layer : layer + 1] if isinstance(value, list) else value
+            for name, value in self.transformer.items()
+        }
+        weights = (
+            entry if entry.layers is None else replace(entry, layers=(0,))
+            for entry in self.weights
+            if not entry.per_layer or entry.in_layer(layer)
+        )
+        return replace(self, num_layers=1, transformer={**cut, "num_layers": 1}, weights=tuple(weights))
 
 
 def required(config: dict[str, Any], key: str) -> int:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from simpo_megatron.models.additions import CAPPED_BLOCK
+
 BLOCK = 1024  # queries that share one explicit mask
 
 
@@ -87,7 +89,7 @@ class CappedAttention(torch.autograd.Function):
     @staticmethod
     def _probabilities(how: Capped, q: Tensor, k: Tensor) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
         """Yields every block with its queries [B, H, b, D], tanh of its scores and probabilities [B, G, R * b, m]."""
-        groups, size = k.shape[1], min(how.window or BLOCK, BLOCK)
+        groups, size = k.shape[1], min(how.window or CAPPED_BLOCK, CAPPED_BLOCK)
         for block in blocks_of(q.shape[2], how.at, how.window, size, q.device):
             q_b = q[:, :, block.queries]
             scores = _grouped(q_b, groups) @ k[:, :, block.keys].mT

@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.utils import get_te_version, is_te_min_version
 
 from simpo_megatron.errors import UserError, one_line
+from simpo_megatron.head.kernels import soft_cap
+from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
@@ -64,6 +66,7 @@ def transformer_config(
     transformer_engine, experts = use_transformer_engine(transformer_impl), hf.architecture.num_experts is not None
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
+    _check_additions(transformer_engine, hf.architecture.additions)
     _check_recomputed(transformer_engine, experts, parallel.get("recompute_modules") or ())
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = {
@@ -117,6 +120,19 @@ def _activation(name: str) -> Any:
     from transformers.activations import ACT2FN
 
     return ACT2FN[name]
+
+
+def _check_additions(transformer_engine: bool, additions: Additions) -> None:
+    """Refuses Transformer Engine's layers for a model that they would compute differently.
+
+    Raises:
+        UserError: it names what to use.
+    """
+    if transformer_engine and (what := additions.beyond_transformer_engine):
+        raise UserError(
+            f"this model has {what}, which Transformer Engine {get_te_version()} cannot compute: no release up to 2.20 "
+            "has DotProductAttention(softcap=...), which is on its main branch; use --transformer-impl local"
+        )
 
 
 def _check_recomputed(transformer_engine: bool, experts: bool, modules: Sequence[str]) -> None:
@@ -214,6 +230,9 @@ def build_model(
             rank_groups(model, additions.group_best)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
+        if additions.logit_softcap is not None and model.post_process:
+            model.output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
+            model.output_layer.register_forward_hook(_cap_logits)
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
@@ -257,6 +276,12 @@ def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output:
     """A forward hook: the embeddings times `scale`, which transformers rounds to the dtype of the weight."""
     del module, inputs
     return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
+
+
+def _cap_logits(layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+    """A forward hook of the output layer: the capped logits, in their dtype, as transformers computes them."""
+    del inputs
+    return soft_cap(output[0], layer.softcap), output[1]
 
 
 def mark_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tied: bool) -> None:

@@ -6,7 +6,7 @@ express is stored under names of this package, so that the way back to a config.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.errors import UserError
@@ -42,7 +42,7 @@ def default_megatron_args(architecture: Architecture) -> dict[str, Any]:
         "kv_channels": kwargs.pop("kv_channels"),
         "normalization": "RMSNorm",
         "norm_epsilon": kwargs.pop("layernorm_epsilon"),
-        "add_bias_linear": False,
+        "add_bias_linear": kwargs.pop("add_bias_linear", False),
         "add_qkv_bias": kwargs.pop("add_qkv_bias", False),
         "qk_layernorm": kwargs.pop("qk_layernorm", False),
         "swiglu": True,
@@ -128,6 +128,19 @@ def need(args: Mapping[str, Any], name: str) -> Any:
     if args.get(name) is None:
         raise UserError(f"it lacks {name}; give --hf-checkpoint")
     return args[name]
+
+
+def windowed_layers(skipped: int | Sequence[int] | None, num_layers: int) -> list[bool]:
+    """Which layers have the window, from Megatron's `window_attn_skip_freq`.
+
+    Args:
+        skipped: every n-th layer has none, or those with a 0 in the list (`transformer/utils.py`,
+            `is_layer_window_attention`); None where all have it.
+        num_layers: transformer layers.
+    """
+    if isinstance(skipped, Sequence):
+        return [bool(value) for value in skipped[:num_layers]]
+    return [not skipped or layer % skipped != 0 for layer in range(1, num_layers + 1)]
 
 
 def sliding_window(args: Mapping[str, Any]) -> dict[str, int]:

@@ -8,6 +8,7 @@ model computes beyond that (`additions.Additions`) is added to the layers of bot
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,7 +71,21 @@ class PostNormAdd(torch.nn.Module):
     def _add(self, output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
         assert not dropout
         output, bias = output_and_bias
-        return residual + self.norm(output if bias is None else output + bias)
+        # Megatron turns gradients on here even where nothing else has one: in evaluations, and where a forward pass is
+        # computed again later. The norm's weight would then keep the activations of every layer.
+        with torch.set_grad_enabled(output.requires_grad):
+            return residual + self.norm(output if bias is None else output + bias)
+
+
+@cache
+def with_bias(linear: type) -> type:
+    """A linear layer of Megatron or of Transformer Engine that has a bias whatever its config says."""
+
+    class WithBias(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "bias": True})
+
+    return WithBias
 
 
 def use_transformer_engine(transformer_impl: str) -> bool:
@@ -186,7 +201,16 @@ def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any)
         layer: the submodules, which are changed.
         norm: the class of the layer's norms.
     """
+    attention = layer.self_attention.submodules
+    if additions.attention_output_bias:
+        attention.linear_proj = with_bias(attention.linear_proj)
+    if additions.mlp_bias:
+        mlp = layer.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = with_bias(mlp.linear_fc1), with_bias(mlp.linear_fc2)
     if additions.post_norms:
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
         layer.self_attn_bda = layer.mlp_bda = add
         layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **POST_NORMS}
+    if additions.attention_softcap is not None:
+        attention = layer.self_attention.submodules
+        attention.core_attention = ModuleSpec(PackedAttention, {"softcap": additions.attention_softcap})

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo_megatron.config.memory import MemoryConfig
+from simpo_megatron.models.additions import CAPPED_BLOCK
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
@@ -116,23 +117,29 @@ def layer_bytes(
         fused: Transformer Engine's norms, attention and SwiGLU; else torch's, which keep more.
         recomputed: from `recomputed_modules`.
     """
-    model, dense = architecture.transformer, not experts
+    model, dense, additions = architecture.transformer, not experts, architecture.additions
+    fused = fused and not additions.beyond_transformer_engine
+    capped, post_norms = additions.attention_softcap is not None, 2 * additions.post_norms
     tensor = layout["tensor_model_parallel_size"]
     sequence = tensor if layout["sequence_parallel"] else 1
     width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
     q, k = heads * width, model["num_query_groups"] * width // tensor
-    kept = _norms(dense, fused, recomputed) * model["hidden_size"] / sequence
+    # Of a norm behind attention or feed-forward its input is kept; torch also keeps the normalised input.
+    norms = _norms(dense, fused, recomputed) + post_norms * (1 if fused else 2)
+    kept = norms * model["hidden_size"] / sequence
     kept += (q + 2 * k) + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     kept += 4 * width  # cosine and sine for queries and for keys
     kept += q  # attention's output, which the next projection reads
-    if not fused and "core_attn" not in recomputed:
+    scored_again = capped or "core_attn" in recomputed
+    if not fused and not scored_again:
         kept += q  # torch attends one sequence at a time and keeps the pieces
     if model.get("qk_layernorm"):
         kept += q + k if fused else 2 * q + k
     # fp32: of the norms, of the softmax
-    statistics = 4 * 2 / sequence + (0 if "core_attn" in recomputed else 4 * heads)
+    statistics = 4 * (2 + post_norms) / sequence + (0 if scored_again else 4 * heads)
     if dense:
-        kept += 0 if "mlp" in recomputed else (3 if fused else 5) * model["ffn_hidden_size"] / tensor
+        inner = 3 if fused and additions.activation == "silu" else 5
+        kept += 0 if "mlp" in recomputed else inner * model["ffn_hidden_size"] / tensor
         return kept * element + statistics
     if "moe" in recomputed:
         return kept * element + statistics
@@ -312,4 +319,7 @@ def _working_set(architecture: Architecture, layout: Mapping[str, Any], tokens: 
         ranks = layout["expert_tensor_parallel_size"] or tensor
         copies = _shared(layout, model["moe_router_topk"] * ranks)
         widest = max(widest, copies * (2 * model["hidden_size"] + 3 * model["moe_ffn_hidden_size"] / ranks))
-    return recomputed + tokens * widest * work.element
+    scores = 0.0
+    if architecture.additions.attention_softcap is not None:  # those of a block of queries and their gradients, in fp32
+        scores = 4 * 4 * model["num_attention_heads"] / tensor * min(CAPPED_BLOCK, tokens) * work.seq_length
+    return recomputed + max(tokens * widest * work.element, scores)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from simpo_megatron.errors import UserError
 from tests.support import families as tiny
-from tests.support.distributed import BOTH
+from tests.support.distributed import LOCAL, NEWEST
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
@@ -59,16 +59,22 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("pool", BOTH, indirect=True)
+ROUND_TRIPS: list[tuple[str, int, dict[str, Any]]] = [
+    *((name, 4, {**TP2, **PP2, **_needs(name)}) for name in tiny.MODELS),
+    ("mixtral", 4, {**SP, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}),
+    ("qwen3_moe", 4, {**SP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    *((name, world, layout) for name in ("llama_tied", "qwen2") for world, layout in ((1, {}), (2, {}), (2, VPP2))),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "world", "layout"),
+    "pool, name, world, layout",
     [
-        *((name, 4, {**TP2, **PP2, **_needs(name)}) for name in tiny.MODELS),
-        ("mixtral", 4, {**SP, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}),
-        ("qwen3_moe", 4, {**SP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
-        *((name, world, layout) for name in ("llama_tied", "qwen2") for world, layout in ((1, {}), (2, {}), (2, VPP2))),
+        *((LOCAL, *case) for case in ROUND_TRIPS),
+        *(pytest.param(NEWEST, *case, marks=pytest.mark.te) for case in ROUND_TRIPS if case[0] not in tiny.CAPPED),
     ],
     ids=str,
+    indirect=["pool"],
 )
 def test_round_trip_keeps_every_bit(name: str, world: int, layout: dict[str, Any], pool: Any, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"

@@ -48,7 +48,7 @@ def test_whole_heads(kind: str) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     sizes = {"head_dim": 12, "max_position_embeddings": 128, "rope_theta": 50000.0}
-    config = transformers.LlamaConfig(**sizes, rope_scaling=dict(KINDS[kind]))
+    config = transformers.LlamaConfig.from_dict({**sizes, "rope_scaling": dict(KINDS[kind])})
     old = {**sizes, "rope_scaling": KINDS[kind]}  # as transformers 4 writes it
     for written in (config.to_dict(), old):
         check(read_rope(written), LlamaRotaryEmbedding(config), 12)
@@ -60,15 +60,20 @@ def test_a_part_of_every_head() -> None:
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
     config = {
-        **{"head_dim": 16, "hidden_size": 64, "num_attention_heads": 4, "model_type": "phi3"},
-        **{"max_position_embeddings": 256, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.75},
+        "model_type": "phi3",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.75,
         "rope_scaling": LONG,
     }
     rope = read_partial_rope(config)
     theirs = Phi3RotaryEmbedding(transformers.Phi3Config(**config))
     check(rope, theirs, 16)
     assert (rotary_dim(rope, 16), rope.factor) == (12, 8.0)
-    with pytest.raises(UserError, match="partial_rotary_factor to 0.75; a 'phi3' model rotates whole heads"):
+    with pytest.raises(UserError, match=r"partial_rotary_factor to 0\.75; a 'phi3' model rotates whole heads"):
         read_rope(config)
     check_length(rope, 32, "--max-length")
     with pytest.raises(

@@ -52,18 +52,25 @@ ROUTED = {
     "topk_group": 2,
     "routed_scaling_factor": 1.5,
 }
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}
 # name: class prefix in transformers, and what its config sets besides the sizes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 16}),
-    "llama_yarn": ("Llama", {"rope_scaling": YARN}),
+    "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_scaling": YARN}),
+    "llama_attention_bias": ("Llama", {"attention_bias": True}),
+    "llama_mlp_bias": ("Llama", {"mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 8, "head_dim": 16}),
     "mistral_whole": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_windows": ("Qwen2", {**WINDOWS, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_windows": ("Qwen3", {**WINDOWS, "head_dim": 16, "attention_bias": True, "layer_types": MIXED}),
     "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
@@ -80,8 +87,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v3": ("DeepseekV3", {**LATENT, **ROUTED, "q_lora_rank": 14}),
+    # The bounds are low enough to matter, the heads are wider together than the hidden states, the window is short.
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}),
 }
 
+CAPPED = ("gemma2",)  # with a bound for attention scores, which Transformer Engine does not have
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain", "deepseek_v2", "deepseek_v3")
 
 

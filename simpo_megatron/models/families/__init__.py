@@ -2,6 +2,8 @@
 
 registry.py   the list of families; finds the family of a config.json, and of Megatron-LM's arguments
 dense.py      what the dense families share: RMSNorm, grouped-query attention with RoPE, SwiGLU
+biases.py     `attention_bias` and `mlp_bias`
+windows.py    sliding windows of some layers
 moe.py        what the mixture-of-experts families share: router and experts
 routed.py     what DeepSeek and GLM-4.5 share: dense layers first, shared experts, groups of experts
 latent.py     what DeepSeek-V2 and V3 share: multi-latent attention

@@ -25,16 +25,6 @@ def query_groups(config: dict[str, Any]) -> int:
     return required(config, key)
 
 
-def refuse_sliding_window(config: dict[str, Any]) -> None:
-    """Refuses Qwen's `use_sliding_window`, which gives a window to some layers only.
-
-    Raises:
-        UserError: it is set.
-    """
-    fix = "set it to false, which is exact for sequences up to the window's length"
-    refuse(config, "use_sliding_window", False, None, fix=fix)
-
-
 def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of TransformerConfig that every dense family has.
 
@@ -61,6 +51,8 @@ def dense_weights(
     config: dict[str, Any],
     *,
     qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
     qk_norm: bool = False,
     feed_forward: tuple[WeightEntry, ...] | None = None,
 ) -> tuple[WeightEntry, ...]:
@@ -69,6 +61,8 @@ def dense_weights(
     Args:
         config: config.json.
         qkv_bias: whether the query, key and value projections have biases.
+        output_bias: whether the output projection of the attention has a bias.
+        mlp_bias: whether the projections of the SwiGLU have biases.
         qk_norm: whether queries and keys are normalised head by head.
         feed_forward: entries that replace those of the SwiGLU; None for the SwiGLU.
     """
@@ -101,12 +95,17 @@ def dense_weights(
     if qk_norm:
         table.append(norm(f"{BLOCK}self_attention.q_layernorm.weight", f"{LAYER}self_attn.q_norm.weight", head))
         table.append(norm(f"{BLOCK}self_attention.k_layernorm.weight", f"{LAYER}self_attn.k_norm.weight", head))
-    table += [
+    table.append(
         WeightEntry(
             f"{BLOCK}self_attention.linear_proj.weight", (f"{LAYER}self_attn.o_proj.weight",), ((hidden, q),), Copy(), 1
-        ),
+        )
+    )
+    if output_bias:  # added after the sum over the tensor-parallel ranks, so that every rank holds all of it
+        bias = f"{LAYER}self_attn.o_proj.bias"
+        table.append(WeightEntry(f"{BLOCK}self_attention.linear_proj.bias", (bias,), ((hidden,),), Copy(), None))
+    table += [
         norm(f"{BLOCK}mlp.linear_fc1.layer_norm_weight", f"{LAYER}post_attention_layernorm.weight", hidden),
-        *(swiglu(config) if feed_forward is None else feed_forward),
+        *(swiglu(config, mlp_bias) if feed_forward is None else feed_forward),
         norm("decoder.final_layernorm.weight", "model.norm.weight", hidden),
     ]
     if not config.get("tie_word_embeddings", False):
@@ -114,11 +113,17 @@ def dense_weights(
     return tuple(table)
 
 
-def swiglu(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
-    """The entries of a dense feed-forward."""
+def swiglu(config: dict[str, Any], bias: bool = False) -> tuple[WeightEntry, ...]:
+    """The entries of a dense feed-forward, with those of its biases where it has them."""
     hidden, ffn = required(config, "hidden_size"), required(config, "intermediate_size")
-    gate, up, down = (f"{LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
-    return (
-        WeightEntry(f"{BLOCK}mlp.linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUp(), 0),
-        WeightEntry(f"{BLOCK}mlp.linear_fc2.weight", (down,), ((hidden, ffn),), Copy(), 1),
+    gate, up, down = (f"{LAYER}mlp.{part}_proj." for part in ("gate", "up", "down"))
+    fc1, fc2 = f"{BLOCK}mlp.linear_fc1.", f"{BLOCK}mlp.linear_fc2."
+    weights = (
+        WeightEntry(f"{fc1}weight", (f"{gate}weight", f"{up}weight"), ((ffn, hidden), (ffn, hidden)), GateUp(), 0),
+        WeightEntry(f"{fc2}weight", (f"{down}weight",), ((hidden, ffn),), Copy(), 1),
     )
+    biases = (
+        WeightEntry(f"{fc1}bias", (f"{gate}bias", f"{up}bias"), ((ffn,), (ffn,)), GateUp(), 0),
+        WeightEntry(f"{fc2}bias", (f"{down}bias",), ((hidden,),), Copy(), None),
+    )
+    return weights + biases if bias else weights

@@ -16,6 +16,7 @@ from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family
 from simpo_megatron.models.families.deepseek_v2 import DEEPSEEK_V2
 from simpo_megatron.models.families.deepseek_v3 import DEEPSEEK_V3
+from simpo_megatron.models.families.gemma2 import GEMMA2
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
@@ -23,7 +24,7 @@ from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (DEEPSEEK_V2, DEEPSEEK_V3, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
+FAMILIES = (DEEPSEEK_V2, DEEPSEEK_V3, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2)
 
 
 def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
