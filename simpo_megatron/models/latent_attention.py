@@ -49,8 +49,8 @@ class WholeLinear(torch.nn.Linear):
         super().__init__(config.hidden_size, out_features, bias=False, device=device, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, input: Tensor) -> tuple[Tensor, None]:
-        """[..., hidden size] -> [..., out_features]."""
+    def forward(self, input: Tensor) -> Any:
+        """[..., hidden size] -> [..., out_features], and None."""
         return super().forward(input), None
 
     def get_extra_state(self) -> None:

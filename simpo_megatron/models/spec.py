@@ -133,7 +133,10 @@ def layer_spec(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     # With a layer spec alone Megatron would build its own final norm, which refuses sequence parallelism.
-    return TransformerBlockSubmodules([specs[_expert_layers(config)[layer]] for layer in layers], norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[_expert_layers(config)[layer]] for layer in layers],
+        layer_norm=norm,  # type: ignore[arg-type]
+    )
 
 
 def _expert_layers(config: TransformerConfig) -> list[bool]:
