@@ -27,7 +27,7 @@ from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.latent_attention import rope_type, set_latent_rotary
+from simpo_megatron.models.latent_attention import set_latent_rotary
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
 from simpo_megatron.models.routing import rank_groups
@@ -98,8 +98,8 @@ def transformer_config(
     fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
     try:
         if model.get("multi_latent_attention"):
-            _, factor = inverse_frequencies(hf.architecture.rope, hf.architecture.rotary_head_dim)
-            return MLATransformerConfig(**{**fields, **model, "rope_type": rope_type(factor), **parallel})
+            # Megatron's own YaRN is not used: the frequencies are replaced (`_set_rotary`).
+            return MLATransformerConfig(**{**fields, **model, "rope_type": "rope", **parallel})
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
         raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error

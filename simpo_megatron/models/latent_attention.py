@@ -14,6 +14,7 @@ three parts are replaced:
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -112,15 +113,14 @@ def set_latent_rotary(attention: Any, frequencies: Tensor, factor: float) -> Non
     """Gives an attention of a built layer, of either spec, the frequencies and the attention factor of the model.
 
     Args:
-        attention: a `MLASelfAttention`; its config has the `rope_type` of `rope_type`.
+        attention: a `MLASelfAttention`, which was built with the `rope_type` "rope".
         frequencies: [rotated dimensions / 2] float32.
         factor: what cosine and sine are multiplied by.
     """
     rotary = attention.rotary_pos_emb
-    rotary.__class__ = PairRotary if factor == 1.0 else ScaledRotary  # the same buffers; it can read positions
-    rotary.inv_freq, rotary.attention_factor = frequencies.to(torch.cuda.current_device()), factor
-
-
-def rope_type(factor: float) -> str:
-    """Megatron's `rope_type`: the plain one does not ask for an attention factor, and keeps no table of angles."""
-    return "rope" if factor == 1.0 else "yarn"
+    rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
+    rotary.inv_freq = frequencies.to(torch.cuda.current_device())
+    if factor != 1.0:
+        rotary.__class__, rotary.attention_factor = ScaledRotary, factor
+        attention.config = copy(attention.config)
+        attention.config.rope_type = "yarn"  # with it the attention asks for the factor
