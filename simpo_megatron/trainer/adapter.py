@@ -73,8 +73,9 @@ def describe_adapter(config: Config, architecture: Architecture) -> str | None:
     lora = lora_of(config.adapter, architecture)
     if lora is None:
         return None
+    dropout = f"dropout {lora.dropout:g}, " if lora.dropout else ""
     trained = parameters_of(adapter_entries(architecture, lora), architecture.num_layers)
     return (
-        f"LoRA: rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}; {trained:,} parameters are "
-        f"trained, {architecture.num_parameters:,} are frozen"
+        f"LoRA: rank {lora.rank}, scale {lora.scale:g}, {dropout}on {', '.join(lora.targets)}; {trained:,} parameters "
+        f"are trained, {architecture.num_parameters:,} are frozen"
     )
