@@ -151,7 +151,7 @@ def _lora(config: PeftConfig, targets: tuple[str, ...], found: set[str], joined:
     """The adapter of a folder, whose projections all must have its rank and scale."""
     modules = {name.rpartition(".lora_")[0]: (name.rpartition(".lora_")[0], 1) for name in found - joined.keys()}
     modules |= {factor.tensor.rpartition(".lora_")[0]: (factor.module, factor.blocks) for factor in joined.values()}
-    ordered = sorted(modules.values(), key=lambda module: module[1])
+    ordered = sorted(modules.values(), key=lambda module: (module[1], module[0]))
     lora = config.lora(next((module for module, blocks in ordered if blocks == 1), ""), targets)
     for module, blocks in ordered:
         config.check_same(module, lora, blocks)

@@ -106,7 +106,7 @@ def run_alone(checkpoint: Path, adapter: Path) -> Any:
         "other seed": {"seed": 5},
         "planted": FULL,
         "none": {"lora_dropout": 0},
-        "without": {"lora_dropout": None},
+        "without": {"lora_dropout": False},
     }.items():
         with pytest.MonkeyPatch.context() as patch:
             if name == "planted":
@@ -115,7 +115,7 @@ def run_alone(checkpoint: Path, adapter: Path) -> Any:
             found[name] = gradients_of(engine)[1]
         evaluated[name] = engine.evaluate(engine.packer.pack(*batch))
     engine = dropping(checkpoint, adapter, {})
-    layer = list(adapters(engine.models))[0]
+    layer = next(layer for layer in adapters(engine.models) if "q_proj" in layer.targets)
     x = torch.randn(3, layer.q_proj_a.shape[1], generator=torch.Generator().manual_seed(1))
     zero = x.new_zeros(3, sum(layer.entry.rows))
     draws = []
@@ -180,22 +180,19 @@ def test_ranks_with_the_same_input_draw_the_same_masks(pool: WorkerPool, made: A
         (made[0], TP2, ("q", "k", "v", "gate", "up")),
         (made[0], SP, ()),
         (made[0], {"context_parallel_size": 2}, ()),
-        (experts, {**over_two, "lora_targets": "gate_proj up_proj down_proj"}, ("gate", "up")),
+        (experts, {**over_two, "lora_targets": ["gate_proj", "up_proj", "down_proj"]}, ("gate", "up")),
     ):
-        one, other = pool.run(2, run_masks, checkpoint, settings, False)
-        assert len(one) == len(other)
+        ranks = pool.run(2, run_masks, checkpoint, settings, False)
+        one = ranks[0]
         assert len({mask.numpy().tobytes() for mask in one if mask.numel() > 64}) == sum(m.numel() > 64 for m in one)
         kept = sum(int(mask.sum()) for mask in one) / sum(mask.numel() for mask in one)
         assert kept == pytest.approx(1 - SHARE, abs=0.01)
-        names = PROJECTIONS if checkpoint == made[0] else None
-        for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
-            if names is not None and mine.numel() > 64:
-                alike = names[index % len(names)] in shared
-                assert (mine.shape == theirs.shape and torch.equal(mine, theirs)) == alike, (settings, index)
-        if names is None:
-            alike = [mine.shape == theirs.shape and torch.equal(mine, theirs) for mine, theirs in zip(one, other)]
-            large = [same for same, mask in zip(alike, one, strict=True) if mask.numel() > 64]
-            assert any(large) and not all(large)
+        alike = [mine.shape == theirs.shape and torch.equal(mine, theirs) for mine, theirs in zip(*ranks, strict=True)]
+        large = [index for index, mask in enumerate(one) if mask.numel() > 64]  # small ones may be alike by chance
+        if checkpoint == experts:
+            assert {alike[index] for index in large} == {True, False}
+        else:
+            assert [alike[index] for index in large] == [PROJECTIONS[index % 7] in shared for index in large]
     assert pool.run(2, run_masks, made[0], TP2, True)[0] is None
 
 
