@@ -117,8 +117,8 @@ def test_experts_that_peft_has_joined_are_read(name: str, tmp_path: Path) -> Non
         ({"bias": "all"}, "sets bias to 'all'"),
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save to"),
         (
-            {"alpha_pattern": {"down_proj": 7}},
-            "gives model.layers.0.mlp.down_proj rank 4 and alpha 7 (r, lora_alpha, rank_pattern, alpha_pattern), but "
+            {"alpha_pattern": {"up_proj": 7}},
+            "gives model.layers.0.mlp.up_proj rank 4 and alpha 7 (r, lora_alpha, rank_pattern, alpha_pattern), but "
             "other projections rank 4 and alpha 6: every projection must have the same rank and scale",
         ),
         ({"rank_pattern": {"layers.1.*o_proj": 2}}, "gives model.layers.1.self_attn.o_proj rank 2 and alpha 6"),
