@@ -4,7 +4,8 @@
 
 Both sides run in processes of their own, in turns (`--rounds`), on the same pairs in the same order. A step is forward,
 backward, clipping and AdamW. `--heads fused plain` measures both heads of this package. Tokens of prompts and responses
-are counted, padding is not.
+are counted, padding is not. `--lora-rank R` freezes the model and trains adapters on all projections: this package's,
+and PEFT's in TRL (`peft_config`), with alpha 2 R.
 
 TRL pads every micro-batch to its longest response. So it is measured at several micro-batch sizes and compared at its
 best; `--trl-micro-batches` without a number leaves it out. Without `--hf-checkpoint` a random Llama is made, with a
@@ -101,6 +102,8 @@ def run_ours(args: argparse.Namespace) -> list[float]:
             "head": args.only.removeprefix("simpo_megatron "),
             "tensorboard-dir": folder,
         }
+        if args.lora_rank:
+            flags |= {"lora-rank": args.lora_rank, "lora-alpha": 2 * args.lora_rank}
         argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         from simpo_megatron.trainer.engine import Engine
 
@@ -115,6 +118,18 @@ def run_ours(args: argparse.Namespace) -> list[float]:
         Engine.train_step = timed  # type: ignore[method-assign]
         run(parse([*argv, *(["--fp32"] if args.precision == "fp32" else [])]))
     return seconds
+
+
+def peft_config(args: argparse.Namespace) -> Any:
+    """PEFT's adapters on all projections of a Llama; None where all weights are trained."""
+    if not args.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    from simpo_megatron.adapters.lora import TARGETS
+
+    rank = args.lora_rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
 
 
 def run_trl(args: argparse.Namespace) -> list[float]:
@@ -174,6 +189,7 @@ def run_trl(args: argparse.Namespace) -> list[float]:
             train_dataset=Dataset.from_list(messages),
             processing_class=AutoTokenizer.from_pretrained(args.hf_checkpoint),
             callbacks=[Clock()],
+            peft_config=peft_config(args),
         )
         trainer.train()
     return seconds
@@ -182,7 +198,7 @@ def run_trl(args: argparse.Namespace) -> list[float]:
 def measure(args: argparse.Namespace, implementation: str, micro_batch: int, precision: str) -> list[float]:
     """Runs one side in a process of its own; the seconds of its steps without the first, which warms up."""
     command = [sys.executable, __file__, "--only", implementation, "--micro-batch", str(micro_batch)]
-    for name in ("data", "hf_checkpoint", "steps", "pairs", "seq_length", "max_length"):
+    for name in ("data", "hf_checkpoint", "steps", "pairs", "seq_length", "max_length", "lora_rank"):
         command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
     result = subprocess.run([*command, "--precision", precision], capture_output=True, text=True, env=environment)
@@ -240,17 +256,24 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def setting(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions and setting of a row."""
+def setting(args: argparse.Namespace, load: float) -> dict[str, Any]:
+    """Machine, versions and setting of a row.
+
+    Args:
+        args: of the command line.
+        load: of the machine before the measurement.
+    """
     return {
         "date": time.strftime("%Y-%m-%d"),
         "data": args.data.name,
         "pairs": args.pairs,
         "steps": args.steps * args.rounds,
         "max_length": args.max_length,
+        "lora_rank": args.lora_rank,
         "threads": args.threads,
+        "load_before": load,
         "machine": processor(),
-        **{name: version(name) for name in ("torch", "megatron-core", "transformers", "trl")},
+        **{name: version(name) for name in ("torch", "megatron-core", "transformers", "trl", "peft")},
     }
 
 
@@ -266,6 +289,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="pairs of an optimizer step")
     parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a packed row of this package")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and response together")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a process")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument(
@@ -283,9 +307,10 @@ def main() -> None:
         parser.error(f"--data {args.data} is not a file")
     with tempfile.TemporaryDirectory() as folder:
         args.hf_checkpoint = args.hf_checkpoint or make_model(Path(folder), args.data)
+        load = round(os.getloadavg()[0], 2)
         rows = benchmark(args)
     table(rows)
-    append_rows(CSV, rows, setting(args))
+    append_rows(CSV, rows, setting(args, load))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
 

@@ -129,14 +129,14 @@ def test_the_base_may_be_a_converted_checkpoint(pool: WorkerPool, checkpoint: Pa
     converted, config, save = tmp_path / "converted", tmp_path / "config", tmp_path / "run"
     assert hf_to_megatron.main(["--hf-checkpoint", str(checkpoint), "--save", str(converted)]) == 0
     shutil.copytree(checkpoint, config, ignore=shutil.ignore_patterns("*.safetensors"))
-    shared = {"lora_rank": RANK, "lora_dropout": 0.1, "objective": "dpo", "train_iters": 2, **TP2}
-    run(pool, 2, flags(checkpoint, data, **shared, export_adapter=tmp_path / "of-hf"))
+    shared = {"lora_rank": RANK, "lora_dropout": 0.1, "objective": "dpo", "train_iters": 2}
+    run(pool, 1, flags(checkpoint, data, **shared, export_adapter=tmp_path / "of-hf"))
     exports = {"save": save, "save_interval": 1, "export_adapter": tmp_path / "whole"}
-    said = run(pool, 2, flags(config, data, **shared, **exports, load=converted))
+    said = run(pool, 1, flags(config, data, **shared, **exports, load=converted))
     assert f"starting from the weights of {converted / 'release'}" in said
     (save / "latest_checkpointed_iteration.txt").write_text("1")
     again = flags(config, data, **shared, save=save, load=save, export_adapter=tmp_path / "resumed")
-    assert "resumed from" in run(pool, 2, again)
+    assert "resumed from" in run(pool, 1, again)
     wanted = read(tmp_path / "of-hf")
     for name in ("whole", "resumed"):
         found = read(tmp_path / name)
@@ -149,7 +149,7 @@ def test_the_base_may_be_a_converted_checkpoint(pool: WorkerPool, checkpoint: Pa
             file.write_bytes(file.read_bytes() + b" ")
         else:
             converted.rename(tmp_path / "elsewhere")
-        [(code, _, error), _] = pool.run(2, run_main, again)
+        [(code, _, error)] = pool.run(1, run_main, again)
         outcomes.append((code, error))
     [(changed, first), (gone, second)] = outcomes
     assert (changed, gone) == (2, 2)
@@ -160,6 +160,23 @@ def fresh(checkpoint: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
     """On a rank: the factors as training starts."""
     engine, _ = build_engine(command_line(checkpoint, {"lora_rank": RANK, **layout}))
     return gather_factors(engine, "data")
+
+
+def install_again(checkpoint: Path, layout: dict[str, Any]) -> str:
+    """On a rank: what is said where a model that has an adapter gets one more."""
+    from simpo_megatron.adapters.install import install
+
+    engine, hf = build_engine(command_line(checkpoint, {"lora_rank": RANK, **layout}))
+    before = [name for name, _ in engine.models[0].named_parameters()]
+    with pytest.raises(ValueError) as raised:
+        install(engine.models, hf, Lora(RANK, 8.0), 0)
+    assert [name for name, _ in engine.models[0].named_parameters()] == before
+    return str(raised.value)
+
+
+def test_a_model_gets_one_adapter_alone(pool: WorkerPool, checkpoint: Path) -> None:
+    [said] = pool.run(1, install_again, checkpoint, {})
+    assert said == "the model has an adapter already, and would get two; build it again from its base"
 
 
 def test_a_fresh_adapter_is_the_same_on_every_layout(pool: WorkerPool, tmp_path: Path) -> None:
