@@ -19,20 +19,17 @@ from simpo_megatron.files import read_json
 from simpo_megatron.models.architecture import Architecture
 
 CONFIG = "adapter_config.json"
-# What changes the computation and is not supported: the value that is accepted besides null and false.
-_REFUSED: dict[str, Any] = {
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-    "layer_replication": None,
-    "fan_in_fan_out": False,
-    "use_qalora": False,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "use_bdlora": None,
-    "arrow_config": None,
+# What is read here, or changes nothing in what an adapter with these tensors computes. Any other key must be off.
+_KNOWN = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("init_lora_weights", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "runtime_config", "qalora_group_size", "ensure_weight_tying"),
 }
+_OFF = (None, False, [], {}, "none")
+# PEFT takes the first factors of other kinds (pissa, olora and so on) out of the base, also when it loads an adapter.
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,14 @@ class PeftConfig:
         config = read_json(file)
         if config.get("peft_type") != "LORA":
             raise UserError(f"{file} has peft_type {config.get('peft_type')!r}; only LORA is supported")
-        for name, accepted in _REFUSED.items():
-            if config.get(name) not in (accepted, None, False, []):
-                raise UserError(f"{file} sets {name} to {config[name]!r}, which is not supported; train a plain LoRA")
+        for name, value in config.items():
+            allowed = _INITS if name == "init_lora_weights" else _OFF
+            if value not in allowed and (name == "init_lora_weights" or name not in _KNOWN):
+                raise UserError(f"{file} sets {name} to {value!r}, which is not supported; train a plain LoRA")
         for name, patterns, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", int | float)):
             _positive(file, name, config.get(name), kind)
+            if not isinstance(config.get(patterns) or {}, dict):
+                raise UserError(f"{file} sets {patterns} to {config[patterns]!r}, which is no table; save it again")
             for pattern, value in (config.get(patterns) or {}).items():
                 _positive(file, f"{patterns} of {pattern}", value, kind)
         dropout = config.get("lora_dropout") or 0.0
@@ -122,7 +122,8 @@ class PeftConfig:
 
 def _positive(file: Path, name: str, value: Any, kind: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-        raise UserError(f"{file} sets {name} to {value!r}, which is no positive number; save it again")
+        number = "whole number" if kind is int else "number"
+        raise UserError(f"{file} sets {name} to {value!r}, which is no positive {number}; save it again")
 
 
 def peft_config(lora: Lora, architecture: Architecture, base: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,12 @@ class PeftFolder:
         tensors = {
             name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors_header(path / WEIGHTS).items()
         }
+        if not tensors:
+            raise UserError(f"{path / WEIGHTS} holds no tensors; save the adapter with PEFT's save_pretrained")
+        if other := next((name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES), None):
+            raise UserError(
+                f"{other} in {path / WEIGHTS} is {tensors[other].dtype}; factors must be one of {', '.join(_DTYPES)}"
+            )
         joined = joined_factors(architecture, tensors)
         found = {*(tensors.keys() - {factor.tensor for factor in joined.values()}), *joined}
         folder = cls(path, _lora(config, _targets(architecture, found), found, joined), tensors, joined)
@@ -113,7 +120,12 @@ class PeftFolder:
         with file as opened:
             names = {name.removeprefix(PREFIX): name for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
 
-            read = functools.lru_cache(maxsize=4)(lambda name: opened.get_tensor(names[name]))
+            @functools.lru_cache(maxsize=4)
+            def read(name: str) -> Tensor:
+                tensor = opened.get_tensor(names[name])
+                if not tensor.isfinite().all():
+                    raise UserError(f"{name} in {self.path / WEIGHTS} has numbers that are not finite; train it again")
+                return tensor
 
             def factor(name: str) -> Tensor:
                 joined = self.joined.get(name)

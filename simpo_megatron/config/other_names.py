@@ -29,7 +29,7 @@ class Counterpart(NamedTuple):
 _PAIRS = "the pairs of a step, over all processes and accumulated microbatches"
 _MODEL_SHAPE = Counterpart(("hf_checkpoint",), "its config.json describes the model")
 _TOKENIZER = Counterpart(("hf_checkpoint",), "the tokenizer is the one in this folder")
-_NO_DROPOUT = Counterpart((), "a run has no dropout")
+_NO_DROPOUT = Counterpart((), "a run has no dropout but --lora-dropout")
 _ADAM = Counterpart((), "the optimizer is Adam with decoupled weight decay")
 
 # Fields of CPOConfig, DPOConfig, TrainingArguments, ModelConfig and ScriptArguments, in the order of FROM_TRL.md.

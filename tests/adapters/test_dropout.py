@@ -116,7 +116,8 @@ def run_alone(checkpoint: Path, adapter: Path) -> Any:
         evaluated[name] = engine.evaluate(engine.packer.pack(*batch))
     engine = dropping(checkpoint, adapter, {})
     layer = next(layer for layer in adapters(engine.models) if "q_proj" in layer.targets)
-    x = torch.randn(3, layer.q_proj_a.shape[1], generator=torch.Generator().manual_seed(1))
+    [(_, columns), *_] = layer.entry.shapes
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
     zero = x.new_zeros(3, sum(layer.entry.rows))
     draws = []
     with torch.no_grad():

@@ -11,10 +11,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.adapters.lora import Lora
+from simpo_megatron.adapters.merge_files import merge_files
 from simpo_megatron.adapters.peft_folder import PeftFolder, factor_shapes
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
@@ -123,10 +125,14 @@ def test_experts_that_peft_has_joined_are_read(name: str, tmp_path: Path) -> Non
         ),
         ({"rank_pattern": {"layers.1.*o_proj": 2}}, "gives model.layers.1.self_attn.o_proj rank 2 and alpha 6"),
         ({"rank_pattern": {"(": 2}}, "has '(' in rank_pattern, which is no regular expression"),
-        ({"rank_pattern": {"q_proj": "2"}}, "sets rank_pattern of q_proj to '2', which is no positive number"),
+        ({"rank_pattern": {"q_proj": "2"}}, "sets rank_pattern of q_proj to '2', which is no positive whole number"),
         ({"lora_dropout": 1}, "sets lora_dropout to 1; it must be at least 0 and less than 1"),
+        ({"rank_pattern": ["q_proj"]}, "sets rank_pattern to ['q_proj'], which is no table"),
+        ({"init_lora_weights": "pissa"}, "sets init_lora_weights to 'pissa', which is not supported"),
+        ({"kasa_config": {"a": 1}}, "sets kasa_config to {'a': 1}, which is not supported"),
+        ({"of_tomorrow": 0.5}, "sets of_tomorrow to 0.5, which is not supported"),
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; only LORA is supported"),
-        ({"r": 0}, "sets r to 0, which is no positive number"),
+        ({"r": 0}, "sets r to 0, which is no positive whole number"),
         ({"r": 8}, "has shape [4, 48], but rank 8 and this Llama model give [8, 48]"),
     ],
 )
@@ -138,6 +144,24 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(change: dict[str, Any], sen
     with pytest.raises(UserError) as raised:
         PeftFolder.read(tmp_path / "adapter", read_hf_checkpoint(tmp_path / "base").architecture)
     assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda tensors: {}, "holds no tensors; save the adapter with PEFT's save_pretrained"),
+        (lambda tensors: {name: tensor.char() for name, tensor in tensors.items()}, "is I8; factors must be one of"),
+        (lambda tensors: {name: tensor / 0 for name, tensor in tensors.items()}, "has numbers that are not finite"),
+    ],
+)
+def test_tensors_that_are_no_factors_are_refused(change: Any, sentence: str, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "base", num_hidden_layers=2)
+    random_adapter(tmp_path / "base", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(UserError) as raised:
+        merge_files(read_hf_checkpoint(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    assert sentence in str(raised.value) and not (tmp_path / "merged").exists()
 
 
 def test_patterns_that_give_all_projections_the_same_are_read(tmp_path: Path) -> None:
