@@ -238,8 +238,8 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     for precision in args.precisions:
         seconds: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
         for _ in range(args.rounds):
-            for side in sides:
-                seconds[side] += measure(args, *side, precision)
+            for name, micro in sides:
+                seconds[name, micro] += measure(args, name, micro, precision)
         mean = {side: statistics.mean(values) for side, values in seconds.items()}
         best = min((value for (name, _), value in mean.items() if name == "trl"), default=math.nan)
         rows += [

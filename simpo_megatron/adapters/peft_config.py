@@ -137,7 +137,7 @@ def peft_config(lora: Lora, architecture: Architecture, base: str) -> dict[str, 
     on_experts = any(
         entry.experts and target in lora.targets for entry in architecture.weights for target in projections(entry)
     )
-    alpha = lora.scale * lora.rank if on_experts else lora.alpha
+    alpha = lora.alpha * math.sqrt(lora.rank) if lora.rslora and on_experts else lora.alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
