@@ -80,8 +80,18 @@ def read_pairs(args: argparse.Namespace) -> Any:
     return load_preferences(args.data, AutoTokenizer.from_pretrained(args.hf_checkpoint), options)[0]
 
 
-def run_ours(args: argparse.Namespace) -> list[float]:
-    """Seconds of each step of this package."""
+def clocks() -> tuple[float, float]:
+    """Now: the clock, and the CPU time of all threads of this process, which a busy machine changes less."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(started: tuple[float, float]) -> list[float]:
+    """Seconds by both clocks."""
+    return [now - then for now, then in zip(clocks(), started, strict=True)]
+
+
+def run_ours(args: argparse.Namespace) -> list[list[float]]:
+    """Seconds of each step of this package, by both clocks."""
     from simpo_megatron.config.arguments import parse
     from simpo_megatron.train import run
 
@@ -110,9 +120,9 @@ def run_ours(args: argparse.Namespace) -> list[float]:
         seconds, step = [], Engine.train_step
 
         def timed(self: Engine, batch: Any) -> dict[str, float]:
-            started = time.perf_counter()
+            started = clocks()
             metrics = step(self, batch)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(since(started))
             return metrics
 
         Engine.train_step = timed  # type: ignore[method-assign]
@@ -132,7 +142,7 @@ def peft_config(args: argparse.Namespace) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
 
 
-def run_trl(args: argparse.Namespace) -> list[float]:
+def run_trl(args: argparse.Namespace) -> list[list[float]]:
     """Seconds of each step of TRL's CPOTrainer on the same token ids, in micro-batches of --micro-batch pairs."""
     import torch
     from datasets import Dataset
@@ -150,14 +160,14 @@ def run_trl(args: argparse.Namespace) -> list[float]:
         {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]}
         for row in (rows[i] for i in order)
     ]
-    seconds: list[float] = []
+    seconds: list[list[float]] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
+            self.started = clocks()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
+            seconds.append(since(self.started))
 
     class Sequential(CPOTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
@@ -195,7 +205,7 @@ def run_trl(args: argparse.Namespace) -> list[float]:
     return seconds
 
 
-def measure(args: argparse.Namespace, implementation: str, micro_batch: int, precision: str) -> list[float]:
+def measure(args: argparse.Namespace, implementation: str, micro_batch: int, precision: str) -> list[list[float]]:
     """Runs one side in a process of its own; the seconds of its steps without the first, which warms up."""
     command = [sys.executable, __file__, "--only", implementation, "--micro-batch", str(micro_batch)]
     for name in ("data", "hf_checkpoint", "steps", "pairs", "seq_length", "max_length", "lora_rank"):
@@ -212,17 +222,17 @@ def table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("precision", "implementation", "micro-batch", "seconds a step", "tokens/s", "ratio to TRL's best")
+    numbers = {
+        "seconds": 2,
+        "tokens_per_second": 0,
+        "ratio_to_best_trl": 2,
+        "cpu_seconds": 2,
+        "cpu_ratio_to_best_trl": 2,
+    }
+    shown = Table("precision", "implementation", "micro-batch", *(name.replace("_", " ") for name in numbers))
     for row in rows:
-        ratio, micro = f"{row['ratio_to_best_trl']:.2f}", str(row["micro_batch"] or "packed")
-        shown.add_row(
-            row["precision"],
-            row["implementation"],
-            micro,
-            f"{row['seconds']:.2f}",
-            f"{row['tokens_per_second']:.0f}",
-            ratio,
-        )
+        digits = (f"{row[name]:.{places}f}" for name, places in numbers.items())
+        shown.add_row(row["precision"], row["implementation"], str(row["micro_batch"] or "packed"), *digits)
     Console().print(shown)
 
 
@@ -236,22 +246,25 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     rows = []
     for precision in args.precisions:
-        seconds: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
+        seconds: dict[tuple[str, int], list[list[float]]] = {side: [] for side in sides}
         for _ in range(args.rounds):
             for name, micro in sides:
                 seconds[name, micro] += measure(args, name, micro, precision)
-        mean = {side: statistics.mean(values) for side, values in seconds.items()}
-        best = min((value for (name, _), value in mean.items() if name == "trl"), default=math.nan)
+        mean = {side: [statistics.mean(of) for of in zip(*found, strict=True)] for side, found in seconds.items()}
+        trl = [value for (name, _), value in mean.items() if name == "trl"] or [[math.nan, math.nan]]
+        best, cpu_best = (min(of) for of in zip(*trl, strict=True))
         rows += [
             {
                 "precision": precision,
                 "implementation": name,
                 "micro_batch": micro,
-                "seconds": round(mean[name, micro], 4),
-                "tokens_per_second": round(tokens / mean[name, micro], 1),
-                "ratio_to_best_trl": round(best / mean[name, micro], 3),
+                "seconds": round(wall, 4),
+                "tokens_per_second": round(tokens / wall, 1),
+                "ratio_to_best_trl": round(best / wall, 3),
+                "cpu_seconds": round(cpu, 4),
+                "cpu_ratio_to_best_trl": round(cpu_best / cpu, 3),
             }
-            for name, micro in sides
+            for (name, micro), (wall, cpu) in mean.items()
         ]
     return rows
 
