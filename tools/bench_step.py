@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import append_rows, processor
+from machine import append_rows, clocks, processor, since
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "tools" / "results" / "step.csv"
@@ -78,16 +78,6 @@ def read_pairs(args: argparse.Namespace) -> Any:
 
     options = DataOptions(max_length=args.max_length, max_prompt_length=args.max_length // 2)
     return load_preferences(args.data, AutoTokenizer.from_pretrained(args.hf_checkpoint), options)[0]
-
-
-def clocks() -> tuple[float, float]:
-    """Now: the clock, and the CPU time of all threads of this process, which a busy machine changes less."""
-    return time.perf_counter(), time.process_time()
-
-
-def since(started: tuple[float, float]) -> list[float]:
-    """Seconds by both clocks."""
-    return [now - then for now, then in zip(clocks(), started, strict=True)]
 
 
 def run_ours(args: argparse.Namespace) -> list[list[float]]:
@@ -222,17 +212,11 @@ def table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    numbers = {
-        "seconds": 2,
-        "tokens_per_second": 0,
-        "ratio_to_best_trl": 2,
-        "cpu_seconds": 2,
-        "cpu_ratio_to_best_trl": 2,
-    }
+    numbers = ("seconds", "tokens_per_second", "ratio_to_best_trl", "cpu_seconds", "cpu_ratio_to_best_trl")
     shown = Table("precision", "implementation", "micro-batch", *(name.replace("_", " ") for name in numbers))
     for row in rows:
-        digits = (f"{row[name]:.{places}f}" for name, places in numbers.items())
-        shown.add_row(row["precision"], row["implementation"], str(row["micro_batch"] or "packed"), *digits)
+        values = (f"{row[name]:.4g}" for name in numbers)
+        shown.add_row(row["precision"], row["implementation"], str(row["micro_batch"] or "packed"), *values)
     Console().print(shown)
 
 
