@@ -79,7 +79,12 @@ class Expected:
 
 
 def oracle(
-    hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, row: Row, loss: Callable[[Tensor], Tensor]
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    targets_R: Tensor,
+    row: Row,
+    loss: Callable[[Tensor], Tensor],
+    softcap: float | None = None,
 ) -> Expected:
     """Computes everything from the definition, with torch's log_softmax and autograd, a block of positions at a time.
 
@@ -89,13 +94,17 @@ def oracle(
         targets_R: the token that each position scores.
         row: the positions.
         loss: from the sums [P, M] to a scalar.
+        softcap: the bound of the model's logits; None for none.
     """
     hidden_RH = hidden_RH.detach().double().clone().requires_grad_()
     weight_VH = weight_VH.detach().double().clone().requires_grad_()
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(hidden_RH), _BLOCK)]
 
     def logps(block: slice) -> Tensor:
-        every_NV = (hidden_RH[block] @ weight_VH.T).log_softmax(-1)
+        logits_NV = hidden_RH[block] @ weight_VH.T
+        if softcap is not None:
+            logits_NV = softcap * torch.tanh(logits_NV / softcap)
+        every_NV = logits_NV.log_softmax(-1)
         return every_NV.gather(1, targets_R[block, None])[:, 0]
 
     with torch.no_grad():

@@ -21,7 +21,6 @@ import json
 import platform
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,10 @@ def model_facts(hf: HFCheckpoint) -> dict[str, Any]:
     return {
         "family": hf.architecture.family.name,
         "transformer": {name: _plain(value) for name, value in hf.architecture.transformer.items()},
-        "rope": asdict(hf.architecture.rope),
+        "rope": hf.architecture.rope.as_dict(),
         "vocabulary_rows": hf.architecture.vocab_size,
         "tied": hf.architecture.tied,
+        **({"additions": additions} if (additions := hf.architecture.additions.as_dict()) else {}),
     }
 
 

@@ -18,6 +18,7 @@ from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.checkpoint.transfer.moves import OutFile
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.part_layout import parameter_rows
 from simpo_megatron.models.weight_table import WeightEntry
 
 
@@ -30,12 +31,15 @@ class MegatronParameter:
         layer: counted over all stages; 0 where the entry has no layer.
         expert: counted over all ranks; 0 where the entry has no expert.
         dtype: by the name of safetensors, such as "BF16".
+        stacked: how many layers torch_dist stacks along a leading axis, all of the model; None where they differ and
+            each has keys of its own (`TransformerBlock.sharded_state_dict`), and outside the layers.
     """
 
     entry: WeightEntry
     layer: int
     expert: int
     dtype: str
+    stacked: int | None
 
     @property
     def name(self) -> str:
@@ -44,8 +48,12 @@ class MegatronParameter:
 
     @property
     def hf(self) -> tuple[str, ...]:
-        """The Hugging Face names of its parts."""
+        """The Hugging Face tensor of each of its parts."""
         return tuple(part.format(layer=self.layer, expert=self.expert) for part in self.entry.hf)
+
+    def rows_of(self, tensor: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Rows `start` to `stop` of one of `WeightEntry.tensors`, as ranges of rows of the matrix, in order."""
+        return parameter_rows(self.entry.part_layout, self.entry.rows, tensor, start, stop)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,22 +132,25 @@ def model_parameters(hf: HFCheckpoint, dtypes: dict[str, str]) -> Iterator[Megat
     Raises:
         UserError: the parts of one parameter differ in dtype, or one is not a floating-point number.
     """
-    table = hf.architecture.weights
+    table, num_layers = hf.architecture.weights, hf.architecture.num_layers
+    stacked = num_layers if all(entry.layers is None for entry in table) else None
     first_layer = next(index for index, entry in enumerate(table) if entry.per_layer)
     head = [entry for entry in table[:first_layer] if not entry.per_layer]
     tail = [entry for entry in table[first_layer:] if not entry.per_layer]
     for entry in head:
-        yield _parameter(entry, 0, 0, dtypes)
-    for layer in range(hf.architecture.num_layers):
+        yield _parameter(entry, 0, 0, None, dtypes)
+    for layer in range(num_layers):
         for entry in table:
-            if entry.per_layer:
+            if entry.in_layer(layer):
                 for expert in range(entry.experts or 1):
-                    yield _parameter(entry, layer, expert, dtypes)
+                    yield _parameter(entry, layer, expert, stacked, dtypes)
     for entry in tail:
-        yield _parameter(entry, 0, 0, dtypes)
+        yield _parameter(entry, 0, 0, None, dtypes)
 
 
-def _parameter(entry: WeightEntry, layer: int, expert: int, dtypes: dict[str, str]) -> MegatronParameter:
+def _parameter(
+    entry: WeightEntry, layer: int, expert: int, stacked: int | None, dtypes: dict[str, str]
+) -> MegatronParameter:
     names = [part.format(layer=layer, expert=expert) for part in entry.hf]
     found = {dtypes[name] for name in names}
     if len(found) > 1:
@@ -149,7 +160,7 @@ def _parameter(entry: WeightEntry, layer: int, expert: int, dtypes: dict[str, st
     dtype = found.pop()
     if dtype not in ("F64", "F32", "F16", "BF16"):
         raise UserError(f"{names[0]} has dtype {dtype}; only F32, F16 and BF16 weights convert (dequantize them first)")
-    return MegatronParameter(entry, layer, expert, dtype)
+    return MegatronParameter(entry, layer, expert, dtype, stacked)
 
 
 @dataclass(frozen=True)

@@ -12,30 +12,40 @@ from __future__ import annotations
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.families.registry import config_of_args
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_architecture
-from simpo_megatron.models.megatron_args import LLAMA3_ROPE
+from simpo_megatron.models.megatron_args import LLAMA3_ROPE, OWN_ROPES
+from simpo_megatron.models.rope import Rope
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR
 
 # Arguments without a flag in Megatron-LM, which reads them from the checkpoint or sets them itself.
 _NO_FLAG = (
-    "rotary_interleaved",
     "padded_vocab_size",
     "add_position_embedding",
+    "hf_model_type",
     *(f"rope_scaling_{name}" for name in LLAMA3_ROPE),
+    *(f"rope_{field.name}" for field in fields(Rope)),
 )
+_ADDITIONS = tuple(field.name for field in fields(Additions))
 
 
 def megatron_args(architecture: Architecture, divisor: int = VOCAB_DIVISOR) -> dict[str, Any]:
     """The architecture under Megatron-LM's names, as primitives; `divisor` is `--make-vocab-size-divisible-by`."""
-    return {**architecture.family.megatron_args(architecture), "make_vocab_size_divisible_by": divisor}
+    family = architecture.family
+    return {
+        **family.megatron_args(architecture),
+        "make_vocab_size_divisible_by": divisor,
+        "hf_model_type": family.model_types[0],  # ours: several families may have the same arguments
+    }
 
 
 def not_expressible(architecture: Architecture) -> list[str]:
@@ -49,8 +59,14 @@ def not_expressible(architecture: Architecture) -> list[str]:
         ]
     if rope.kind == "linear" and rope.factor != int(rope.factor):
         found.append(f"linear rope scaling by {rope.factor:g}: Megatron-LM takes whole numbers")
+    if rope.kind in OWN_ROPES:
+        found.append(f"rope scaling {rope.kind!r}: Megatron-LM has no argument for it")
     if rope.theta != int(rope.theta):
         found.append(f"rope theta {rope.theta!r}: Megatron-LM takes whole numbers")
+    found += [
+        f"{name} {value!r}: Megatron-LM has no argument for it"
+        for name, value in architecture.additions.as_dict().items()
+    ]
     return found
 
 
@@ -60,9 +76,11 @@ def flags(args: dict[str, Any]) -> list[str]:
     for name, value in args.items():
         if name == "add_bias_linear":
             line += [] if value else ["--disable-bias-linear"]
-        elif name not in _NO_FLAG and value is not None and value is not False:
+        elif name not in _NO_FLAG and name not in _ADDITIONS and value is not None and value is not False:
             flag = "--" + name.replace("_", "-")
-            if isinstance(value, tuple):
+            if isinstance(value, list):  # one number a layer
+                line += [flag, str(value).replace(" ", "")]
+            elif isinstance(value, tuple):
                 line += [flag, ",".join(map(str, value))]
             else:
                 line += [flag] if value is True else [flag, str(value)]
@@ -95,8 +113,8 @@ def namespace(args: Mapping[str, Any], **more: Any) -> Namespace:
         UserError: a value is not a primitive.
     """
     values = {**args, "use_rotary_position_embeddings": True, "ckpt_format": "torch_dist", **more}
-    if not all(isinstance(value, (int, float, str, tuple, type(None))) for value in values.values()):
-        raise UserError("the arguments of this model hold something else than numbers, names and tuples")
+    if not all(isinstance(value, (int, float, str, tuple, list, type(None))) for value in values.values()):
+        raise UserError("the arguments of this model hold something else than numbers, names, tuples and lists")
     return Namespace(**values)
 
 

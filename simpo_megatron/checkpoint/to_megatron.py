@@ -54,7 +54,7 @@ def plan_to_megatron(hf: HFCheckpoint, layout: RankLayout | None, save: Path, op
         args = megatron_args(hf.architecture, VOCAB_DIVISOR if layout is None else layout.make_vocab_size_divisible_by)
         if layout is None:
             common = common_state(namespace(args))
-            write_metadata(folder, parameters, file_sets, hf.architecture.num_layers, common)
+            write_metadata(folder, parameters, file_sets, common)
         atomic_write(folder / "megatron_args.yaml", yaml_text(hf.architecture, args))
         # A self-check: the plan has the same places, but what is published has been read once. If the reader does not
         # understand the folder, or misses a part of a parameter in it, the conversion fails here.
@@ -77,7 +77,7 @@ def _line(parameter: MegatronParameter, blocks: list[Block]) -> PlanLine:
     files = sorted({block.file for block in blocks})
     where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     target = f"{parameter.name} {list(parameter.shape)} in {where}"
-    return PlanLine(", ".join(parameter.hf), target, parameter.size, parameter.dtype)
+    return PlanLine(", ".join(dict.fromkeys(parameter.hf)), target, parameter.size, parameter.dtype)
 
 
 def _replaceable(save: Path) -> bool:

@@ -34,8 +34,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from simpo_megatron.head.kernels import soft_cap
 from simpo_megatron.head.projection import Gradients
-from simpo_megatron.head.slabs import score_slabs
+from simpo_megatron.head.slabs import Groups, score_slabs
 from simpo_megatron.head.task import HeadTask
 
 
@@ -54,14 +55,18 @@ class LogProbHead(ColumnParallelLinear):
 
     Attributes:
         slab_bytes: bytes of the logits that are held at a time.
+        softcap: the bound of the model's logits (`kernels.soft_cap`); None for none.
     """
 
     slab_bytes: int
+    softcap: float | None = None
     _task: HeadTask | None = None
 
     @classmethod
     def install(cls, model: Any, slab_bytes: int) -> LogProbHead:
         """Replaces a GPTModel's output layer by a head with the same parameter. Call it before DDP wraps the model.
+
+        The attribute `softcap` of the old layer, if there is one, is kept.
 
         Args:
             model: a GPTModel of the last pipeline stage.
@@ -87,7 +92,7 @@ class LogProbHead(ColumnParallelLinear):
         )
         if old.weight is not None:  # None: the embedding of the same stage is used as the weight
             head.weight = old.weight
-        head.slab_bytes = slab_bytes
+        head.slab_bytes, head.softcap = slab_bytes, getattr(old, "softcap", None)
         model.output_layer = head
         return head
 
@@ -103,7 +108,7 @@ class LogProbHead(ColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Without a task, Megatron's forward; with one, the loss and the sums of the task.
+        """Without a task, Megatron's forward and the cap; with one, the loss and the sums of the task.
 
         Args:
             input_: hidden states [T, 1, H]; under sequence parallelism this rank's part of the tokens.
@@ -115,7 +120,8 @@ class LogProbHead(ColumnParallelLinear):
         """
         task = self._task
         if task is None:
-            return super().forward(input_, weight, runtime_gather_output)
+            logits, bias = super().forward(input_, weight, runtime_gather_output)
+            return soft_cap(logits, self.softcap), bias
         weight = self.weight if weight is None else weight
         loss, sums_PM = _FusedHead.apply(input_, weight, self, task, torch.is_grad_enabled())
         return torch.cat((loss[None], sums_PM.flatten()))[None, None], None
@@ -168,7 +174,10 @@ class _FusedHead(torch.autograd.Function):
                 factor=1.0 if task.loss_gradient is None else task.loss_gradient,
             )
         context: Any = parallel_state.get_context_parallel_group(check_initialized=False)
-        loss, sums_PM = score_slabs(hidden_RH, weight_VH.detach(), task, gradients, head.slab_bytes, group, context)
+        groups = Groups(group, context)
+        loss, sums_PM = score_slabs(
+            hidden_RH, weight_VH.detach(), task, gradients, head.slab_bytes, groups, head.softcap
+        )
         ctx.gradients, ctx.head, ctx.task = gradients, head, task
         ctx.weight, ctx.hidden_shape, ctx.tokens = weight_VH, hidden_T1H.shape, hidden_TH.shape[0]
         ctx.dtype = hidden_T1H.dtype

@@ -46,6 +46,19 @@ class Slab:
         return slice(self.parts[0].start, self.parts[-1].stop)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The ranks that share a pass.
+
+    Attributes:
+        tensor: those that hold the other shards of the output layer; None for one rank.
+        context: those that hold the other positions of the pairs; None for one rank.
+    """
+
+    tensor: dist.ProcessGroup | None = None
+    context: dist.ProcessGroup | None = None
+
+
 def cut_slabs(per_pair: Sequence[int], per_pair_max: Sequence[int], slab_positions: int) -> list[Slab]:
     """Cuts the pairs of a microbatch into slabs.
 
@@ -79,8 +92,8 @@ def score_slabs(
     task: HeadTask,
     gradients: Gradients | None,
     slab_bytes: int,
-    tensor_group: dist.ProcessGroup | None = None,
-    context_group: dist.ProcessGroup | None = None,
+    groups: Groups,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a pass: the loss and the sums of a task, and its gradients if they are needed.
 
@@ -92,13 +105,13 @@ def score_slabs(
         task: what is scored.
         gradients: where the gradients go; None if they are not needed.
         slab_bytes: bytes of a slab; it holds one position at least.
-        tensor_group: the ranks that hold the other shards; None for one rank.
-        context_group: the ranks that hold the other positions of the pairs; None for one rank.
+        groups: the ranks that share the pass.
+        softcap: the bound of the model's logits (`kernels.soft_cap`); None for none.
 
     Returns:
         The loss, a scalar; and the summed log-probs of each response over all context-parallel ranks, [P, M].
     """
-    found = _Pass(hidden_RH, weight_VH, task, gradients, slab_bytes, tensor_group, context_group)
+    found = _Pass(hidden_RH, weight_VH, task, gradients, slab_bytes, groups, softcap)
     for slab in found.slabs:
         lse_N = found.score(slab)
         if gradients is not None and lse_N is not None:
@@ -123,13 +136,13 @@ class _Pass:
         task: HeadTask,
         gradients: Gradients | None,
         slab_bytes: int,
-        tensor_group: dist.ProcessGroup | None,
-        context_group: dist.ProcessGroup | None,
+        groups: Groups,
+        softcap: float | None,
     ) -> None:
         scored, device = task.scored, weight_VH.device
-        columns, self.targets_R = shard_targets(scored.targets_R, task.vocab_size, weight_VH.shape[0], tensor_group)
-        self.hidden_RH, self.task = hidden_RH, task
-        self.tensor_group, self.context_group = tensor_group, context_group
+        columns, self.targets_R = shard_targets(scored.targets_R, task.vocab_size, weight_VH.shape[0], groups.tensor)
+        self.hidden_RH, self.task, self.softcap = hidden_RH, task, softcap
+        self.groups = groups
         self.projection = Projection(weight_VH[:columns], gradients)
         self.sums_PM = torch.zeros(
             len(scored.per_pair), task.responses, dtype=accumulator(weight_VH.dtype), device=device
@@ -151,8 +164,8 @@ class _Pass:
         lses, logps = [], []
         for part in slab.parts:
             if part.stop > part.start:  # else all positions of the pair lie on other context-parallel ranks
-                statistics = row_statistics(self._project(part), self.targets_R[part])
-                lse_N, target_N = join_shards(*statistics, self.tensor_group)
+                statistics = row_statistics(self._project(part), self.targets_R[part], self.softcap)
+                lse_N, target_N = join_shards(*statistics, self.groups.tensor)
                 lses.append(lse_N)
                 logps.append(target_N - lse_N)
         logps_N = torch.cat(logps) if logps else self.sums_PM.new_zeros(0)
@@ -161,8 +174,9 @@ class _Pass:
         here_PM = self.sums_PM[slab.pairs]
         segments_N = self.task.scored.segments_R[slab.positions] - slab.pairs.start * self.task.responses
         here_PM.copy_(segment_sums(logps_N, segments_N, here_PM.numel()).view_as(here_PM))
-        if self.context_group is not None and self.context_group.size() > 1:
-            dist.all_reduce(here_PM, group=self.context_group)
+        context = self.groups.context
+        if context is not None and context.size() > 1:
+            dist.all_reduce(here_PM, group=context)
         return torch.cat(lses) if lses else None
 
     def differentiate(self, slab: Slab, lse_N: Tensor, factor: float) -> None:
@@ -176,7 +190,7 @@ class _Pass:
             last = part is slab.parts[-1]
             logits_NV = self._logits(part) if last else self._project(part)
             here = slice(part.start - start, part.stop - start)
-            write_gradient_(logits_NV, self.targets_R[part], lse_N[here], coefficients_N[here])
+            write_gradient_(logits_NV, self.targets_R[part], lse_N[here], coefficients_N[here], self.softcap)
             self.projection.add_gradients(logits_NV, self.hidden_RH, part)
 
     def _logits(self, part: slice) -> Tensor:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.megatron_args import default_megatron_args
+from simpo_megatron.models.additions import Additions, no_additions
+from simpo_megatron.models.megatron_args import default_megatron_args, windowed_layers
 from simpo_megatron.models.rope import Rope, read_rope
 from simpo_megatron.models.weight_table import WeightEntry
 
@@ -41,6 +42,11 @@ class Family:
             It returns None where they describe another family.
         megatron_args: makes Megatron-LM's arguments by name from the architecture. Their values are primitives.
         layer_spec: makes the layers that Megatron builds; takes the arguments of `spec.layer_spec`.
+        additions: makes from the config.json what the model computes beyond Megatron's TransformerConfig.
+        rope: makes the rotary frequencies from the config.json.
+        unread: makes from the config.json the prefixes of tensors that a checkpoint may have and the model does not
+            use.
+        defaults: the values that transformers takes for keys that a config.json of the family may lack.
     """
 
     name: str
@@ -50,6 +56,10 @@ class Family:
     config_from_megatron_args: Callable[[Mapping[str, Any]], dict[str, Any] | None]
     megatron_args: Callable[[Architecture], dict[str, Any]] = default_megatron_args
     layer_spec: Callable[..., Any] = default_layer_spec
+    additions: Callable[[dict[str, Any]], Additions] = no_additions
+    rope: Callable[[dict[str, Any]], Rope] = read_rope
+    unread: Callable[[dict[str, Any]], tuple[str, ...]] = lambda config: ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """Reads a config.json of this family.
@@ -57,6 +67,7 @@ class Family:
         Raises:
             UserError: the config lacks a value, or sets one that changes the computation and is not supported.
         """
+        config = {**self.defaults, **config}
         return Architecture(
             family=self,
             transformer=self.transformer_kwargs(config),
@@ -65,7 +76,8 @@ class Family:
             vocab_size=required(config, "vocab_size"),
             max_position_embeddings=config.get("max_position_embeddings", 0),
             tied=bool(config.get("tie_word_embeddings", False)),
-            rope=read_rope(config),
+            rope=self.rope(config),
+            additions=self.additions(config),
         )
 
 
@@ -82,6 +94,7 @@ class Architecture:
         max_position_embeddings: positions the model was made for; 0 where config.json does not say.
         tied: whether the output layer is the embedding.
         rope: the rotary frequencies.
+        additions: what it computes beyond Megatron's TransformerConfig.
     """
 
     family: Family
@@ -92,11 +105,39 @@ class Architecture:
     max_position_embeddings: int
     tied: bool
     rope: Rope
+    additions: Additions
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The keys that a query of each layer attends to at most, itself included; None where it attends to all.
+
+        Megatron's `window_size` counts the keys on the left of the query.
+        """
+        if "window_size" not in self.transformer:
+            return (None,) * self.num_layers
+        has_window = windowed_layers(self.transformer.get("window_attn_skip_freq"), self.num_layers)
+        return tuple(self.transformer["window_size"][0] + 1 if has else None for has in has_window)
+
+    @property
+    def rotary_head_dim(self) -> int:
+        """The width of a head, or of its part that has a rotary embedding where only a part has one."""
+        return self.transformer.get("qk_pos_emb_head_dim") or self.transformer["kv_channels"]
+
+    @property
+    def value_head_dim(self) -> int:
+        """The width of the values of a head; queries and keys are `kv_channels` wide."""
+        return self.transformer.get("v_head_dim") or self.transformer["kv_channels"]
 
     @property
     def num_experts(self) -> int | None:
-        """Experts of a layer; None for a dense model."""
+        """Experts of a layer that has them; None for a dense model."""
         return self.transformer.get("num_moe_experts")
+
+    @property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has experts; the others have a dense feed-forward."""
+        pattern = self.transformer.get("moe_layer_freq") or [int(self.num_experts is not None)] * self.num_layers
+        return tuple(map(bool, pattern[: self.num_layers]))
 
     @property
     def num_parameters(self) -> int:
@@ -106,9 +147,21 @@ class Architecture:
             for entry in self.weights
         )
 
-    def with_layers(self, num_layers: int) -> Architecture:
-        """The same model with another number of layers."""
-        return replace(self, num_layers=num_layers, transformer={**self.transformer, "num_layers": num_layers})
+    def only(self, layer: int) -> Architecture:
+        """The model without its other layers: its layer 0 computes what this layer does.
+
+        A list among the arguments of TransformerConfig has one value for each layer.
+        """
+        cut = {
+            name: value[layer : layer + 1] if isinstance(value, list) else value
+            for name, value in self.transformer.items()
+        }
+        weights = (
+            entry if entry.layers is None else replace(entry, layers=(0,))
+            for entry in self.weights
+            if not entry.per_layer or entry.in_layer(layer)
+        )
+        return replace(self, num_layers=1, transformer={**cut, "num_layers": 1}, weights=tuple(weights))
 
 
 def required(config: dict[str, Any], key: str) -> int:

@@ -24,29 +24,31 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models import attention_blocks
+from simpo_megatron.models.attention_blocks import Capped, CappedAttention, blocks_of
 from simpo_megatron.models.shared_prompts import SharedPromptParams
 from simpo_megatron.parallel.context import positions, zigzag_slices
-
-_BLOCK = 1024  # queries that share one explicit mask
 
 
 class PackedAttention(torch.nn.Module):
     """Attention with the signature of Megatron's DotProductAttention.
 
     Torch's scaled dot-product attention is called once for every sequence, so the cost grows with the lengths of the
-    sequences, not with the length of the row. The attention mask is ignored, as Transformer Engine ignores it for
-    causal attention. All layers have the window of `config`: `layer_number`, `attn_mask_type` and `cp_comm_type`
-    change nothing. Any other keyword is an error, because ignoring it could change what is computed.
+    sequences, not with the length of the row. With `softcap` scores are bounded by `softcap * tanh(score / softcap)`
+    before the mask. A layer has the window of `config` unless `window_attn_skip_freq` leaves
+    it out. The attention mask is ignored, as Transformer Engine ignores it for causal attention: it, `attn_mask_type`
+    and `cp_comm_type` change nothing. Any other keyword is an error, because ignoring it could change what is computed.
 
     Raises:
         UserError: when built, for attention dropout or cross attention, which this attention does not have.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (Megatron's arguments, and one of ours)
         self,
         config: TransformerConfig,
         layer_number: int = 1,
@@ -55,14 +57,16 @@ class PackedAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         if config.attention_dropout:
             raise UserError(f"attention_dropout {config.attention_dropout} needs Transformer Engine; set it to 0")
         if attention_type != "self":
             raise UserError(f"attention_type {attention_type!r} is not supported; only self attention runs here")
-        self.scale = softmax_scale
-        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.scale, self.softcap = softmax_scale, softcap
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
+        self.window = config.window_size[0] + 1 if config.window_size and windowed else None
         self.cp_group: Any = None
         if config.context_parallel_size > 1:
             self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
@@ -82,7 +86,7 @@ class PackedAttention(torch.nn.Module):
         Args:
             query: [T, H, D] packed, [S, B, H, D] otherwise, any float dtype.
             key: the same with G heads.
-            value: the same with G heads.
+            value: the same with G heads; of any width.
             attention_mask: ignored.
             attn_mask_type: ignored.
             attention_bias: ignored.
@@ -106,8 +110,9 @@ class PackedAttention(torch.nn.Module):
         if offsets[-1] != size * query.shape[0]:
             raise ValueError(f"cu_seqlens end at {offsets[-1]}, but the row has {size * query.shape[0]} tokens")
         if order is not None:
-            gathered: Any = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
-            key, value = gathered.index_select(0, order).unbind(1)
+            widths = (key.shape[-1], value.shape[-1])
+            gathered: Any = gather_from_sequence_parallel_region(torch.cat((key, value), -1), group=self.cp_group)
+            key, value = gathered.index_select(0, order).split(widths, -1)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, tokens, D]
         if isinstance(packed_seq_params, SharedPromptParams):
             outs = self._attend_pairs(q, k, v, offsets, packed_seq_params.splits)
@@ -160,27 +165,23 @@ class PackedAttention(torch.nn.Module):
             [B, H, n, D].
         """
         n, window = q.shape[2], self.window
+        if self.softcap is not None:
+            scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+            return CappedAttention.apply(q, k, v, Capped(at, window, scale, self.softcap))  # type: ignore[no-any-return]
         gqa = q.shape[1] != k.shape[1]
         if at == 0 and (window is None or n <= window):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=gqa)
-        # Block by block, so that no mask covers all queries and keys. Under a window the time is then linear in n.
-        blocks, size = [], window or _BLOCK
-        for start in range(0, n, size):
-            stop = min(start + size, n)
-            first = max(0, at + start - window + 1) if window else 0
-            of_query = torch.arange(at + start, at + stop, device=q.device)
-            distance = of_query[:, None] - torch.arange(first, at + stop, device=q.device)
-            mask = (distance >= 0) & (distance < window) if window else distance >= 0
-            blocks.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, start:stop],
-                    k[:, :, first : at + stop],
-                    v[:, :, first : at + stop],
-                    attn_mask=mask,
-                    scale=self.scale,
-                    enable_gqa=gqa,
-                )
+        blocks = [
+            F.scaled_dot_product_attention(
+                q[:, :, block.queries],
+                k[:, :, block.keys],
+                v[:, :, block.keys],
+                attn_mask=block.mask,
+                scale=self.scale,
+                enable_gqa=gqa,
             )
+            for block in blocks_of(n, at, window, window or attention_blocks.BLOCK, q.device)
+        ]
         return torch.cat(blocks, dim=2)
 
 

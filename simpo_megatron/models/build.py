@@ -9,22 +9,28 @@ load_hf_weights(models, hf)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
+from simpo_megatron import compat
 from simpo_megatron.errors import UserError, one_line
+from simpo_megatron.head.kernels import soft_cap
+from simpo_megatron.models.additions import Additions
+from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.latent_attention import set_latent_rotary
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
-from simpo_megatron.models.shared_prompts import PairRotary
+from simpo_megatron.models.rotary import set_rotary
+from simpo_megatron.models.routing import rank_groups
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.limits import check_layout
@@ -56,9 +62,12 @@ def transformer_config(
     """
     model = hf.architecture.transformer
     check_layout(model, parallel)
+    if model["num_query_groups"] < parallel.get("tensor_model_parallel_size", 1):
+        compat.check_cut_query_groups()
     transformer_engine, experts = use_transformer_engine(transformer_impl), hf.architecture.num_experts is not None
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
+    _check_additions(transformer_engine, hf.architecture.additions)
     _check_recomputed(transformer_engine, experts, parallel.get("recompute_modules") or ())
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = {
@@ -67,12 +76,13 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": _activation(hf.architecture.additions.activation),
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "perform_initialization": False,  # every weight is loaded
-        "bias_activation_fusion": on_gpu(),  # these two are compiled, which is slower on a CPU
+        # These two are compiled, which is slower on a CPU. Of the gated activations, Megatron fuses SwiGLU.
+        "bias_activation_fusion": on_gpu() and hf.architecture.additions.activation == "silu",
         "bias_dropout_fusion": on_gpu(),
         "masked_softmax_fusion": False,  # belongs to an attention that is not used here
         "persist_layer_norm": False,
@@ -80,7 +90,7 @@ def transformer_config(
         "moe_router_dtype": "fp32",  # small differences decide which experts are chosen
         "moe_grouped_gemm": experts and transformer_engine,
         "cuda_graph_scope": [],  # the default is deprecated, and Megatron warns about it
-        **kernel_fields(kernels, transformer_engine, experts),
+        **kernel_fields(kernels, transformer_engine, experts, _turns_halves(hf.architecture)),
     }
     # As Megatron-LM does it (`arguments.py`): the interleaved schedule sends while it computes, the other cannot.
     overlap = parallel.get("overlap_p2p_comm", bool(parallel.get("virtual_pipeline_model_parallel_size")))
@@ -88,9 +98,42 @@ def transformer_config(
     # What was sent to the next stage is not read again. But gloo reads it after an overlapped send has returned.
     fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
     try:
+        if model.get("multi_latent_attention"):
+            # Megatron's own YaRN is not used: the frequencies are replaced (`_set_rotary`).
+            return MLATransformerConfig(**{**fields, **model, "rope_type": "rope", **parallel})
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
         raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error
+
+
+def _turns_halves(architecture: Architecture) -> bool:
+    """Whether the rotary embedding turns the halves of a head, and no more."""
+    _, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
+    model = architecture.transformer
+    return factor == 1.0 and not model.get("rotary_interleaved") and not model.get("multi_latent_attention")
+
+
+@cache
+def _activation(name: str) -> Any:
+    """The function of torch for a name of transformers; one object a name, because Megatron compares it with `is`."""
+    if name == "silu":
+        return torch.nn.functional.silu
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name].forward  # Megatron would take a module for a part of the model with a state
+
+
+def _check_additions(transformer_engine: bool, additions: Additions) -> None:
+    """Refuses Transformer Engine's layers for a model that they would compute differently.
+
+    Raises:
+        UserError: it names what to use.
+    """
+    if transformer_engine and (what := additions.beyond_transformer_engine):
+        raise UserError(
+            f"this model has {what}, which Transformer Engine {get_te_version()} cannot compute: no release up to 2.20 "
+            "has DotProductAttention(softcap=...), which is on its main branch; use --transformer-impl local"
+        )
 
 
 def _check_recomputed(transformer_engine: bool, experts: bool, modules: Sequence[str]) -> None:
@@ -165,12 +208,12 @@ def build_model(
     Raises:
         UserError: Transformer Engine is asked for and not installed.
     """
-    virtual = config.virtual_pipeline_model_parallel_size
+    virtual, additions = config.virtual_pipeline_model_parallel_size, hf.architecture.additions
     models = []
     for vp_stage in range(virtual) if virtual else (None,):
         model = GPTModel(
             config,
-            hf.architecture.family.layer_spec(config, transformer_impl, vp_stage),
+            hf.architecture.family.layer_spec(additions, config, transformer_impl, vp_stage),
             vocab_size=padded_vocab_size(
                 hf.architecture.vocab_size, config.tensor_model_parallel_size, make_vocab_size_divisible_by
             ),
@@ -183,15 +226,41 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        rotary: Any = model.rotary_pos_emb
-        rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-        # Megatron can express one of the scalings, and fixes three of its four values. So the frequencies are replaced.
-        frequencies = inverse_frequencies(hf.architecture.rope, config.kv_channels or 0)
-        rotary.inv_freq = frequencies.to(torch.cuda.current_device())
+        _set_rotary(model, hf.architecture)
+        if additions.group_best is not None:
+            rank_groups(model, additions.group_best)
+        if additions.embedding_scale is not None and model.pre_process:
+            model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
+        if additions.logit_softcap is not None and model.post_process:
+            output_layer: Any = model.output_layer
+            output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
+            output_layer.register_forward_hook(_cap_logits)
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
     return models
+
+
+def _set_rotary(model: Any, architecture: Architecture) -> None:
+    """Gives the attention of a model the rotary frequencies of its architecture."""
+    if not architecture.transformer.get("multi_latent_attention"):
+        set_rotary(model, architecture.rope, architecture.additions.window_rope_theta)
+        return
+    frequencies, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
+    for layer in model.decoder.layers:
+        set_latent_rotary(layer.self_attention, frequencies, factor)
+
+
+def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """A forward hook: the embeddings times `scale`, which transformers rounds to the dtype of the weight."""
+    del module, inputs
+    return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
+
+
+def _cap_logits(layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+    """A forward hook of the output layer: the capped logits, in their dtype, as transformers computes them."""
+    del inputs
+    return soft_cap(output[0], layer.softcap), output[1]
 
 
 def mark_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tied: bool) -> None:

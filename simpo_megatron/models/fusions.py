@@ -51,13 +51,15 @@ def on_gpu() -> bool:
     return torch.empty(0, device=torch.cuda.current_device()).is_cuda
 
 
-def kernel_fields(kernels: Kernels, transformer_engine: bool, experts: bool) -> dict[str, Any]:
+def kernel_fields(kernels: Kernels, transformer_engine: bool, experts: bool, plain_rope: bool = True) -> dict[str, Any]:
     """The fields of TransformerConfig for fused kernels and attention.
 
     Args:
         kernels: what is asked for.
         transformer_engine: whether the layers are Transformer Engine's.
         experts: whether the model has experts.
+        plain_rope: whether the rotary embedding only turns the halves of a head. The kernel for packed rows does not
+            know interleaved dimensions, nor a factor of cosine and sine, and Megatron does not say so.
 
     Raises:
         UserError: what is asked for is not there, or the environment contradicts it.
@@ -70,6 +72,7 @@ def kernel_fields(kernels: Kernels, transformer_engine: bool, experts: bool) -> 
     has_permute = fused and experts and _has(f"{core}transformer.moe.moe_utils", *_PERMUTE)
     has_sum = on_gpu() and (transformer_engine or have_fused_weight_gradient())
     engine = "a GPU and Transformer Engine's layers"
+    of_rope = engine if plain_rope else "a model without interleaved rotary embedding or attention factor"
     fields = {
         "gradient_accumulation_fusion": _choose(
             "gradient_accumulation_fusion",
@@ -77,7 +80,7 @@ def kernel_fields(kernels: Kernels, transformer_engine: bool, experts: bool) -> 
             has_sum,
             f"{engine}, or Apex's extension fused_weight_gradient_mlp_cuda",
         ),
-        "apply_rope_fusion": _choose("rope_fusion", kernels.rope_fusion, has_rope, engine),
+        "apply_rope_fusion": _choose("rope_fusion", kernels.rope_fusion, has_rope and plain_rope, of_rope),
         "moe_permute_fusion": _choose(
             "moe_permute_fusion", kernels.moe_permute_fusion, has_permute, f"{engine}, and a model with experts"
         ),

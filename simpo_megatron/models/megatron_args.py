@@ -6,16 +6,22 @@ express is stored under names of this package, so that the way back to a config.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.rope import Rope
 
 if TYPE_CHECKING:
     from simpo_megatron.models.architecture import Architecture
 
 # Megatron-Core computes its llama3 scaling with these values (`rotary_pos_embedding.py`). Only the factor has a flag.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+# Scalings without arguments in Megatron-LM. Theirs are the fields of `Rope`, with `rope_` before the name.
+OWN_ROPES = ("dynamic", "yarn", "longrope")
+_ROPE_ELSEWHERE = ("theta", "partial_rotary_factor")
 
 
 def _number(value: float) -> int | float:
@@ -36,15 +42,15 @@ def default_megatron_args(architecture: Architecture) -> dict[str, Any]:
         "kv_channels": kwargs.pop("kv_channels"),
         "normalization": "RMSNorm",
         "norm_epsilon": kwargs.pop("layernorm_epsilon"),
-        "add_bias_linear": False,
+        "add_bias_linear": kwargs.pop("add_bias_linear", False),
         "add_qkv_bias": kwargs.pop("add_qkv_bias", False),
         "qk_layernorm": kwargs.pop("qk_layernorm", False),
         "swiglu": True,
         "position_embedding_type": "rope",
         "add_position_embedding": False,
         "rotary_base": _number(rope.theta),
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
+        "rotary_percent": rope.partial_rotary_factor or 1.0,
+        "rotary_interleaved": kwargs.pop("rotary_interleaved", False),
         "use_rope_scaling": rope.kind == "llama3",
         "max_position_embeddings": architecture.max_position_embeddings,
         "untie_embeddings_and_output_weights": not architecture.tied,
@@ -56,10 +62,13 @@ def default_megatron_args(architecture: Architecture) -> dict[str, Any]:
         args |= {f"rope_scaling_{name}": getattr(rope, name) for name in LLAMA3_ROPE}
     if rope.kind == "linear":
         args["rotary_seq_len_interpolation_factor"] = _number(rope.factor)
+    if rope.kind in OWN_ROPES:
+        args |= {f"rope_{name}": value for name, value in rope.as_dict().items() if name not in _ROPE_ELSEWHERE}
     if "num_moe_experts" in kwargs:
-        args |= {"num_experts": kwargs.pop("num_moe_experts"), "moe_layer_freq": 1, "moe_grouped_gemm": False}
+        args |= {"num_experts": kwargs.pop("num_moe_experts"), "moe_grouped_gemm": False}
+        args["moe_layer_freq"] = kwargs.pop("moe_layer_freq", 1)
         args |= {"moe_token_dispatcher_type": "alltoall", "moe_router_score_function": "softmax"}
-    return args | kwargs
+    return args | kwargs | architecture.additions.as_dict()
 
 
 def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dict[str, Any]:
@@ -73,7 +82,12 @@ def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dic
     Raises:
         UserError: an argument is missing, or has a value that no family here has.
     """
-    for name, expected in (("normalization", "RMSNorm"), ("swiglu", True), ("add_bias_linear", False)):
+    for name, expected in (
+        ("normalization", "RMSNorm"),
+        ("swiglu", True),
+        ("add_bias_linear", False),
+        ("rotary_interleaved", False),
+    ):
         if args.get(name, expected) != expected:
             raise UserError(f"it has {name} {args[name]!r}; only models with {expected!r} convert")
     config: dict[str, Any] = {
@@ -96,6 +110,12 @@ def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dic
         config["rope_scaling"] |= {name: args.get(f"rope_scaling_{name}", fixed) for name, fixed in LLAMA3_ROPE.items()}
     if factor := args.get("rotary_seq_len_interpolation_factor"):
         config["rope_scaling"] = {"rope_type": "linear", "factor": float(factor)}
+    if args.get("rope_kind"):
+        given = {name: args.get(f"rope_{name}") for name in Rope.__dataclass_fields__ if name not in _ROPE_ELSEWHERE}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        config["rope_scaling"] = {"rope_type": values.pop("kind")} | {k: v for k, v in values.items() if v is not None}
+    if args.get("rotary_percent", 1.0) != 1.0:
+        config["partial_rotary_factor"] = args["rotary_percent"]
     return config
 
 
@@ -110,12 +130,33 @@ def need(args: Mapping[str, Any], name: str) -> Any:
     return args[name]
 
 
+def windowed_layers(skipped: int | Sequence[int] | None, num_layers: int) -> list[bool]:
+    """Which layers have the window, from Megatron's `window_attn_skip_freq`.
+
+    Args:
+        skipped: every n-th layer has none, or those with a 0 in the list (`transformer/utils.py`,
+            `is_layer_window_attention`); None where all have it.
+        num_layers: transformer layers.
+    """
+    if isinstance(skipped, Sequence):
+        return [bool(value) for value in skipped[:num_layers]]
+    return [not skipped or layer % skipped != 0 for layer in range(1, num_layers + 1)]
+
+
 def sliding_window(args: Mapping[str, Any]) -> dict[str, int]:
     """The sliding window in config.json, empty without one.
 
     Hugging Face counts the token itself, Megatron only the tokens on its left.
     """
     return {"sliding_window": args["window_size"][0] + 1} if args.get("window_size") else {}
+
+
+def dense_layers(args: Mapping[str, Any]) -> list[int]:
+    """The layers without experts of a model with experts, by Megatron-LM's `moe_layer_freq`."""
+    pattern = args.get("moe_layer_freq") or 1
+    if isinstance(pattern, int):  # experts in every n-th layer, from the first on
+        pattern = [int(layer % pattern == 0) for layer in range(need(args, "num_layers"))]
+    return [layer for layer, experts in enumerate(pattern) if not experts]
 
 
 def expert_config(args: Mapping[str, Any], *, number: str, width: str) -> dict[str, Any]:

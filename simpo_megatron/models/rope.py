@@ -1,9 +1,12 @@
-"""Rotary embeddings: what a config.json asks for, and its frequencies. Reading a config.json needs no torch."""
+"""Rotary embeddings: what a config.json asks for, and its frequencies. Reading a config.json needs no torch.
+
+The frequencies are those of transformers (`modeling_rope_utils.ROPE_INIT_FUNCTIONS`).
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.errors import UserError
@@ -14,18 +17,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies: `theta ** (-2i / D)` for a head of width D, then scaled as `kind` says.
+    """Rotary frequencies: `theta ** (-2i / D)` for D rotated dimensions of a head, then scaled as `kind` says.
 
-    "llama3" divides the frequencies that turn fewer than `low_freq_factor` times over the original context, keeps those
-    that turn more than `high_freq_factor` times, and interpolates in between.
+    All but `theta` and `kind` have their names in the `rope_parameters` of transformers, which documents them. None
+    stands for what it computes where they are absent.
 
     Attributes:
         theta: the base.
-        kind: "default", no scaling; "linear", every frequency divided by `factor`; "llama3", low ones divided by it.
-        factor: the divisor of "linear" and "llama3".
-        low_freq_factor: turns below which "llama3" divides.
-        high_freq_factor: turns above which "llama3" keeps.
-        original_max_position_embeddings: tokens of the original context, for "llama3".
+        kind: "default", "linear", "dynamic", "llama3", "yarn" or "longrope".
+        factor: how much longer the context becomes.
+        low_freq_factor: of "llama3".
+        high_freq_factor: of "llama3".
+        original_max_position_embeddings: tokens of the context before the scaling. Longer sequences have other
+            frequencies with "dynamic" and "longrope" (`check_length`).
+        attention_factor: what cosine and sine are multiplied by, for "yarn" and "longrope".
+        beta_fast: of "yarn".
+        beta_slow: of "yarn".
+        mscale: of "yarn".
+        mscale_all_dim: of "yarn".
+        truncate: of "yarn".
+        short_factor: of "longrope".
+        long_factor: of "longrope".
+        partial_rotary_factor: the share of a head that is rotated, its first dimensions; None for whole heads.
     """
 
     theta: float
@@ -34,65 +47,159 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: int = 0
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    partial_rotary_factor: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that are not None, as primitives."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """`rope_parameters` of transformers 5, for the rotated dimensions."""
+        names = (*_NEEDS[self.kind], *_MAY_HAVE.get(self.kind, ()))
+        if self.original_max_position_embeddings:
+            names = (*names, "original_max_position_embeddings")
+        values = {name: value for name, value in self.as_dict().items() if name in names}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"rope_type": self.kind, "rope_theta": self.theta, **values}
 
 
+# What each kind needs, and what it may have, in `rope_parameters`.
 _NEEDS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+_MAY_HAVE = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor"),
 }
 
 
 def read_rope(config: dict[str, Any]) -> Rope:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+    """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before), for whole heads.
 
     Raises:
-        UserError: a scaling whose frequencies Megatron would not reproduce, or one that lacks a value.
+        UserError: a scaling whose frequencies are not known, or one that lacks a value; heads that are rotated in part,
+            or several embeddings for one model.
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope = read_partial_rope(config)
+    if rope.partial_rotary_factor is not None:
+        raise UserError(
+            f"config.json sets partial_rotary_factor to {rope.partial_rotary_factor}; a {config.get('model_type')!r} "
+            "model rotates whole heads (1.0)"
+        )
+    return rope
+
+
+def read_partial_rope(config: dict[str, Any]) -> Rope:
+    """`read_rope` for families that may rotate only the first dimensions of a head."""
+    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if nested := sorted(name for name, value in given.items() if isinstance(value, dict)):
+        raise UserError(
+            f"config.json has rope_parameters for {' and '.join(nested)}; a {config.get('model_type')!r} model has one "
+            "rotary embedding for all layers"
+        )
+    kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in _NEEDS:
         raise UserError(
             f"config.json asks for rope scaling {kind!r}; supported are {', '.join(_NEEDS)}: "
             "remove the scaling if the model trains within its original context"
         )
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise UserError(
-            f"config.json sets partial_rotary_factor to {partial}; only models that rotate whole heads (1.0) run"
-        )
-    missing = [key for key in _NEEDS[kind] if rope.get(key) is None]
-    if missing:
+    if missing := [key for key in _NEEDS[kind] if given.get(key) is None]:
         raise UserError(
             f"the {kind!r} rope scaling in config.json lacks {', '.join(missing)}; copy it from the original model"
         )
-    return Rope(theta, kind, **{key: rope[key] for key in _NEEDS[kind]})
+    names = (*_NEEDS[kind], *_MAY_HAVE.get(kind, ()))
+    values = {name: _plain(given[name]) for name in names if given.get(name) is not None}
+    if kind in ("dynamic", "llama3", "yarn", "longrope"):
+        values["original_max_position_embeddings"] = _original_context(kind, given, config)
+    if kind == "longrope":
+        ratio = config.get("max_position_embeddings", 0) / values["original_max_position_embeddings"]
+        values = {"factor": ratio, **values}
+    partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    return Rope(theta, kind, partial_rotary_factor=None if partial == 1.0 else float(partial), **values)
 
 
-def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
-    """The rotary frequencies in radians a token.
+def _plain(value: Any) -> Any:
+    return tuple(map(float, value)) if isinstance(value, list) else value
 
-    They are computed on the CPU in float32, as transformers does (`modeling_rope_utils.py`): at long contexts another
-    rounding of the frequencies changes the angles measurably.
+
+def _original_context(kind: str, given: dict[str, Any], config: dict[str, Any]) -> int:
+    """Tokens of the context before the scaling, by the precedence of transformers (`standardize_rope_params`)."""
+    name, whole = "original_max_position_embeddings", config.get("max_position_embeddings")
+    found = whole if kind == "dynamic" else config.get(name) or given.get(name) or whole
+    if not isinstance(found, int) or found < 1:
+        raise UserError(f"the {kind!r} rope scaling in config.json lacks {name}; copy it from the original model")
+    return found
+
+
+def rotary_dim(rope: Rope, head_dim: int) -> int:
+    """How many dimensions of a head are rotated, its first ones."""
+    return int(head_dim * (rope.partial_rotary_factor or 1.0))
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
+    """The rotary frequencies in radians a token, and the attention factor, as transformers computes them.
+
+    They are computed on the CPU in float32: at long contexts another rounding of the frequencies changes the angles
+    measurably.
 
     Args:
         rope: what the model asks for.
-        dim: width of a head.
+        head_dim: width of a head.
 
     Returns:
-        [dim / 2] float32, on the CPU.
+        [rotary_dim / 2] float32, on the CPU, for sequences up to `check_length`; and what cosine and sine are
+        multiplied by.
     """
-    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequency = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if rope.kind == "linear":
-        return frequency / rope.factor
-    if rope.kind == "llama3":
-        wavelength = 2 * math.pi / frequency
-        turns = rope.original_max_position_embeddings / wavelength
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        between = (1 - keep) * frequency / rope.factor + keep * frequency
-        scaled = torch.where(turns < rope.low_freq_factor, frequency / rope.factor, between)
-        frequency = torch.where(turns > rope.high_freq_factor, frequency, scaled)
-    return frequency
+    dim, context = rotary_dim(rope, head_dim), rope.original_max_position_embeddings
+    # Some releases of transformers take the factor of "yarn" and "longrope" for the ratio of the two contexts.
+    longer = int(context * rope.factor) if rope.kind in ("yarn", "longrope") else context
+    config: Any = SimpleNamespace(
+        rope_parameters={**rope.parameters, "factor": rope.factor},
+        rope_scaling={**rope.parameters, "factor": rope.factor},
+        rope_theta=rope.theta,
+        head_dim=dim,
+        hidden_size=dim,
+        num_attention_heads=1,
+        max_position_embeddings=longer,
+        original_max_position_embeddings=context,
+        standardize_rope_params=lambda: None,
+    )
+    # Without scaling it is the linear one by 1, which is exact.
+    frequencies, factor = ROPE_INIT_FUNCTIONS["linear" if rope.kind == "default" else rope.kind](config, "cpu")  # type: ignore[arg-type]
+    return frequencies, float(factor)
+
+
+def check_length(rope: Rope, length: int, flag: str) -> None:
+    """Refuses sequences with other frequencies than shorter ones, which a packed row cannot have side by side.
+
+    Args:
+        rope: what the model asks for.
+        length: tokens of the longest sequence.
+        flag: that sets it.
+
+    Raises:
+        UserError: the sequence is longer than the context before the scaling.
+    """
+    if rope.kind in ("dynamic", "longrope") and length > rope.original_max_position_embeddings:
+        raise UserError(
+            f"{flag} {length}: with the {rope.kind!r} rope scaling of this model, sequences of more than "
+            f"{rope.original_max_position_embeddings} tokens have other rotary frequencies, which is not supported; "
+            f"set it to {rope.original_max_position_embeddings} or less"
+        )

@@ -20,12 +20,14 @@ class WeightEntry:
     Attributes:
         megatron: the canonical name, which is that of Megatron's Transformer Engine spec and of `torch_dist` keys;
             `{layer}` stands for the global layer index, `{expert}` for the global expert index.
-        hf: the names of its parts, with the same `{layer}` and `{expert}`.
+        hf: the tensor of each of its parts, with the same `{layer}` and `{expert}`. A name that stands several times is
+            a tensor that holds these parts one behind the other.
         shapes: the shape of each whole part, in the order of `hf`.
         part_layout: how the parts form the parameter.
         tp_dim: the dimension that tensor parallelism splits, of the parameter and of every part; None where every rank
             holds all of it. The weights of experts are split over the expert-tensor-parallel ranks instead.
         experts: how many experts of a layer have such a parameter; 0 where it does not belong to an expert.
+        layers: the global indices of the layers that have it; None for all of them.
         trained: whether training changes it. A parameter that it does not change has no gradient and no optimizer
             state: the base weights under an adapter.
     """
@@ -36,6 +38,7 @@ class WeightEntry:
     part_layout: PartLayout
     tp_dim: int | None
     experts: int = 0
+    layers: tuple[int, ...] | None = None
     trained: bool = True
 
     @property
@@ -44,8 +47,33 @@ class WeightEntry:
         return tuple(shape[0] for shape in self.shapes)
 
     @property
+    def tensors(self) -> tuple[tuple[int, ...], ...]:
+        """The indices of the parts that each tensor holds, tensors and parts in order.
+
+        >>> from simpo_megatron.models.part_layout import GateUp
+        >>> WeightEntry("fc1", ("gate_up", "gate_up"), ((6, 4), (6, 4)), GateUp(), 0).tensors
+        ((0, 1),)
+        """
+        return tuple(
+            tuple(part for part, other in enumerate(self.hf) if other == name) for name in dict.fromkeys(self.hf)
+        )
+
+    @property
+    def fused(self) -> bool:
+        """Whether a tensor holds several of its parts."""
+        return len(self.tensors) < len(self.hf)
+
+    def shape_of(self, tensor: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one of `tensors`."""
+        return (sum(self.rows[part] for part in tensor), *self.shapes[tensor[0]][1:])
+
+    def first_row(self, part: int) -> int:
+        """Where a part starts in its tensor."""
+        return sum(self.rows[other] for other in range(part) if self.hf[other] == self.hf[part])
+
+    @property
     def per_layer(self) -> bool:
-        """Whether every layer has one."""
+        """Whether it belongs to a layer."""
         return "{layer}" in self.megatron
 
     @property
@@ -53,9 +81,13 @@ class WeightEntry:
         """Whether the first dimension is the vocabulary, which Megatron pads."""
         return self.megatron in (EMBEDDING, OUTPUT)
 
+    def in_layer(self, layer: int) -> bool:
+        """Whether the layer with this global index has one."""
+        return self.per_layer and (self.layers is None or layer in self.layers)
+
     def instances(self, num_layers: int) -> Iterator[dict[str, int]]:
         """The values of `{layer}` and `{expert}`, once for every parameter of this entry."""
-        for layer in range(num_layers) if self.per_layer else (0,):
+        for layer in filter(self.in_layer, range(num_layers)) if self.per_layer else (0,):
             for expert in range(self.experts or 1):
                 yield {"layer": layer, "expert": expert}
 
@@ -63,12 +95,20 @@ class WeightEntry:
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
-# Names in Megatron's local spec that differ from the canonical ones: there, norms are separate modules. The norm before
-# experts is a separate module in both specs. Its entry keeps the dense name.
-_LOCAL_TO_CANONICAL = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+# The norms whose canonical name is that of the linear layer behind them. In a layer without that linear layer, because
+# experts or latent attention follow, they are modules of their own in both specs.
+SEPARATE_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# The norms after attention and feed-forward are this package's (`spec.PostNormAdd`), in both specs. Their canonical
+# names are Megatron-Bridge's.
+POST_NORMS = {
+    "self_attention.linear_proj.post_layernorm.weight": "self_attn_bda.norm.weight",
+    "mlp.linear_fc2.post_layernorm.weight": "mlp_bda.norm.weight",
+}
+# Names in Megatron's local spec that differ from the canonical ones: there, all norms are modules of their own.
+_LOCAL_TO_CANONICAL = {local: canonical for canonical, local in {**SEPARATE_NORMS, **POST_NORMS}.items()}
 _GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|adapter\.\w+_[ab])(\d+)$")
 
 

@@ -12,6 +12,7 @@ twice a forward pass.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,18 +28,20 @@ def forward_flops(architecture: Architecture, tokens: int, attended: int, scored
     Args:
         architecture: of the model.
         tokens: that go through the layers.
-        attended: pairs of a query and a key that it attends to, in one layer and one head.
+        attended: pairs of a query and a key that it attends to, in one head, summed over the layers.
         scored: tokens that go through the output layer.
     """
     model: dict[str, Any] = architecture.transformer
-    hidden, heads, width = model["hidden_size"], model["num_attention_heads"], model["kv_channels"]
-    projections = 2 * hidden * width * (heads + model["num_query_groups"])  # query and output; key and value
-    if architecture.num_experts is None:
-        mlp = 3 * hidden * model["ffn_hidden_size"]  # gate, up, down
-    else:
-        mlp = hidden * architecture.num_experts + model["moe_router_topk"] * 3 * hidden * model["moe_ffn_hidden_size"]
-    layer = 2 * tokens * (projections + mlp) + 4 * attended * heads * width  # scores, and the sum of values
-    return architecture.num_layers * layer + 2 * scored * hidden * architecture.vocab_size
+    matrices = sum(
+        sum(math.prod(shape) for shape in entry.shapes if len(shape) > 1)
+        * sum(map(entry.in_layer, range(architecture.num_layers)))
+        * (model["moe_router_topk"] if entry.experts else 1)
+        for entry in architecture.weights
+        if not entry.is_vocabulary
+    )
+    widths = model["kv_channels"] + architecture.value_head_dim  # of the scores, and of the sum of values
+    attention = 2 * attended * model["num_attention_heads"] * widths
+    return 2 * tokens * matrices + attention + 2 * scored * model["hidden_size"] * architecture.vocab_size
 
 
 def attended_keys(lengths: np.ndarray, window: int | None = None) -> np.ndarray:
@@ -72,14 +75,14 @@ def step_flops(
         share_prompts: the prompt of a pair is computed once.
         table: the weight table of a run with adapters; None where all weights are trained.
     """
-    sizes = architecture.transformer.get("window_size")
-    window = None if sizes is None else sizes[0] + 1
+    windows = Counter(architecture.windows)
     tokens = attended = 0
     for first, response in enumerate(responses):
         shared = share_prompts and first > 0
         tokens += int((response if shared else prompt + response).sum())
-        keys = attended_keys(prompt + response, window)
-        attended += int((keys - attended_keys(prompt, window) if shared else keys).sum())
+        for window, layers in windows.items():
+            keys = attended_keys(prompt + response, window)
+            attended += layers * int((keys - attended_keys(prompt, window) if shared else keys).sum())
     scored = int(sum(response.sum() for response in responses))
     forward = forward_flops(architecture, tokens, attended, scored)
     if table is None:
@@ -94,5 +97,6 @@ def _adapter_parameters(architecture: Architecture, table: Sequence[WeightEntry]
     for entry in table:
         if entry.trained:
             chosen = architecture.transformer["moe_router_topk"] if entry.experts else 1
-            total += architecture.num_layers * sum(map(math.prod, entry.shapes)) * chosen
+            layers = sum(map(entry.in_layer, range(architecture.num_layers)))
+            total += layers * sum(map(math.prod, entry.shapes)) * chosen
     return total

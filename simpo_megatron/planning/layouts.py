@@ -19,7 +19,7 @@ and sequences over fewer ranks comes first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,21 +135,24 @@ def _recomputed_share(architecture: Architecture, layout: dict[str, Any]) -> flo
     """The share of the products of matrices of a layer that the backward pass computes again."""
     if layout["recompute_granularity"] == "full":
         return 1.0
-    if not recomputed_modules(layout) & {"mlp", "moe"}:
+    modules = recomputed_modules(layout)
+    if not modules & {"mlp", "moe"}:
         return 0.0
-    model, width = architecture.transformer, architecture.transformer["kv_channels"]
-    attention = 2 * (model["num_attention_heads"] + model["num_query_groups"]) * width
-    if architecture.num_experts is None:
-        inner = 3 * model["ffn_hidden_size"]
-    else:
-        inner = 3 * model["moe_ffn_hidden_size"] * model["moe_router_topk"]
-    return inner / (attention + inner)
+    total = again = 0
+    for entry in architecture.weights:
+        size = sum(math.prod(shape) for shape in entry.shapes if len(shape) > 1)
+        size *= architecture.transformer["moe_router_topk"] if entry.experts else 1
+        for layer, experts in enumerate(architecture.expert_layers):
+            if entry.in_layer(layer):
+                total += size
+                again += size if ".mlp." in entry.megatron and ("moe" if experts else "mlp") in modules else 0
+    return again / total
 
 
 def legal(architecture: Architecture, gpus: int, seq_length: int) -> Iterator[ParallelConfig]:
     """The tried layouts of a model on this many GPUs that `parallel/limits.py` accepts."""
     model = architecture.transformer
-    recomputed = recomputations(architecture.num_experts is not None)
+    recomputed = recomputations(architecture.expert_layers)
     for base in _dense(architecture.num_layers, gpus, recomputed):
         for parallel in _with_experts(base, architecture.num_experts):
             try:
@@ -162,13 +165,14 @@ def legal(architecture: Architecture, gpus: int, seq_length: int) -> Iterator[Pa
             yield parallel
 
 
-def recomputations(experts: bool) -> tuple[dict[str, Any], ...]:
+def recomputations(expert_layers: Collection[bool]) -> tuple[dict[str, Any], ...]:
     """The tried settings of recomputation.
 
     Args:
-        experts: whether the model has experts.
+        expert_layers: whether each layer has experts.
     """
-    return ({}, {"recompute_granularity": "selective", "recompute_modules": ("moe" if experts else "mlp",)}, FULL)
+    modules = tuple(name for name, kind in (("mlp", False), ("moe", True)) if kind in expert_layers)
+    return ({}, {"recompute_granularity": "selective", "recompute_modules": modules}, FULL)
 
 
 def _dense(num_layers: int, gpus: int, recomputed: tuple[dict[str, Any], ...]) -> Iterator[ParallelConfig]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo_megatron.config.memory import MemoryConfig
+from simpo_megatron.models.additions import CAPPED_BLOCK
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
@@ -101,6 +102,7 @@ def layer_bytes(
     architecture: Architecture,
     layout: Mapping[str, Any],
     *,
+    experts: bool,
     element: int,
     fused: bool,
     recomputed: frozenset[str] = frozenset(),
@@ -110,27 +112,40 @@ def layer_bytes(
     Args:
         architecture: the model.
         layout: from `limits.layout_arguments`.
+        experts: whether the layer has experts.
         element: bytes of an activation.
         fused: Transformer Engine's norms, attention and SwiGLU; else torch's, which keep more.
         recomputed: from `recomputed_modules`.
     """
-    model, dense = architecture.transformer, architecture.num_experts is None
+    model, dense, additions = architecture.transformer, not experts, architecture.additions
+    fused = fused and not additions.beyond_transformer_engine
+    capped, post_norms = additions.attention_softcap is not None, 2 * additions.post_norms
     tensor = layout["tensor_model_parallel_size"]
     sequence = tensor if layout["sequence_parallel"] else 1
-    width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
-    q, k = heads * width, model["num_query_groups"] * width // tensor
-    kept = _norms(dense, fused, recomputed) * model["hidden_size"] / sequence
-    kept += (q + 2 * k) + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
+    width, groups, heads = model["kv_channels"], model["num_query_groups"], model["num_attention_heads"] // tensor
+    q, k = heads * width, max(groups // tensor, 1) * width
+    # With fewer query groups than ranks, every rank gathers the whole projection and keeps it.
+    projection = q + 2 * k if groups >= tensor else (model["num_attention_heads"] + 2 * groups) * width
+    # Of a norm behind attention or feed-forward its input is kept; torch also keeps the normalised input.
+    before = _norms(dense, fused, recomputed) if additions.pre_norms else 2  # what the projections read
+    norms = before + post_norms * (1 if fused else 2)
+    kept = norms * model["hidden_size"] / sequence
+    kept += projection + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     kept += 4 * width  # cosine and sine for queries and for keys
     kept += q  # attention's output, which the next projection reads
-    if not fused and "core_attn" not in recomputed:
+    scored_again = capped or "core_attn" in recomputed
+    if not fused and not scored_again:
         kept += q  # torch attends one sequence at a time and keeps the pieces
     if model.get("qk_layernorm"):
         kept += q + k if fused else 2 * q + k
+    if additions.qk_norm_over_heads:
+        kept += q + k
     # fp32: of the norms, of the softmax
-    statistics = 4 * 2 / sequence + (0 if "core_attn" in recomputed else 4 * heads)
+    statistics = 4 * (2 * additions.pre_norms + post_norms) / sequence + (0 if scored_again else 4 * heads)
+    statistics += 4 * 2 * additions.qk_norm_over_heads
     if dense:
-        kept += 0 if "mlp" in recomputed else (3 if fused else 5) * model["ffn_hidden_size"] / tensor
+        inner = 3 if fused and additions.activation == "silu" else 5
+        kept += 0 if "mlp" in recomputed else inner * model["ffn_hidden_size"] / tensor
         return kept * element + statistics
     if "moe" in recomputed:
         return kept * element + statistics
@@ -156,27 +171,44 @@ def _norms(dense: bool, fused: bool, recomputed: frozenset[str]) -> int:
 
 
 def saved_bytes(
-    architecture: Architecture, layout: Mapping[str, Any], layers: int, tokens: int, work: Workload
+    architecture: Architecture, layout: Mapping[str, Any], layers: Sequence[int], tokens: int, work: Workload
 ) -> float:
     """Bytes that autograd keeps of a model chunk for one microbatch.
 
     Args:
         architecture: the model.
         layout: from `limits.layout_arguments`.
-        layers: of the model chunk.
+        layers: of the model chunk, by their global indices.
         tokens: of this context-parallel rank.
         work: what is computed.
     """
-    recomputed = recomputed_modules(layout)
-    whole = tokens * layer_bytes(architecture, layout, element=work.element, fused=work.fused, recomputed=recomputed)
+    whole = _bytes_of_layers(architecture, layout, tokens, work, recomputed_modules(layout))
     if layout["recompute_granularity"] != "full":
-        return layers * whole
+        return sum(whole[layer] for layer in layers)
     model = architecture.transformer
     inputs = _shared(layout, tokens * model["hidden_size"] * work.element)
     block, angles = layout["recompute_num_layers"], tokens * model["kv_channels"] * 4  # fp32, shared by all layers
     if layout["recompute_method"] == "uniform":
-        return layers // block * inputs + angles
-    return min(block, layers) * inputs + max(0, layers - block) * whole + angles
+        return len(layers) // block * inputs + angles
+    return min(block, len(layers)) * inputs + sum(whole[layer] for layer in layers[block:]) + angles
+
+
+def _bytes_of_layers(
+    architecture: Architecture,
+    layout: Mapping[str, Any],
+    tokens: int,
+    work: Workload,
+    recomputed: frozenset[str] = frozenset(),
+) -> list[float]:
+    """Bytes that autograd keeps of every layer of the model, without what is `recomputed`."""
+    of_kind = {
+        experts: tokens
+        * layer_bytes(
+            architecture, layout, experts=experts, element=work.element, fused=work.fused, recomputed=recomputed
+        )
+        for experts in set(architecture.expert_layers)
+    }
+    return [of_kind[experts] for experts in architecture.expert_layers]
 
 
 def _shared(layout: Mapping[str, Any], size: float) -> float:
@@ -214,28 +246,34 @@ def estimate(
         table: the weight table; None for that of the architecture.
     """
     parameters = stage_parameters(architecture, layout, work.divisible_by, table)
-    stages = (_stage_memory(architecture, layout, work, stage, held) for stage, held in enumerate(parameters))
+    # Adapters leave the vocabulary frozen.
+    trained = any(entry.is_vocabulary and entry.trained for entry in (table or architecture.weights))
+    stages = (_stage_memory(architecture, layout, work, stage, held, trained) for stage, held in enumerate(parameters))
     return max(stages, key=lambda memory: memory.total)
 
 
 def _stage_memory(
-    architecture: Architecture, layout: Mapping[str, Any], work: Workload, stage: int, held: Parameters
+    architecture: Architecture,
+    layout: Mapping[str, Any],
+    work: Workload,
+    stage: int,
+    held: Parameters,
+    vocabulary_trained: bool,
 ) -> Memory:
     hidden_size, element = architecture.transformer["hidden_size"], work.element
     tensor, stages = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
     tokens = work.seq_length // layout["context_parallel_size"]
-    chunks = layout["virtual_pipeline_model_parallel_size"] or 1  # model chunks of a rank
-    layers = layers_of_stages(architecture.num_layers, layout)[stage] // chunks
+    chunks = layers_of_stages(architecture.num_layers, layout)[stage]
     hidden = tokens * hidden_size * element
 
-    saved = saved_bytes(architecture, layout, layers, tokens, work)
+    saved = max(saved_bytes(architecture, layout, layers, tokens, work) for layers in chunks)
     if stages > 1:
         saved += _shared(layout, hidden)  # the output, which goes to the next stage
     activations = in_flight(stage, layout, work.microbatches) * saved + _working_set(architecture, layout, tokens, work)
     # The gradient of the largest weight takes memory of its own until it is added to the fp32 gradient. For the output
     # layer it is a placeholder of the same size, because the head adds to the fp32 gradient itself.
     rows = padded_vocab_size(architecture.vocab_size, tensor, work.divisible_by) // tensor
-    vocabulary = rows * hidden_size * element if held.trained == held.total else 0  # adapters leave it frozen
+    vocabulary = rows * hidden_size * element if vocabulary_trained else 0
     if stage == 0:
         activations += vocabulary
     head = 0.0
@@ -273,19 +311,21 @@ def _updated(layout: Mapping[str, Any], work: Workload, held: Parameters) -> int
 
 def _working_set(architecture: Architecture, layout: Mapping[str, Any], tokens: int, work: Workload) -> float:
     """Bytes that exist only during the backward pass of a layer: recomputed activations, and their gradients."""
-    whole = tokens * layer_bytes(architecture, layout, element=work.element, fused=work.fused)
-    recomputed = 0.0
+    whole, recomputed = _bytes_of_layers(architecture, layout, tokens, work), 0.0
     if layout["recompute_granularity"] == "full":
-        recomputed = whole * (layout["recompute_num_layers"] if layout["recompute_method"] == "uniform" else 1)
+        recomputed = max(whole) * (layout["recompute_num_layers"] if layout["recompute_method"] == "uniform" else 1)
     elif modules := recomputed_modules(layout):
-        recomputed = whole - tokens * layer_bytes(
-            architecture, layout, element=work.element, fused=work.fused, recomputed=modules
-        )
+        kept = _bytes_of_layers(architecture, layout, tokens, work, modules)
+        recomputed = max(all_of_it - part for all_of_it, part in zip(whole, kept, strict=True))
     model, tensor = architecture.transformer, layout["tensor_model_parallel_size"]
-    if architecture.num_experts is None:
+    widest = 0.0
+    if not all(architecture.expert_layers):
         widest = 2 * model["hidden_size"] + 3 * model["ffn_hidden_size"] / tensor
-    else:
+    if architecture.num_experts is not None:
         ranks = layout["expert_tensor_parallel_size"] or tensor
         copies = _shared(layout, model["moe_router_topk"] * ranks)
-        widest = copies * (2 * model["hidden_size"] + 3 * model["moe_ffn_hidden_size"] / ranks)
-    return recomputed + tokens * widest * work.element
+        widest = max(widest, copies * (2 * model["hidden_size"] + 3 * model["moe_ffn_hidden_size"] / ranks))
+    scores = 0.0
+    if architecture.additions.attention_softcap is not None:  # those of a block of queries and their gradients, in fp32
+        scores = 4 * 4 * model["num_attention_heads"] / tensor * min(CAPPED_BLOCK, tokens) * work.seq_length
+    return recomputed + max(tokens * widest * work.element, scores)

@@ -46,8 +46,8 @@ class Parameters:
         return replace(self, dense=self.dense + count, trained_dense=self.trained_dense + trained)
 
 
-def layers_of_stages(num_layers: int, layout: Mapping[str, Any]) -> list[int]:
-    """Layers of every pipeline stage, over all its virtual stages.
+def layers_of_stages(num_layers: int, layout: Mapping[str, Any]) -> list[list[range]]:
+    """The global layers of every pipeline stage, a range for each of its virtual stages.
 
     Args:
         num_layers: of the model.
@@ -55,8 +55,7 @@ def layers_of_stages(num_layers: int, layout: Mapping[str, Any]) -> list[int]:
     """
     virtual = layout["virtual_pipeline_model_parallel_size"] or 1
     first, last = (layout[f"num_layers_in_{end}_pipeline_stage"] for end in ("first", "last"))
-    stages = stage_layers(num_layers, layout["pipeline_model_parallel_size"], virtual, first, last)
-    return [sum(map(len, stage)) for stage in stages]
+    return stage_layers(num_layers, layout["pipeline_model_parallel_size"], virtual, first, last)
 
 
 def stage_parameters(
@@ -75,14 +74,15 @@ def stage_parameters(
         divisible_by: `--make-vocab-size-divisible-by`.
         table: the weight table; None for that of the architecture.
     """
-    counts = layers_of_stages(architecture.num_layers, layout)
+    stages = layers_of_stages(architecture.num_layers, layout)
     found = []
-    for stage, layers in enumerate(counts):
-        first, last = stage == 0, stage == len(counts) - 1
+    for stage, chunks in enumerate(stages):
+        first, last = stage == 0, stage == len(stages) - 1
         held = Parameters()
         for entry in architecture.weights if table is None else table:
             if entry.per_layer:
-                copies = layers * (entry.experts // layout["expert_model_parallel_size"] if entry.experts else 1)
+                copies = sum(entry.in_layer(layer) for layers in chunks for layer in layers)
+                copies *= entry.experts // layout["expert_model_parallel_size"] if entry.experts else 1
             elif entry.megatron == EMBEDDING:
                 # The last stage has a copy of a tied embedding, unless it is the first one too.
                 copies = int(first or (last and architecture.tied))

@@ -56,7 +56,22 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-OWN: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 8}}  # by model_type
+OWN: dict[str, dict[str, Any]] = {  # by model_type
+    "mistral": {"sliding_window": 8},
+    "gemma2": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_theta": 50000.0,
+    },
+}
 DEEP = {"num_hidden_layers": 4}  # for four stages, virtual ones included
 # With all experts chosen there are no near-ties between experts, which bf16 would decide by rounding.
 ALL_EXPERTS = {"num_experts_per_tok": EXPERTS}

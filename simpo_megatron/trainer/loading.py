@@ -21,6 +21,7 @@ from simpo_megatron.checkpoint.formats.torch_dist_writer import CONTENT_METADATA
 from simpo_megatron.checkpoint.manifest import check_manifest
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.weight_table import SEPARATE_NORMS
 from simpo_megatron.trainer import torch_adam
 from simpo_megatron.trainer.checkpointing import FAILURES, first_failure, model_names, sharded_models, sharded_state
 from simpo_megatron.trainer.engine import Engine
@@ -113,13 +114,16 @@ def _ask_for_saved_names(sharded_state: Any, directory: Path) -> None:
             tensor.key = old
 
 
+_NORMS = tuple(f".{name}" for name in (*SEPARATE_NORMS, *SEPARATE_NORMS.values()))
+
+
 def _is_spare(key: str) -> bool:
     """Keys of a checkpoint that a model may leave unread.
 
-    They are the empty `_extra_state` of Transformer Engine's layers, and the second name of the norm before experts,
-    which a converted checkpoint has.
+    They are the empty `_extra_state` of Transformer Engine's layers, and the second name of a norm that is a module of
+    its own, which a converted checkpoint has.
     """
-    return "_extra_state" in key or key.endswith((_NORM, _OLD_NORM))
+    return "_extra_state" in key or key.endswith(_NORMS)
 
 
 def _load_strictly(sharded_state: Any, directory: Path, weights_alone: bool = False) -> dict[str, Any]:

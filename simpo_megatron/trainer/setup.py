@@ -23,6 +23,7 @@ from simpo_megatron.models.build import build_model, transformer_config
 from simpo_megatron.models.fusions import Kernels
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.load import load_hf_weights
+from simpo_megatron.models.rope import check_length
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.limits import check_shared_prompts, layout_arguments
 from simpo_megatron.parallel.together import raise_on_all_ranks
@@ -52,8 +53,10 @@ def build_transformer_config(config: Config, hf: HFCheckpoint) -> TransformerCon
         hf: the Hugging Face checkpoint.
 
     Raises:
-        UserError: the layout does not divide the model, or --share-prompts does not work with these settings.
+        UserError: the layout does not divide the model, --share-prompts does not work with these settings, or the
+            model's rotary embedding does not work with this --max-length.
     """
+    check_length(hf.architecture.rope, config.data.options.max_length, "--max-length")
     if config.data.share_prompts:
         fused = use_transformer_engine(config.model.transformer_impl)
         check_shared_prompts(config.objective.responses, config.parallel.context_parallel_size, fused)

@@ -93,30 +93,34 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 class _OneLayer:
-    """Megatron's model with one layer. The weights of a layer are read when it runs."""
+    """Megatron's model without its other layers, for one layer at a time. Its weights are read when it runs."""
 
     def __init__(self, hf: HFCheckpoint, saved: StoredModel) -> None:
-        from dataclasses import replace
-
         from megatron.core import parallel_state, tensor_parallel
-
-        from simpo_megatron.models.build import build_model, transformer_config
 
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        self.hf = replace(hf, architecture=hf.architecture.with_layers(1))
+        self.hf = hf
         self.stored = {
             (stored.parameter.entry.megatron, stored.parameter.layer, stored.parameter.expert): stored
             for stored in saved.parameters
         }
-        [model] = build_model(self.hf, transformer_config(self.hf, bf16=False), transformer_impl="local")
-        self.model: Any = model.eval()
+        self.built, self.model = self._build(0)
+
+    def _build(self, layer: int) -> tuple[HFCheckpoint, Any]:
+        from dataclasses import replace
+
+        from simpo_megatron.models.build import build_model, transformer_config
+
+        hf = replace(self.hf, architecture=self.hf.architecture.only(layer))
+        [model] = build_model(hf, transformer_config(hf, bf16=False), transformer_impl="local")
+        return hf, model.eval()
 
     def _fill(self, layer: int | None) -> None:
         """Reads the parameters of a layer into the model; None: those outside the layers."""
         from simpo_megatron.models.placement import place_parameters
 
-        table, tied = self.hf.architecture.weights, self.hf.architecture.tied
+        table, tied = self.built.architecture.weights, self.built.architecture.tied
         for place in place_parameters(self.model, table, tied=tied):
             if (place.layer is None) == (layer is None):
                 stored = self.stored[place.entry.megatron, layer or 0, place.expert or 0]
@@ -129,20 +133,24 @@ class _OneLayer:
 
     def layer(self, layer: int, hidden: Tensor) -> Tensor:
         """The output [1, n, H] of a layer for hidden states [1, n, H]."""
+        if self.hf.architecture.only(layer) != self.built.architecture:  # a layer of another kind
+            self.built, self.model = self._build(layer)
         self._fill(layer)
-        rotary = self.model.rotary_pos_emb(hidden.shape[1])
+        rotary = getattr(self.model, "rotary_pos_emb", None)  # latent attention has its own
+        rotary = None if rotary is None else rotary(hidden.shape[1])
         above = self.model.decoder.layers[0](hidden.transpose(0, 1).contiguous(), None, rotary_pos_emb=rotary)
         return above[0].transpose(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [1, n, V] of the last hidden states [1, n, H]."""
+        self._fill(None)
         normed = self.model.decoder.final_layernorm(hidden.transpose(0, 1).contiguous())
         weight = self.model.shared_embedding_or_output_weight() if self.hf.architecture.tied else None
         logits, _ = self.model.output_layer(normed, weight=weight)
         return logits.transpose(0, 1)[..., : self.hf.architecture.vocab_size]
 
 
-def _read_into(stored: StoredParameter, parameter: torch.nn.Parameter) -> None:
+def _read_into(stored: StoredParameter, parameter: Tensor) -> None:
     import numpy as np
 
     item, files = stored.parameter, Files(None)

@@ -4,11 +4,12 @@
     sums_PM = reference.forward(pairs, indices, num_responses=2)
     for name, gradient in reference.gradients(slopes_PM): ...      # slopes: the derivative of the loss by each sum
 
-Every sequence runs alone, without padding. Each layer is transformers' own code: a model of one layer, loaded when it
-is needed. So only one layer (or the embedding, or the output layer) is in memory, and the hidden states between layers.
-The backward pass runs every layer again, from the last to the first.
+Every sequence runs alone, without padding. Each layer is transformers' own code: its model without the other layers,
+loaded when it is needed. So only one layer (or the embedding, or the output layer) is in memory, and the hidden states
+between layers. The backward pass runs every layer again, from the last to the first.
 
-The embedding is a plain lookup, because transformers gives the row of `pad_token_id` no gradient, even where that token
+Embedding, final norm, output layer and what a model does to the embeddings and the logits are those of a model without
+layers. Its config has no `pad_token_id`: transformers gives that row of the embedding no gradient, even where the token
 is text (an end of text that also serves as padding).
 
 Shapes: n tokens of a sequence, H hidden size, V vocabulary, P pairs, M scored responses of a pair.
@@ -54,13 +55,13 @@ class Reference:
         self.hf, self.dtype, self.device = hf, dtype, torch.device(device)
         self.config = transformers.AutoConfig.from_pretrained(hf.path, local_files_only=True)
         with torch.device("meta"):
-            self.model_class: Any = type(transformers.AutoModelForCausalLM.from_config(self._one_layer_config()))
+            self.model_class: Any = type(transformers.AutoModelForCausalLM.from_config(self._small_config()))
         self.sequences: list[tuple[Tensor, int]] = []
         self.hidden: list[list[Tensor]] = []
 
     def embed(self, ids: Tensor) -> Tensor:
         """The embedding of ids [n]: [1, n, H]."""
-        return F.embedding(ids.to(self.device), self._tensor(EMBEDDING))[None]
+        return self._embedding()(ids.to(self.device))[None]
 
     def layer(self, layer: int, hidden: Tensor) -> Tensor:
         """The output [1, n, H] of a layer for hidden states [1, n, H]."""
@@ -68,7 +69,7 @@ class Reference:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [1, n, V] of the last hidden states [1, n, H]."""
-        return F.linear(self._norm()(hidden.to(self.device)), self._tensor(self._head_name))
+        return self._head()(inputs_embeds=hidden.to(self.device), use_cache=False).logits
 
     def forward(self, pairs: Pairs, indices: list[int], num_responses: int) -> Tensor:
         """Scores pairs, and keeps the hidden states that `gradients` needs.
@@ -87,14 +88,14 @@ class Reference:
             for response in responses[:num_responses]
         ]
         with torch.no_grad():
-            embedding = self._tensor(EMBEDDING)
-            self.hidden = [[F.embedding(ids.to(self.device), embedding)[None].cpu() for ids, _ in self.sequences]]
+            embedding = self._embedding()
+            self.hidden = [[embedding(ids.to(self.device))[None].cpu() for ids, _ in self.sequences]]
             del embedding
             for layer in range(self.hf.architecture.num_layers):
                 model = self._layer(layer)
                 self.hidden.append([self._run(model, hidden).cpu() for hidden in self.hidden[-1]])
-            norm, head = self._norm(), self._tensor(self._head_name)
-            sums = [self._sum(norm, head, i, hidden) for i, hidden in enumerate(self.hidden[-1])]
+            head = self._head()
+            sums = [self._sum(head, i, hidden) for i, hidden in enumerate(self.hidden[-1])]
         return torch.stack(sums).view(-1, num_responses).double().cpu()
 
     def gradients(self, of_sums_PM: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -104,12 +105,12 @@ class Reference:
             of_sums_PM: the derivative of the loss by each sum that `forward` returned.
         """
         scales = of_sums_PM.flatten().tolist()
-        norm, head = self._norm(), self._tensor(self._head_name).requires_grad_()
-        total = _Total({NORM: norm.weight, HEAD: head})
+        head = self._head()
+        total = _Total({NORM: head.model.norm.weight, HEAD: head.lm_head.weight})
         above = []
         for i, hidden in enumerate(self.hidden.pop()):
             given = hidden.to(self.device).requires_grad_()
-            (scales[i] * self._sum(norm, head, i, given)).backward()
+            (scales[i] * self._sum(head, i, given)).backward()
             above.append(_gradient(given))
             total.add()
         of_head = total.sums.pop(HEAD)
@@ -118,10 +119,12 @@ class Reference:
             yield HEAD, of_head
         for layer in reversed(range(self.hf.architecture.num_layers)):
             yield from self._layer_gradients(layer, above)
-        embedding = of_head if self.hf.architecture.tied else torch.zeros_like(of_head)
+        embedding = self._embedding()
+        of_embedding = _Total({EMBEDDING: embedding.weight})
         for (ids, _), gradient in zip(self.sequences, above, strict=True):
-            embedding.index_add_(0, ids.to(self.device), gradient[0].float())
-        yield EMBEDDING, embedding
+            embedding(ids.to(self.device)).backward(gradient[0])
+            of_embedding.add()
+        yield EMBEDDING, of_embedding.sums[EMBEDDING] + (of_head if self.hf.architecture.tied else 0)
 
     def _layer_gradients(self, layer: int, above: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields the gradients of a layer's tensors; in `above`, its inputs' gradients replace its outputs'."""
@@ -135,16 +138,10 @@ class Reference:
         for name, gradient in revert_weight_conversion(model, total.sums).items():
             yield name.replace("layers.0.", f"layers.{layer}.", 1), gradient
 
-    @property
-    def _head_name(self) -> str:
-        return EMBEDDING if self.hf.architecture.tied else HEAD
-
-    def _one_layer_config(self) -> Any:
+    def _small_config(self) -> Any:
+        """The config of the model, with a vocabulary of one token, so that a layer comes without large tensors."""
         config = type(self.config).from_dict(self.config.to_dict())
-        config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = 1, 1, False
-        config.pad_token_id = None
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:1]  # all layers of the supported families have the same type
+        config.vocab_size, config.tie_word_embeddings, config.pad_token_id = 1, False, None
         return config
 
     def _tensor(self, name: str) -> Tensor:
@@ -156,6 +153,23 @@ class Reference:
         data = np.fromfile(tensor.file, np.uint8, tensor_bytes(tensor), offset=tensor.start)
         return torch.from_numpy(data).view(TORCH[tensor.dtype]).view(tensor.shape).to(self.device, self.dtype)
 
+    def _model(self, layers: range, state: dict[str, Tensor]) -> Any:
+        """The model without its other layers, with these tensors, in which the first of the layers is the layer 0.
+
+        All layers are built, on no device, because transformers makes each for its index.
+        """
+
+        class Part(self.model_class):
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                self.model.layers = self.model.layers[layers.start : layers.stop]
+                config.num_hidden_layers = len(layers)
+                if getattr(config, "layer_types", None):
+                    config.layer_types = config.layer_types[layers.start : layers.stop]
+
+        model = Part.from_pretrained(None, config=self._small_config(), state_dict=state, dtype=self.dtype)
+        return model.to(self.device).eval()  # without dropout, as in training
+
     def _layer(self, layer: int) -> Any:
         """A causal model of this one layer, with a final norm that does nothing."""
         prefix = f"model.layers.{layer}."
@@ -164,28 +178,30 @@ class Reference:
             for name in self.hf.tensors
             if name.startswith(prefix)
         }
-        model = self.model_class.from_pretrained(
-            None, config=self._one_layer_config(), state_dict=state, dtype=self.dtype
-        )
+        model = self._model(range(layer, layer + 1), state)
         model.model.norm = torch.nn.Identity()
-        return model.to(self.device).eval()  # without dropout, as in training
+        return model
 
-    def _norm(self) -> Any:
-        """The final norm, as transformers computes it."""
-        state = {NORM: self._tensor(NORM)}
-        model = self.model_class.from_pretrained(
-            None, config=self._one_layer_config(), state_dict=state, dtype=self.dtype
-        )
-        return model.model.norm.to(self.device)
+    def _embedding(self) -> Any:
+        """The embedding, and what the model multiplies it by."""
+        embedding = self._model(range(0), {}).get_input_embeddings()
+        embedding.weight = torch.nn.Parameter(self._tensor(EMBEDDING))
+        return embedding
+
+    def _head(self) -> Any:
+        """A causal model without layers: the final norm, the output layer, and what the model does to the logits."""
+        model = self._model(range(0), {NORM: self._tensor(NORM)})
+        model.lm_head.weight = torch.nn.Parameter(self._tensor(EMBEDDING if self.hf.architecture.tied else HEAD))
+        return model
 
     def _run(self, model: Any, hidden: Tensor) -> Tensor:
         return model.model(inputs_embeds=hidden.to(self.device), use_cache=False).last_hidden_state
 
-    def _sum(self, norm: Any, head: Tensor, i: int, hidden: Tensor) -> Tensor:
+    def _sum(self, head: Any, i: int, hidden: Tensor) -> Tensor:
         """Summed log-probs of the response of sequence i from its last hidden states [1, n, H]."""
         ids, start = self.sequences[i]
         ids = ids.to(self.device)
-        logits = F.linear(norm(hidden.to(self.device))[0, start - 1 : -1], head)
+        logits = head(inputs_embeds=hidden.to(self.device)[:, start - 1 : -1], use_cache=False).logits[0]
         return -F.cross_entropy(logits.float(), ids[start:], reduction="sum")
 
 

@@ -130,14 +130,18 @@ class Bf16Gradients(projection.Gradients):
         return cls(made.hidden_RH, made.weight_VH.bfloat16(), made.factor)
 
 
-def rounded_first(logits_NV: torch.Tensor, targets_N: torch.Tensor, lse_N: torch.Tensor, by_N: torch.Tensor) -> None:
+def rounded_first(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, lse_N: torch.Tensor, by_N: torch.Tensor, softcap: None
+) -> None:
     """A mistake: the probability is rounded before the target is subtracted."""
     p_NV = (logits_NV.float() - lse_N[:, None]).exp().bfloat16()
     p_NV.scatter_add_(1, targets_N[:, None], torch.full_like(p_NV[:, :1], -1.0))
     logits_NV.copy_(p_NV.float() * -by_N[:, None])
 
 
-def rounded_statistics(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rounded_statistics(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, softcap: None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A mistake: the log-sum-exp is rounded to bf16."""
     lse_N, target_N = kernels.row_statistics(logits_NV, targets_N)
     return lse_N.bfloat16().float(), target_N

@@ -51,29 +51,53 @@ def one_rounding(kernels: Any) -> float:
     return 4.1e-3 if kernels is torch_kernels else 7.9e-3
 
 
-def oracle(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """The logits of a model with a cap, in fp64."""
+    return logits.double() if softcap is None else softcap * torch.tanh(logits.double() / softcap)
+
+
+def oracle(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, softcap: float | None = None
+) -> torch.Tensor:
     """The gradient of sum(weights * log p(target)) in fp64."""
     logits = logits.double().requires_grad_()
-    logps = logits.log_softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+    logps = capped(logits, softcap).log_softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
     (gradient,) = torch.autograd.grad((weights * logps).sum(), logits)
     return gradient
 
 
-@pytest.mark.parametrize("columns", [1, 7, 4096, 4097, 10_000, 262_144])
+@pytest.mark.parametrize(
+    "columns, softcap", [*((columns, None) for columns in (1, 7, 4096, 4097, 10_000, 262_144)), (7, 3.0), (4097, 9.0)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradient(kernels: Any, columns: int, dtype: torch.dtype) -> None:
+def test_values_and_gradient(kernels: Any, columns: int, softcap: float | None, dtype: torch.dtype) -> None:
     logits, targets, weights = problem(3, columns)
     logits = logits.to(dtype)
-    wanted = oracle(logits, targets, weights)
-    lse, target = kernels.row_statistics(logits, targets)
-    torch.testing.assert_close(lse, torch.logsumexp(logits.double(), 1).float(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(target, logits.gather(1, targets[:, None])[:, 0].float(), rtol=0, atol=0)
+    wanted, bounded = oracle(logits, targets, weights, softcap), capped(logits, softcap)
+    lse, target = kernels.row_statistics(logits, targets, softcap)
+    torch.testing.assert_close(lse, torch.logsumexp(bounded, 1).float(), rtol=1e-6, atol=1e-5)
+    exact = 0 if softcap is None else 2e-6
+    torch.testing.assert_close(target, bounded.gather(1, targets[:, None])[:, 0].float(), rtol=exact, atol=exact)
     assert (target <= lse).all()
-    kernels.write_gradient_(logits, targets, lse, weights.float())
+    kernels.write_gradient_(logits, targets, lse, weights.float(), softcap)
     # fp32 probabilities carry the error of exp at arguments of 20 and more
     torch.testing.assert_close(
         logits.double(), wanted, rtol=one_rounding(kernels) if dtype is torch.bfloat16 else 2e-5, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_far_beyond_the_cap(kernels: Any, dtype: torch.dtype) -> None:
+    """They are the cap, and their gradient is 0; those in between keep theirs."""
+    logits = torch.tensor([[200.0, -200.0, 2.0, 0.0], [-200.0, 200.0, 200.0, -200.0]], dtype=dtype)
+    targets, weights = torch.tensor([1, 1]), torch.tensor([1.0, -2.0])
+    wanted = oracle(logits, targets, weights.double(), 3.0)
+    lse, target = kernels.row_statistics(logits, targets, 3.0)
+    assert target.tolist() == [-3.0, 3.0]
+    torch.testing.assert_close(lse, torch.logsumexp(capped(logits, 3.0), 1).float())
+    kernels.write_gradient_(logits, targets, lse, weights, 3.0)
+    assert not logits[0, :2].any() and not logits[1].any() and logits[0, 2:].all()
+    torch.testing.assert_close(logits.double(), wanted, rtol=one_rounding(kernels), atol=1e-30)
 
 
 def test_a_confident_row_keeps_its_small_gradient(kernels: Any) -> None:
@@ -158,7 +182,9 @@ def test_the_compiler_takes_the_kernels(architecture: int) -> None:
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}  # the matrices, and the stride that slabs.py chooses
     for kernel in (triton_kernels.statistics_kernel, triton_kernels.gradient_kernel):
         tensors = dict(zip(kernel.arg_names[:4], ("*bf16", "*i64", "*fp32", "*fp32"), strict=True))
-        signature = {**tensors, "stride": "i32", "columns": "i32", "BLOCK": "constexpr"}
-        source = ASTSource(kernel, signature, constexprs={"BLOCK": 4096}, attrs=aligned)
-        ptx = compile_kernel(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 8}).asm["ptx"]
-        assert "ld.global.v4.b32" in ptx and ".local" not in ptx
+        signature = {**tensors, "stride": "i32", "columns": "i32", "SOFTCAP": "constexpr"}
+        for softcap in (0.0, 30.0):
+            source = ASTSource(kernel, signature, constexprs={"SOFTCAP": softcap}, attrs=aligned)
+            target = GPUTarget("cuda", architecture, 32)
+            ptx = compile_kernel(source, target=target, options={"num_warps": 8}).asm["ptx"]
+            assert "ld.global.v4.b32" in ptx and ".local" not in ptx

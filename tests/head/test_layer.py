@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from simpo_megatron.head import kernels, projection
+from simpo_megatron.head import kernels, projection, slabs
 from simpo_megatron.head.slabs import cut_slabs
 from tests.support.distributed import Collectives, WorkerPool
 from tests.support.head_problems import (
@@ -161,13 +161,29 @@ def check_frozen_parts_get_no_gradient() -> None:
     assert weight.grad is None
 
 
+def check_a_cap_forgotten_in_the_gradient_is_seen() -> None:
+    """The value is right and the gradient is not: the derivative of the cap is left out."""
+    problem = Problem(((3, 4, 5), (0, 6, 2)), softcap=2.5)
+    value, _, grad_hidden, _ = problem.oracle(sigmoid)
+    write = slabs.write_gradient_
+    slabs.write_gradient_ = lambda logits, *rest: write(logits.copy_(kernels.soft_cap(logits, 2.5)), *rest[:-1])
+    try:
+        head, weight = build_head(problem, 1, False, 1, 9 * POSITION_BYTES)
+        got, _, tokens, got_hidden = score(problem, head, weight, sigmoid)
+    finally:
+        slabs.write_gradient_ = write
+    torch.testing.assert_close(got, value)
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(got_hidden[: len(tokens), 0], grad_hidden[tokens])
+
+
 def check_without_a_task_it_is_the_old_layer() -> None:
     from megatron.core import parallel_state
 
-    problem = Problem(((3, 4, 5),))
+    problem = Problem(((3, 4, 5),), softcap=2.5)
     head, weight = build_head(problem, 1, False, 1, 9 * POSITION_BYTES)
     hidden = problem.hidden[:, None].clone()
-    torch.testing.assert_close(head(hidden)[0][:, 0], problem.hidden @ problem.weight.T)
+    torch.testing.assert_close(head(hidden)[0][:, 0], 2.5 * torch.tanh(problem.hidden @ problem.weight.T / 2.5))
     score(problem, head, weight, sigmoid)
     assert head(hidden)[0].shape == (len(hidden), 1, PADDED), "a task lasts for one pass"
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
@@ -217,6 +233,7 @@ ON_ONE_RANK = [
     check_the_placeholder_gradient_is_made_once,
     check_slopes_replace_autograd,
     check_frozen_parts_get_no_gradient,
+    check_a_cap_forgotten_in_the_gradient_is_seen,
     check_without_a_task_it_is_the_old_layer,
     check_work,
 ]

@@ -46,6 +46,7 @@ def attend(window: int | None, block: int) -> tuple[Tensor, list[Tensor], dict[s
         context_parallel_size=dist.get_world_size(),
         attention_dropout=0.0,
         window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None,
     )
     module = PackedAttention(config, pg_collection=SimpleNamespace(cp=dist.group.WORLD))
     qkv, weights = problem()
@@ -77,7 +78,9 @@ def test_attention_over_slices_equals_one_rank(pool: Any, world: int, window: in
 
 
 def refuse() -> list[str]:
-    config: Any = SimpleNamespace(context_parallel_size=2, attention_dropout=0.0, window_size=None)
+    config: Any = SimpleNamespace(
+        context_parallel_size=2, attention_dropout=0.0, window_size=None, window_attn_skip_freq=None
+    )
     module = PackedAttention(config, pg_collection=SimpleNamespace(cp=dist.group.WORLD))
     q, k, v = (torch.randn(6, heads, 8) for heads in (4, 2, 2))
     found = []

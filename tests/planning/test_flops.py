@@ -47,7 +47,7 @@ def test_the_count_is_that_of_torch(pool: WorkerPool, tmp_path: Path, name: str)
     architecture = read_hf_config(tmp_path / "model").architecture
     [(forward, both, columns)] = pool.run(1, counted, tmp_path / "model")
     tokens = sum(LENGTHS)
-    squares = sum(length * length for length in LENGTHS)
+    squares = architecture.num_layers * sum(length * length for length in LENGTHS)
     padding = 2 * tokens * architecture.transformer["hidden_size"] * (columns - architecture.vocab_size)
     assert sum(forward.values()) == forward_flops(architecture, tokens, squares, tokens) + padding
     products = forward_flops(architecture, tokens, 0, tokens) + padding
@@ -69,4 +69,4 @@ def test_a_shared_prompt_is_counted_once(tmp_path: Path) -> None:
     prompt, chosen, rejected = np.array([7]), np.array([3]), np.array([5])
     whole = step_flops(architecture, prompt, [chosen, rejected])
     shared = step_flops(architecture, prompt, [chosen, rejected], share_prompts=True)
-    assert whole - shared == 3 * forward_flops(architecture, 7, 7 * 8 // 2, 0)
+    assert whole - shared == 3 * forward_flops(architecture, 7, architecture.num_layers * 7 * 8 // 2, 0)

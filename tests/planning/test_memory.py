@@ -25,7 +25,7 @@ EP2 = {"expert_model_parallel_size": 2}
 WHOLE = {"expert_tensor_parallel_size": 1}
 # So many tokens that what does not grow with them is small. The tolerance is 2 %.
 TOKENS = 256
-NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe_plain")
+NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "olmo2", "llama_biases")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def count(path: Path, layout: dict[str, Any]) -> tuple[int, int, int]:
         ("qwen3", 2, {**PP2, "decoder_last_pipeline_num_layers": 1}),
         ("mixtral", 4, {**SP2, **EP2}),
         ("mixtral", 4, {**SP2, **EP2, **WHOLE, **PP2}),
-        ("qwen3_moe_plain", 4, {**PP2, **EP2}),
+        ("qwen3_moe", 4, {**PP2, **EP2}),  # the first stage has a dense layer, the second none
     ],
 )
 def test_parameters_are_those_of_the_built_model(
@@ -116,8 +116,13 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
         ("llama", 2, {**SP2, **FULL}),
         ("llama", 1, BLOCK),
         ("qwen3", 2, SP2),
+        ("gemma2", 2, SP2),
+        ("olmo2", 1, {}),
+        ("olmo2", 2, SP2),
+        ("llama_biases", 2, SP2),
+        ("gemma2", 1, {**MODULES, "recompute_modules": ("core_attn", "layernorm", "mlp")}),
         ("mixtral", 1, {}),
-        ("mixtral", 2, {**SP2}),
+        ("qwen3_moe", 2, {**SP2}),
         ("mixtral", 2, {**SP2, **EP2, **WHOLE}),
         ("mixtral", 4, {**SP2, **EP2}),
     ],
@@ -129,7 +134,7 @@ def test_activations_are_the_tensors_autograd_keeps(
     path, layout = checkpoints[name], arguments(checkpoints[name], settings)
     hf = read_hf_config(path)
     work = Workload(world_size=world, seq_length=TOKENS, microbatches=1, bf16=False, fused=False)
-    expected = saved_bytes(hf.architecture, layout, hf.architecture.num_layers, TOKENS, work)
+    expected = saved_bytes(hf.architecture, layout, range(hf.architecture.num_layers), TOKENS, work)
     measured = sum(pool.run(world, kept, path, layout, [TOKENS // 2, TOKENS // 2])) / world
     assert measured == pytest.approx(expected, rel=0.02)
 
@@ -156,9 +161,10 @@ def test_uneven_stages_hold_all_layers() -> None:
     layout = layout_arguments(
         ParallelConfig(pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=23), num_layers=92
     )
-    assert layers_of_stages(92, layout) == [23, 23, 23, 23]
+    assert layers_of_stages(92, layout) == [[range(first, first + 23)] for first in (0, 23, 46, 69)]
     layout["num_layers_in_last_pipeline_stage"] = 21
-    assert layers_of_stages(94, {**layout, "num_layers_in_first_pipeline_stage": 25}) == [25, 24, 24, 21]
+    uneven = layers_of_stages(94, {**layout, "num_layers_in_first_pipeline_stage": 25})
+    assert uneven == [[range(25)], [range(25, 49)], [range(49, 73)], [range(73, 94)]]
 
 
 def test_states_of_a_run_by_hand(checkpoints: dict[str, Path]) -> None:

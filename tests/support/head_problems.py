@@ -74,6 +74,7 @@ class Problem:
         vocab: the true vocabulary.
         padded: rows of the weight.
         confident: every target is the token that the model predicts, with a probability near 1.
+        softcap: the bound of the model's logits.
     """
 
     lengths: tuple[tuple[int, int, int], ...]
@@ -84,6 +85,7 @@ class Problem:
     vocab: int = VOCAB
     padded: int = PADDED
     confident: bool = False
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -113,6 +115,7 @@ class Problem:
             self.targets[self.positions],
             self.row,
             lambda sums: SCALE * loss(sums, self.lengths_PM),
+            self.softcap,
         )
         hidden, weight = (torch.zeros(x.shape, dtype=torch.float64) for x in (self.hidden, self.weight))
         hidden[self.positions], weight[: self.vocab] = found.hidden_RH, found.weight_VH
@@ -192,13 +195,15 @@ def products(way: str) -> Iterator[None]:
 
 
 def random_problems() -> list[Problem]:
-    """Rows of 1, 3 and 7 pairs, an empty row, and a row of chosen responses alone."""
+    """Rows of 1, 3 and 7 pairs, an empty row, and a row of chosen responses alone; the logits of some have a bound."""
     generator = torch.Generator().manual_seed(3)
 
     def lengths(pairs: int) -> tuple[tuple[int, int, int], ...]:
         return tuple(tuple(torch.randint(1, 12, (3,), generator=generator).tolist()) for _ in range(pairs))  # type: ignore[misc]
 
-    return [Problem(lengths(pairs), seed=pairs) for pairs in (1, 3, 7)] + [
+    return [
+        Problem(lengths(pairs), seed=pairs, softcap=softcap) for pairs, softcap in ((1, None), (3, 2.5), (7, None))
+    ] + [
         Problem(()),
         Problem(lengths(3), responses=1),
     ]
@@ -245,6 +250,7 @@ def build_head(problem: Problem, tp: int, sp: bool, cp: int, slab_bytes: int, ti
     weight = torch.nn.Parameter(shard) if tied else layer.weight
     weight.data = shard
     model: Any = SimpleNamespace(output_layer=layer)
+    layer.softcap = problem.softcap  # type: ignore[assignment]
     head = LogProbHead.install(model, slab_bytes)
     assert model.output_layer is head and (tied or head.weight is weight)
     return head, weight

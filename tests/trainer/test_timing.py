@@ -45,7 +45,11 @@ def test_a_record_has_speed_and_seconds(pool: WorkerPool, inputs: Inputs, base: 
     # Two ranks share the operations of a step. Tokens and operations are measured over the same seconds.
     architecture = read_hf_config(inputs.checkpoint).architecture
     for_a_token = 2 * rows[0]["tflops_per_gpu"] * 1e12 / rows[0]["tokens_per_second"]
-    assert 3 * forward_flops(architecture, 1, 1, 0) < for_a_token < 3 * forward_flops(architecture, 1, 256, 1)
+    assert (
+        3 * forward_flops(architecture, 1, architecture.num_layers, 0)
+        < for_a_token
+        < 3 * forward_flops(architecture, 1, 256 * architecture.num_layers, 1)
+    )
 
 
 def test_a_trace_of_the_steps_and_ranks_that_are_asked_for(pool: WorkerPool, base: list[str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ tensor-parallel ranks too: the format has no room for another expert-tensor-para
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.part_layout import rank_rows, rank_slice
-from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT
+from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, POST_NORMS, SEPARATE_NORMS
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size, stage_layers, virtual_stages
 
 FILE = "model_optim_rng.pt"
@@ -152,7 +152,6 @@ class _RankFiles:
     def __init__(self, hf: HFCheckpoint, parameters: Sequence[MegatronParameter], layout: RankLayout) -> None:
         self.architecture, self.layout = hf.architecture, layout
         self.stages = _stage_layers(hf.architecture.num_layers, layout)
-        self.experts = any(parameter.entry.experts for parameter in parameters)
         self.outside = {parameter.name: parameter for parameter in parameters if not parameter.entry.per_layer}
         self.by_layer: dict[int, list[MegatronParameter]] = {}
         for parameter in parameters:
@@ -203,12 +202,13 @@ class _RankFiles:
     def _layer(self, rank: _Rank, local: int, layer: int) -> Iterator[tuple[str, _Slot | None]]:
         """The entries of a layer; `local` counts it in its model chunk, `layer` in the model."""
         seen: set[str] = set()
+        names = {parameter.entry.megatron for parameter in self.by_layer[layer]}
         for parameter in self.by_layer[layer]:
             share = (parameter.entry.experts or 1) // self.layout.expert_model_parallel_size
             if parameter.entry.experts and parameter.expert // share != rank.expert:
                 continue
             expert = parameter.expert % share if parameter.entry.experts else 0
-            key = rank_file_name(parameter, local, expert, self.layout, self.experts)
+            key = rank_file_name(parameter, local, expert, self.layout, names)
             yield key, _slot(parameter, self.layout, rank.tensor)
             if (extra := _extra_state(key, self.layout)) and extra not in seen:
                 seen.add(extra)
@@ -238,7 +238,9 @@ def _empty(slot: _Slot | None, layout: RankLayout) -> Any:
     return None if layout.transformer_impl == "local" else torch.empty(0, dtype=torch.uint8)
 
 
-def rank_file_name(parameter: MegatronParameter, layer: int, expert: int, layout: RankLayout, has_experts: bool) -> str:
+def rank_file_name(
+    parameter: MegatronParameter, layer: int, expert: int, layout: RankLayout, names: Container[str]
+) -> str:
     """The name of a parameter in a rank's file.
 
     Args:
@@ -246,14 +248,14 @@ def rank_file_name(parameter: MegatronParameter, layer: int, expert: int, layout
         layer: its layer, counted in its model chunk.
         expert: its expert, counted on its rank.
         layout: spec and kind of experts.
-        has_experts: whether the model has experts; its norm before them is then a module of its own in either spec.
+        names: of all entries of the layer.
     """
     name, experts = parameter.entry.megatron, parameter.entry.experts
-    local = layout.transformer_impl == "local"
-    if local:
-        name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
-    if local or has_experts:
-        name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    modules = POST_NORMS
+    if layout.transformer_impl == "local" or name.replace("layer_norm_weight", "weight") not in names:
+        modules = {**POST_NORMS, **SEPARATE_NORMS}
+    for canonical, separate in modules.items():
+        name = name.replace(canonical, separate)
     if layout.moe_grouped_gemm and experts:
         name = name.replace("local_experts.{expert}.", "").replace("weight", "weight{expert}")
     return name.format(layer=layer, expert=expert)
@@ -263,5 +265,5 @@ def _extra_state(key: str, layout: RankLayout) -> str | None:
     """The key of the `_extra_state` of a parameter's module; None where the module has none."""
     module, _, leaf = key.rpartition(".")
     linear = ".linear_" in key and leaf.startswith("weight")
-    norm = layout.transformer_impl != "local" and module.endswith("layernorm")
+    norm = layout.transformer_impl != "local" and module.endswith(("layernorm", "_bda.norm"))
     return f"{module}._extra_state" if linear or norm else None

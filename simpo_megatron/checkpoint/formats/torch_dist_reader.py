@@ -17,9 +17,8 @@ from typing import Any
 from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE, PickledTensor, Record, read_pickle
 from simpo_megatron.checkpoint.formats.torch_dist_writer import (
     LAYERS,
-    NORM_BEFORE_EXPERTS,
-    NORM_BEFORE_MLP,
     key_of,
+    key_of_layer,
     leading_axes,
 )
 from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
@@ -32,6 +31,7 @@ from simpo_megatron.checkpoint.parameters import (
 )
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.weight_table import SEPARATE_NORMS
 
 _NO_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine_state", "opt_param_scheduler", "progress")
 
@@ -72,7 +72,7 @@ def read_torch_dist(folder: Path, hf: HFCheckpoint) -> StoredModel:
     if adapters and not any(".adapter." in entry.megatron for entry in hf.architecture.weights):
         raise UserError(f"{folder} holds adapters and not the weights under them; convert it with tools/adapters.py")
     found = model_parameters(hf, defaultdict(lambda: "F32"))
-    parameters = [_find(parameter, hf.architecture.num_layers, index) for parameter in found]
+    parameters = [_find(parameter, index) for parameter in found]
     if unknown := sorted(index.shapes.keys() - index.used):
         raise UserError(
             f"{folder} holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {hf.architecture.family.name} "
@@ -146,18 +146,18 @@ class _Index:
         return self._found[key, lead].get(index, [])
 
 
-def _candidates(parameter: MegatronParameter, num_layers: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+def _candidates(parameter: MegatronParameter) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
     """Keys that may hold a parameter, or rows of it: key, indices of the leading axes, first row, rows."""
     stacked = key_of(parameter.entry)
     keys = [stacked]
-    if stacked == LAYERS + NORM_BEFORE_MLP:
-        keys.append(LAYERS + NORM_BEFORE_EXPERTS)
-    index = tuple(index for index, _ in leading_axes(parameter, num_layers))
+    if separate := SEPARATE_NORMS.get(stacked.removeprefix(LAYERS)):
+        keys.append(LAYERS + separate)
+    index = tuple(index for index, _ in leading_axes(parameter))
     for key in keys:
         yield from _whole_and_halves(parameter, key, index)
         if parameter.entry.per_layer:
-            single = key.replace(LAYERS, f"{LAYERS}{parameter.layer}.")
-            yield from _whole_and_halves(parameter, single, index[1:])
+            single = key_of_layer(key, parameter.layer)
+            yield from _whole_and_halves(parameter, single, index[-1:] if parameter.entry.experts else ())
             if parameter.entry.experts:
                 own = single.replace("experts.experts.", f"experts.experts.{parameter.expert}.")
                 yield from _whole_and_halves(parameter, own, ())
@@ -174,11 +174,11 @@ def _whole_and_halves(
         row += rows
 
 
-def _find(parameter: MegatronParameter, num_layers: int, index: _Index) -> StoredParameter:
+def _find(parameter: MegatronParameter, index: _Index) -> StoredParameter:
     blocks: list[Block] = []
     dtypes: set[str] = set()
-    leading = tuple(size for _, size in leading_axes(parameter, num_layers))
-    for key, where, row, rows in _candidates(parameter, num_layers):
+    leading = tuple(size for _, size in leading_axes(parameter))
+    for key, where, row, rows in _candidates(parameter):
         if key not in index.shapes:
             continue
         index.used.add(key)

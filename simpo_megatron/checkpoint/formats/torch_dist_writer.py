@@ -5,9 +5,10 @@
     common.pt       arguments and content_metadata
     metadata.json   names the format
 
-All layers of a parameter are one tensor with a leading axis; experts are a second one. A chunk, torch's word, is at
-most `CHUNK_BYTES` of consecutive rows. Each block of rows has a power of two of chunks, so that a tensor-parallel rank
-finds its own without reading its neighbours'.
+All layers of a parameter are one tensor with a leading axis; experts are a second one. Where the layers differ, each
+has keys of its own (`TransformerBlock.sharded_state_dict`). A chunk, torch's word, is at most `CHUNK_BYTES` of
+consecutive rows. Each block of rows has a power of two of chunks, so that a tensor-parallel rank finds its own without
+reading its neighbours'.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from simpo_megatron.checkpoint.formats.torch_save_file import Skeleton, skeleton
 from simpo_megatron.checkpoint.parameters import Block, FileSet, MegatronParameter
 from simpo_megatron.checkpoint.transfer.moves import OutFile
 from simpo_megatron.models.dtypes import TORCH
-from simpo_megatron.models.weight_table import WeightEntry
+from simpo_megatron.models.weight_table import SEPARATE_NORMS, WeightEntry
 
 CHUNK_BYTES = 64 * 2**20
 FILE_BYTES = 2 * 2**30
@@ -47,8 +48,6 @@ CONTENT_METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
-# The norm before experts has one name in Transformer Engine's spec and another in the local one; a checkpoint has both.
-NORM_BEFORE_MLP, NORM_BEFORE_EXPERTS = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
 LAYERS = "decoder.layers."
 _LOCAL_EXPERTS, _EXPERTS = "mlp.experts.local_experts.{expert}.", "mlp.experts.experts."
 
@@ -58,9 +57,14 @@ def key_of(entry: WeightEntry) -> str:
     return entry.megatron.replace("{layer}.", "").replace(_LOCAL_EXPERTS, _EXPERTS)
 
 
-def leading_axes(parameter: MegatronParameter, num_layers: int) -> tuple[tuple[int, int], ...]:
+def key_of_layer(key: str, layer: int) -> str:
+    """The key of one layer, from that of all layers; unchanged where it does not belong to a layer."""
+    return key.replace(LAYERS, f"{LAYERS}{layer}.")
+
+
+def leading_axes(parameter: MegatronParameter) -> tuple[tuple[int, int], ...]:
     """Index and size of the axes before the parameter's own: the layer and the expert, where it has them."""
-    layer = ((parameter.layer, num_layers),) if parameter.entry.per_layer else ()
+    layer = () if parameter.stacked is None else ((parameter.layer, parameter.stacked),)
     return layer + (((parameter.expert, parameter.entry.experts),) if parameter.entry.experts else ())
 
 
@@ -105,7 +109,7 @@ def _chunk_rows(parameter: MegatronParameter) -> Iterator[tuple[int, int]]:
 
 def _chunk_shape(parameter: MegatronParameter, rows: int) -> tuple[int, ...]:
     """Of `rows` rows of one layer and one expert."""
-    return (*(1 for _ in leading_axes(parameter, 1)), rows, *parameter.shape[1:])
+    return (*(1 for _ in leading_axes(parameter)), rows, *parameter.shape[1:])
 
 
 @cache
@@ -113,31 +117,22 @@ def _chunk(shape: tuple[int, ...], dtype: str) -> Skeleton:
     return skeleton_of(lambda: torch.empty(shape, dtype=TORCH[dtype]))
 
 
-def _extra_states(parameters: Sequence[MegatronParameter], num_layers: int) -> Iterator[str]:
+def _extra_states(parameters: Sequence[MegatronParameter]) -> Iterator[str]:
     """Keys of the `_extra_state` objects that a model may ask for, in either spec.
 
     Transformer Engine keeps fp8 scales there. In bf16 and fp32 they are empty, and the local spec ignores them. A
     missing one stops a load, a superfluous one does not.
     """
-    modules: dict[str, int] = {}
+    names, seen = {parameter.name for parameter in parameters}, set()
     for parameter in parameters:
-        module = key_of(parameter.entry).rpartition(".")[0]
-        if parameter.entry.tp_dim is not None or "norm" in module:
-            modules.setdefault(module, parameter.entry.experts)
-    if any(modules.values()):
-        modules |= {LAYERS + "pre_mlp_layernorm": 0}
-        modules.pop(LAYERS + "mlp.linear_fc1", None)
-    for module, experts in modules.items():
-        if not module.startswith("decoder."):
-            continue
-        if not module.startswith(LAYERS):
-            yield f"{module}._extra_state/shard_0_1"
-            continue
-        for layer in range(num_layers):
-            if not experts:
-                yield f"{module}._extra_state/shard_{layer}_{num_layers}"
-            for expert in range(experts):
-                yield f"{module}._extra_state/shard_{layer}.{expert}_{num_layers}.{experts}"
+        *_, key = _keys(parameter, names)
+        module = key.rpartition(".")[0]
+        axes = leading_axes(parameter) or ((0, 1),)
+        index, sizes = (".".join(map(str, numbers)) for numbers in zip(*axes, strict=True))
+        state = f"{module}._extra_state/shard_{index}_{sizes}"
+        if module.startswith("decoder.") and (".linear_" in module or "norm" in module) and state not in seen:
+            seen.add(state)
+            yield state
 
 
 def _write_objects(folder: Path) -> int:
@@ -157,7 +152,6 @@ def write_metadata(
     folder: Path,
     parameters: Sequence[MegatronParameter],
     file_sets: Sequence[FileSet],
-    num_layers: int,
     common: dict[str, Any],
 ) -> None:
     """Writes what makes the data files a checkpoint, metadata.json last.
@@ -168,7 +162,6 @@ def write_metadata(
         folder: with the data files.
         parameters: all of them.
         file_sets: from `lay_out_files`.
-        num_layers: of the model.
         common: the content of common.pt but for `CONTENT_METADATA`.
     """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -182,15 +175,14 @@ def write_metadata(
     )
 
     by_name = {parameter.name: parameter for parameter in parameters}
-    experts = any(parameter.entry.experts for parameter in parameters)
     state: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     held = (pair for files in file_sets for pair in files.blocks.items())
     for parameter, block in ((by_name[name], block) for name, blocks in held for block in blocks):
-        leading, inner = leading_axes(parameter, num_layers), parameter.shape[1:]
+        leading, inner = leading_axes(parameter), parameter.shape[1:]
         shape = _chunk_shape(parameter, block.rows)
         chunk = _chunk(shape, parameter.dtype)
-        for key in _keys(parameter, experts):
+        for key in _keys(parameter, by_name.keys()):
             if key not in state:
                 whole = torch.Size((*(size for _, size in leading), *parameter.shape))
                 state[key] = TensorStorageMetadata(TensorProperties(dtype=TORCH[parameter.dtype]), whole, [])
@@ -199,7 +191,7 @@ def write_metadata(
             state[key].chunks.append(ChunkStorageMetadata(offsets, torch.Size(shape)))
             storage[index] = _StorageInfo(block.file, block.offset - chunk.starts[0], chunk.size)
     length = _write_objects(folder)
-    for key in _extra_states(parameters, num_layers):
+    for key in _extra_states(parameters):
         state[key] = BytesStorageMetadata()
         storage[MetadataIndex(key)] = _StorageInfo(OBJECTS, 0, length)
     (folder / "common.pt").write_bytes(_saved(common | {"content_metadata": CONTENT_METADATA}))
@@ -208,9 +200,20 @@ def write_metadata(
     (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
 
 
-def _keys(parameter: MegatronParameter, experts: bool) -> Iterator[str]:
-    """The keys of a parameter. In a model with `experts`, the norm before them has the same bytes under both names."""
+def _keys(parameter: MegatronParameter, names: Set[str]) -> Iterator[str]:
+    """The keys of a parameter.
+
+    A norm that is a module of its own has the same bytes under that name too, which comes last: Transformer Engine's
+    spec asks for one of the names, and Megatron's plain one may ask for the other.
+
+    Args:
+        parameter: which.
+        names: of all parameters.
+    """
     key = key_of(parameter.entry)
-    yield key
-    if experts and key == LAYERS + NORM_BEFORE_MLP:
-        yield LAYERS + NORM_BEFORE_EXPERTS
+    keys = [key]
+    separate = SEPARATE_NORMS.get(key.removeprefix(LAYERS))
+    if separate and parameter.name.replace("layer_norm_weight", "weight") not in names:
+        keys.append(LAYERS + separate)
+    for one in keys:
+        yield key_of_layer(one, parameter.layer) if parameter.stacked is None else one

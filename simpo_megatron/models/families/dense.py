@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import refuse, required
 from simpo_megatron.models.part_layout import QKV, Copy, GateUp
-from simpo_megatron.models.rope import read_rope
 from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, WeightEntry
 
 BLOCK, LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -26,28 +27,17 @@ def query_groups(config: dict[str, Any]) -> int:
     return required(config, key)
 
 
-def refuse_sliding_window(config: dict[str, Any]) -> None:
-    """Refuses Qwen's `use_sliding_window`, which gives a window to some layers only.
-
-    Raises:
-        UserError: it is set.
-    """
-    fix = "set it to false, which is exact for sequences up to the window's length"
-    refuse(config, "use_sliding_window", False, None, fix=fix)
-
-
 def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of TransformerConfig that every dense family has.
 
     Raises:
-        UserError: an activation, rope scaling or attention is not supported, or config.json lacks a value.
+        UserError: an activation or attention is not supported, or config.json lacks a value.
     """
     refuse(config, "hidden_act", "silu", fix="only SwiGLU models (silu) run")
     if other := set(config.get("layer_types") or ()) - {"full_attention"}:
         raise UserError(
             f"config.json lists {', '.join(sorted(other))} in layer_types; only full attention in every layer runs"
         )
-    read_rope(config)  # for its errors; `Family.architecture` keeps the values
     return {
         "num_layers": required(config, "num_hidden_layers"),
         "hidden_size": required(config, "hidden_size"),
@@ -63,6 +53,8 @@ def dense_weights(
     config: dict[str, Any],
     *,
     qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
     qk_norm: bool = False,
     feed_forward: tuple[WeightEntry, ...] | None = None,
 ) -> tuple[WeightEntry, ...]:
@@ -71,6 +63,8 @@ def dense_weights(
     Args:
         config: config.json.
         qkv_bias: whether the query, key and value projections have biases.
+        output_bias: whether the output projection of the attention has a bias.
+        mlp_bias: whether the projections of the SwiGLU have biases.
         qk_norm: whether queries and keys are normalised head by head.
         feed_forward: entries that replace those of the SwiGLU; None for the SwiGLU.
     """
@@ -103,12 +97,17 @@ def dense_weights(
     if qk_norm:
         table.append(norm(f"{BLOCK}self_attention.q_layernorm.weight", f"{LAYER}self_attn.q_norm.weight", head))
         table.append(norm(f"{BLOCK}self_attention.k_layernorm.weight", f"{LAYER}self_attn.k_norm.weight", head))
-    table += [
+    table.append(
         WeightEntry(
             f"{BLOCK}self_attention.linear_proj.weight", (f"{LAYER}self_attn.o_proj.weight",), ((hidden, q),), Copy(), 1
-        ),
+        )
+    )
+    if output_bias:  # added after the sum over the tensor-parallel ranks, so that every rank holds all of it
+        bias = f"{LAYER}self_attn.o_proj.bias"
+        table.append(WeightEntry(f"{BLOCK}self_attention.linear_proj.bias", (bias,), ((hidden,),), Copy(), None))
+    table += [
         norm(f"{BLOCK}mlp.linear_fc1.layer_norm_weight", f"{LAYER}post_attention_layernorm.weight", hidden),
-        *(swiglu(config) if feed_forward is None else feed_forward),
+        *(swiglu(config, mlp_bias) if feed_forward is None else feed_forward),
         norm("decoder.final_layernorm.weight", "model.norm.weight", hidden),
     ]
     if not config.get("tie_word_embeddings", False):
@@ -116,11 +115,31 @@ def dense_weights(
     return tuple(table)
 
 
-def swiglu(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
-    """The entries of a dense feed-forward."""
-    hidden, ffn = required(config, "hidden_size"), required(config, "intermediate_size")
-    gate, up, down = (f"{LAYER}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
-    return (
-        WeightEntry(f"{BLOCK}mlp.linear_fc1.weight", (gate, up), ((ffn, hidden), (ffn, hidden)), GateUp(), 0),
-        WeightEntry(f"{BLOCK}mlp.linear_fc2.weight", (down,), ((hidden, ffn),), Copy(), 1),
+def fused(table: tuple[WeightEntry, ...], tensors: Mapping[str, str]) -> tuple[WeightEntry, ...]:
+    """The table of a checkpoint that keeps all parts of a parameter in one tensor, one behind the other.
+
+    Args:
+        table: with a tensor for each part.
+        tensors: the name of the tensor of a layer by that of the parameter, both without the layer.
+    """
+    names = {BLOCK + megatron: LAYER + hf for megatron, hf in tensors.items()}
+    return tuple(
+        replace(entry, hf=(names[entry.megatron],) * len(entry.hf)) if entry.megatron in names else entry
+        for entry in table
     )
+
+
+def swiglu(config: dict[str, Any], bias: bool = False) -> tuple[WeightEntry, ...]:
+    """The entries of a dense feed-forward, with those of its biases where it has them."""
+    hidden, ffn = required(config, "hidden_size"), required(config, "intermediate_size")
+    gate, up, down = (f"{LAYER}mlp.{part}_proj." for part in ("gate", "up", "down"))
+    fc1, fc2 = f"{BLOCK}mlp.linear_fc1.", f"{BLOCK}mlp.linear_fc2."
+    weights = (
+        WeightEntry(f"{fc1}weight", (f"{gate}weight", f"{up}weight"), ((ffn, hidden), (ffn, hidden)), GateUp(), 0),
+        WeightEntry(f"{fc2}weight", (f"{down}weight",), ((hidden, ffn),), Copy(), 1),
+    )
+    biases = (
+        WeightEntry(f"{fc1}bias", (f"{gate}bias", f"{up}bias"), ((ffn,), (ffn,)), GateUp(), 0),
+        WeightEntry(f"{fc2}bias", (f"{down}bias",), ((hidden,),), Copy(), None),
+    )
+    return weights + biases if bias else weights

@@ -1,26 +1,25 @@
-"""Llama 2, 3, 3.1, 3.2, and other models with the same architecture."""
+"""Llama 2, 3, 3.1, 3.2, and other models with the same architecture, with and without biases."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from simpo_megatron.models.architecture import Family, refuse
-from simpo_megatron.models.families.dense import dense_kwargs, dense_weights
+from simpo_megatron.models.architecture import Family
+from simpo_megatron.models.families.biases import bias_additions, bias_config, bias_kwargs, biased_weights
+from simpo_megatron.models.families.dense import dense_kwargs
 from simpo_megatron.models.megatron_args import default_config
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    # Megatron has one switch for the biases of o_proj and of the feed-forward. It cannot build a model with only one.
-    for key in ("attention_bias", "mlp_bias"):
-        refuse(config, key, False, None, fix="only Llama models without biases run")
-    return dense_kwargs(config)
+    return {**dense_kwargs(config), **bias_kwargs(config)}
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    if any(args.get(name) for name in ("num_experts", "qk_layernorm", "add_qkv_bias", "window_size")):
+    biases = bias_config(args)
+    if biases is None or any(args.get(name) for name in ("num_experts", "qk_layernorm", "window_size")):
         return None
-    return default_config(args, "llama", "Llama")
+    return default_config({**args, "add_bias_linear": False}, "llama", "Llama") | biases
 
 
-LLAMA = Family("Llama", ("llama",), _transformer_kwargs, dense_weights, _config)
+LLAMA = Family("Llama", ("llama",), _transformer_kwargs, biased_weights, _config, additions=bias_additions)

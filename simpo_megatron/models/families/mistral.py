@@ -24,7 +24,8 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not args.get("window_size") or any(args.get(name) for name in ("num_experts", "qk_layernorm", "add_qkv_bias")):
+    others = ("num_experts", "qk_layernorm", "add_qkv_bias", "window_attn_skip_freq")
+    if not args.get("window_size") or any(args.get(name) for name in others):
         return None  # without a window the arguments are those of a Llama
     return default_config(args, "mistral", "Mistral") | sliding_window(args)
 

@@ -34,7 +34,7 @@ def _weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not args.get("num_experts") or args.get("qk_layernorm"):
+    if not args.get("num_experts") or any(args.get(name) for name in ("qk_layernorm", "window_attn_skip_freq")):
         return None
     experts = expert_config(args, number="num_local_experts", width="intermediate_size")
     return default_config(args, "mixtral", "Mixtral") | sliding_window(args) | experts

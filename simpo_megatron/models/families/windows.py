@@ -1,0 +1,79 @@
+"""Sliding windows of all layers or of some: from config.json to Megatron's arguments, and back.
+
+Hugging Face counts the token itself as part of the window, Megatron only the tokens on its left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.architecture import required
+from simpo_megatron.models.megatron_args import need, windowed_layers
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def window_kwargs(window: int | None, layer_types: Sequence[str]) -> dict[str, Any]:
+    """The arguments of TransformerConfig for a window in the layers of the type `SLIDING`, empty without one.
+
+    Raises:
+        UserError: a layer has another type, or needs a window and there is none.
+    """
+    if other := set(layer_types) - {FULL, SLIDING}:
+        raise UserError(
+            f"config.json lists {', '.join(sorted(map(str, other)))} in layer_types; only {FULL} and {SLIDING} run"
+        )
+    if SLIDING not in layer_types:
+        return {}
+    if type(window) is not int or window < 1:
+        raise UserError(
+            f"config.json lists {SLIDING} in layer_types, but turns the window off, or sets sliding_window to "
+            f"{window!r}; copy both from the original model"
+        )
+    size: dict[str, Any] = {"window_size": (window - 1, 0)}
+    if FULL in layer_types:
+        size["window_attn_skip_freq"] = [int(layer_type == SLIDING) for layer_type in layer_types]
+    return size
+
+
+def listed_layer_types(config: dict[str, Any], default: Sequence[str]) -> Sequence[str]:
+    """`layer_types` of config.json, or the default where it has none.
+
+    Raises:
+        UserError: it does not name a type for every layer.
+    """
+    listed = config.get("layer_types") or default
+    if len(listed) != required(config, "num_hidden_layers"):
+        raise UserError(
+            f"config.json has {len(listed)} layer_types for {config['num_hidden_layers']} layers; copy it again"
+        )
+    return listed
+
+
+def qwen_windows(config: dict[str, Any]) -> dict[str, Any]:
+    """The window of Qwen2 and Qwen3: in the layers that `layer_types` names, else from `max_window_layers` on.
+
+    Raises:
+        UserError: as `window_kwargs` and `listed_layer_types`.
+    """
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    first = config.get("max_window_layers", 28) if window is not None else required(config, "num_hidden_layers")
+    default = [SLIDING if layer >= first else FULL for layer in range(required(config, "num_hidden_layers"))]
+    return window_kwargs(window, listed_layer_types(config, default))
+
+
+def qwen_window_config(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json of Qwen2 and Qwen3 says of the window that Megatron-LM's arguments describe."""
+    found = listed_windows(args)
+    return {"use_sliding_window": True, **found} if found else {}
+
+
+def listed_windows(args: Mapping[str, Any]) -> dict[str, Any]:
+    """`sliding_window` and `layer_types` of config.json from Megatron-LM's arguments, empty without a window."""
+    if not args.get("window_size"):
+        return {}
+    with_window = windowed_layers(args.get("window_attn_skip_freq"), need(args, "num_layers"))
+    types = [SLIDING if has else FULL for has in with_window]
+    return {"sliding_window": args["window_size"][0] + 1, "layer_types": types}
