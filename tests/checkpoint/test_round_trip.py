@@ -64,7 +64,7 @@ def test_torch_dist_and_back(name: str, tmp_path: Path) -> None:
         assert (back / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain"])
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2_tied", "olmo3", "mixtral", "qwen3_moe_plain"])
 @pytest.mark.parametrize("layout", RANK_FILES)
 def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
     tiny.make(name, tmp_path / "hf", torch.bfloat16)
@@ -79,7 +79,7 @@ def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, {**TP2, **PP2}) for name in ("llama_tied", "llama3", "mistral", "qwen2", "qwen3")),
+        *((name, {**TP2, **PP2}) for name in ("llama_tied", "llama3", "qwen3_windows", "qwen2", "olmo3")),
         *(("qwen3_tied", layout) for layout in ({}, TP2, PP4_VPP2)),
         *((name, layout) for name in ("mixtral", "qwen3_moe") for layout in (SP, EP2, {**EP2, **PP2})),
     ],
@@ -115,7 +115,7 @@ def test_megatron_loads_rank_files_strictly(
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize(("name", "layout"), [("qwen3", {**TP2, **PP2}), ("qwen3_moe", EP2)], ids=str)
+@pytest.mark.parametrize(("name", "layout"), [("olmo3", {**TP2, **PP2}), ("qwen3_moe", EP2)], ids=str)
 def test_megatrons_own_checkpoint_to_hf(name: str, layout: dict, per_layer: bool, pool: Any, tmp_path: Path) -> None:
     tiny.make(name, tmp_path / "hf")
     (tmp_path / "megatron").mkdir()
