@@ -62,6 +62,17 @@ def moe_without_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+def latent_attention_without_transformer_engine() -> None:
+    """Lets Megatron's multi-latent attention run without Transformer Engine.
+
+    `multi_latent_attention.py` of 0.16 takes it for installed where Megatron's wrapper of it can be imported, which it
+    always can, and then asks whether layers are of classes that are none.
+    """
+    attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    if not have_transformer_engine():
+        attention.HAVE_TE = False
+
+
 def norms_recomputed_without_transformer_engine() -> None:
     """Lets Megatron recompute norms without Transformer Engine.
 
@@ -200,6 +211,20 @@ def check_balancing_loss() -> None:
         raise UserError(
             f"--moe-aux-loss-coeff: the router of megatron-core {info.__version__} would balance padding too; install "
             "megatron-core 0.16 or newer, or set it to 0"
+        )
+
+
+def check_cut_query_groups() -> None:
+    """Refuses tensor parallelism beyond the number of key and value heads where Megatron has no attention for it.
+
+    Raises:
+        UserError: megatron-core is 0.15, in which every rank needs a key head of its own.
+    """
+    info = importlib.import_module("megatron.core.package_info")
+    if (info.MAJOR, info.MINOR) < (0, 16):
+        raise UserError(
+            "--tensor-model-parallel-size exceeds the number of key and value heads, and megatron-core "
+            f"{info.__version__} gives every rank one of its own; install 0.16 or newer, or use fewer ranks"
         )
 
 

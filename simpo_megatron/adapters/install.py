@@ -23,9 +23,10 @@ from torch import Tensor
 
 from simpo_megatron.adapters.layer import LinearAdapter
 from simpo_megatron.adapters.lora import Lora, adapted_table, projections
+from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import mark_parameters
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.part_layout import rank_slice
+from simpo_megatron.models.part_layout import rank_slice, same_shares
 from simpo_megatron.models.placement import PlacedParameter, place_parameters, unwrap
 from simpo_megatron.models.weight_table import WeightEntry
 
@@ -96,6 +97,12 @@ def install(models: Sequence[GPTModel], hf: HFCheckpoint, lora: Lora, seed: int)
     for model in models:
         model.requires_grad_(False)
         for linear, place in _targeted(model, base.values(), lora, tied):
+            entry, ranks = place.entry, place.group.size()
+            if entry.tp_dim == 0 and not same_shares(entry.part_layout, entry.rows, ranks):
+                raise UserError(
+                    f"--tensor-model-parallel-size {ranks} cuts a query group, whose parts cannot have adapters then; "
+                    f"use at most {hf.architecture.transformer['num_query_groups']}, the number of key and value heads"
+                )
             experts = getattr(linear, "num_gemms", None)
             LinearAdapter(
                 place.entry,

@@ -84,12 +84,24 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
     narrow = architecture.transformer["hidden_size"]
     if lora.rank > narrow:
         raise UserError(f"--lora-rank {lora.rank} exceeds the hidden size {narrow} of the model; lower it")
+    for entry in architecture.weights:
+        if entry.fused and set(projections(entry)) & set(lora.targets):
+            raise UserError(
+                f"--lora-rank: {architecture.family.name} keeps {' and '.join(projections(entry))} in one tensor, for "
+                "which PEFT has one adapter, and this package has one for each; train the whole model, or give "
+                f"--lora-targets {' '.join(_adaptable(architecture))}"
+            )
     of_experts = [target for target in EXPERT_TARGETS if target in lora.targets]
     if architecture.num_experts is not None and 0 < len(of_experts) < len(EXPERT_TARGETS):
         raise UserError(
             f"--lora-targets has {' and '.join(of_experts)} alone: the model has experts, and PEFT would drop an "
             f"adapter with a part of {', '.join(EXPERT_TARGETS)}; give all three, or none"
         )
+
+
+def _adaptable(architecture: Architecture) -> list[str]:
+    """The projections that have a tensor of their own."""
+    return [name for entry in architecture.weights if not entry.fused for name in projections(entry)]
 
 
 def factor_entries(entry: WeightEntry, lora: Lora) -> Iterator[WeightEntry]:

@@ -78,7 +78,7 @@ def plan_to_peft(hf: HFCheckpoint, lora: Lora, saved: StoredModel, save: Path, o
     header, starts = safetensors_header(tensors)
     size, moves, lines = piece_bytes(options.max_memory, options.workers), [], []
     for stored, (name, tensor), start in zip(saved.parameters, tensors.items(), starts, strict=True):
-        moves.append(plan_from_blocks(stored, 0, size, (WEIGHTS, start, tensor.dtype)))
+        moves.append(plan_from_blocks(stored, (0,), size, (WEIGHTS, start, tensor.dtype)))
         lines.append(PlanLine(stored.parameter.name, f"{name} in {WEIGHTS}", tensor_bytes(tensor), tensor.dtype))
     end = len(header) + sum(map(tensor_bytes, tensors.values()))
     unit = Unit(WEIGHTS, (OutFile(WEIGHTS, end, ((0, header),)),), tuple(moves))

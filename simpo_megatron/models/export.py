@@ -8,10 +8,12 @@ to the target, which is renamed to the target only when every file is complete a
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +29,7 @@ from torch import Tensor
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write, check_empty, follow_umask, record_files, sync
+from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     MAX_FILE_BYTES,
@@ -36,6 +39,7 @@ from simpo_megatron.models.hf_checkpoint import (
     index_text,
     split_files,
 )
+from simpo_megatron.models.part_layout import join_ranks
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
 from simpo_megatron.models.weight_table import OUTPUT, WeightEntry
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
@@ -97,7 +101,7 @@ def export_hf(
     placed = [place for place in placed if place.entry.megatron in weights]
     # The last stage's copy of a tied embedding is exported by the first stage.
     placed = [place for place in placed if not (tied and place.name == OUTPUT)]
-    placed = [place for place in placed if first_replica(place)]
+    placed = [_in_source_dtype(place, hf) for place in placed if first_replica(place)]
     # Experts and other parameters are gathered over different groups. A rank may write those of one kind only.
     halves = [[place for place in placed if bool(place.entry.experts) == experts] for experts in (False, True)]
     written = [assign_files(half, max_file_bytes) if half and half[0].group.rank() == 0 else [] for half in halves]
@@ -126,12 +130,19 @@ def export_hf(
         raise
 
 
+def _in_source_dtype(place: PlacedParameter, hf: HFCheckpoint) -> PlacedParameter:
+    """A buffer, which training leaves, as the checkpoint has it: Megatron keeps it in fp32."""
+    if isinstance(place.parameter, torch.nn.Parameter) or place.hf[0] not in hf.tensors:
+        return place
+    return replace(place, parameter=place.parameter.to(TORCH[hf.tensors[place.hf[0]].dtype]))
+
+
 def assign_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File]:
     """Assigns the tensors of these parameters, in their order, to files of at most `max_bytes`."""
     tensors = [
-        (name, torch.Size(shape).numel() * place.parameter.element_size())
+        (place.hf[parts[0]], math.prod(place.entry.shape_of(parts)) * place.parameter.element_size())
         for place in placed
-        for name, shape in zip(place.hf, place.entry.shapes, strict=True)
+        for parts in place.entry.tensors
     ]
     files = split_files([size for _, size in tensors], max_bytes)
     return [dict(tensors[position] for position in file) for file in files]
@@ -170,12 +181,13 @@ def gathered(
             shards = [shard.view(parameter.dtype) for shard in whole or []]
         if rank != 0:
             continue
-        parts = [entry.part_layout.split(shard.cpu(), entry.rows, ranks) for shard in shards]
-        for name, shape, *slices in zip(place.hf, entry.shapes, *parts, strict=True):
-            tensor = slices[0] if entry.tp_dim is None else torch.cat(slices, dim=entry.tp_dim)
-            if entry.is_vocabulary:
-                tensor = tensor[: shape[0]]
-            yield name, tensor.contiguous()
+        whole = join_ranks(entry.part_layout, entry.rows, [shard.cpu() for shard in shards], entry.tp_dim)
+        if entry.is_vocabulary:
+            whole = whole[: entry.rows[0]]
+        parts = entry.part_layout.split(whole, entry.rows)
+        for held in entry.tensors:
+            tensor = parts[held[0]] if len(held) == 1 else torch.cat([parts[part] for part in held])
+            yield place.hf[held[0]], tensor.contiguous()
 
 
 def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], paths: Sequence[Path]) -> str | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from simpo_megatron.models.part_layout import Run, rank_runs, rank_slice
 from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, WeightEntry, canonical_name
 
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
@@ -22,14 +24,14 @@ class PlacedParameter:
 
     Attributes:
         name: in the model.
-        parameter: the parameter itself.
+        parameter: the parameter itself; a buffer where no run trains it.
         entry: its entry of the weight table.
         layer: its global layer index; None outside the layers.
         expert: its global expert index; None where it does not belong to an expert.
     """
 
     name: str
-    parameter: torch.nn.Parameter
+    parameter: torch.nn.Parameter | torch.Tensor
     entry: WeightEntry
     layer: int | None
     expert: int | None
@@ -38,6 +40,23 @@ class PlacedParameter:
     def hf(self) -> tuple[str, ...]:
         """The names of its parts in the checkpoint."""
         return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.entry.hf)
+
+    @property
+    def columns(self) -> slice:
+        """What this rank holds of the second dimension, where tensor parallelism splits that one."""
+        size, ranks = self.entry.shapes[0][1], self.group.size()
+        return rank_slice(size, size, self.group.rank(), ranks) if self.entry.tp_dim == 1 else slice(None)
+
+    def runs(self) -> Iterator[Run]:
+        """This rank's parameter as runs of rows of whole parts. Those that pad the vocabulary are left out."""
+        entry, rank, ranks = self.entry, self.group.rank(), self.group.size()
+        if entry.is_vocabulary:
+            held = rank_slice(entry.rows[0], self.parameter.shape[0] * ranks, rank, ranks)
+            yield Run(0, 0, held.start, held.stop)
+        elif entry.tp_dim == 0:
+            yield from rank_runs(entry.part_layout, entry.rows, rank, ranks)
+        else:
+            yield from entry.part_layout.runs(entry.rows)
 
     @property
     def group(self) -> Any:
@@ -71,7 +90,7 @@ def place_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, ti
         for layer in filter(entry.in_layer, layers)
         for expert in (_local_experts(entry) if entry.experts else (None,))
     }
-    for name, parameter in gpt.named_parameters():
+    for name, parameter in chain(gpt.named_parameters(), gpt.named_buffers()):
         key, layer, expert = canonical_name(name), None, None
         if key.startswith("decoder.layers."):
             _, _, index, tail = key.split(".", 3)
@@ -81,6 +100,8 @@ def place_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, ti
             expert = _local_experts(entries[key])[int(found[1])] if key in entries else None
         missing.discard((key, layer, expert))
         if key not in entries:
+            if not isinstance(parameter, torch.nn.Parameter):
+                continue  # a table of angles, a counter
             raise ValueError(f"the weight table has no entry for the parameter {name}")
         place = PlacedParameter(name, parameter, entries[key], layer, expert)
         _check_shape(place)

@@ -30,7 +30,7 @@ class WindowRopeAttention(SelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         *args: Any,
         rotary_pos_emb: Any = None,
         **kwargs: Any,

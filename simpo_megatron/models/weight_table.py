@@ -20,7 +20,8 @@ class WeightEntry:
     Attributes:
         megatron: the canonical name, which is that of Megatron's Transformer Engine spec and of `torch_dist` keys;
             `{layer}` stands for the global layer index, `{expert}` for the global expert index.
-        hf: the names of its parts, with the same `{layer}` and `{expert}`.
+        hf: the tensor of each of its parts, with the same `{layer}` and `{expert}`. A name that stands several times is
+            a tensor that holds these parts one behind the other.
         shapes: the shape of each whole part, in the order of `hf`.
         part_layout: how the parts form the parameter.
         tp_dim: the dimension that tensor parallelism splits, of the parameter and of every part; None where every rank
@@ -44,6 +45,31 @@ class WeightEntry:
     def rows(self) -> tuple[int, ...]:
         """Rows of each whole part."""
         return tuple(shape[0] for shape in self.shapes)
+
+    @property
+    def tensors(self) -> tuple[tuple[int, ...], ...]:
+        """The indices of the parts that each tensor holds, tensors and parts in order.
+
+        >>> from simpo_megatron.models.part_layout import GateUp
+        >>> WeightEntry("fc1", ("gate_up", "gate_up"), ((6, 4), (6, 4)), GateUp(), 0).tensors
+        ((0, 1),)
+        """
+        return tuple(
+            tuple(part for part, other in enumerate(self.hf) if other == name) for name in dict.fromkeys(self.hf)
+        )
+
+    @property
+    def fused(self) -> bool:
+        """Whether a tensor holds several of its parts."""
+        return len(self.tensors) < len(self.hf)
+
+    def shape_of(self, tensor: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one of `tensors`."""
+        return (sum(self.rows[part] for part in tensor), *self.shapes[tensor[0]][1:])
+
+    def first_row(self, part: int) -> int:
+        """Where a part starts in its tensor."""
+        return sum(self.rows[other] for other in range(part) if self.hf[other] == self.hf[part])
 
     @property
     def per_layer(self) -> bool:
@@ -75,13 +101,14 @@ SEPARATE_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-# Names in Megatron's local spec that differ from the canonical ones: there, all norms are modules of their own. Those
-# after attention and feed-forward are this package's (`spec.PostNormAdd`); their canonical names are Megatron-Bridge's.
-_LOCAL_TO_CANONICAL = {
-    **{local: canonical for canonical, local in SEPARATE_NORMS.items()},
-    "self_attn_bda.norm.weight": "self_attention.linear_proj.post_layernorm.weight",
-    "mlp_bda.norm.weight": "mlp.linear_fc2.post_layernorm.weight",
+# The norms after attention and feed-forward are this package's (`spec.PostNormAdd`), in both specs. Their canonical
+# names are Megatron-Bridge's.
+POST_NORMS = {
+    "self_attention.linear_proj.post_layernorm.weight": "self_attn_bda.norm.weight",
+    "mlp.linear_fc2.post_layernorm.weight": "mlp_bda.norm.weight",
 }
+# Names in Megatron's local spec that differ from the canonical ones: there, all norms are modules of their own.
+_LOCAL_TO_CANONICAL = {local: canonical for canonical, local in {**SEPARATE_NORMS, **POST_NORMS}.items()}
 _GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|adapter\.\w+_[ab])(\d+)$")
 
 

@@ -122,13 +122,15 @@ def layer_bytes(
     capped, post_norms = additions.attention_softcap is not None, 2 * additions.post_norms
     tensor = layout["tensor_model_parallel_size"]
     sequence = tensor if layout["sequence_parallel"] else 1
-    width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
-    q, k = heads * width, model["num_query_groups"] * width // tensor
+    width, groups, heads = model["kv_channels"], model["num_query_groups"], model["num_attention_heads"] // tensor
+    q, k = heads * width, max(groups // tensor, 1) * width
+    # With fewer query groups than ranks, every rank gathers the whole projection and keeps it.
+    projection = q + 2 * k if groups >= tensor else (model["num_attention_heads"] + 2 * groups) * width
     # Of a norm behind attention or feed-forward its input is kept; torch also keeps the normalised input.
     before = _norms(dense, fused, recomputed) if additions.pre_norms else 2  # what the projections read
     norms = before + post_norms * (1 if fused else 2)
     kept = norms * model["hidden_size"] / sequence
-    kept += (q + 2 * k) + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
+    kept += projection + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     kept += 4 * width  # cosine and sine for queries and for keys
     kept += q  # attention's output, which the next projection reads
     scored_again = capped or "core_attn" in recomputed
@@ -244,12 +246,19 @@ def estimate(
         table: the weight table; None for that of the architecture.
     """
     parameters = stage_parameters(architecture, layout, work.divisible_by, table)
-    stages = (_stage_memory(architecture, layout, work, stage, held) for stage, held in enumerate(parameters))
+    # Adapters leave the vocabulary frozen.
+    trained = any(entry.is_vocabulary and entry.trained for entry in (table or architecture.weights))
+    stages = (_stage_memory(architecture, layout, work, stage, held, trained) for stage, held in enumerate(parameters))
     return max(stages, key=lambda memory: memory.total)
 
 
 def _stage_memory(
-    architecture: Architecture, layout: Mapping[str, Any], work: Workload, stage: int, held: Parameters
+    architecture: Architecture,
+    layout: Mapping[str, Any],
+    work: Workload,
+    stage: int,
+    held: Parameters,
+    vocabulary_trained: bool,
 ) -> Memory:
     hidden_size, element = architecture.transformer["hidden_size"], work.element
     tensor, stages = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
@@ -264,7 +273,7 @@ def _stage_memory(
     # The gradient of the largest weight takes memory of its own until it is added to the fp32 gradient. For the output
     # layer it is a placeholder of the same size, because the head adds to the fp32 gradient itself.
     rows = padded_vocab_size(architecture.vocab_size, tensor, work.divisible_by) // tensor
-    vocabulary = rows * hidden_size * element if held.trained == held.total else 0  # adapters leave it frozen
+    vocabulary = rows * hidden_size * element if vocabulary_trained else 0
     if stage == 0:
         activations += vocabulary
     head = 0.0
