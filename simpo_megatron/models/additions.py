@@ -27,6 +27,8 @@ class Additions:
         attention_output_bias: whether the output projection of the attention has a bias. With those of the feed-forward
             too it is Megatron's `add_bias_linear`.
         mlp_bias: whether the projections of the feed-forward have biases, and the attention none.
+        pre_norms: whether the inputs of attention and feed-forward are normalised.
+        qk_norm_over_heads: whether queries, and keys, are normalised over all heads of a token together.
     """
 
     activation: str = "silu"
@@ -37,6 +39,8 @@ class Additions:
     window_rope_theta: float | None = None
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    pre_norms: bool = True
+    qk_norm_over_heads: bool = False
 
     @property
     def beyond_transformer_engine(self) -> str | None:

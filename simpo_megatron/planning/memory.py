@@ -125,7 +125,8 @@ def layer_bytes(
     width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
     q, k = heads * width, model["num_query_groups"] * width // tensor
     # Of a norm behind attention or feed-forward its input is kept; torch also keeps the normalised input.
-    norms = _norms(dense, fused, recomputed) + post_norms * (1 if fused else 2)
+    before = _norms(dense, fused, recomputed) if additions.pre_norms else 2  # what the projections read
+    norms = before + post_norms * (1 if fused else 2)
     kept = norms * model["hidden_size"] / sequence
     kept += (q + 2 * k) + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     kept += 4 * width  # cosine and sine for queries and for keys
@@ -135,8 +136,11 @@ def layer_bytes(
         kept += q  # torch attends one sequence at a time and keeps the pieces
     if model.get("qk_layernorm"):
         kept += q + k if fused else 2 * q + k
+    if additions.qk_norm_over_heads:
+        kept += q + k
     # fp32: of the norms, of the softmax
-    statistics = 4 * (2 + post_norms) / sequence + (0 if scored_again else 4 * heads)
+    statistics = 4 * (2 * additions.pre_norms + post_norms) / sequence + (0 if scored_again else 4 * heads)
+    statistics += 4 * 2 * additions.qk_norm_over_heads
     if dense:
         inner = 3 if fused and additions.activation == "silu" else 5
         kept += 0 if "mlp" in recomputed else inner * model["ffn_hidden_size"] / tensor

@@ -39,7 +39,7 @@ RANK_FILES = {
     },
     "local": {"transformer_impl": "local"},
 }
-MOE = [name for name in tiny.MODELS if "mo" in name or "mixtral" in name]
+MOE = [name for name in tiny.MODELS if name in tiny.WITH_EXPERTS]
 
 
 def world(layout: dict[str, Any]) -> int:
@@ -64,7 +64,7 @@ def test_torch_dist_and_back(name: str, tmp_path: Path) -> None:
         assert (back / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain"])
+@pytest.mark.parametrize("name", ["llama_biases", "gemma2", "olmo3", "mixtral", "qwen3_moe_plain"])
 @pytest.mark.parametrize("layout", RANK_FILES)
 def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
     tiny.make(name, tmp_path / "hf", torch.bfloat16)
@@ -79,7 +79,7 @@ def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, {**TP2, **PP2}) for name in ("gemma2", "llama3", "mistral", "qwen2", "gemma3")),
+        *((name, {**TP2, **PP2}) for name in ("gemma2", "llama3", "qwen3_windows", "qwen2", "olmo3")),
         *(("qwen3_tied", layout) for layout in ({}, TP2, PP4_VPP2)),
         *((name, layout) for name in ("mixtral", "qwen3_moe") for layout in (SP, EP2, {**EP2, **PP2})),
     ],

@@ -25,7 +25,7 @@ EP2 = {"expert_model_parallel_size": 2}
 WHOLE = {"expert_tensor_parallel_size": 1}
 # So many tokens that what does not grow with them is small. The tolerance is 2 %.
 TOKENS = 256
-NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2")
+NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "olmo2", "llama_biases")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,9 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
         ("llama", 1, BLOCK),
         ("qwen3", 2, SP2),
         ("gemma2", 2, SP2),
+        ("olmo2", 1, {}),
+        ("olmo2", 2, SP2),
+        ("llama_biases", 2, SP2),
         ("gemma2", 1, {**MODULES, "recompute_modules": ("core_attn", "layernorm", "mlp")}),
         ("mixtral", 1, {}),
         ("qwen3_moe", 2, {**SP2}),

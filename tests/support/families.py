@@ -54,6 +54,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_mlp_bias": ("Llama", {"mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 8, "head_dim": 16}),
     "mistral_whole": ("Mistral", {"sliding_window": None}),
+    "olmo2": ("Olmo2", {"head_dim": 16, "tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", {"sliding_window": 8, "rope_scaling": YARN, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2_windows": ("Qwen2", {**WINDOWS, "max_window_layers": 2}),

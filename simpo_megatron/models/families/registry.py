@@ -19,11 +19,13 @@ from simpo_megatron.models.families.gemma3 import GEMMA3
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
+from simpo_megatron.models.families.olmo2 import OLMO2
+from simpo_megatron.models.families.olmo3 import OLMO3
 from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3)
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2, OLMO3)
 
 
 def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
