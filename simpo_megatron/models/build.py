@@ -68,6 +68,7 @@ def transformer_config(
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
     _check_additions(transformer_engine, hf.architecture.additions)
+    _check_heads(hf.architecture, parallel.get("tensor_model_parallel_size", 1))
     _check_recomputed(transformer_engine, experts, parallel.get("recompute_modules") or ())
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = {
@@ -133,6 +134,20 @@ def _check_additions(transformer_engine: bool, additions: Additions) -> None:
         raise UserError(
             f"this model has {what}, which Transformer Engine {get_te_version()} cannot compute: no release up to 2.20 "
             "has DotProductAttention(softcap=...), which is on its main branch; use --transformer-impl local"
+        )
+
+
+def _check_heads(architecture: Architecture, ranks: int) -> None:
+    """Refuses tensor-parallel ranks that would share a key head whose norm spans all heads: its sum would count twice.
+
+    Raises:
+        UserError: it names the flag.
+    """
+    heads = architecture.transformer["num_query_groups"]
+    if architecture.additions.qk_norm_over_heads and heads % ranks:
+        raise UserError(
+            f"--tensor-model-parallel-size {ranks} does not divide the {heads} key heads of this model, whose norm "
+            "spans all of them; use a smaller size"
         )
 
 
