@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
 from simpo_megatron.errors import UserError, one_line
@@ -28,6 +28,7 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
 from simpo_megatron.models.rotary import set_rotary
+from simpo_megatron.models.routing import rank_groups
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.limits import check_layout
@@ -94,6 +95,9 @@ def transformer_config(
     # What was sent to the next stage is not read again. But gloo reads it after an overlapped send has returned.
     fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
     try:
+        if model.get("multi_latent_attention"):
+            # Megatron's own YaRN is not used: the frequencies are replaced (`_set_rotary`).
+            return MLATransformerConfig(**{**fields, **model, "rope_type": "rope", **parallel})
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
         raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error
@@ -101,8 +105,9 @@ def transformer_config(
 
 def _turns_halves(architecture: Architecture) -> bool:
     """Whether the rotary embedding turns the halves of a head, and no more."""
-    _, factor = inverse_frequencies(architecture.rope, architecture.transformer["kv_channels"])
-    return factor == 1.0 and not architecture.transformer.get("rotary_interleaved")
+    _, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
+    model = architecture.transformer
+    return factor == 1.0 and not model.get("rotary_interleaved") and not model.get("multi_latent_attention")
 
 
 @cache
@@ -232,7 +237,9 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        set_rotary(model, hf.architecture.rope, additions.window_rope_theta)
+        set_rotary(model, hf.architecture)
+        if additions.group_best is not None:
+            rank_groups(model, additions.group_best)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         if additions.logit_softcap is not None and model.post_process:

@@ -90,13 +90,15 @@ SELECTIVE = {"recompute_granularity": "selective"}
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain")),
+        *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3", "qwen3_moe")),
         *((name, layout) for name in ("mistral", "qwen3") for layout in (FULL, SELECTIVE)),
         *((name, SP) for name in ("llama_attention_bias", "llama_mlp_bias")),
         *((name, {**SP, **PP2}) for name in ("llama_biases", "qwen3_windows", "olmo3")),
         ("olmo2", TP2),
         ("olmo3", FULL),
         *((name, layout) for name in ("qwen2", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
+        ("deepseek_v2", SP),
+        ("deepseek_v3", {**SP, **VPP2}),
     ],
     ids=str,
 )
@@ -110,4 +112,4 @@ def test_gradients_equal_transformers(name: str, layout: dict[str, Any], pool: A
     assert found.keys() == expected.keys()
     for parameter in expected:
         # Megatron's schedule divides the loss by the number of microbatches, which are all the same here.
-        assert error(found[parameter], expected[parameter]) < 1e-5, parameter
+        assert error(found[parameter], expected[parameter]) < 2e-5, parameter

@@ -161,7 +161,12 @@ def command_line(model: Path, layout: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name, layout", [("olmo3", {"tensor_model_parallel_size": 2}), ("mixtral", {"expert_model_parallel_size": 2})]
+    "name, layout",
+    [
+        ("olmo3", {"tensor_model_parallel_size": 2}),
+        ("deepseek_v3", {"expert_model_parallel_size": 2}),
+        ("deepseek_v2", {"context_parallel_size": 2}),
+    ],
 )
 def test_a_config_alone_is_verified_with_random_weights(
     pool: WorkerPool, tmp_path: Path, name: str, layout: dict[str, Any]
