@@ -49,7 +49,7 @@ def _weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
     if args.get("hf_model_type") != "phi3":
         return None  # the arguments are those of a Llama or Mistral, which compute the same
-    config = default_config(args, "phi3", "Phi3") | {"sliding_window": None} | sliding_window(args)
+    config: dict[str, Any] = default_config(args, "phi3", "Phi3") | {"sliding_window": None} | sliding_window(args)
     context = config.get("rope_scaling", {}).get(_CONTEXT)
     return config | ({} if context is None else {_CONTEXT: context})
 
