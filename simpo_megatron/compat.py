@@ -62,6 +62,17 @@ def moe_without_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+def latent_attention_without_transformer_engine() -> None:
+    """Lets Megatron's multi-latent attention run without Transformer Engine.
+
+    `multi_latent_attention.py` of 0.16 takes it for installed where Megatron's wrapper of it can be imported, which it
+    always can, and then asks whether layers are of classes that are none.
+    """
+    attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    if not have_transformer_engine():
+        attention.HAVE_TE = False
+
+
 def norms_recomputed_without_transformer_engine() -> None:
     """Lets Megatron recompute norms without Transformer Engine.
 

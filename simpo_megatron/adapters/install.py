@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from simpo_megatron.adapters.dropout import Stream, start_streams
 from simpo_megatron.adapters.layer import LinearAdapter
 from simpo_megatron.adapters.lora import Lora, adapted_table, projections
 from simpo_megatron.errors import UserError
@@ -38,11 +39,13 @@ class AdaptedModel(GPTModel):
         lora: the adapter.
         table: the weight table, with the entries of the factors.
         tied: whether the output layer is the embedding.
+        streams: of the random numbers of dropout, of this rank; none without dropout.
     """
 
     lora: Lora
     table: Sequence[WeightEntry]
     tied: bool
+    streams: set[Stream]
 
     def sharded_state_dict(  # type: ignore[override]
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -91,7 +94,10 @@ def install(models: Sequence[GPTModel], hf: HFCheckpoint, lora: Lora, seed: int)
 
     Raises:
         UserError: the model cannot have this adapter.
+        ValueError: a model has an adapter already.
     """
+    if any(isinstance(model, AdaptedModel) for model in models):
+        raise ValueError("the model has an adapter already, and would get two; build it again from its base")
     table, tied = adapted_table(hf.architecture, lora), hf.architecture.tied
     base = {entry.megatron: entry for entry in hf.architecture.weights}
     for model in models:
@@ -115,6 +121,7 @@ def install(models: Sequence[GPTModel], hf: HFCheckpoint, lora: Lora, seed: int)
         adapted: Any = model
         adapted.__class__ = AdaptedModel
         adapted.lora, adapted.table, adapted.tied = lora, table, tied
+        adapted.streams = {layer.stream for layer in adapters([model]) if layer.stream is not None}
         mark_parameters(model, table, tied=tied)
         for place in factors(model):
             _mark(place, model.config.sequence_parallel)
@@ -186,6 +193,19 @@ def adapters(models: Sequence[torch.nn.Module]) -> Iterator[LinearAdapter]:
         for module in model.modules():
             if isinstance(module, LinearAdapter):
                 yield module
+
+
+def start_dropout(models: Sequence[torch.nn.Module], seed: int, position: int) -> None:
+    """Starts the random numbers of a step: the masks are a function of the seed, the position and the layout.
+
+    Args:
+        models: of this rank; without an adapter, or without dropout, nothing is done.
+        seed: of the run.
+        position: of the step in the run.
+    """
+    adapted = [gpt for gpt in map(unwrap, models) if isinstance(gpt, AdaptedModel)]
+    if streams := set[Stream]().union(*(model.streams for model in adapted)):
+        start_streams(streams, next(adapted[0].parameters()).device, seed, position)
 
 
 @contextlib.contextmanager

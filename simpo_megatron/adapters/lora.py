@@ -7,8 +7,9 @@ For a projection with weight W [out, in], an adapter has A [rank, in] and B [out
 
     y = W x + scale * B A x          scale = alpha / rank, with rank-stabilised LoRA alpha / sqrt(rank)
 
-(arXiv 2106.09685; arXiv 2312.03732). Every projection of the Hugging Face model has factors of its own, as in PEFT:
-q, k and v do not share an A. So an adapter is the same in any layout, and PEFT reads and writes the same one.
+(arXiv 2106.09685; arXiv 2312.03732). In training, dropout may act on the x that A reads. Every projection of the
+Hugging Face model has factors of its own, as in PEFT: q, k and v do not share an A. So an adapter is the same in any
+layout, and PEFT reads and writes the same one.
 """
 
 from __future__ import annotations
@@ -35,19 +36,21 @@ EXPERT_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Lora:
-    """The shape of an adapter.
+    """The shape of an adapter, and how it is trained.
 
     Attributes:
         rank: of the factors.
         alpha: numerator of the scale.
         targets: the projections that have factors, by the names in `TARGETS`.
         rslora: the scale is alpha / sqrt(rank).
+        dropout: the share of the input of A that a training step drops.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
     rslora: bool = False
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:

@@ -24,6 +24,8 @@ class Additions:
         logit_softcap: the same for the logits.
         window_rope_theta: the base of the rotary frequencies, without scaling, of the layers with a window; None where
             they have those of the other layers.
+        group_best: how many of its best experts say how good a group of experts is, where routing is limited to groups;
+            None for Megatron's rule, a token's experts divided by its groups.
         attention_output_bias: whether the output projection of the attention has a bias. With those of the feed-forward
             too it is Megatron's `add_bias_linear`.
         mlp_bias: whether the projections of the feed-forward have biases, and the attention none.
@@ -37,6 +39,7 @@ class Additions:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     window_rope_theta: float | None = None
+    group_best: int | None = None
     attention_output_bias: bool = False
     mlp_bias: bool = False
     pre_norms: bool = True

@@ -44,6 +44,8 @@ class Family:
         layer_spec: makes the layers that Megatron builds; takes the arguments of `spec.layer_spec`.
         additions: makes from the config.json what the model computes beyond Megatron's TransformerConfig.
         rope: makes the rotary frequencies from the config.json.
+        unread: makes from the config.json the prefixes of tensors that a checkpoint may have and the model does not
+            use.
         defaults: the values that transformers takes for keys that a config.json of the family may lack.
     """
 
@@ -56,6 +58,7 @@ class Family:
     layer_spec: Callable[..., Any] = default_layer_spec
     additions: Callable[[dict[str, Any]], Additions] = no_additions
     rope: Callable[[dict[str, Any]], Rope] = read_rope
+    unread: Callable[[dict[str, Any]], tuple[str, ...]] = lambda config: ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
@@ -114,6 +117,16 @@ class Architecture:
             return (None,) * self.num_layers
         has_window = windowed_layers(self.transformer.get("window_attn_skip_freq"), self.num_layers)
         return tuple(self.transformer["window_size"][0] + 1 if has else None for has in has_window)
+
+    @property
+    def rotary_head_dim(self) -> int:
+        """The width of a head, or of its part that has a rotary embedding where only a part has one."""
+        return self.transformer.get("qk_pos_emb_head_dim") or self.transformer["kv_channels"]
+
+    @property
+    def value_head_dim(self) -> int:
+        """The width of the values of a head; queries and keys are `kv_channels` wide."""
+        return self.transformer.get("v_head_dim") or self.transformer["kv_channels"]
 
     @property
     def num_experts(self) -> int | None:

@@ -86,7 +86,7 @@ class PackedAttention(torch.nn.Module):
         Args:
             query: [T, H, D] packed, [S, B, H, D] otherwise, any float dtype.
             key: the same with G heads.
-            value: the same with G heads.
+            value: the same with G heads; of any width.
             attention_mask: ignored.
             attn_mask_type: ignored.
             attention_bias: ignored.
@@ -110,8 +110,9 @@ class PackedAttention(torch.nn.Module):
         if offsets[-1] != size * query.shape[0]:
             raise ValueError(f"cu_seqlens end at {offsets[-1]}, but the row has {size * query.shape[0]} tokens")
         if order is not None:
-            gathered: Any = gather_from_sequence_parallel_region(torch.stack((key, value), 1), group=self.cp_group)
-            key, value = gathered.index_select(0, order).unbind(1)
+            widths = (key.shape[-1], value.shape[-1])
+            gathered: Any = gather_from_sequence_parallel_region(torch.cat((key, value), -1), group=self.cp_group)
+            key, value = gathered.index_select(0, order).split(widths, -1)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, H, tokens, D]
         if isinstance(packed_seq_params, SharedPromptParams):
             outs = self._attend_pairs(q, k, v, offsets, packed_seq_params.splits)

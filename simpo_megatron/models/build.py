@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
 from simpo_megatron import compat
@@ -26,9 +26,11 @@ from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.latent_attention import set_latent_rotary
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
 from simpo_megatron.models.rotary import set_rotary
+from simpo_megatron.models.routing import rank_groups
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.limits import check_layout
@@ -66,6 +68,7 @@ def transformer_config(
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
     _check_additions(transformer_engine, hf.architecture.additions)
+    _check_heads(hf.architecture, parallel.get("tensor_model_parallel_size", 1))
     _check_recomputed(transformer_engine, experts, parallel.get("recompute_modules") or ())
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = {
@@ -96,6 +99,9 @@ def transformer_config(
     # What was sent to the next stage is not read again. But gloo reads it after an overlapped send has returned.
     fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
     try:
+        if model.get("multi_latent_attention"):
+            # Megatron's own YaRN is not used: the frequencies are replaced (`_set_rotary`).
+            return MLATransformerConfig(**{**fields, **model, "rope_type": "rope", **parallel})
         return TransformerConfig(**{**fields, **model, **parallel})
     except (ValueError, AssertionError) as error:
         raise UserError(f"Megatron refuses this layout for {hf.path}: {one_line(error)}") from error
@@ -103,8 +109,9 @@ def transformer_config(
 
 def _turns_halves(architecture: Architecture) -> bool:
     """Whether the rotary embedding turns the halves of a head, and no more."""
-    _, factor = inverse_frequencies(architecture.rope, architecture.transformer["kv_channels"])
-    return factor == 1.0 and not architecture.transformer.get("rotary_interleaved")
+    _, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
+    model = architecture.transformer
+    return factor == 1.0 and not model.get("rotary_interleaved") and not model.get("multi_latent_attention")
 
 
 @cache
@@ -127,6 +134,20 @@ def _check_additions(transformer_engine: bool, additions: Additions) -> None:
         raise UserError(
             f"this model has {what}, which Transformer Engine {get_te_version()} cannot compute: no release up to 2.20 "
             "has DotProductAttention(softcap=...), which is on its main branch; use --transformer-impl local"
+        )
+
+
+def _check_heads(architecture: Architecture, ranks: int) -> None:
+    """Refuses tensor-parallel ranks that would share a key head whose norm spans all heads: its sum would count twice.
+
+    Raises:
+        UserError: it names the flag.
+    """
+    heads = architecture.transformer["num_query_groups"]
+    if architecture.additions.qk_norm_over_heads and heads % ranks:
+        raise UserError(
+            f"--tensor-model-parallel-size {ranks} does not divide the {heads} key heads of this model, whose norm "
+            "spans all of them; use a smaller size"
         )
 
 
@@ -220,7 +241,9 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        set_rotary(model, hf.architecture.rope, additions.window_rope_theta)
+        _set_rotary(model, hf.architecture)
+        if additions.group_best is not None:
+            rank_groups(model, additions.group_best)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         if additions.logit_softcap is not None and model.post_process:
@@ -231,6 +254,16 @@ def build_model(
         plain_output_layer(model)
         models.append(model)
     return models
+
+
+def _set_rotary(model: Any, architecture: Architecture) -> None:
+    """Gives the attention of a model the rotary frequencies of its architecture."""
+    if not architecture.transformer.get("multi_latent_attention"):
+        set_rotary(model, architecture.rope, architecture.additions.window_rope_theta)
+        return
+    frequencies, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
+    for layer in model.decoder.layers:
+        set_latent_rotary(layer.self_attention, frequencies, factor)
 
 
 def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

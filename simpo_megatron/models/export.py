@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,7 @@ from torch import Tensor
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write, check_empty, follow_umask, record_files, sync
+from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import (
     INDEX,
     MAX_FILE_BYTES,
@@ -99,7 +101,7 @@ def export_hf(
     placed = [place for place in placed if place.entry.megatron in weights]
     # The last stage's copy of a tied embedding is exported by the first stage.
     placed = [place for place in placed if not (tied and place.name == OUTPUT)]
-    placed = [place for place in placed if first_replica(place)]
+    placed = [_in_source_dtype(place, hf) for place in placed if first_replica(place)]
     # Experts and other parameters are gathered over different groups. A rank may write those of one kind only.
     halves = [[place for place in placed if bool(place.entry.experts) == experts] for experts in (False, True)]
     written = [assign_files(half, max_file_bytes) if half and half[0].group.rank() == 0 else [] for half in halves]
@@ -126,6 +128,13 @@ def export_hf(
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _in_source_dtype(place: PlacedParameter, hf: HFCheckpoint) -> PlacedParameter:
+    """A buffer, which training leaves, as the checkpoint has it: Megatron keeps it in fp32."""
+    if isinstance(place.parameter, torch.nn.Parameter) or place.hf[0] not in hf.tensors:
+        return place
+    return replace(place, parameter=place.parameter.to(TORCH[hf.tensors[place.hf[0]].dtype]))
 
 
 def assign_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File]:

@@ -202,9 +202,7 @@ def check_tensors(hf: HFCheckpoint, table: Iterable[WeightEntry] | None = None) 
                 f"{name} in {found.file} has shape {list(found.shape)}, but config.json implies {list(shape)}; "
                 "take config.json and weights from the same model"
             )
-    if unused := sorted(
-        name for name in hf.tensors.keys() - expected.keys() if not _ignored(name, hf.architecture.tied)
-    ):
+    if unused := sorted(name for name in hf.tensors.keys() - expected.keys() if not _ignored(name, hf)):
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise UserError(
             f"{hf.path} has tensors that {hf.architecture.family.name} does not use: {', '.join(unused[:5])}{more}; "
@@ -222,9 +220,10 @@ def expected_tensors(
                 yield entry.hf[parts[0]].format(**where), entry.shape_of(parts)
 
 
-def _ignored(name: str, tied: bool) -> bool:
-    """Whether a tensor repeats what is known: rotary frequencies, or a copy of the tied embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+def _ignored(name: str, hf: HFCheckpoint) -> bool:
+    """Whether a tensor repeats what is known (rotary frequencies, a copy of the tied embedding), or is not read."""
+    repeats = name.endswith("rotary_emb.inv_freq") or (hf.architecture.tied and name == "lm_head.weight")
+    return repeats or name.startswith(hf.architecture.family.unread(hf.config))
 
 
 def read_safetensors(path: Path) -> dict[str, HFTensor]:

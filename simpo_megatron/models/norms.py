@@ -14,8 +14,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from simpo_megatron.errors import UserError
-
 
 class _Normalise(torch.autograd.Function):
     """`weight * x / rms`, where the mean of squares spans all ranks of a group. Of the inputs only x is kept.
@@ -57,9 +55,6 @@ class AllHeadsNorm(torch.nn.Module):
     set `qk_layernorm`, with which Megatron would sum it (`distributed/finalize_model_grads.py`).
 
     Collectives: where heads are split, one all-reduce of one number a token in the forward and in the backward pass.
-
-    Raises:
-        UserError: when built, there are fewer heads than tensor-parallel ranks.
     """
 
     heads_field: ClassVar[str]  # of TransformerConfig: how many heads there are
@@ -67,14 +62,8 @@ class AllHeadsNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.group: Any = parallel_state.get_tensor_model_parallel_group()
-        heads, ranks = getattr(config, self.heads_field), self.group.size()
-        if heads % ranks:
-            raise UserError(
-                f"--tensor-model-parallel-size {ranks} does not divide the {heads} heads whose norm spans all heads; "
-                "use a smaller size"
-            )
-        self.width, self.eps = heads * hidden_size, eps
-        size, device = self.width // ranks, torch.cuda.current_device()
+        self.width, self.eps = getattr(config, self.heads_field) * hidden_size, eps
+        size, device = self.width // self.group.size(), torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:

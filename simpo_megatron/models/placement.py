@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,14 +24,14 @@ class PlacedParameter:
 
     Attributes:
         name: in the model.
-        parameter: the parameter itself.
+        parameter: the parameter itself; a buffer where no run trains it.
         entry: its entry of the weight table.
         layer: its global layer index; None outside the layers.
         expert: its global expert index; None where it does not belong to an expert.
     """
 
     name: str
-    parameter: torch.nn.Parameter
+    parameter: torch.nn.Parameter | torch.Tensor
     entry: WeightEntry
     layer: int | None
     expert: int | None
@@ -89,7 +90,7 @@ def place_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, ti
         for layer in filter(entry.in_layer, layers)
         for expert in (_local_experts(entry) if entry.experts else (None,))
     }
-    for name, parameter in gpt.named_parameters():
+    for name, parameter in chain(gpt.named_parameters(), gpt.named_buffers()):
         key, layer, expert = canonical_name(name), None, None
         if key.startswith("decoder.layers."):
             _, _, index, tail = key.split(".", 3)
@@ -99,6 +100,8 @@ def place_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, ti
             expert = _local_experts(entries[key])[int(found[1])] if key in entries else None
         missing.discard((key, layer, expert))
         if key not in entries:
+            if not isinstance(parameter, torch.nn.Parameter):
+                continue  # a table of angles, a counter
             raise ValueError(f"the weight table has no entry for the parameter {name}")
         place = PlacedParameter(name, parameter, entries[key], layer, expert)
         _check_shape(place)

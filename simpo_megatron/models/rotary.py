@@ -67,10 +67,15 @@ def set_rotary(model: GPTModel, rope: Rope, window_theta: float | None) -> None:
 
 def _set_frequencies(rotary: Any, rope: Rope, config: TransformerConfig) -> float:
     """Replaces the frequencies; returns the factor of cosine and sine."""
-    rotary.__class__, rotary.windowed = PairRotary, None  # the same buffers; it can read positions from the row
     frequencies, factor = inverse_frequencies(rope, config.kv_channels or 0)
-    rotary.inv_freq = frequencies.to(torch.cuda.current_device())
+    replace_frequencies(rotary, frequencies)
     return factor
+
+
+def replace_frequencies(rotary: Any, frequencies: Tensor) -> None:
+    """Replaces the frequencies of a rotary embedding of Megatron, which then can read positions from the row too."""
+    rotary.__class__, rotary.windowed = PairRotary, None  # the same buffers
+    rotary.inv_freq = frequencies.to(torch.cuda.current_device())
 
 
 def set_attention_factor(attention: Any, factor: float) -> None:

@@ -29,6 +29,7 @@ from simpo_megatron.compat import have_transformer_engine
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.attention import PackedAttention
+from simpo_megatron.models.latent_attention import use_latent_attention
 from simpo_megatron.models.norms import KeyNorm, QueryNorm
 from simpo_megatron.models.rotary import WindowRopeAttention
 from simpo_megatron.models.weight_table import POST_NORMS
@@ -124,6 +125,8 @@ def layer_spec(
     transformer_engine = use_transformer_engine(transformer_impl)
     if config.num_moe_experts is not None and not transformer_engine:
         compat.moe_without_transformer_engine()
+    if config.multi_latent_attention and not transformer_engine:
+        compat.latent_attention_without_transformer_engine()
     if "layernorm" in (config.recompute_modules or ()) and not transformer_engine:
         compat.norms_recomputed_without_transformer_engine()
     norm = _te_norm() if transformer_engine else RMSNorm
@@ -136,7 +139,10 @@ def layer_spec(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     # With a layer spec alone Megatron would build its own final norm, which refuses sequence parallelism.
-    return TransformerBlockSubmodules([specs[_expert_layers(config)[layer]] for layer in layers], norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[_expert_layers(config)[layer]] for layer in layers],
+        layer_norm=norm,  # type: ignore[arg-type]
+    )
 
 
 def _expert_layers(config: TransformerConfig) -> list[bool]:
@@ -152,6 +158,7 @@ def _te_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
         num_experts=config.num_moe_experts if experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
 
 
@@ -161,12 +168,19 @@ def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
         num_experts=config.num_moe_experts if experts else None,
         qk_layernorm=config.qk_layernorm,
         normalization="RMSNorm",
+        multi_latent_attention=config.multi_latent_attention,
     )
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    if experts:
-        # Checkpoints then have Transformer Engine's name of the norm before experts. Both kinds of layers read it.
-        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    # Checkpoints have Transformer Engine's names, which both kinds of layers read. There too the norms before experts
+    # and before latent attention are modules of their own.
+    layer.sharded_state_dict_keys_map = {
+        **({} if config.multi_latent_attention else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}),
+        **({} if experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
+    }
+    if config.multi_latent_attention:
+        use_latent_attention(layer.self_attention)
+        return spec
     attention: Any = layer.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

@@ -39,7 +39,8 @@ def forward_flops(architecture: Architecture, tokens: int, attended: int, scored
         for entry in architecture.weights
         if not entry.is_vocabulary
     )
-    attention = 4 * attended * model["num_attention_heads"] * model["kv_channels"]  # scores, and the sum of values
+    widths = model["kv_channels"] + architecture.value_head_dim  # of the scores, and of the sum of values
+    attention = 2 * attended * model["num_attention_heads"] * widths
     return 2 * tokens * matrices + attention + 2 * scored * model["hidden_size"] * architecture.vocab_size
 
 

@@ -246,12 +246,19 @@ def estimate(
         table: the weight table; None for that of the architecture.
     """
     parameters = stage_parameters(architecture, layout, work.divisible_by, table)
-    stages = (_stage_memory(architecture, layout, work, stage, held) for stage, held in enumerate(parameters))
+    # Adapters leave the vocabulary frozen.
+    trained = any(entry.is_vocabulary and entry.trained for entry in (table or architecture.weights))
+    stages = (_stage_memory(architecture, layout, work, stage, held, trained) for stage, held in enumerate(parameters))
     return max(stages, key=lambda memory: memory.total)
 
 
 def _stage_memory(
-    architecture: Architecture, layout: Mapping[str, Any], work: Workload, stage: int, held: Parameters
+    architecture: Architecture,
+    layout: Mapping[str, Any],
+    work: Workload,
+    stage: int,
+    held: Parameters,
+    vocabulary_trained: bool,
 ) -> Memory:
     hidden_size, element = architecture.transformer["hidden_size"], work.element
     tensor, stages = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
@@ -266,7 +273,7 @@ def _stage_memory(
     # The gradient of the largest weight takes memory of its own until it is added to the fp32 gradient. For the output
     # layer it is a placeholder of the same size, because the head adds to the fp32 gradient itself.
     rows = padded_vocab_size(architecture.vocab_size, tensor, work.divisible_by) // tensor
-    vocabulary = rows * hidden_size * element if held.trained == held.total else 0  # adapters leave it frozen
+    vocabulary = rows * hidden_size * element if vocabulary_trained else 0
     if stage == 0:
         activations += vocabulary
     head = 0.0

@@ -181,7 +181,8 @@ class _Expected:
         ]
         vectors, gradients = self._judge_gradients(everyone, norm)
         compared = {entry.name for entry in gradients} & self.reference_names
-        uncompared = sorted({name for name, _ in expected_tensors(self.hf)} - compared)
+        trained = [entry for entry in self.hf.architecture.weights if entry.trained]
+        uncompared = sorted({name for name, _ in expected_tensors(self.hf, trained)} - compared)
         return Report([*values, *vectors], gradients, wrong, uncompared, microbatches, table)
 
     def _errors(self, indices: list[int], found_PM: Tensor, exact_PM: Tensor) -> tuple[float, float]:

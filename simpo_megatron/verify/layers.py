@@ -136,7 +136,8 @@ class _OneLayer:
         if self.hf.architecture.only(layer) != self.built.architecture:  # a layer of another kind
             self.built, self.model = self._build(layer)
         self._fill(layer)
-        rotary = self.model.rotary_pos_emb(hidden.shape[1])
+        rotary = getattr(self.model, "rotary_pos_emb", None)  # latent attention has its own
+        rotary = None if rotary is None else rotary(hidden.shape[1])
         above = self.model.decoder.layers[0](hidden.transpose(0, 1).contiguous(), None, rotary_pos_emb=rotary)
         return above[0].transpose(0, 1)
 
@@ -149,7 +150,7 @@ class _OneLayer:
         return logits.transpose(0, 1)[..., : self.hf.architecture.vocab_size]
 
 
-def _read_into(stored: StoredParameter, parameter: torch.nn.Parameter) -> None:
+def _read_into(stored: StoredParameter, parameter: Tensor) -> None:
     import numpy as np
 
     item, files = stored.parameter, Files(None)

@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], Lora]] = {
     "llama": ("Llama", {}, LORA),
     "tied": ("Llama", {"tie_word_embeddings": True}, LORA),
     "attention": ("Qwen3", {"head_dim": 16}, ATTENTION),
-    "qwen2": ("Qwen2", {}, Lora(3, 5.0, rslora=True)),
+    "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, Lora(3, 5.0, rslora=True)),
     "mixtral": ("Mixtral", EXPERTS, LORA),
     "gemma2": (
         "Gemma2",
@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "recompute": ("llama", 1, FULL),
     "attention, one": ("attention", 1, {}),
     "attention, tp2 sp": ("attention", 2, SP),
-    "qwen2, tp2": ("qwen2", 2, TP2),
+    "biases, tp2": ("biases", 2, TP2),
     "tp2": ("llama", 2, TP2),
     "tp2 sp": ("llama", 2, {**SP, "head": "plain"}),
     "pp2, recompute": ("llama", 2, {**PP2, **FULL}),

@@ -30,7 +30,17 @@ for pair in sys.argv[1:]:
 
 def test_layer_by_layer(tmp_path: Path) -> None:
     pairs = []
-    for name in ("llama3", "llama_biases", "glm4", "gemma2", "gemma3", "olmo3", "qwen3_moe_plain"):
+    for name in (
+        "llama3",
+        "qwen3_windows",
+        "llama_biases",
+        "glm4",
+        "gemma2",
+        "gemma3",
+        "olmo3",
+        "deepseek_v3",
+        "deepseek_v2",
+    ):
         tiny.make(name, tmp_path / name)
         release = to_megatron(tmp_path / name, tmp_path / f"{name}.megatron") / "release"
         pairs.append(f"{tmp_path / name}:{release}")

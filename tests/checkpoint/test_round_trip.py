@@ -39,7 +39,6 @@ RANK_FILES = {
     },
     "local": {"transformer_impl": "local"},
 }
-MOE = [name for name in tiny.MODELS if name in tiny.WITH_EXPERTS]
 
 
 def world(layout: dict[str, Any]) -> int:
@@ -64,12 +63,14 @@ def test_torch_dist_and_back(name: str, tmp_path: Path) -> None:
         assert (back / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe_plain"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen2_tied", "olmo3", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("layout", RANK_FILES)
 def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
     tiny.make(name, tmp_path / "hf", torch.bfloat16)
-    flags = RANK_FILES[layout] | ({"expert_model_parallel_size": 2} if name in MOE and layout != "uneven" else {})
-    if name in MOE and layout == "tp2":
+    flags = RANK_FILES[layout] | (
+        {"expert_model_parallel_size": 2} if name in tiny.WITH_EXPERTS and layout != "uneven" else {}
+    )
+    if name in tiny.WITH_EXPERTS and layout == "tp2":
         flags |= {"moe_grouped_gemm": True}
     load = to_megatron(tmp_path / "hf", tmp_path / "megatron", format="torch", **flags)
     back = to_hf(load, tmp_path / "back", hf_reference=tmp_path / "hf")
@@ -79,9 +80,13 @@ def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, {**TP2, **PP2}) for name in ("gemma2", "llama3", "mistral", "qwen2", "gemma3")),
+        *((name, {**TP2, **PP2}) for name in ("gemma2", "llama3", "qwen3_windows", "qwen2", "olmo3")),
         *(("qwen3_tied", layout) for layout in ({}, TP2, PP4_VPP2)),
-        *((name, layout) for name in ("mixtral", "qwen3_moe") for layout in (SP, EP2, {**EP2, **PP2})),
+        ("mixtral", SP),
+        ("mixtral", EP2),
+        ("qwen3_moe", {**EP2, **PP2}),
+        ("deepseek_v2", {**EP2, **PP2}),
+        ("deepseek_v3", {**SP, **EP2}),
     ],
     ids=str,
 )
@@ -100,7 +105,7 @@ def test_megatron_computes_what_transformers_does(name: str, layout: dict[str, A
         ("gemma3", {**RANK_FILES["tp2pp2"]}, {**TP2, **PP2}),
         ("qwen2_tied", {**RANK_FILES["pp2vpp2"]}, {**PP2, "virtual_pipeline_model_parallel_size": 2}),
         ("llama3", {**PP2, "decoder_first_pipeline_num_layers": 1}, UNEVEN),
-        ("qwen3_moe", {**EP2, **PP2}, {**EP2, **PP2}),
+        ("deepseek_v3", {**EP2, **PP2}, {**EP2, **PP2}),
     ],
     ids=str,
 )
@@ -115,7 +120,7 @@ def test_megatron_loads_rank_files_strictly(
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize(("name", "layout"), [("gemma3", {**TP2, **PP2}), ("qwen3_moe", EP2)], ids=str)
+@pytest.mark.parametrize(("name", "layout"), [("olmo3", {**TP2, **PP2}), ("deepseek_v2", EP2)], ids=str)
 def test_megatrons_own_checkpoint_to_hf(name: str, layout: dict, per_layer: bool, pool: Any, tmp_path: Path) -> None:
     tiny.make(name, tmp_path / "hf")
     (tmp_path / "megatron").mkdir()
@@ -140,7 +145,7 @@ def test_bin_files_and_several_shards(tmp_path: Path) -> None:
     assert model is not None
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2", "deepseek_v3", "gemma2", "gemma3"])
 def test_other_dtype_and_config_from_arguments(name: str, tmp_path: Path) -> None:
     import transformers
 

@@ -44,7 +44,8 @@ def test_a_conversation_written_out(name: str) -> None:
     assert text_of(name, prompt).replace("<s> ", "<s>") == family.prompt
     assert text_of(name, chosen) == family.chosen
     if tokenizer.bos_token_id is not None:
-        assert prompt.tolist().count(tokenizer.bos_token_id) == 1 and prompt[0] == tokenizer.bos_token_id
+        assert prompt[0] == tokenizer.bos_token_id
+        assert prompt.tolist().count(tokenizer.bos_token_id) == (2 if name == "olmo2" else 1)  # its EOS, of an answer
     # The ids are those of the whole rendered conversation, cut where the response begins.
     rendered = family.prompt.removeprefix("<s>" if name == "zephyr" else "") + family.chosen
     whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]

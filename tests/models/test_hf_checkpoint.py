@@ -85,6 +85,11 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
             {"use_sliding_window": True, "sliding_window": 0, "layer_types": tiny.MIXED},
             ["sliding_window to 0"],
         ),
+        ("olmo3", {"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters for rope_type", "full_attention"]),
+        ("olmo3", {"rope_parameters": None, "rope_theta": 10000.0}, ["rope_theta to 10000.0", "give rope_parameters"]),
+        ("olmo3", {"rope_parameters": {"sliding_attention": tiny.YARN}}, ["'yarn' in the layers with a window"]),
+        ("olmo3", {"rope_parameters": {"full_attention": {**tiny.YARN, "truncate": False}}}, ["truncate to False"]),
+        ("olmo2", {"rope_parameters": {"full_attention": {}}}, ["rope_parameters for full_attention"]),
         ("qwen3", {"layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
         ("qwen3", {"layer_types": tiny.MIXED}, ["sliding_attention", "off"]),
         ("gemma2", {"hidden_activation": "gelu"}, ["hidden_activation", "'gelu'"]),
@@ -157,6 +162,52 @@ def test_keys_that_are_absent_have_the_values_of_transformers(own: dict[str, Any
     assert (ours.rope.theta, ours.rope.kind) == (full["rope_theta"], full["rope_type"])
     assert ours.rope.factor == full.get("factor", 1.0)
     assert (ours.additions.window_rope_theta or ours.rope.theta) == sliding["rope_theta"]
+
+
+OLMO3_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 8192,
+}
+# Windows and rotary embeddings as config.json files have them: the older keys, the newer ones, and none.
+WINDOWED: list[dict[str, Any]] = [
+    {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 1},
+    {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 131072, "max_window_layers": 1},
+    {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 9, "layer_types": tiny.MIXED},
+    {"model_type": "qwen3", "use_sliding_window": True},
+    {"model_type": "olmo2"},
+    {"model_type": "olmo3"},
+    {"model_type": "olmo3", "sliding_window": 4096, "rope_theta": 500000, "rope_scaling": OLMO3_YARN},
+    {
+        "model_type": "olmo3",
+        "layer_types": tiny.MIXED,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 7e5, **OLMO3_YARN},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+        },
+    },
+]
+
+
+@pytest.mark.parametrize("own", WINDOWED, ids=lambda own: f"{own['model_type']}, {len(own)} keys")
+def test_windows_and_rotary_embeddings_are_those_of_transformers(own: dict[str, Any]) -> None:
+    import transformers
+
+    config = {**tiny.SIZES, **own}
+    ours, theirs = family_of(config).architecture(config), transformers.AutoConfig.for_model(**config)
+    kinds = getattr(theirs, "layer_types", ["full_attention"] * 4)
+    assert ours.windows == tuple(None if kind == "full_attention" else theirs.sliding_window for kind in kinds)
+    assert ours.transformer["layernorm_epsilon"] == theirs.rms_norm_eps
+    full, sliding = (theirs.rope_parameters.get(kind, theirs.rope_parameters) for kind in tiny.MIXED[1::-1])
+    assert (ours.rope.theta, ours.rope.kind) == (full["rope_theta"], full["rope_type"])
+    assert ours.rope.attention_factor == full.get("attention_factor")
+    windowed = (ours.additions.window_rope_theta, "default")
+    if windowed[0] is None:  # one embedding for all layers
+        windowed = (ours.rope.theta, ours.rope.kind)
+    assert windowed == (sliding["rope_theta"], sliding["rope_type"])
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

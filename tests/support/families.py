@@ -38,6 +38,25 @@ PHI4_ROPE = {
     "original_max_position_embeddings": 64,  # the longest sequence of the tests is shorter
     "rope_scaling": {"type": "longrope", "short_factor": [1.1, 1.4], "long_factor": [2.0, 5.0]},
 }
+SCALED = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}  # both the scores and the angles get a factor
+# Heads of 20 for queries and keys, of 10 for values.
+LATENT = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+ROUTED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
@@ -74,13 +93,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe_plain": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            **ROUTED,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "rope_scaling": SCALED,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, **ROUTED, "q_lora_rank": 14}),
     # The bounds are low enough to matter, the heads are wider together than the hidden states, the window is short.
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}),
     "gemma3": ("Gemma3", {**GEMMA, **GEMMA3, "tie_word_embeddings": False}),
 }
 
 CAPPED = ("gemma2",)  # with a bound for attention scores, which Transformer Engine does not have
-WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain")
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain", "deepseek_v2", "deepseek_v3")
 
 
 def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
@@ -97,7 +128,12 @@ def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: 
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.2 * noise)
-    model.to(dtype).save_pretrained(path)
+            parameter.data = parameter.to(dtype)
+        for key, buffer in model.named_buffers():
+            if key in model.state_dict():  # of a router; in fp32, as in the checkpoints
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+    model.config.dtype = dtype
+    model.save_pretrained(path)
     for extra in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (path / extra).write_text(f"the {extra} of {name}\n")
     return type(model).from_pretrained(path).eval()  # not `model`: `to` has rounded its rotary frequencies
@@ -120,6 +156,7 @@ def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, l
 
     from simpo_megatron.models.build import build_model, transformer_config
     from simpo_megatron.models.load import load_hf_weights
+    from simpo_megatron.models.placement import place_parameters
 
     parallel_state.initialize_model_parallel(
         layout.get("tensor_model_parallel_size", 1),
@@ -133,8 +170,8 @@ def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, l
     config = transformer_config(hf, bf16=bf16, **layout)
     models = build_model(hf, config)
     for model in models:
-        for parameter in model.parameters():
-            parameter.data.fill_(float("nan"))  # so that a weight that is not loaded is seen
+        for place in place_parameters(model, hf.architecture.weights, tied=hf.architecture.tied):
+            place.parameter.data.fill_(float("nan"))  # so that a weight that is not loaded is seen
     load_hf_weights(models, hf)
     return hf, config, models
 
@@ -228,6 +265,8 @@ def gradients(
         for model in models
         for place in place_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
     ):
+        if not place.entry.trained:
+            continue
         gradient, group, ranks = place.parameter.grad, place.group, place.group.size()
         assert gradient is not None, place.name
         shards = [torch.empty_like(gradient) for _ in range(ranks)]

@@ -7,6 +7,7 @@ zephyr    sentencepiece-like Unigram; the template is laid out over lines
 phi3      byte-level BPE here; turns end with <|end|>, and a conversation with the tokenizer's EOS behind a newline
 gemma     sentencepiece-like BPE with bytes for unknown characters; answers belong to "model"; turns end with
           <end_of_turn>, which is not the tokenizer's EOS
+olmo2     byte-level BPE; one token is BOS, which the template alone writes, and EOS, which only answers end with
 """
 
 from __future__ import annotations
@@ -88,6 +89,16 @@ FAMILIES = {
         "sky.</s>\n<|assistant|>\n",
         "It is blue.\n\nThank you</s>",
     ),
+    "olmo2": Family(
+        "olmo",
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ '<|assistant|>\n' + message['content'] + eos_token + ('' if loop.last else '\n') }}"
+        "{% else %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        "<|endoftext|><|user|>\nWhat color is the sky?\n<|assistant|>\nWhich sky?<|endoftext|>\n<|user|>\nThe sky.\n"
+        "<|assistant|>\n",
+        "It is blue.\n\nThank you<|endoftext|>",
+    ),
     "phi3": Family(
         "phi",
         "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + "
@@ -115,7 +126,7 @@ FAMILIES = {
         ("<end_of_turn>",),
     ),
 }
-LOSSLESS = ("llama3", "qwen2", "gemma")  # families whose vocabulary can write any text
+LOSSLESS = ("llama3", "qwen2", "gemma", "olmo2")  # families whose vocabulary can write any text
 
 
 @cache

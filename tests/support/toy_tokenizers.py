@@ -1,10 +1,11 @@
-"""Five small tokenizers with the habits of real families: who adds BOS, what ends a turn, how words are marked.
+"""Six small tokenizers with the habits of real families: who adds BOS, what ends a turn, how words are marked.
 
 llama3    byte-level BPE; template and tokenizer both write BOS; turns are trimmed and end with <|eot_id|>
 qwen      byte-level BPE; no BOS at all; turns end with <|im_end|> and a newline
 phi       byte-level BPE; EOS serves as BOS, which nobody adds; turns end with <|end|>, which is not the tokenizer's EOS
 mistral   Metaspace Unigram; template and tokenizer both write BOS; only answers end with </s>
 zephyr    Metaspace Unigram; only the tokenizer writes BOS; turns end with </s> and a newline
+olmo      byte-level BPE; <|endoftext|> is BOS, which only the template writes, and EOS
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+OLMO = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else '' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 PHI = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
@@ -61,6 +67,10 @@ def toy(name: str) -> PreTrainedTokenizerFast:
         return _wrap(_byte_bpe(special), LLAMA3, bos="<|begin_of_text|>", eos="<|eot_id|>")
     if name == "qwen":
         return _wrap(_byte_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]), QWEN, bos=None, eos="<|im_end|>")
+    if name == "olmo":
+        tokenizer = _wrap(_byte_bpe(["<|endoftext|>"]), OLMO, bos=None, eos="<|endoftext|>")
+        tokenizer.bos_token = "<|endoftext|>"
+        return tokenizer
     if name == "phi":
         special = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
         return _wrap(_byte_bpe(special), PHI, bos=None, eos="<|endoftext|>")

@@ -165,7 +165,8 @@ def command_line(model: Path, layout: dict[str, Any]) -> list[str]:
     [
         ("olmo3", {"tensor_model_parallel_size": 2}),
         ("qwen3_tied", {"tensor_model_parallel_size": 2}),  # one key head on both ranks
-        ("mixtral", {"expert_model_parallel_size": 2}),
+        ("deepseek_v3", {"expert_model_parallel_size": 2}),
+        ("deepseek_v2", {"context_parallel_size": 2}),
     ],
 )
 def test_a_config_alone_is_verified_with_random_weights(

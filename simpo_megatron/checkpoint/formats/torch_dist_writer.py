@@ -6,9 +6,9 @@
     metadata.json   names the format
 
 All layers of a parameter are one tensor with a leading axis; experts are a second one. Where the layers differ, each
-has keys of its own (`TransformerBlock.sharded_state_dict`). A chunk, torch's word, is at most `CHUNK_BYTES` of consecutive
-rows. Each block of rows has a power of two of chunks, so that a tensor-parallel rank finds its own without reading its
-neighbours'.
+has keys of its own (`TransformerBlock.sharded_state_dict`). A chunk, torch's word, is at most `CHUNK_BYTES` of
+consecutive rows. Each block of rows has a power of two of chunks, so that a tensor-parallel rank finds its own without
+reading its neighbours'.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 
 def num_experts(config: dict[str, Any]) -> int:
-    """Experts of a layer: `num_experts`, or `num_local_experts`, as some configs name it."""
-    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
-    return required(config, key)
+    """Experts of a layer: `num_experts`, `n_routed_experts` or `num_local_experts`, as configs name it."""
+    given = (key for key in ("num_experts", "n_routed_experts") if config.get(key) is not None)
+    return required(config, next(given, "num_local_experts"))
 
 
 def moe_kwargs(

@@ -40,7 +40,7 @@ def _rope(config: dict[str, Any], layer_type: str = FULL) -> Rope:
             f"config.json has rope_parameters for {', '.join(sorted(given))}; an OLMo-3 has them for {FULL} and "
             f"{SLIDING}"
         )
-    if not given:  # transformers then gives the layers with a window its own rope_theta
+    if not given:  # transformers then gives the layers with a window its default
         refuse(config, "rope_theta", _THETA, fix=f"give rope_parameters for {FULL} and for {SLIDING}")
     parameters = dict(given.get(layer_type) or {})
     if layer_type == FULL:

@@ -14,6 +14,8 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family
+from simpo_megatron.models.families.deepseek_v2 import DEEPSEEK_V2
+from simpo_megatron.models.families.deepseek_v3 import DEEPSEEK_V3
 from simpo_megatron.models.families.gemma2 import GEMMA2
 from simpo_megatron.models.families.gemma3 import GEMMA3
 from simpo_megatron.models.families.glm import GLM, GLM4
@@ -27,7 +29,10 @@ from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (GLM, GLM4, PHI3, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2, OLMO3)
+FAMILIES = (
+    *(GLM, GLM4, PHI3, DEEPSEEK_V2, DEEPSEEK_V3),
+    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2, OLMO3),
+)
 
 
 def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
