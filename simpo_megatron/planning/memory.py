@@ -122,13 +122,15 @@ def layer_bytes(
     capped, post_norms = additions.attention_softcap is not None, 2 * additions.post_norms
     tensor = layout["tensor_model_parallel_size"]
     sequence = tensor if layout["sequence_parallel"] else 1
-    width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
-    q, k = heads * width, model["num_query_groups"] * width // tensor
+    width, groups, heads = model["kv_channels"], model["num_query_groups"], model["num_attention_heads"] // tensor
+    q, k = heads * width, max(groups // tensor, 1) * width
+    # With fewer query groups than ranks, every rank gathers the whole projection and keeps it.
+    projection = q + 2 * k if groups >= tensor else (model["num_attention_heads"] + 2 * groups) * width
     # Of a norm behind attention or feed-forward its input is kept; torch also keeps the normalised input.
     before = _norms(dense, fused, recomputed) if additions.pre_norms else 2  # what the projections read
     norms = before + post_norms * (1 if fused else 2)
     kept = norms * model["hidden_size"] / sequence
-    kept += (q + 2 * k) + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
+    kept += projection + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     kept += 4 * width  # cosine and sine for queries and for keys
     kept += q  # attention's output, which the next projection reads
     scored_again = capped or "core_attn" in recomputed
