@@ -138,7 +138,12 @@ def _read_once(path: Path) -> HFCheckpoint:
 
 
 def _check_architecture(args: Any, hf: HFCheckpoint) -> None:
-    """Compares those of Megatron-LM's arguments with config.json that are in both."""
+    """Compares those of Megatron-LM's arguments with config.json that are in both, and refuses what has none."""
+    if beyond := hf.architecture.additions.as_dict():
+        raise UserError(
+            f"{hf.path} is a model with {', '.join(beyond)}, for which Megatron-LM has no arguments: it would compute "
+            "another model; train it with simpo_megatron.train"
+        )
     wanted = hf.architecture.transformer
     names = {"num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads"}
     names |= {"num_query_groups": "num_query_groups", "kv_channels": "kv_channels", "num_moe_experts": "num_experts"}

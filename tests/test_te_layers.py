@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.distributed import NEWEST, WorkerPool
+from tests.support.families import GEMMA3
 from tests.support.steps import CASES, build_engine, check_layout, command_line, one_thread, oracle, run_cases
 from tests.support.tiny import EXPERTS, make_checkpoint
-from tests.test_layouts import CP2, EP2, PP2, SP
+from tests.test_layouts import CP2, EP2, GEMMA, PP2, SP
 
 pytestmark = pytest.mark.te
 NO_PERMUTE = {"no_moe_permute_fusion": True}  # a Triton kernel
@@ -43,7 +44,7 @@ def run_with_fused_kernels(checkpoint: Path, layout: dict[str, Any], names: list
         (("Llama", {}), 1, {}),
         (("Llama", {}), 2, SP),
         (("Llama", {}), 2, {**CP2, "head": "plain"}),
-        (("Llama", {"tie_word_embeddings": True}), 2, PP2),
+        (("Gemma3", {**GEMMA, **GEMMA3, "tie_word_embeddings": True}), 2, PP2),
         (("Mixtral", EXPERTS), 2, {**EP2, **NO_PERMUTE}),
     ],
     ids=str,
@@ -68,7 +69,7 @@ def test_fused_rope_and_weight_gradients(
 @pytest.mark.parametrize("pool", [NEWEST], indirect=True)
 @pytest.mark.parametrize("kind", ["a2a", "all_gather"])
 def test_a_sliding_window_under_context_parallelism(pool: WorkerPool, tmp_path: Path, kind: str) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", "Mistral", sliding_window=9)
+    checkpoint = make_checkpoint(tmp_path / "model", "Gemma3", **GEMMA, **GEMMA3)  # in some of the layers
     with one_thread():
         whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         wanted = {"columns": oracle(whole, CASES["columns"])}

@@ -14,7 +14,9 @@ from typing import Any, Literal, NoReturn, get_args
 
 from simpo_megatron.config.layers import in_place_of
 
-Preset = Literal["mistral-base", "mistral-instruct", "llama3-base", "llama3-instruct", "llama3-instruct-v0.2"]
+Preset = Literal[
+    "mistral-base", "mistral-instruct", "llama3-base", "llama3-instruct", "llama3-instruct-v0.2", "gemma2-instruct"
+]
 
 _ALL = {
     "train_epochs": 1.0,
@@ -30,6 +32,7 @@ _BETA_RATIO_LR = {
     "llama3-base": (2.0, 0.5, 6e-7),
     "llama3-instruct": (2.5, 0.55, 1e-6),
     "llama3-instruct-v0.2": (10.0, 0.3, 1e-6),
+    "gemma2-instruct": (10.0, 0.5, 8e-7),  # the repository's README, for google/gemma-2-9b-it
 }
 PRESETS: dict[str, dict[str, Any]] = {
     name: {"simpo_beta": beta, "simpo_gamma_beta_ratio": ratio, "lr": lr, **_ALL}

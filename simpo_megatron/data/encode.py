@@ -160,6 +160,8 @@ class PairEncoder:
                 f"{where}: the row is a conversation but the tokenizer {self._name} has no chat template; add "
                 "chat_template.jinja to its folder, or give `prompt`, `chosen` and `rejected` as strings"
             )
+        if self.options.system_message == "first_user":
+            messages = _without_system(messages, where)
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -167,9 +169,11 @@ class PairEncoder:
                 )
             )
         except Exception as error:  # a template raises errors of its own, and type errors
+            fix = "change the row's messages or the template"
+            if messages[0]["role"] == "system":
+                fix += ", or give --system-message first_user, which puts the system message before that of the user"
             raise UserError(
-                f"{where}: the chat template of {self._name} refuses the conversation ({error}); "
-                "change the row's messages or the template"
+                f"{where}: the chat template of {self._name} refuses the conversation ({error}); {fix}"
             ) from error
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
@@ -223,6 +227,20 @@ class PairEncoder:
         if end is not None:
             return response[:end]
         return [*response, self._eos] if response and self._eos is not None else response
+
+
+def _without_system(messages: list[Message], where: str) -> list[Message]:
+    """The messages with a system message in the first user message, as SimPO's templates and Gemma-3's write it.
+
+    Raises:
+        UserError: no message of the user follows it.
+    """
+    if messages[0]["role"] != "system":
+        return messages
+    if len(messages) < 2 or messages[1]["role"] != "user":
+        raise UserError(f"{where}: no user message follows the system message, so --system-message first_user has none")
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
 
 
 def truncate(pair: EncodedPair, options: DataOptions, bos: int | None) -> EncodedPair:

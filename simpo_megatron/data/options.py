@@ -19,6 +19,11 @@ class PairOptions(Group):
         "prompt",
         "what the assistant's header belongs to; response: it is scored, as in the SimPO repository",
     )
+    system_message: Literal["template", "first_user"] = setting(
+        "template",
+        "what writes a system message; first_user, for templates without that role: it is put before the text of the "
+        "first user message, with an empty line in between",
+    )
     tie_policy: Literal["drop", "zero-margin"] = setting(
         "drop", "pairs with equal scores: drop them, or keep them with a target margin of 0"
     )

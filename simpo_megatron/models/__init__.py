@@ -10,6 +10,7 @@ megatron_args.py  an architecture under Megatron-LM's argument names, and back. 
 hf_checkpoint.py  a checkpoint directory: its config, and names, shapes and files of its tensors. No torch, no Megatron
 dtypes.py         torch's dtypes by the names of safetensors
 fusions.py        which fused kernels and which attention a model runs with
+norms.py          norms of queries and keys over all heads
 spec.py           the layers: Transformer Engine's, or Megatron's on plain torch with RMSNorm and packed attention
 attention.py      attention over packed rows on plain torch, also under context parallelism
 shared_prompts.py what attention and rotary embedding need for rows in which a pair's prompt stands once

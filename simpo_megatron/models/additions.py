@@ -22,11 +22,15 @@ class Additions:
         embedding_scale: the number that multiplies the embeddings, rounded to their dtype; None for none.
         attention_softcap: c of `c * tanh(score / c)`, before the mask; None for none.
         logit_softcap: the same for the logits.
+        window_rope_theta: the base of the rotary frequencies, without scaling, of the layers with a window; None where
+            they have those of the other layers.
         group_best: how many of its best experts say how good a group of experts is, where routing is limited to groups;
             None for Megatron's rule, a token's experts divided by its groups.
         attention_output_bias: whether the output projection of the attention has a bias. With those of the feed-forward
             too it is Megatron's `add_bias_linear`.
         mlp_bias: whether the projections of the feed-forward have biases, and the attention none.
+        pre_norms: whether the inputs of attention and feed-forward are normalised.
+        qk_norm_over_heads: whether queries, and keys, are normalised over all heads of a token together.
     """
 
     activation: str = "silu"
@@ -34,9 +38,12 @@ class Additions:
     embedding_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    window_rope_theta: float | None = None
     group_best: int | None = None
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    pre_norms: bool = True
+    qk_norm_over_heads: bool = False
 
     @property
     def beyond_transformer_engine(self) -> str | None:

@@ -8,9 +8,7 @@ load_hf_weights(models, hf)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -27,11 +25,10 @@ from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.latent_attention import set_latent_rotary
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
+from simpo_megatron.models.rotary import set_rotary
 from simpo_megatron.models.routing import rank_groups
-from simpo_megatron.models.shared_prompts import PairRotary
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.limits import check_layout
@@ -67,6 +64,7 @@ def transformer_config(
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
     _check_additions(transformer_engine, hf.architecture.additions)
+    _check_heads(hf.architecture, parallel.get("tensor_model_parallel_size", 1))
     _check_recomputed(transformer_engine, experts, parallel.get("recompute_modules") or ())
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = {
@@ -119,7 +117,7 @@ def _activation(name: str) -> Any:
         return torch.nn.functional.silu
     from transformers.activations import ACT2FN
 
-    return ACT2FN[name]
+    return ACT2FN[name].forward  # Megatron would take a module for a part of the model with a state
 
 
 def _check_additions(transformer_engine: bool, additions: Additions) -> None:
@@ -132,6 +130,20 @@ def _check_additions(transformer_engine: bool, additions: Additions) -> None:
         raise UserError(
             f"this model has {what}, which Transformer Engine {get_te_version()} cannot compute: no release up to 2.20 "
             "has DotProductAttention(softcap=...), which is on its main branch; use --transformer-impl local"
+        )
+
+
+def _check_heads(architecture: Architecture, ranks: int) -> None:
+    """Refuses tensor-parallel ranks that would share a key head whose norm spans all heads: its sum would count twice.
+
+    Raises:
+        UserError: it names the flag.
+    """
+    heads = architecture.transformer["num_query_groups"]
+    if architecture.additions.qk_norm_over_heads and heads % ranks:
+        raise UserError(
+            f"--tensor-model-parallel-size {ranks} does not divide the {heads} key heads of this model, whose norm "
+            "spans all of them; use a smaller size"
         )
 
 
@@ -225,51 +237,19 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        _set_rotary(model, hf.architecture)
+        set_rotary(model, hf.architecture)
         if additions.group_best is not None:
             rank_groups(model, additions.group_best)
         if additions.embedding_scale is not None and model.pre_process:
             model.embedding.register_forward_hook(partial(_scale_embedding, additions.embedding_scale))
         if additions.logit_softcap is not None and model.post_process:
-            model.output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
-            model.output_layer.register_forward_hook(_cap_logits)
+            output_layer: Any = model.output_layer
+            output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
+            output_layer.register_forward_hook(_cap_logits)
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
     return models
-
-
-def _set_rotary(model: Any, architecture: Architecture) -> None:
-    """Replaces the rotary frequencies: Megatron can express few of the scalings, and fixes values of theirs."""
-    frequencies, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
-    if architecture.transformer.get("multi_latent_attention"):
-        for layer in model.decoder.layers:
-            set_latent_rotary(layer.self_attention, frequencies, factor)
-        return
-    rotary = model.rotary_pos_emb
-    rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-    rotary.inv_freq = frequencies.to(torch.cuda.current_device())
-    for layer in model.decoder.layers:
-        set_attention_factor(layer.self_attention, factor)
-
-
-def set_attention_factor(attention: Any, factor: float) -> None:
-    """Lets an attention of Megatron multiply cosine and sine of its rotary embedding by a factor.
-
-    It computes the factor from three fields of its config that are YaRN's
-    (`yarn_rotary_pos_embedding.py`, `_yarn_get_concentration_factor_from_config`): 0.1 * mscale * log(scaling) + 1,
-    over the same with `mscale_all_dim`. The values here make any factor of it. From 0.19 on it is computed when the
-    attention is built.
-
-    Args:
-        attention: of one layer.
-        factor: 1 leaves it as it is.
-    """
-    if factor != 1.0:
-        attention.config = copy(attention.config)
-        attention.config.yarn_rotary_scaling_factor = math.exp(10)
-        attention.config.yarn_mscale, attention.config.yarn_mscale_all_dim = factor - 1, 0.0
-        attention._yarn_concentration_factor = factor
 
 
 def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,16 @@ class Rope:
         """The fields that are not None, as primitives."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """`rope_parameters` of transformers 5, for the rotated dimensions."""
+        names = (*_NEEDS[self.kind], *_MAY_HAVE.get(self.kind, ()))
+        if self.original_max_position_embeddings:
+            names = (*names, "original_max_position_embeddings")
+        values = {name: value for name, value in self.as_dict().items() if name in names}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"rope_type": self.kind, "rope_theta": self.theta, **values}
+
 
 # What each kind needs, and what it may have, in `rope_parameters`.
 _NEEDS = {
@@ -158,13 +168,11 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     dim, context = rotary_dim(rope, head_dim), rope.original_max_position_embeddings
-    parameters = {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.as_dict()}
-    parameters.pop("partial_rotary_factor", None)  # `dim` is what it leaves
     # Some releases of transformers take the factor of "yarn" and "longrope" for the ratio of the two contexts.
     longer = int(context * rope.factor) if rope.kind in ("yarn", "longrope") else context
     config: Any = SimpleNamespace(
-        rope_parameters=parameters,
-        rope_scaling=parameters,
+        rope_parameters={**rope.parameters, "factor": rope.factor},
+        rope_scaling={**rope.parameters, "factor": rope.factor},
         rope_theta=rope.theta,
         head_dim=dim,
         hidden_size=dim,

@@ -40,7 +40,12 @@ class PairRotary(RotaryEmbedding):
     Where a frequency tensor has exactly `cu_seqlens[-1]` rows, Megatron takes its row i for the token i of the packed
     row (`rope_utils.py`, `_apply_rotary_pos_emb_thd`). So arbitrary positions need one row of frequencies for every
     token.
+
+    Attributes:
+        windowed: the embedding of the layers with a window, where they have another one; else empty.
     """
+
+    windowed: tuple[PairRotary, ...] = ()
 
     def get_rotary_seq_len(self, inference_context: Any, transformer: Any, *args: Any, **kwargs: Any) -> Any:
         """What Megatron then passes to `forward`.
@@ -62,8 +67,14 @@ class PairRotary(RotaryEmbedding):
             **kwargs: the same.
 
         Returns:
-            [max_seq_len, 1, 1, D] or [T, 1, 1, D], in radians.
+            [max_seq_len, 1, 1, D] or [T, 1, 1, D], in radians. Where the layers with a window have another embedding,
+            [2, ..., D]: those of the other layers, then theirs.
         """
+        angles = self._angles(max_seq_len, *args, **kwargs)
+        others = [rotary(max_seq_len, *args, **kwargs) for rotary in self.windowed]
+        return torch.stack((angles, *others)) if others else angles
+
+    def _angles(self, max_seq_len: int | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(max_seq_len, Tensor):
             return super().forward(max_seq_len, *args, **kwargs)
         inverse = self.inv_freq.to(max_seq_len.device)

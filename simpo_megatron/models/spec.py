@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +30,9 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.attention import PackedAttention
 from simpo_megatron.models.latent_attention import use_latent_attention
+from simpo_megatron.models.norms import KeyNorm, QueryNorm
+from simpo_megatron.models.rotary import WindowRopeAttention
+from simpo_megatron.models.weight_table import POST_NORMS
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -129,6 +133,8 @@ def layer_spec(
     specs = {}
     for experts in set(_expert_layers(config)):
         specs[experts] = (_te_layer if transformer_engine else _local_layer)(config, experts)
+        if not additions.pre_norms:
+            (_without_te_norms if transformer_engine else _without_norms)(specs[experts].submodules)
         _add(additions, config, specs[experts].submodules, norm)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
@@ -182,17 +188,22 @@ def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
     return spec
 
 
+def _without_norms(layer: Any) -> None:
+    """Removes the norms before attention and feed-forward from the submodules of a layer on plain torch."""
+    layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+
+
+def _without_te_norms(layer: Any) -> None:
+    """Removes them from Transformer Engine's dense layer, which computes them in the linear layers behind them."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    layer.self_attention.submodules.linear_qkv = layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+
+
 def _te_norm() -> Any:
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
-
-
-# Where Megatron's layer keeps the norms after attention and feed-forward, and the names that checkpoints have for them.
-POST_NORMS = {
-    "self_attn_bda.norm.": "self_attention.linear_proj.post_layernorm.",
-    "mlp_bda.norm.": "mlp.linear_fc2.post_layernorm.",
-}
 
 
 def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any) -> None:
@@ -205,6 +216,8 @@ def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any)
         norm: the class of the layer's norms.
     """
     attention = layer.self_attention.submodules
+    if additions.qk_norm_over_heads:
+        attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
     if additions.attention_output_bias:
         attention.linear_proj = with_bias(attention.linear_proj)
     if additions.mlp_bias:
@@ -213,7 +226,9 @@ def _add(additions: Additions, config: TransformerConfig, layer: Any, norm: Any)
     if additions.post_norms:
         add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
         layer.self_attn_bda = layer.mlp_bda = add
-        layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **POST_NORMS}
+        keys = {ours.removesuffix("weight"): key.removesuffix("weight") for key, ours in POST_NORMS.items()}
+        layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **keys}
+    if additions.window_rope_theta is not None:
+        layer.self_attention.module = WindowRopeAttention
     if additions.attention_softcap is not None:
-        attention = layer.self_attention.submodules
         attention.core_attention = ModuleSpec(PackedAttention, {"softcap": additions.attention_softcap})

@@ -75,13 +75,14 @@ SEPARATE_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-# Names in Megatron's local spec that differ from the canonical ones: there, all norms are modules of their own. Those
-# after attention and feed-forward are this package's (`spec.PostNormAdd`); their canonical names are Megatron-Bridge's.
-_LOCAL_TO_CANONICAL = {
-    **{local: canonical for canonical, local in SEPARATE_NORMS.items()},
-    "self_attn_bda.norm.weight": "self_attention.linear_proj.post_layernorm.weight",
-    "mlp_bda.norm.weight": "mlp.linear_fc2.post_layernorm.weight",
+# The norms after attention and feed-forward are this package's (`spec.PostNormAdd`), in both specs. Their canonical
+# names are Megatron-Bridge's.
+POST_NORMS = {
+    "self_attention.linear_proj.post_layernorm.weight": "self_attn_bda.norm.weight",
+    "mlp.linear_fc2.post_layernorm.weight": "mlp_bda.norm.weight",
 }
+# Names in Megatron's local spec that differ from the canonical ones: there, all norms are modules of their own.
+_LOCAL_TO_CANONICAL = {local: canonical for canonical, local in {**SEPARATE_NORMS, **POST_NORMS}.items()}
 _GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|adapter\.\w+_[ab])(\d+)$")
 
 

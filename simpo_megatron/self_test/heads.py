@@ -29,6 +29,7 @@ SLAB_BYTES = 2 * LENGTH * VOCAB * 4  # one pair
 # The largest relative error: of the sums, and of both gradients as vectors. In bf16 the logits are rounded; a sum in
 # bf16 or fp16 would be off by more.
 ALLOWED = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-4, 2e-2)}
+CAP = 5.0  # of logits, most of which are below it
 ADVICE = "train with --head plain, and report it with --json"
 
 
@@ -37,12 +38,14 @@ def head_rows(bench: Bench) -> Iterator[Row]:
     for tensor in (1, 2):
         for dtype in ALLOWED:
             words = str(dtype).removeprefix("torch.") + (", TP 2" if tensor > 1 else "")
-            yield Row(f"head: sums and gradients, {words}", partial(_head, tensor, dtype), tensor, advice=ADVICE)
-    yield Row("head: kernels", _kernels, advice=ADVICE)
+            yield Row(f"head: sums and gradients, {words}", partial(_head, tensor, dtype, None), tensor, advice=ADVICE)
+    yield Row("head: capped logits", partial(_head, 1, torch.float32, CAP), advice=ADVICE)
+    yield Row("head: kernels", partial(_kernels, None), advice=ADVICE)
+    yield Row("head: kernels, capped logits", partial(_kernels, CAP), advice=ADVICE)
 
 
-def make_head(weight_VH: Tensor, tensor: int, slab_bytes: int) -> LogProbHead:
-    """A head with this rank's shard of a weight; Megatron's groups exist."""
+def make_head(weight_VH: Tensor, tensor: int, slab_bytes: int, softcap: float | None = None) -> LogProbHead:
+    """A head with this rank's shard of a weight, and perhaps a cap of its logits; Megatron's groups exist."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=weight_VH.shape[1],
@@ -63,6 +66,7 @@ def make_head(weight_VH: Tensor, tensor: int, slab_bytes: int) -> LogProbHead:
     )
     shard = weight_VH.chunk(tensor)[parallel_state.get_tensor_model_parallel_rank()]
     layer.weight = torch.nn.Parameter(shard.clone())
+    layer.softcap = softcap  # type: ignore[assignment]
     model: Any = SimpleNamespace(output_layer=layer)
     return LogProbHead.install(model, slab_bytes)
 
@@ -99,22 +103,26 @@ def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return hidden_RH.to(device, dtype), weight_VH.to(device, dtype), targets_R.to(device)
 
 
-def _head(tensor: int, dtype: torch.dtype, bench: Bench) -> Outcome:
+def _head(tensor: int, dtype: torch.dtype, softcap: float | None, bench: Bench) -> Outcome:
     try:
         parallel_state.initialize_model_parallel(tensor)
-        return _compare_head(tensor, dtype)
+        return _compare_head(tensor, dtype, softcap)
     finally:
         leave_layout()
 
 
-def _compare_head(tensor: int, dtype: torch.dtype) -> Outcome:
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _compare_head(tensor: int, dtype: torch.dtype, softcap: float | None) -> Outcome:
     hidden_RH, weight_VH, targets_R = _problem(dtype)
     exact_RH, exact_VH = hidden_RH.double().requires_grad_(), weight_VH.double().requires_grad_()
-    logps_R = F.linear(exact_RH, exact_VH).log_softmax(-1).gather(1, targets_R[:, None])[:, 0]
+    logps_R = _capped(F.linear(exact_RH, exact_VH), softcap).log_softmax(-1).gather(1, targets_R[:, None])[:, 0]
     expected_PM = logps_R.view(PAIRS, 2, LENGTH).sum(2)
     pair_loss(LENGTH, expected_PM).backward()
 
-    head = make_head(weight_VH, tensor, SLAB_BYTES)
+    head = make_head(weight_VH, tensor, SLAB_BYTES, softcap)
     given = hidden_RH[:, None].clone().requires_grad_()
     with head.scoring(make_task(targets_R, PAIRS, VOCAB)):
         output, _ = head(given)
@@ -133,18 +141,19 @@ def _off(found: Any, exact: Any) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def _kernels(bench: Bench) -> Outcome:
+def _kernels(softcap: float | None, bench: Bench) -> Outcome:
     """Statistics and gradient of a slab of bf16 logits, by the code that the head uses on this device."""
     hidden_RH, weight_VH, targets_R = _problem(torch.bfloat16)
     logits_RV = F.linear(hidden_RH, weight_VH)
-    exact_RV = logits_RV.double()
+    given_RV = logits_RV.double().requires_grad_()
+    exact_RV = _capped(given_RV, softcap)
     coefficients_R = torch.linspace(-1, 1, len(targets_R), device=logits_RV.device)
-    one_hot_RV = F.one_hot(targets_R, VOCAB).double()
-    expected_RV = coefficients_R[:, None] * (one_hot_RV - exact_RV.softmax(-1))
-    lse_R, picked_R = row_statistics(logits_RV, targets_R)
-    right_R = exact_RV.gather(1, targets_R[:, None])[:, 0]
-    of_statistics = max(_off(lse_R, exact_RV.logsumexp(-1)), _off(picked_R, right_R))
-    write_gradient_(logits_RV, targets_R, lse_R, coefficients_R)
+    logps_R = exact_RV.log_softmax(-1).gather(1, targets_R[:, None])[:, 0]
+    (expected_RV,) = torch.autograd.grad((coefficients_R * logps_R).sum(), given_RV)
+    lse_R, picked_R = row_statistics(logits_RV, targets_R, softcap)
+    right_R = exact_RV.detach().gather(1, targets_R[:, None])[:, 0]
+    of_statistics = max(_off(lse_R, exact_RV.detach().logsumexp(-1)), _off(picked_R, right_R))
+    write_gradient_(logits_RV, targets_R, lse_R, coefficients_R, softcap)
     used = "Triton" if bench.on_gpu and have_triton() else "torch"
     statistics = judge(of_statistics, 1e-6, f"statistics by {used}", ADVICE)
     if statistics.result == "FAILED":

@@ -77,6 +77,12 @@ OWN: dict[str, dict[str, Any]] = {  # by model_type
         "final_logit_softcapping": 2.0,
         "tie_word_embeddings": True,
     },
+    "gemma3_text": {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_theta": 50000.0,
+    },
 }
 DEEP = {"num_hidden_layers": 4}  # for four stages, virtual ones included
 # With all experts chosen there are no near-ties between experts, which bf16 would decide by rounding.

@@ -24,6 +24,7 @@ NEEDED = ["--hf-checkpoint", "model", "--train-data", "pairs.jsonl"]
         ("llama3-base", 2.0, 1.0, 6e-7),
         ("llama3-instruct", 2.5, 1.375, 1e-6),
         ("llama3-instruct-v0.2", 10.0, 3.0, 1e-6),
+        ("gemma2-instruct", 10.0, 5.0, 8e-7),
     ],
 )
 def test_the_papers_numbers(preset: str, beta: float, gamma: float, lr: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ def chat(*turns: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def encoded(name: str, prompt: Any, chosen: str, rejected: str) -> InMemoryPairs:
+def encoded(name: str, prompt: Any, chosen: str, rejected: str, **options: Any) -> InMemoryPairs:
     row = {"chosen": [*prompt, *chat("", chosen)[1:]], "rejected": [*prompt, *chat("", rejected)[1:]]}
-    encoder = PairEncoder(tokenizer_of(name), OPTIONS, ends_of(name))
+    encoder = PairEncoder(tokenizer_of(name), replace(OPTIONS, **options), ends_of(name))
     return encode_rows([("f:1", row)], encoder).pairs
 
 
@@ -43,7 +44,8 @@ def test_a_conversation_written_out(name: str) -> None:
     assert text_of(name, prompt).replace("<s> ", "<s>") == family.prompt
     assert text_of(name, chosen) == family.chosen
     if tokenizer.bos_token_id is not None:
-        assert prompt.tolist().count(tokenizer.bos_token_id) == 1 and prompt[0] == tokenizer.bos_token_id
+        assert prompt[0] == tokenizer.bos_token_id
+        assert prompt.tolist().count(tokenizer.bos_token_id) == (2 if name == "olmo2" else 1)  # its EOS, of an answer
     # The ids are those of the whole rendered conversation, cut where the response begins.
     rendered = family.prompt.removeprefix("<s>" if name == "zephyr" else "") + family.chosen
     whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
@@ -52,8 +54,15 @@ def test_a_conversation_written_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
 def test_roles_that_a_template_refuses(name: str) -> None:
-    with pytest.raises(UserError, match=r"f:1: the chat template of .* refuses the conversation"):
-        encoded(name, [{"role": "system", "content": "Be brief."}, *chat(QUESTION)], ANSWER, "No.")
+    asked = [{"role": "system", "content": "Be brief."}, *chat(QUESTION)]
+    with pytest.raises(UserError, match=r"f:1: the chat template of .* refuses .* give --system-message first_user"):
+        encoded(name, asked, ANSWER, "No.")
+    folded = encoded(name, asked, ANSWER, "No.", system_message="first_user")
+    written = encoded(name, chat(f"Be brief.\n\n{QUESTION}"), ANSWER, "No.")
+    for found, wanted in zip(folded.pair(0), written.pair(0), strict=True):
+        assert found.tolist() == wanted.tolist()
+    with pytest.raises(UserError, match="f:1: no user message follows the system message"):
+        encoded(name, [asked[0], *chat("", REPLY)[1:]], ANSWER, "No.", system_message="first_user")
 
 
 texts = st.text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,3 +83,22 @@ def test_a_rank_may_hold_padding_alone(pool: Any, tmp_path: Path) -> None:
     ranks = pool.run(2, parameters, tmp_path, {"tensor_model_parallel_size": 2})
     assert ranks[0]["output_layer.weight"]["value"][:100].any(dim=1).all()
     assert not ranks[1]["output_layer.weight"]["value"].any()
+
+
+def test_a_norm_behind_a_projection_keeps_nothing_where_there_is_no_gradient() -> None:
+    """Megatron adds to the residual with gradients turned on, also in evaluations and before recomputation."""
+    from simpo_megatron import cpu
+    from simpo_megatron.models.spec import PostNormAdd, RMSNorm
+
+    cpu.enable()
+    config: Any = SimpleNamespace(
+        params_dtype=torch.float32,
+        sequence_parallel=False,
+        layernorm_zero_centered_gamma=True,
+        hidden_size=8,
+        layernorm_epsilon=1e-6,
+    )
+    add = PostNormAdd(config, RMSNorm)(True, False)
+    output, residual = torch.randn(3, 8), torch.randn(3, 8, requires_grad=True)
+    assert not add((output, None), residual, 0.0).requires_grad
+    assert add((output.requires_grad_(), None), residual, 0.0).requires_grad

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support import families as tiny
-from tests.support.distributed import BOTH, LOCAL, WorkerError
+from tests.support.distributed import BOTH, LOCAL, NEWEST, WorkerError
 
 LENGTHS = [17, 30, 5]  # the window of the Mistral model is 8, the original context of the Llama 3 model 32
 IDS = torch.randint(0, tiny.VOCAB, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(2))
@@ -64,9 +64,17 @@ def test_every_layout_equals_transformers(name: str, layout: dict[str, Any], poo
         assert error(result, expected) < 1e-5
 
 
-@pytest.mark.parametrize("pool", BOTH, indirect=True)
-def test_bf16_is_as_close_as_transformers_bf16(pool: Any, tmp_path: Path) -> None:
-    half = tiny.make("llama3", tmp_path, torch.bfloat16)
+@pytest.mark.parametrize(
+    "pool, name",
+    [
+        (LOCAL, "llama3"),
+        (LOCAL, "gemma2"),
+        *(pytest.param(NEWEST, name, marks=pytest.mark.te) for name in ("llama3", "gemma3")),
+    ],
+    indirect=["pool"],
+)
+def test_bf16_is_as_close_as_transformers_bf16(name: str, pool: Any, tmp_path: Path) -> None:
+    half = tiny.make(name, tmp_path, torch.bfloat16)
     with torch.no_grad():
         bf16 = packed_reference(half).float()
         fp32 = packed_reference(type(half).from_pretrained(tmp_path, dtype=torch.float32))
@@ -85,7 +93,9 @@ SELECTIVE = {"recompute_granularity": "selective"}
         *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3", "qwen3_moe")),
         *((name, layout) for name in ("mistral", "qwen3") for layout in (FULL, SELECTIVE)),
         *((name, SP) for name in ("llama_attention_bias", "llama_mlp_bias")),
-        *((name, {**SP, **PP2}) for name in ("llama_biases", "qwen3_windows")),
+        *((name, {**SP, **PP2}) for name in ("llama_biases", "qwen3_windows", "olmo3")),
+        ("olmo2", TP2),
+        ("olmo3", FULL),
         *((name, layout) for name in ("qwen2", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
         ("deepseek_v2", SP),
         ("deepseek_v3", {**SP, **VPP2}),

@@ -1,4 +1,4 @@
-"""Every tiny model under Megatron-LM's arguments, and back: the same model, or another family that computes the same."""
+"""Every tiny model under Megatron-LM's arguments, and back: the same model, or another that computes the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.families import MODELS, SIZES
 
 def architecture_of(name: str) -> Architecture:
     prefix, own = MODELS[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **own}).to_dict()
+    config = getattr(transformers, f"{prefix}ForCausalLM").config_class(**{**SIZES, **own}).to_dict()
     return family_of(config).architecture(config)
 
 

@@ -22,7 +22,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "yarn": YARN,
     "yarn, all values": {
         **YARN,
-        "beta_fast": 24,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 4,
         "beta_slow": 2,
         "mscale": 1.0,
         "mscale_all_dim": 0.7,
@@ -53,6 +54,17 @@ def test_whole_heads(kind: str) -> None:
     for written in (config.to_dict(), old):
         check(read_rope(written), LlamaRotaryEmbedding(config), 12)
     assert kind == "default" or read_rope(old) != read_rope(sizes)
+
+
+def test_every_value_counts() -> None:
+    """So `test_whole_heads` would see one that is lost."""
+    given = KINDS["yarn, all values"]
+    sizes = {"head_dim": 12, "max_position_embeddings": 128, "rope_theta": 50000.0}
+    found, factor = inverse_frequencies(read_rope({**sizes, "rope_scaling": given}), 12)
+    for name in given.keys() - {"rope_type", "factor", "original_max_position_embeddings"}:
+        others = {key: value for key, value in given.items() if key != name}
+        without, other = inverse_frequencies(read_rope({**sizes, "rope_scaling": others}), 12)
+        assert not torch.equal(found, without) or factor != other, name
 
 
 def test_a_part_of_every_head() -> None:

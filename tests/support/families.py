@@ -55,6 +55,13 @@ ROUTED = {
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 QWEN3_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
+GEMMA3 = {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
+}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}
 # name: class prefix in transformers, and what its config sets besides the sizes.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,6 +73,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_mlp_bias": ("Llama", {"mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 8, "head_dim": 16}),
     "mistral_whole": ("Mistral", {"sliding_window": None}),
+    "olmo2": ("Olmo2", {"head_dim": 16, "tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", {"sliding_window": 8, "rope_scaling": YARN, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2_windows": ("Qwen2", {**WINDOWS, "max_window_layers": 2}),
@@ -89,6 +98,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3", {**LATENT, **ROUTED, "q_lora_rank": 14}),
     # The bounds are low enough to matter, the heads are wider together than the hidden states, the window is short.
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}),
+    "gemma3": ("Gemma3", {**GEMMA, **GEMMA3, "tie_word_embeddings": False}),
 }
 
 CAPPED = ("gemma2",)  # with a bound for attention scores, which Transformer Engine does not have
@@ -102,7 +112,7 @@ def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     prefix, own = MODELS[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **own, **settings})
+    config = getattr(transformers, f"{prefix}ForCausalLM").config_class(**{**SIZES, **own, **settings})
     generator = torch.Generator().manual_seed(1)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -6,6 +6,7 @@ mistral   sentencepiece-like Unigram; nothing between [/INST] and the answer; al
 zephyr    sentencepiece-like Unigram; the template is laid out over lines
 gemma     sentencepiece-like BPE with bytes for unknown characters; answers belong to "model"; turns end with
           <end_of_turn>, which is not the tokenizer's EOS
+olmo2     byte-level BPE; one token is BOS, which the template alone writes, and EOS, which only answers end with
 """
 
 from __future__ import annotations
@@ -87,6 +88,16 @@ FAMILIES = {
         "sky.</s>\n<|assistant|>\n",
         "It is blue.\n\nThank you</s>",
     ),
+    "olmo2": Family(
+        "olmo",
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ '<|assistant|>\n' + message['content'] + eos_token + ('' if loop.last else '\n') }}"
+        "{% else %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        "<|endoftext|><|user|>\nWhat color is the sky?\n<|assistant|>\nWhich sky?<|endoftext|>\n<|user|>\nThe sky.\n"
+        "<|assistant|>\n",
+        "It is blue.\n\nThank you<|endoftext|>",
+    ),
     "gemma": Family(
         "gemma",
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
@@ -103,7 +114,7 @@ FAMILIES = {
         ("<end_of_turn>",),
     ),
 }
-LOSSLESS = ("llama3", "qwen2", "gemma")  # families whose vocabulary can write any text
+LOSSLESS = ("llama3", "qwen2", "gemma", "olmo2")  # families whose vocabulary can write any text
 
 
 @cache

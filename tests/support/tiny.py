@@ -71,7 +71,7 @@ def make_checkpoint(
         "eos_token_id": 1,
         "tie_word_embeddings": False,
     }
-    config = getattr(transformers, f"{architecture}Config")(**{**settings, **overrides})
+    config = getattr(transformers, f"{architecture}ForCausalLM").config_class(**{**settings, **overrides})
     model = randomize(getattr(transformers, f"{architecture}ForCausalLM")(config))
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

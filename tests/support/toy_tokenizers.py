@@ -1,9 +1,10 @@
-"""Four small tokenizers with the habits of real families: who adds BOS, what ends a turn, how words are marked.
+"""Five small tokenizers with the habits of real families: who adds BOS, what ends a turn, how words are marked.
 
 llama3    byte-level BPE; template and tokenizer both write BOS; turns are trimmed and end with <|eot_id|>
 qwen      byte-level BPE; no BOS at all; turns end with <|im_end|> and a newline
 mistral   Metaspace Unigram; template and tokenizer both write BOS; only answers end with </s>
 zephyr    Metaspace Unigram; only the tokenizer writes BOS; turns end with </s> and a newline
+olmo      byte-level BPE; <|endoftext|> is BOS, which only the template writes, and EOS
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+OLMO = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else '' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 # A reasoning template: the generation prompt opens a block that the rendered answer does not have.
 THINKING = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
@@ -56,6 +62,10 @@ def toy(name: str) -> PreTrainedTokenizerFast:
         return _wrap(_byte_bpe(special), LLAMA3, bos="<|begin_of_text|>", eos="<|eot_id|>")
     if name == "qwen":
         return _wrap(_byte_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]), QWEN, bos=None, eos="<|im_end|>")
+    if name == "olmo":
+        tokenizer = _wrap(_byte_bpe(["<|endoftext|>"]), OLMO, bos=None, eos="<|endoftext|>")
+        tokenizer.bos_token = "<|endoftext|>"
+        return tokenizer
     templates = {"mistral": MISTRAL, "zephyr": ZEPHYR}
     return _wrap(_unigram(["<unk>", "<s>", "</s>"]), templates[name], bos="<s>", eos="</s>")
 

@@ -120,7 +120,9 @@ def write_config(name: str, file: Path, **settings: Any) -> Path:
     import transformers
 
     prefix, own = families.MODELS[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**families.SIZES, **own, "num_hidden_layers": 2, **settings})
+    config = getattr(transformers, f"{prefix}ForCausalLM").config_class(
+        **{**families.SIZES, **own, "num_hidden_layers": 2, **settings}
+    )
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({**config.to_dict(), "dtype": "float32"}))
     return file
@@ -161,7 +163,7 @@ def command_line(model: Path, layout: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     "name, layout",
     [
-        ("llama", {"tensor_model_parallel_size": 2}),
+        ("olmo3", {"tensor_model_parallel_size": 2}),
         ("deepseek_v3", {"expert_model_parallel_size": 2}),
         ("deepseek_v2", {"context_parallel_size": 2}),
     ],

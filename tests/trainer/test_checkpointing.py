@@ -20,6 +20,7 @@ from simpo_megatron.checkpoint.folder import TRACKER, latest_step
 from simpo_megatron.errors import UserError
 from simpo_megatron.trainer.folders import check_writable
 from tests.support.distributed import BOTH, LOCAL, NEWEST, Pools, WorkerPool
+from tests.support.families import GEMMA3
 from tests.support.runs import flags, read_rows, run_and_read, run_main, train
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 
@@ -119,7 +120,7 @@ def test_experts_and_context_parallelism_resume_too(pool: WorkerPool, tmp_path: 
 
 
 @pytest.mark.te
-@pytest.mark.parametrize("architecture, settings", [("Qwen3", {}), ("Mixtral", EXPERTS)], ids=["dense", "experts"])
+@pytest.mark.parametrize("architecture, settings", [("Gemma3", GEMMA3), ("Mixtral", EXPERTS)], ids=["dense", "experts"])
 @pytest.mark.parametrize("first, second", [(LOCAL, NEWEST), (NEWEST, LOCAL)], ids=["to te", "to local"])
 def test_a_run_resumes_with_the_other_layers(
     pools: Pools, tmp_path: Path, architecture: str, settings: dict[str, Any], first: str, second: str

@@ -23,7 +23,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.part_layout import rank_rows, rank_slice
-from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, SEPARATE_NORMS
+from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, POST_NORMS, SEPARATE_NORMS
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size, stage_layers, virtual_stages
 
 FILE = "model_optim_rng.pt"
@@ -251,9 +251,11 @@ def rank_file_name(
         names: of all entries of the layer.
     """
     name, experts = parameter.entry.megatron, parameter.entry.experts
+    modules = POST_NORMS
     if layout.transformer_impl == "local" or name.replace("layer_norm_weight", "weight") not in names:
-        for canonical, separate in SEPARATE_NORMS.items():
-            name = name.replace(canonical, separate)
+        modules = {**POST_NORMS, **SEPARATE_NORMS}
+    for canonical, separate in modules.items():
+        name = name.replace(canonical, separate)
     if layout.moe_grouped_gemm and experts:
         name = name.replace("local_experts.{expert}.", "").replace("weight", "weight{expert}")
     return name.format(layer=layer, expert=expert)
@@ -263,5 +265,5 @@ def _extra_state(key: str, layout: RankLayout) -> str | None:
     """The key of the `_extra_state` of a parameter's module; None where the module has none."""
     module, _, leaf = key.rpartition(".")
     linear = ".linear_" in key and leaf.startswith("weight")
-    norm = layout.transformer_impl != "local" and module.endswith("layernorm")
+    norm = layout.transformer_impl != "local" and module.endswith(("layernorm", "_bda.norm"))
     return f"{module}._extra_state" if linear or norm else None

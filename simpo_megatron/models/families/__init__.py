@@ -12,6 +12,8 @@ deepseek_v3.py  DeepSeek-V3 and R1
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window
 mixtral.py    Mixtral
+olmo2.py      OLMo-2
+olmo3.py      OLMo-3: windows, and two rotary embeddings
 qwen2.py      Qwen2 and Qwen2.5
 qwen3.py      Qwen3, dense
 qwen3_moe.py  Qwen3 with experts

@@ -14,12 +14,10 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture, Family, refuse, required
 from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs, dense_weights
-from simpo_megatron.models.families.mistral import window_size
-from simpo_megatron.models.megatron_args import default_config, default_megatron_args, sliding_window
+from simpo_megatron.models.families.windows import FULL, SLIDING, listed_layer_types, listed_windows, window_kwargs
+from simpo_megatron.models.megatron_args import default_config, default_megatron_args
 from simpo_megatron.models.part_layout import Copy
 from simpo_megatron.models.weight_table import WeightEntry
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def gemma_kwargs(config: dict[str, Any], full_every: int) -> dict[str, Any]:
@@ -35,28 +33,14 @@ def gemma_kwargs(config: dict[str, Any], full_every: int) -> dict[str, Any]:
     refuse(config, "hidden_activation", "gelu_pytorch_tanh", fix="only GeGLU models (gelu_pytorch_tanh) run")
     refuse(config, "attention_bias", False, None, fix="only Gemma models without biases run")
     refuse(config, "use_bidirectional_attention", False, None, fix="only causal models run")
-    kwargs = dense_kwargs({**config, "hidden_act": "silu", "layer_types": None})  # they are read here
+    layers = range(required(config, "num_hidden_layers"))
+    default = [SLIDING if (layer + 1) % full_every else FULL for layer in layers]
     return {
-        **kwargs,
+        **dense_kwargs({**config, "hidden_act": "silu", "layer_types": None}),  # both are read here
         "softmax_scale": required(config, "query_pre_attn_scalar") ** -0.5,
         "layernorm_zero_centered_gamma": True,
-        **_windows(config, full_every),
+        **window_kwargs(config.get("sliding_window"), listed_layer_types(config, default)),
     }
-
-
-def _windows(config: dict[str, Any], full_every: int) -> dict[str, Any]:
-    """The window, and a 1 for each layer that has it; empty where no layer has one."""
-    layers = required(config, "num_hidden_layers")
-    default = [_SLIDING if (layer + 1) % full_every else _FULL for layer in range(layers)]
-    kinds = config.get("layer_types") or default
-    if len(kinds) != layers or set(kinds) - {_FULL, _SLIDING}:
-        raise UserError(
-            f"config.json sets layer_types to {kinds!r}; it needs {_FULL!r} or {_SLIDING!r} for each of {layers} layers"
-        )
-    if _SLIDING not in kinds:
-        return {}
-    window = required(config, "sliding_window")
-    return {**window_size(window), "window_attn_skip_freq": [int(kind == _SLIDING) for kind in kinds]}
 
 
 def gemma_additions(config: dict[str, Any]) -> Additions:
@@ -119,13 +103,12 @@ def gemma_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dict[
         return None
     config = default_config(args, model_type, prefix)
     del config["hidden_act"]
-    windows = args.get("window_attn_skip_freq") or [0] * config["num_hidden_layers"]
     return {
         **config,
-        **sliding_window(args),
+        "layer_types": [FULL] * config["num_hidden_layers"],
+        **listed_windows(args),
         "hidden_activation": args.get("activation"),
         "query_pre_attn_scalar": round(args["softmax_scale"] ** -2),
-        "layer_types": [_SLIDING if window else _FULL for window in windows],
         "attn_logit_softcapping": args.get("attention_softcap"),
         "final_logit_softcapping": args.get("logit_softcap"),
     }

@@ -17,14 +17,30 @@ from simpo_megatron.models.architecture import Family
 from simpo_megatron.models.families.deepseek_v2 import DEEPSEEK_V2
 from simpo_megatron.models.families.deepseek_v3 import DEEPSEEK_V3
 from simpo_megatron.models.families.gemma2 import GEMMA2
+from simpo_megatron.models.families.gemma3 import GEMMA3
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
+from simpo_megatron.models.families.olmo2 import OLMO2
+from simpo_megatron.models.families.olmo3 import OLMO3
 from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (DEEPSEEK_V2, DEEPSEEK_V3, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2)
+FAMILIES = (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    GEMMA2,
+    GEMMA3,
+    OLMO2,
+    OLMO3,
+)
 
 
 def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] | None:
@@ -43,7 +59,7 @@ def config_of_args(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any] |
     additions = {field.name: args[field.name] for field in fields(Additions) if field.name in args}
     for family in FAMILIES:
         config = family.config_from_megatron_args(args)
-        if config is not None and family.additions(config).as_dict() == additions:
+        if config is not None and family.additions({**family.defaults, **config}).as_dict() == additions:
             return {**config, "vocab_size": vocab_size}
     return None
 
@@ -58,4 +74,5 @@ def family_of(config: dict[str, Any]) -> Family:
         if config.get("model_type") in family.model_types:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise UserError(f"config.json has model_type {config.get('model_type')!r}; supported are {known}")
+    text = "; its text model alone may run: save it by itself" if "text_config" in config else ""
+    raise UserError(f"config.json has model_type {config.get('model_type')!r}; supported are {known}{text}")
