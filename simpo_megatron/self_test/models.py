@@ -68,6 +68,7 @@ _LATENT = {
 _ROUTED = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1}
 OWN: dict[str, dict[str, Any]] = {  # by model_type
     "deepseek_v2": {**_LATENT, **_ROUTED, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False},
+    "glm4_moe": {**_ROUTED, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
     "deepseek_v3": {**_LATENT, **_ROUTED, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
     "mistral": {"sliding_window": 8},
     "gemma2": {

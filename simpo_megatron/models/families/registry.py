@@ -18,6 +18,7 @@ from simpo_megatron.models.families.deepseek_v2 import DEEPSEEK_V2
 from simpo_megatron.models.families.deepseek_v3 import DEEPSEEK_V3
 from simpo_megatron.models.families.gemma2 import GEMMA2
 from simpo_megatron.models.families.gemma3 import GEMMA3
+from simpo_megatron.models.families.glm4_moe import GLM4_MOE
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
@@ -30,6 +31,7 @@ from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 FAMILIES = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GLM4_MOE,
     LLAMA,
     MISTRAL,
     MIXTRAL,
