@@ -98,6 +98,7 @@ SELECTIVE = {"recompute_granularity": "selective"}
         ("olmo3", FULL),
         *((name, layout) for name in ("qwen2", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
         ("deepseek_v2", SP),
+        ("glm4_moe", {**SP, **PP2}),
         ("deepseek_v3", {**SP, **VPP2}),
     ],
     ids=str,
