@@ -214,6 +214,20 @@ def check_balancing_loss() -> None:
         )
 
 
+def check_cut_query_groups() -> None:
+    """Refuses tensor parallelism beyond the number of key and value heads where Megatron has no attention for it.
+
+    Raises:
+        UserError: megatron-core is 0.15, in which every rank needs a key head of its own.
+    """
+    info = importlib.import_module("megatron.core.package_info")
+    if (info.MAJOR, info.MINOR) < (0, 16):
+        raise UserError(
+            "--tensor-model-parallel-size exceeds the number of key and value heads, and megatron-core "
+            f"{info.__version__} gives every rank one of its own; install 0.16 or newer, or use fewer ranks"
+        )
+
+
 # Python packages that core_v0.16.1 needs and does not declare. It imports six and triton; its Makefile uses pybind11.
 _MEGATRON_LM_PACKAGES = ("six", "pybind11", "triton")
 

@@ -244,7 +244,7 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     Raises:
         UserError: the checkpoint is not complete, or is of another model; or a folder cannot be written to.
     """
-    from simpo_megatron.trainer.adapter import check_base, describe_weights
+    from simpo_megatron.trainer.adapter import base_checkpoint, describe_weights
     from simpo_megatron.trainer.folders import check_folders
     from simpo_megatron.trainer.resume import find_saved_run, follow, weights_folder
 
@@ -254,8 +254,10 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     _, changes = follow(config, saved)
     folder = weights_folder(config.checkpoint) if saved is None else saved.folder
     if config.adapter.trains_adapters:  # such a checkpoint holds no base
-        check_base(config)
-        if folder is not None and (lora := lora_of(config.adapter, hf.architecture)) is not None:
+        base = base_checkpoint(config.checkpoint)
+        if base is not None:
+            read_torch_dist(base, hf)
+        if folder not in (None, base) and (lora := lora_of(config.adapter, hf.architecture)) is not None:
             read_factors(folder, hf, lora)
         start = describe_weights(config, hf, folder)
         return "; ".join((start, *changes)), 0 if saved is None else saved.progress.step

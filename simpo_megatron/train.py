@@ -50,6 +50,7 @@ def run(config: Config) -> None:
     for flag, folder in (
         ("--save", config.checkpoint.save),
         ("--export-hf", config.model.export_hf),
+        ("--export-adapter", config.adapter.export_adapter),
         ("--tensorboard-dir", config.log.tensorboard_dir),
     ):
         if folder is not None:

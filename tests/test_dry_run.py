@@ -93,7 +93,6 @@ SEEN = [
     wrong_input.row_without_chosen,
     wrong_input.no_chat_template,
     wrong_input.no_tokenizer,
-    wrong_input.tensor_parallel_does_not_divide_query_groups,
     wrong_input.stages_do_not_divide_layers,
     wrong_input.chunks_do_not_divide_layers,
     wrong_input.expert_parallel_of_a_dense_model,

@@ -38,7 +38,7 @@ SHARDED = {"use_distributed_optimizer": True}
 EP2 = {"expert_model_parallel_size": 2}
 WHOLE = {"expert_tensor_parallel_size": 1}  # experts are not split over the tensor-parallel ranks
 
-# The model, the number of processes, the layout. "wide" has 4 key and value heads, for 4 tensor-parallel ranks.
+# The model, the number of processes, the layout.
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one": ("llama", 1, {}),
     "one, fixed": ("llama", 1, FIXED),
@@ -65,7 +65,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tp2 pp2": ("llama", 4, {**TP2, **PP2}),
     "tp2 sp pp2": ("llama", 4, {**SP, **PP2}),
     "tp2 sp dp2, fixed": ("llama", 4, {**SP, **FIXED}),
-    "tp4 sp": ("wide", 4, SP4),
+    "tp4 sp": ("llama", 4, SP4),
     "vpp2 dp2": ("llama", 4, VPP),
     "cp4": ("llama", 4, {"context_parallel_size": 4}),
     "cp2 tp2": ("llama", 4, {**CP2, **TP2}),
@@ -75,7 +75,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "cp2 dp2, distributed optimizer": ("llama", 4, {**CP2, **SHARDED}),
     "cp2 tp2 sp pp2, recompute": ("llama", 8, {**CP2, **SP, **PP2, **FULL}),
     "cp2 vpp2 dp2, distributed optimizer": ("llama", 8, {**CP2, **VPP, **SHARDED}),
-    "tp4 sp cp2": ("wide", 8, {**SP4, **CP2}),
+    "tp4 sp cp2": ("llama", 8, {**SP4, **CP2}),
     "tp2 sp pp2 dp2": ("llama", 8, {**SP, **PP2}),
     "shared prompts": ("llama", 1, SHARE),
     "shared prompts, fixed, recompute": ("llama", 1, {**SHARE, **FIXED, **FULL}),
@@ -139,7 +139,6 @@ LOCAL_ROPES: dict[str, tuple[str, int, dict[str, Any]]] = {  # a window under cp
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 9, "pad_token_id": None}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
-    "wide": ("Llama", {"num_key_value_heads": 4}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", EXPERTS),
     "mistral": ("Mistral", {"sliding_window": 9}),

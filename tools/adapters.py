@@ -13,6 +13,7 @@ Exit code: 0; of `compare` 1 where the adapters differ; 2 for a mistake.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ def build_parser(command: str) -> Parser:
     if command == "compare":
         parser.add_argument("adapters", type=path_value, nargs=2, metavar="DIR", help="PEFT folder")
         tolerance = "relative difference that is allowed (default 1e-6)"
-        parser.add_argument("--tolerance", type=float, default=1e-6, metavar="X", help=tolerance)
+        parser.add_argument("--tolerance", type=_tolerance, default=1e-6, metavar="X", help=tolerance)
     else:
         name = "--load" if command == "convert" else "--adapter"
         parser.add_argument(name, type=path_value, required=True, metavar="DIR", help=f"the adapter to {command}")
@@ -44,6 +45,13 @@ def build_parser(command: str) -> Parser:
     if command == "convert":
         add_conversion_flags(parser)
     return parser
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number, and not negative")
+    return value
 
 
 def run(argv: Sequence[str] | None) -> int:

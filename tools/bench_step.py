@@ -4,7 +4,8 @@
 
 Both sides run in processes of their own, in turns (`--rounds`), on the same pairs in the same order. A step is forward,
 backward, clipping and AdamW. `--heads fused plain` measures both heads of this package. Tokens of prompts and responses
-are counted, padding is not.
+are counted, padding is not. `--lora-rank R` freezes the model and trains adapters on all projections: this package's,
+and PEFT's in TRL (`peft_config`), with alpha 2 R.
 
 TRL pads every micro-batch to its longest response. So it is measured at several micro-batch sizes and compared at its
 best; `--trl-micro-batches` without a number leaves it out. Without `--hf-checkpoint` a random Llama is made, with a
@@ -28,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import append_rows, processor
+from machine import append_rows, clocks, processor, since
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "tools" / "results" / "step.csv"
@@ -79,8 +80,8 @@ def read_pairs(args: argparse.Namespace) -> Any:
     return load_preferences(args.data, AutoTokenizer.from_pretrained(args.hf_checkpoint), options)[0]
 
 
-def run_ours(args: argparse.Namespace) -> list[float]:
-    """Seconds of each step of this package."""
+def run_ours(args: argparse.Namespace) -> list[list[float]]:
+    """Seconds of each step of this package, by both clocks."""
     from simpo_megatron.config.arguments import parse
     from simpo_megatron.train import run
 
@@ -101,15 +102,17 @@ def run_ours(args: argparse.Namespace) -> list[float]:
             "head": args.only.removeprefix("simpo_megatron "),
             "tensorboard-dir": folder,
         }
+        if args.lora_rank:
+            flags |= {"lora-rank": args.lora_rank, "lora-alpha": 2 * args.lora_rank}
         argv = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         from simpo_megatron.trainer.engine import Engine
 
         seconds, step = [], Engine.train_step
 
         def timed(self: Engine, batch: Any) -> dict[str, float]:
-            started = time.perf_counter()
+            started = clocks()
             metrics = step(self, batch)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(since(started))
             return metrics
 
         Engine.train_step = timed  # type: ignore[method-assign]
@@ -117,7 +120,19 @@ def run_ours(args: argparse.Namespace) -> list[float]:
     return seconds
 
 
-def run_trl(args: argparse.Namespace) -> list[float]:
+def peft_config(args: argparse.Namespace) -> Any:
+    """PEFT's adapters on all projections of a Llama; None where all weights are trained."""
+    if not args.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    from simpo_megatron.adapters.lora import TARGETS
+
+    rank = args.lora_rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+
+
+def run_trl(args: argparse.Namespace) -> list[list[float]]:
     """Seconds of each step of TRL's CPOTrainer on the same token ids, in micro-batches of --micro-batch pairs."""
     import torch
     from datasets import Dataset
@@ -135,14 +150,14 @@ def run_trl(args: argparse.Namespace) -> list[float]:
         {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]}
         for row in (rows[i] for i in order)
     ]
-    seconds: list[float] = []
+    seconds: list[list[float]] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
+            self.started = clocks()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
+            seconds.append(since(self.started))
 
     class Sequential(CPOTrainer):
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
@@ -174,15 +189,16 @@ def run_trl(args: argparse.Namespace) -> list[float]:
             train_dataset=Dataset.from_list(messages),
             processing_class=AutoTokenizer.from_pretrained(args.hf_checkpoint),
             callbacks=[Clock()],
+            peft_config=peft_config(args),
         )
         trainer.train()
     return seconds
 
 
-def measure(args: argparse.Namespace, implementation: str, micro_batch: int, precision: str) -> list[float]:
+def measure(args: argparse.Namespace, implementation: str, micro_batch: int, precision: str) -> list[list[float]]:
     """Runs one side in a process of its own; the seconds of its steps without the first, which warms up."""
     command = [sys.executable, __file__, "--only", implementation, "--micro-batch", str(micro_batch)]
-    for name in ("data", "hf_checkpoint", "steps", "pairs", "seq_length", "max_length"):
+    for name in ("data", "hf_checkpoint", "steps", "pairs", "seq_length", "max_length", "lora_rank"):
         command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
     result = subprocess.run([*command, "--precision", precision], capture_output=True, text=True, env=environment)
@@ -196,17 +212,11 @@ def table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("precision", "implementation", "micro-batch", "seconds a step", "tokens/s", "ratio to TRL's best")
+    numbers = ("seconds", "tokens_per_second", "ratio_to_best_trl", "cpu_seconds", "cpu_ratio_to_best_trl")
+    shown = Table("precision", "implementation", "micro-batch", *(name.replace("_", " ") for name in numbers))
     for row in rows:
-        ratio, micro = f"{row['ratio_to_best_trl']:.2f}", str(row["micro_batch"] or "packed")
-        shown.add_row(
-            row["precision"],
-            row["implementation"],
-            micro,
-            f"{row['seconds']:.2f}",
-            f"{row['tokens_per_second']:.0f}",
-            ratio,
-        )
+        values = (f"{row[name]:.4g}" for name in numbers)
+        shown.add_row(row["precision"], row["implementation"], str(row["micro_batch"] or "packed"), *values)
     Console().print(shown)
 
 
@@ -220,37 +230,47 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     rows = []
     for precision in args.precisions:
-        seconds: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
+        seconds: dict[tuple[str, int], list[list[float]]] = {side: [] for side in sides}
         for _ in range(args.rounds):
-            for side in sides:
-                seconds[side] += measure(args, *side, precision)
-        mean = {side: statistics.mean(values) for side, values in seconds.items()}
-        best = min((value for (name, _), value in mean.items() if name == "trl"), default=math.nan)
+            for name, micro in sides:
+                seconds[name, micro] += measure(args, name, micro, precision)
+        mean = {side: [statistics.mean(of) for of in zip(*found, strict=True)] for side, found in seconds.items()}
+        trl = [value for (name, _), value in mean.items() if name == "trl"] or [[math.nan, math.nan]]
+        best, cpu_best = (min(of) for of in zip(*trl, strict=True))
         rows += [
             {
                 "precision": precision,
                 "implementation": name,
                 "micro_batch": micro,
-                "seconds": round(mean[name, micro], 4),
-                "tokens_per_second": round(tokens / mean[name, micro], 1),
-                "ratio_to_best_trl": round(best / mean[name, micro], 3),
+                "seconds": round(wall, 4),
+                "tokens_per_second": round(tokens / wall, 1),
+                "ratio_to_best_trl": round(best / wall, 3),
+                "cpu_seconds": round(cpu, 4),
+                "cpu_ratio_to_best_trl": round(cpu_best / cpu, 3),
             }
-            for name, micro in sides
+            for (name, micro), (wall, cpu) in mean.items()
         ]
     return rows
 
 
-def setting(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions and setting of a row."""
+def setting(args: argparse.Namespace, load: float) -> dict[str, Any]:
+    """Machine, versions and setting of a row.
+
+    Args:
+        args: of the command line.
+        load: of the machine before the measurement.
+    """
     return {
         "date": time.strftime("%Y-%m-%d"),
         "data": args.data.name,
         "pairs": args.pairs,
         "steps": args.steps * args.rounds,
         "max_length": args.max_length,
+        "lora_rank": args.lora_rank,
         "threads": args.threads,
+        "load_before": load,
         "machine": processor(),
-        **{name: version(name) for name in ("torch", "megatron-core", "transformers", "trl")},
+        **{name: version(name) for name in ("torch", "megatron-core", "transformers", "trl", "peft")},
     }
 
 
@@ -266,6 +286,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="pairs of an optimizer step")
     parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a packed row of this package")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of prompt and response together")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a process")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument(
@@ -283,9 +304,10 @@ def main() -> None:
         parser.error(f"--data {args.data} is not a file")
     with tempfile.TemporaryDirectory() as folder:
         args.hf_checkpoint = args.hf_checkpoint or make_model(Path(folder), args.data)
+        load = round(os.getloadavg()[0], 2)
         rows = benchmark(args)
     table(rows)
-    append_rows(CSV, rows, setting(args))
+    append_rows(CSV, rows, setting(args, load))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
 

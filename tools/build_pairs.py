@@ -28,17 +28,19 @@ from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import flag, path_value, source_value
 
 
+def check(argv: Sequence[str]) -> None:
+    """Raises UserError if a flag is wrong. tools/iterate.py asks before its first round."""
+    _options(build_parser().parse_args(argv))
+
+
 def run(args: argparse.Namespace) -> None:
     """Builds the pairs, and prints what became of the prompts."""
-    options: PairingOptions = build_group(PairingOptions, vars(args))
+    options, policy, settings = _options(args)
     if Path(args.data).resolve() == args.output.resolve():
         raise UserError(f"--output {args.output} is the input; choose another file")
     if not args.output.name.endswith((".jsonl", ".json")):
         raise UserError(f"--output {args.output}: pairs are written as JSON lines; give a name that ends in .jsonl")
-    policy: Policy | None = getattr(args, "verify_pairs", None)
-    judge = None if policy is None else Judge(build_group(JudgeSettings, vars(args)))
-    if policy is None and (unused := [name.name for name in settable(JudgeSettings) if name.name in vars(args)]):
-        raise UserError(f"{flag(unused[0])} needs --verify-pairs drop or flip")
+    judge = None if settings is None else Judge(settings)
     report = PairingReport()
     rows = with_progress(read_rows(args.data), f"Pairing {args.data}")
 
@@ -52,8 +54,17 @@ def run(args: argparse.Namespace) -> None:
     print(report.summary(args.output))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def _options(args: argparse.Namespace) -> tuple[PairingOptions, Policy | None, JudgeSettings | None]:
+    """How pairs are made, and by which judge they are verified."""
+    policy: Policy | None = getattr(args, "verify_pairs", None)
+    if policy is None and (unused := [name.name for name in settable(JudgeSettings) if name.name in vars(args)]):
+        raise UserError(f"{flag(unused[0])} needs --verify-pairs drop or flip")
+    judge = None if policy is None else build_group(JudgeSettings, vars(args))
+    return build_group(PairingOptions, vars(args)), policy, judge
+
+
+def build_parser() -> Parser:
+    """The flags."""
     parser = Parser(
         "build_pairs.py",
         description=__doc__,
@@ -73,7 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="ask a judge about every pair; drop or flip those whose rejected response it prefers",
     )
     add_settings(judge, JudgeSettings)
-    return exit_code("build_pairs.py", lambda: run(parser.parse_args(argv)))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return exit_code("build_pairs.py", lambda: run(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from simpo_megatron.on_policy.choice import add_choice, chosen_settings
 from simpo_megatron.on_policy.generation import Generator
 from simpo_megatron.on_policy.journal import Journal, read_journal
 from simpo_megatron.on_policy.lengths import LengthReport
-from simpo_megatron.on_policy.prompts import Shard, read_prompts
+from simpo_megatron.on_policy.prompts import Shard, digest, read_prompts
 from simpo_megatron.on_policy.sampling import SamplingSettings
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import path_value, required, source_value
@@ -62,6 +62,13 @@ def build_parser() -> Parser:
     return parser
 
 
+def check(argv: Sequence[str]) -> None:
+    """Raises UserError if a flag is wrong; nothing is loaded. tools/iterate.py asks before its first round."""
+    args = build_parser().parse_args(argv)
+    chosen_settings(args, "backend", SETTINGS)
+    build_group(SamplingSettings, vars(args))
+
+
 def run(args: argparse.Namespace) -> None:
     """Answers the prompts, and prints how long the responses are."""
     settings = chosen_settings(args, "backend", SETTINGS)
@@ -77,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     print(report.summary(source), flush=True)
     generator = Generator(args.hf_checkpoint, args.backend, settings, sampling)
     with Journal.open("--output", args.output, generator.about()) as journal:
-        journal.check_prompts({prompt.id: prompt.messages for prompt in prompts}, source)
+        journal.check_source({prompt.id: digest(prompt.messages) for prompt in prompts}, source, "prompt")
         progress = generator.answer(prompts, journal, f"Answering {source}")
     _finish(args.output, args.output, progress.tokens_per_second)
 

@@ -11,18 +11,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 
+from simpo_megatron.config.arguments import parse
 from simpo_megatron.on_policy import loop_config
-from simpo_megatron.on_policy.iteration import Loop, show_table
+from simpo_megatron.on_policy.iteration import PROGRAMS, Loop, show_table
 from simpo_megatron.on_policy.loop_config import LoopConfig
 from simpo_megatron.program import Parser, exit_code
 from simpo_megatron.settings import path_value
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other programs
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the loop, and prints the table."""
     config = LoopConfig.read(args.config)
-    show_table(Loop(config).run())
+    checks = {section: import_module(program).check for section, program in PROGRAMS.items()}
+    show_table(Loop(config, {**checks, "train": parse}).run())
     print(f"The last model: {config.folder}/round_{config.rounds}/model")
 
 

@@ -1,10 +1,11 @@
-"""What the benchmarks share: the name of the machine, and the CSV files with their results."""
+"""What the benchmarks share: the name of the machine, its clocks, and the CSV files with their results."""
 
 from __future__ import annotations
 
 import csv
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ def processor() -> str:
         else []
     )
     return f"{names[0] if names else platform.processor()} x {os.cpu_count()}"
+
+
+def clocks() -> tuple[float, float]:
+    """Now: the clock, and the CPU time of all threads of this process, which a busy machine changes less."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(started: tuple[float, float]) -> list[float]:
+    """Seconds by both clocks."""
+    return [now - then for now, then in zip(clocks(), started, strict=True)]
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]], where: dict[str, Any]) -> None:

@@ -20,9 +20,10 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.choice import flag_of_another
 from simpo_megatron.on_policy.journal import Journal
 from simpo_megatron.on_policy.scorers import CHOSEN_BY, SCORERS
-from simpo_megatron.on_policy.scoring import score_responses
+from simpo_megatron.on_policy.scorers.base import Scorer
+from simpo_megatron.on_policy.scoring import made_from, score_responses
 from simpo_megatron.program import Parser, exit_code
-from simpo_megatron.settings import flag, path_value, source_value
+from simpo_megatron.settings import Group, flag, path_value, source_value
 
 SETTINGS = {name: entry.settings for name, entry in SCORERS.items()}
 
@@ -44,22 +45,34 @@ def build_parser() -> Parser:
     return parser
 
 
+def check(argv: Sequence[str]) -> None:
+    """Raises UserError if a flag is wrong, or the scorer is not there. tools/iterate.py asks before its first round."""
+    scorer, settings = _chosen(build_parser().parse_args(argv))
+    scorer.check(settings)
+
+
 def run(args: argparse.Namespace) -> None:
     """Scores the responses."""
+    kind, settings = _chosen(args)
+    if Path(args.responses).resolve() == args.output.resolve():
+        raise UserError(f"--output {args.output} is the input; choose another file")
+    scorer: Scorer = kind(settings)
+    with Journal.open("--output", args.output, scorer.about(), made_from) as journal:
+        progress = score_responses(args.responses, scorer, journal)
+        print(f"{args.output}: {len(journal.done)} prompts scored; {progress.tokens_per_second:,.0f} tokens/s")
+
+
+def _chosen(args: argparse.Namespace) -> tuple[type[Scorer], Group]:
+    """The class of the scorer that is asked for, and its settings."""
     given = vars(args)
     chosen = [name for name in CHOSEN_BY if name in given]
     if len(chosen) != 1:
         flags = ", ".join(flag(name) for name in CHOSEN_BY)
         raise UserError(f"{len(chosen)} scorers are given; give one of {flags}")
     name = CHOSEN_BY[chosen[0]]
-    if Path(args.responses).resolve() == args.output.resolve():
-        raise UserError(f"--output {args.output} is the input; choose another file")
     if (other := flag_of_another(name, SETTINGS, given)) is not None:
         raise UserError(f"{flag(other[0])} has no effect with {flag(chosen[0])}; drop it")
-    scorer = SCORERS[name].load()(build_group(SETTINGS[name], given))
-    with Journal.open("--output", args.output, scorer.about()) as journal:
-        progress = score_responses(args.responses, scorer, journal)
-        print(f"{args.output}: {len(journal.done)} prompts scored; {progress.tokens_per_second:,.0f} tokens/s")
+    return SCORERS[name].load(), build_group(SETTINGS[name], given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

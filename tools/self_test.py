@@ -1,11 +1,13 @@
 r"""Does everything that a run needs work on this machine? No model, data or network is needed.
 
     torchrun --nproc-per-node N tools/self_test.py [--save DIR] [--json report.json] [--csv tools/results/gpu.csv]
+    torchrun --nproc-per-node N tools/self_test.py --hf-checkpoint MODEL
 
 Tiny models of every family run in every layout that N processes allow, with each implementation of the layers that is
 installed, and are compared with transformers in fp32 on the CPU. A run is saved and resumed at another layout, weights
 are exported and converted, the head and its kernels are compared with fp64, head and step are measured, and versions,
-variables and the file system of --save are checked. Without torchrun it runs as one process. The user's guide is
+variables and the file system of --save are checked. With --hf-checkpoint MODEL the rows prove that model instead, which
+is what a new family needs. Without torchrun it runs as one process. The user's guide is
 `simpo_megatron/self_test/README.md`.
 
 Exit code: 0 if no row FAILED, 1 if one did, 2 for a mistake on the command line. Under torchrun any failure of a worker
@@ -49,6 +51,13 @@ def build_parser() -> Parser:
         "temporary folder)",
     )
     parser.add_argument(
+        "--hf-checkpoint",
+        type=path_value,
+        metavar="DIR",
+        help="prove a model of a supported family instead: config, tensors, gradients in every layout, export, "
+        "conversion, arguments, chat template; a tiny or small one",
+    )
+    parser.add_argument(
         "--only", nargs="+", default=[], metavar="TEXT", help="only rows whose name holds one of these texts"
     )
     parser.add_argument("--json", type=path_value, metavar="FILE", help="write the report into this file")
@@ -80,7 +89,7 @@ def run(argv: Sequence[str] | None) -> int:
 
     load = f"{os.getloadavg()[0]:.1f}"
     with benches(args.device, args.save) as bench:
-        rows = chosen_rows(bench, args.only)
+        rows = chosen_rows(bench, args.only, args.hf_checkpoint)
         journal = printing_journal(bench, rows)
         show = journal.finish
 

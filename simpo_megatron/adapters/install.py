@@ -21,11 +21,13 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from simpo_megatron.adapters.dropout import Stream, start_streams
 from simpo_megatron.adapters.layer import LinearAdapter
 from simpo_megatron.adapters.lora import Lora, adapted_table, projections
+from simpo_megatron.errors import UserError
 from simpo_megatron.models.build import mark_parameters
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.part_layout import rank_slice
+from simpo_megatron.models.part_layout import rank_slice, same_shares
 from simpo_megatron.models.placement import PlacedParameter, place_parameters, unwrap
 from simpo_megatron.models.weight_table import WeightEntry
 
@@ -37,11 +39,13 @@ class AdaptedModel(GPTModel):
         lora: the adapter.
         table: the weight table, with the entries of the factors.
         tied: whether the output layer is the embedding.
+        streams: of the random numbers of dropout, of this rank; none without dropout.
     """
 
     lora: Lora
     table: Sequence[WeightEntry]
     tied: bool
+    streams: set[Stream]
 
     def sharded_state_dict(  # type: ignore[override]
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -90,12 +94,21 @@ def install(models: Sequence[GPTModel], hf: HFCheckpoint, lora: Lora, seed: int)
 
     Raises:
         UserError: the model cannot have this adapter.
+        ValueError: a model has an adapter already.
     """
+    if any(isinstance(model, AdaptedModel) for model in models):
+        raise ValueError("the model has an adapter already, and would get two; build it again from its base")
     table, tied = adapted_table(hf.architecture, lora), hf.architecture.tied
     base = {entry.megatron: entry for entry in hf.architecture.weights}
     for model in models:
         model.requires_grad_(False)
         for linear, place in _targeted(model, base.values(), lora, tied):
+            entry, ranks = place.entry, place.group.size()
+            if entry.tp_dim == 0 and not same_shares(entry.part_layout, entry.rows, ranks):
+                raise UserError(
+                    f"--tensor-model-parallel-size {ranks} cuts a query group, whose parts cannot have adapters then; "
+                    f"use at most {hf.architecture.transformer['num_query_groups']}, the number of key and value heads"
+                )
             experts = getattr(linear, "num_gemms", None)
             LinearAdapter(
                 place.entry,
@@ -108,6 +121,7 @@ def install(models: Sequence[GPTModel], hf: HFCheckpoint, lora: Lora, seed: int)
         adapted: Any = model
         adapted.__class__ = AdaptedModel
         adapted.lora, adapted.table, adapted.tied = lora, table, tied
+        adapted.streams = {layer.stream for layer in adapters([model]) if layer.stream is not None}
         mark_parameters(model, table, tied=tied)
         for place in factors(model):
             _mark(place, model.config.sequence_parallel)
@@ -179,6 +193,19 @@ def adapters(models: Sequence[torch.nn.Module]) -> Iterator[LinearAdapter]:
         for module in model.modules():
             if isinstance(module, LinearAdapter):
                 yield module
+
+
+def start_dropout(models: Sequence[torch.nn.Module], seed: int, position: int) -> None:
+    """Starts the random numbers of a step: the masks are a function of the seed, the position and the layout.
+
+    Args:
+        models: of this rank; without an adapter, or without dropout, nothing is done.
+        seed: of the run.
+        position: of the step in the run.
+    """
+    adapted = [gpt for gpt in map(unwrap, models) if isinstance(gpt, AdaptedModel)]
+    if streams := set[Stream]().union(*(model.streams for model in adapted)):
+        start_streams(streams, next(adapted[0].parameters()).device, seed, position)
 
 
 @contextlib.contextmanager

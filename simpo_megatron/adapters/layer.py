@@ -16,6 +16,10 @@ What is sent between the tensor-parallel ranks is as wide as the rank, not as th
 Under sequence parallelism a whole factor sees a part of the tokens. Megatron sums its gradient over the ranks, because
 it has the attribute `sequence_parallel` (`distributed/finalize_model_grads.py`).
 
+Dropout acts on the input of A, as in PEFT, with a mask for each projection. The ranks of a column-parallel layer draw
+the same masks, because they have the same input and one A; under sequence parallelism they have other tokens, and in a
+row-parallel layer other columns, and draw their own (`dropout.py`).
+
 Shapes: T tokens of this rank, S those behind a gather, r rank, n targeted projections of the layer.
 """
 
@@ -25,6 +29,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -34,6 +39,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from simpo_megatron.adapters.dropout import Stream, kept
 from simpo_megatron.adapters.lora import Lora, projections
 from simpo_megatron.models.weight_table import WeightEntry
 
@@ -51,6 +57,7 @@ class LinearAdapter(torch.nn.Module):
 
     Attributes:
         enabled: whether the factors add to the output of the layer.
+        stream: of the random numbers of dropout; None without dropout.
     """
 
     def __init__(
@@ -65,9 +72,12 @@ class LinearAdapter(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.entry, self.scale, self.group = entry, lora.scale, group
-        self.rank, self.enabled = lora.rank, True
+        self.rank, self.dropout, self.enabled = lora.rank, lora.dropout, True
         self.of_experts, self.grouped = bool(entry.experts), experts is not None
         self.sequence_parallel = sequence_parallel and not self.of_experts
+        same_input = entry.tp_dim == 0 and not self.sequence_parallel
+        drawing = dist.get_process_group_ranks(group) if same_input else [dist.get_rank()]
+        self.stream: Stream | None = tuple(drawing) if lora.dropout else None
         ranks = group.size()
         self.targets = [name for name in projections(entry) if name in lora.targets]
         for target, (rows, columns) in zip(projections(entry), entry.shapes, strict=True):
@@ -102,18 +112,25 @@ class LinearAdapter(torch.nn.Module):
         return output + torch.cat([self._delta(part, str(expert)) for expert, part in enumerate(parts)])
 
     def _delta(self, x: Tensor, suffix: str) -> Tensor:
-        """What the factors add, with one GEMM for all A: q, k and v read the same input."""
+        """What the factors add."""
         a = torch.cat([getattr(self, f"{target}_a{suffix}") for target in self.targets])
         bs = [getattr(self, f"{target}_b{suffix}") for target in self.targets]
         return self._by_rows(x, a, bs) if self.entry.tp_dim == 0 else self._by_columns(x, a, bs[0])
 
+    def _low(self, x: Tensor, a: Tensor) -> Tensor:
+        """A x for all A, stacked in a [n * r, in]: one GEMM, but for dropout, which gives each another input."""
+        if self.stream is None or not self.training:
+            return F.linear(x, a)
+        low = [F.linear(x * kept(x, self.dropout, self.stream), part) for part in a.split(self.rank)]
+        return torch.cat(low, dim=-1) / (1 - self.dropout)
+
     def _by_rows(self, x: Tensor, a: Tensor, bs: list[Tensor]) -> Tensor:
         if self.of_experts:
-            low = F.linear(x, copy_to_tensor_model_parallel_region(a, group=self.group))
+            low = self._low(x, copy_to_tensor_model_parallel_region(a, group=self.group))
         elif self.sequence_parallel:
-            low = gather_from_sequence_parallel_region(F.linear(x, a), group=self.group)
+            low = gather_from_sequence_parallel_region(self._low(x, a), group=self.group)
         else:
-            low = copy_to_tensor_model_parallel_region(F.linear(x, a), group=self.group)
+            low = copy_to_tensor_model_parallel_region(self._low(x, a), group=self.group)
         found = dict(zip(self.targets, (low * self.scale).split(self.rank, dim=-1), strict=True))
         weights, ranks, parts = dict(zip(self.targets, bs, strict=True)), self.group.size(), []
         for target, rows in zip(projections(self.entry), self.entry.rows, strict=True):
@@ -124,7 +141,7 @@ class LinearAdapter(torch.nn.Module):
         return self.entry.part_layout.join(parts, ranks, dim=x.dim() - 1)
 
     def _by_columns(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        low = F.linear(x, a)
+        low = self._low(x, a)
         if self.of_experts:
             b = copy_to_tensor_model_parallel_region(b, group=self.group)
         elif self.sequence_parallel:

@@ -7,8 +7,9 @@ For a projection with weight W [out, in], an adapter has A [rank, in] and B [out
 
     y = W x + scale * B A x          scale = alpha / rank, with rank-stabilised LoRA alpha / sqrt(rank)
 
-(arXiv 2106.09685; arXiv 2312.03732). Every projection of the Hugging Face model has factors of its own, as in PEFT:
-q, k and v do not share an A. So an adapter is the same in any layout, and PEFT reads and writes the same one.
+(arXiv 2106.09685; arXiv 2312.03732). In training, dropout may act on the x that A reads. Every projection of the
+Hugging Face model has factors of its own, as in PEFT: q, k and v do not share an A. So an adapter is the same in any
+layout, and PEFT reads and writes the same one.
 """
 
 from __future__ import annotations
@@ -35,19 +36,21 @@ EXPERT_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Lora:
-    """The shape of an adapter.
+    """The shape of an adapter, and how it is trained.
 
     Attributes:
         rank: of the factors.
         alpha: numerator of the scale.
         targets: the projections that have factors, by the names in `TARGETS`.
         rslora: the scale is alpha / sqrt(rank).
+        dropout: the share of the input of A that a training step drops.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
     rslora: bool = False
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -84,12 +87,24 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
     narrow = architecture.transformer["hidden_size"]
     if lora.rank > narrow:
         raise UserError(f"--lora-rank {lora.rank} exceeds the hidden size {narrow} of the model; lower it")
+    for entry in architecture.weights:
+        if entry.fused and set(projections(entry)) & set(lora.targets):
+            raise UserError(
+                f"--lora-rank: {architecture.family.name} keeps {' and '.join(projections(entry))} in one tensor, for "
+                "which PEFT has one adapter, and this package has one for each; train the whole model, or give "
+                f"--lora-targets {' '.join(_adaptable(architecture))}"
+            )
     of_experts = [target for target in EXPERT_TARGETS if target in lora.targets]
     if architecture.num_experts is not None and 0 < len(of_experts) < len(EXPERT_TARGETS):
         raise UserError(
             f"--lora-targets has {' and '.join(of_experts)} alone: the model has experts, and PEFT would drop an "
             f"adapter with a part of {', '.join(EXPERT_TARGETS)}; give all three, or none"
         )
+
+
+def _adaptable(architecture: Architecture) -> list[str]:
+    """The projections that have a tensor of their own."""
+    return [name for entry in architecture.weights if not entry.fused for name in projections(entry)]
 
 
 def factor_entries(entry: WeightEntry, lora: Lora) -> Iterator[WeightEntry]:

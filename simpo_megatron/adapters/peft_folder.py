@@ -20,36 +20,23 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from simpo_megatron.adapters.joined_experts import JoinedFactor, joined_factors
 from simpo_megatron.adapters.lora import Lora, adapter_entries, projections
+from simpo_megatron.adapters.peft_config import CONFIG, PeftConfig, peft_config
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_path, atomic_write, check_empty, follow_umask, read_json, sync
+from simpo_megatron.files import atomic_path, atomic_write, check_empty, follow_umask, sync
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.hf_checkpoint import HFTensor, read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What changes the computation and is not supported: the value that is accepted besides null and false.
-_REFUSED: dict[str, Any] = {
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-    "layer_replication": None,
-    "fan_in_fan_out": False,
-    "use_qalora": False,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-}
+_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -59,14 +46,12 @@ class PeftFolder:
     Attributes:
         path: the folder.
         lora: its shape.
-        config: the content of adapter_config.json.
         tensors: the tensors of the file, by their names without `base_model.model.`.
         joined: the factors of experts that lie in one tensor for all experts of a layer, by their names.
     """
 
     path: Path
     lora: Lora
-    config: dict[str, Any]
     tensors: dict[str, HFTensor]
     joined: dict[str, JoinedFactor]
 
@@ -81,20 +66,19 @@ class PeftFolder:
             raise UserError(f"{path} has no {CONFIG}; give the folder of a PEFT adapter")
         if not (path / WEIGHTS).is_file():
             raise UserError(f"{path} has no {WEIGHTS}; save the adapter with PEFT's save_pretrained")
-        config = read_json(path / CONFIG)
-        _check_config(path, config)
+        config = PeftConfig.read(path / CONFIG)
         tensors = {
             name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors_header(path / WEIGHTS).items()
         }
+        if not tensors:
+            raise UserError(f"{path / WEIGHTS} holds no tensors; save the adapter with PEFT's save_pretrained")
+        if other := next((name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES), None):
+            raise UserError(
+                f"{other} in {path / WEIGHTS} is {tensors[other].dtype}; factors must be one of {', '.join(_DTYPES)}"
+            )
         joined = joined_factors(architecture, tensors)
         found = {*(tensors.keys() - {factor.tensor for factor in joined.values()}), *joined}
-        lora = Lora(
-            config["r"],
-            float(config["lora_alpha"]),
-            _targets(architecture, found),
-            bool(config.get("use_rslora", False)),
-        )
-        folder = cls(path, lora, config, tensors, joined)
+        folder = cls(path, _lora(config, _targets(architecture, found), found, joined), tensors, joined)
         folder._check_tensors(architecture, found)
         return folder
 
@@ -116,7 +100,7 @@ class PeftFolder:
             tensor = factor if joined is None else joined.tensor
             found_shape, wanted = self.tensors[tensor].shape, shape
             if joined is not None:
-                ranks = self.lora.rank * joined.experts
+                ranks = self.lora.rank * joined.blocks * joined.experts
                 wanted = (ranks, found_shape[1]) if joined.rank_dim == 0 else (found_shape[0], ranks)
             if found_shape != wanted:
                 raise UserError(
@@ -136,11 +120,21 @@ class PeftFolder:
         with file as opened:
             names = {name.removeprefix(PREFIX): name for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
 
-            read = functools.lru_cache(maxsize=4)(lambda name: opened.get_tensor(names[name]))
+            @functools.lru_cache(maxsize=4)
+            def read(name: str) -> Tensor:
+                tensor = opened.get_tensor(names[name])
+                if not tensor.isfinite().all():
+                    raise UserError(f"{name} in {self.path / WEIGHTS} has numbers that are not finite; train it again")
+                return tensor
 
             def factor(name: str) -> Tensor:
                 joined = self.joined.get(name)
-                return read(name) if joined is None else joined.take(read(joined.tensor))
+                if joined is None:
+                    return read(name)
+                try:
+                    return joined.take(read(joined.tensor))
+                except ValueError as error:
+                    raise UserError(f"{joined.tensor} in {self.path / WEIGHTS}: {error}") from None
 
             yield factor
 
@@ -165,56 +159,15 @@ def _targets(architecture: Architecture, names: set[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    file = path / CONFIG
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file} has peft_type {config.get('peft_type')!r}; only LORA is supported")
-    for name, accepted in _REFUSED.items():
-        if config.get(name) not in (accepted, None, False, []):
-            raise UserError(f"{file} sets {name} to {config[name]!r}, which is not supported; train a plain LoRA")
-    for name in ("r", "lora_alpha"):
-        if isinstance(config.get(name), bool) or not isinstance(config.get(name), int | float) or config[name] <= 0:
-            raise UserError(f"{file} sets {name} to {config.get(name)!r}, which is no positive number; save it again")
-    for name, whole in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        if other := {key: value for key, value in (config.get(name) or {}).items() if value != config[whole]}:
-            key, value = next(iter(other.items()))
-            raise UserError(
-                f"{file} has {name} {value} for {key}, but {whole} {config[whole]}: every projection must have the same"
-            )
-
-
-def peft_config(lora: Lora, targets: tuple[str, ...], base: str) -> dict[str, Any]:
-    """The content of adapter_config.json: few keys, because an older PEFT refuses those that it does not know.
-
-    Args:
-        lora: the adapter.
-        targets: the names of the projections in the Hugging Face model.
-        base: the model that the adapter is for.
-    """
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": lora.rslora,
-        "target_modules": sorted(targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
-
-
-def hf_targets(architecture: Architecture, lora: Lora) -> tuple[str, ...]:
-    """The names that the Hugging Face model has for the targets: w1 for gate_proj in Mixtral."""
-    return tuple(
-        hf.removesuffix(".weight").rpartition(".")[2]
-        for entry in architecture.weights
-        for target, hf in zip(projections(entry), entry.hf, strict=False)
-        if target in lora.targets
-    )
+def _lora(config: PeftConfig, targets: tuple[str, ...], found: set[str], joined: dict[str, JoinedFactor]) -> Lora:
+    """The adapter of a folder, whose projections all must have its rank and scale."""
+    modules = {name.rpartition(".lora_")[0]: (name.rpartition(".lora_")[0], 1) for name in found - joined.keys()}
+    modules |= {factor.tensor.rpartition(".lora_")[0]: (factor.module, factor.blocks) for factor in joined.values()}
+    ordered = sorted(modules.values(), key=lambda module: (module[1], module[0]))
+    lora = config.lora(next((module for module, blocks in ordered if blocks == 1), ""), targets)
+    for module, blocks in ordered:
+        config.check_same(module, lora, blocks)
+    return lora
 
 
 def write_peft(
@@ -249,7 +202,7 @@ def write_peft(
             follow_umask(temporary)
         for file, text in (more_files or {}).items():
             atomic_write(path / file, text)
-        config = peft_config(lora, hf_targets(architecture, lora), base)
+        config = peft_config(lora, architecture, base)
         atomic_write(path / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         sync(path.parent)
     except Exception as failure:  # a full disk raises an OSError or a SafetensorError

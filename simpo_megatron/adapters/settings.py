@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,14 +26,16 @@ def lora_of(settings: AdapterConfig, architecture: Architecture) -> Lora | None:
         UserError: the model cannot have this adapter, or the folder of --load-adapter cannot be read.
     """
     if settings.load_adapter is not None:
-        return PeftFolder.read(settings.load_adapter, architecture).lora
+        lora = PeftFolder.read(settings.load_adapter, architecture).lora
+        return lora if settings.lora_dropout is None else replace(lora, dropout=settings.lora_dropout)
     if settings.lora_rank is None:
         return None
     rank = settings.lora_rank
     alpha = 2.0 * rank if settings.lora_alpha is None else settings.lora_alpha
     asked = settings.lora_targets or TARGETS
     known = tuple(name for name in TARGETS if name in asked)  # in the order of the table
-    lora = Lora(rank, alpha, (*known, *(name for name in asked if name not in TARGETS)), settings.use_rslora)
+    targets = (*known, *(name for name in asked if name not in TARGETS))
+    lora = Lora(rank, alpha, targets, settings.use_rslora, settings.lora_dropout or 0.0)
     check_lora(lora, architecture)
     return lora
 

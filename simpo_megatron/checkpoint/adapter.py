@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpo_megatron.adapters.lora import Lora, adapter_entries
-from simpo_megatron.adapters.peft_folder import CONFIG, PREFIX, WEIGHTS, hf_targets, peft_config
+from simpo_megatron.adapters.peft_config import CONFIG, peft_config
+from simpo_megatron.adapters.peft_folder import PREFIX, WEIGHTS
 from simpo_megatron.adapters.settings import lora_of
 from simpo_megatron.checkpoint.folder import read_args
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
@@ -34,7 +35,7 @@ def read_adapter(folder: Path, hf: HFCheckpoint) -> tuple[Lora, StoredModel]:
         UserError: the run trained no adapters, or they are of another model; or a file cannot be read.
     """
     args = read_args(folder)
-    names = ("lora_rank", "lora_alpha", "lora_targets", "use_rslora", "load_adapter")
+    names = ("lora_rank", "lora_alpha", "lora_targets", "use_rslora", "lora_dropout", "load_adapter")
     settings = {name: args[name] for name in names if args.get(name) is not None}
     if targets := settings.get("lora_targets"):
         settings["lora_targets"] = tuple(targets.split())
@@ -78,11 +79,11 @@ def plan_to_peft(hf: HFCheckpoint, lora: Lora, saved: StoredModel, save: Path, o
     header, starts = safetensors_header(tensors)
     size, moves, lines = piece_bytes(options.max_memory, options.workers), [], []
     for stored, (name, tensor), start in zip(saved.parameters, tensors.items(), starts, strict=True):
-        moves.append(plan_from_blocks(stored, 0, size, (WEIGHTS, start, tensor.dtype)))
+        moves.append(plan_from_blocks(stored, (0,), size, (WEIGHTS, start, tensor.dtype)))
         lines.append(PlanLine(stored.parameter.name, f"{name} in {WEIGHTS}", tensor_bytes(tensor), tensor.dtype))
     end = len(header) + sum(map(tensor_bytes, tensors.values()))
     unit = Unit(WEIGHTS, (OutFile(WEIGHTS, end, ((0, header),)),), tuple(moves))
-    config = peft_config(lora, hf_targets(hf.architecture, lora), str(hf.path))
+    config = peft_config(lora, hf.architecture, str(hf.path))
 
     def identity() -> str:
         sources = sorted(path for path in saved.folder.rglob("*") if path.is_file())

@@ -18,6 +18,7 @@ from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.checkpoint.transfer.moves import OutFile
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.part_layout import parameter_rows
 from simpo_megatron.models.weight_table import WeightEntry
 
 
@@ -47,8 +48,12 @@ class MegatronParameter:
 
     @property
     def hf(self) -> tuple[str, ...]:
-        """The Hugging Face names of its parts."""
+        """The Hugging Face tensor of each of its parts."""
         return tuple(part.format(layer=self.layer, expert=self.expert) for part in self.entry.hf)
+
+    def rows_of(self, tensor: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Rows `start` to `stop` of one of `WeightEntry.tensors`, as ranges of rows of the matrix, in order."""
+        return parameter_rows(self.entry.part_layout, self.entry.rows, tensor, start, stop)
 
     @property
     def shape(self) -> tuple[int, ...]:

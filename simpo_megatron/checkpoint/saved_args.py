@@ -31,6 +31,7 @@ from simpo_megatron.parallel.stages import VOCAB_DIVISOR
 _NO_FLAG = (
     "padded_vocab_size",
     "add_position_embedding",
+    "hf_model_type",
     *(f"rope_scaling_{name}" for name in LLAMA3_ROPE),
     *(f"rope_{field.name}" for field in fields(Rope)),
 )
@@ -39,7 +40,12 @@ _ADDITIONS = tuple(field.name for field in fields(Additions))
 
 def megatron_args(architecture: Architecture, divisor: int = VOCAB_DIVISOR) -> dict[str, Any]:
     """The architecture under Megatron-LM's names, as primitives; `divisor` is `--make-vocab-size-divisible-by`."""
-    return {**architecture.family.megatron_args(architecture), "make_vocab_size_divisible_by": divisor}
+    family = architecture.family
+    return {
+        **family.megatron_args(architecture),
+        "make_vocab_size_divisible_by": divisor,
+        "hf_model_type": family.model_types[0],  # ours: several families may have the same arguments
+    }
 
 
 def not_expressible(architecture: Architecture) -> list[str]:

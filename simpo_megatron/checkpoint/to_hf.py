@@ -70,21 +70,22 @@ def plan_to_hf(
         dtype: of all tensors, such as "BF16"; None keeps theirs.
         max_file_bytes: no file gets larger, unless one tensor is.
     """
-    parts = [(stored, part) for stored in saved.parameters for part in range(len(stored.parameter.hf))]
+    held = [(stored, parts) for stored in saved.parameters for parts in stored.parameter.entry.tensors]
     tensors = [
-        HFTensor(save, stored.parameter.entry.shapes[part], dtype or stored.parameter.dtype) for stored, part in parts
+        HFTensor(save, stored.parameter.entry.shape_of(parts), dtype or stored.parameter.dtype)
+        for stored, parts in held
     ]
     sizes = [tensor_bytes(tensor) for tensor in tensors]
     size = piece_bytes(options.max_memory, options.workers)
     units, lines, weight_map = [], [], {}
     groups = split_files(sizes, max_file_bytes)
     for file, positions in zip(file_names(len(groups)), groups, strict=True):
-        names = [parts[at][0].parameter.hf[parts[at][1]] for at in positions]
+        names = [held[at][0].parameter.hf[held[at][1][0]] for at in positions]
         header, starts = safetensors_header(dict(zip(names, (tensors[at] for at in positions), strict=True)))
         moves = []
         for at, name, start in zip(positions, names, starts, strict=True):
-            stored, part = parts[at]
-            moves.append(plan_from_blocks(stored, part, size, (file, start, tensors[at].dtype)))
+            stored, parts = held[at]
+            moves.append(plan_from_blocks(stored, parts, size, (file, start, tensors[at].dtype)))
             lines.append(PlanLine(stored.parameter.name, f"{name} in {file}", sizes[at], tensors[at].dtype))
             weight_map[name] = file
         end = len(header) + sum(sizes[at] for at in positions)

@@ -77,7 +77,7 @@ def _line(parameter: MegatronParameter, blocks: list[Block]) -> PlanLine:
     files = sorted({block.file for block in blocks})
     where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     target = f"{parameter.name} {list(parameter.shape)} in {where}"
-    return PlanLine(", ".join(parameter.hf), target, parameter.size, parameter.dtype)
+    return PlanLine(", ".join(dict.fromkeys(parameter.hf)), target, parameter.size, parameter.dtype)
 
 
 def _replaceable(save: Path) -> bool:

@@ -42,7 +42,9 @@ def verify(
     size = piece_bytes(options.max_memory, options.workers)
     dtypes = {name: stored.parameter.dtype for stored in saved.parameters for name in stored.parameter.hf}
     moves = [
-        plan_from_blocks(stored, part, size) for stored in saved.parameters for part in range(len(stored.parameter.hf))
+        plan_from_blocks(stored, tensor, size)
+        for stored in saved.parameters
+        for tensor in stored.parameter.entry.tensors
     ]
     found, differences = _hash(moves, options, "reading the checkpoint")
     if manifest is not None:

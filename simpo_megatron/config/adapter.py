@@ -24,8 +24,13 @@ class AdapterConfig(Group):
         metavar="NAME",
     )
     use_rslora: bool = setting(False, "divide --lora-alpha by the square root of the rank")
+    lora_dropout: float | None = setting(
+        None,
+        "in training, drop this share of what the A of each projection reads, as PEFT does (default: that of "
+        "--load-adapter, else 0)",
+    )
     load_adapter: Path | None = setting(
-        None, "start from this folder of a PEFT adapter, which also gives rank, alpha and targets"
+        None, "start from this folder of a PEFT adapter, which also gives rank, alpha, targets and dropout"
     )
     export_adapter: Path | None = setting(
         None, "after training, write the adapters in PEFT's format into this folder, which must be new or empty"
@@ -52,6 +57,12 @@ class AdapterConfig(Group):
         require(
             self.export_adapter is None or self.trains_adapters,
             f"--export-adapter {self.export_adapter} needs adapters; give --lora-rank, or --export-hf for the model",
+        )
+        dropout = self.lora_dropout
+        require(dropout is None or 0 <= dropout < 1, f"--lora-dropout {dropout} must be at least 0 and less than 1")
+        require(
+            dropout is None or self.trains_adapters,
+            f"--lora-dropout {dropout} needs adapters; give --lora-rank or --load-adapter",
         )
         repeated = [name for name in self.lora_targets or () if (self.lora_targets or ()).count(name) > 1]
         require(not repeated, f"--lora-targets names {'' if not repeated else repeated[0]} twice; give it once")

@@ -29,7 +29,7 @@ class Counterpart(NamedTuple):
 _PAIRS = "the pairs of a step, over all processes and accumulated microbatches"
 _MODEL_SHAPE = Counterpart(("hf_checkpoint",), "its config.json describes the model")
 _TOKENIZER = Counterpart(("hf_checkpoint",), "the tokenizer is the one in this folder")
-_NO_DROPOUT = Counterpart((), "a run has no dropout")
+_NO_DROPOUT = Counterpart((), "a run has no dropout but --lora-dropout")
 _ADAM = Counterpart((), "the optimizer is Adam with decoupled weight decay")
 
 # Fields of CPOConfig, DPOConfig, TrainingArguments, ModelConfig and ScriptArguments, in the order of FROM_TRL.md.
@@ -101,7 +101,7 @@ TRL = {
     "lora_alpha": Counterpart(("lora_alpha",), "default twice the rank; TRL's is 32"),
     "lora_target_modules": Counterpart(("lora_targets",), "default all projections; embeddings have no adapters"),
     "use_rslora": Counterpart(("use_rslora",)),
-    "lora_dropout": _NO_DROPOUT,
+    "lora_dropout": Counterpart(("lora_dropout",), "default 0; TRL's is 0.05, and its `disable_dropout` sets it to 0"),
     "lora_modules_to_save": Counterpart((), "with adapters all weights are frozen"),
     "use_dora": Counterpart((), "DoRA is not supported"),
 }

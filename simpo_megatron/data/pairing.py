@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simpo_megatron.data.reading import Row
-from simpo_megatron.data.schema import NUMBER, is_number, prompt_messages, shown
+from simpo_megatron.data.schema import NUMBER, check_unicode, is_number, prompt_messages, shown
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path
@@ -79,7 +79,7 @@ class PairingReport:
             source: that was read.
             min_score_gap: that was asked for.
         """
-        fix = "give each prompt two responses with different scores"
+        fix = "give each prompt two responses with different texts and scores"
         if self.no_gap and min_score_gap:
             fix = f"lower --min-score-gap {min_score_gap:g}, or {fix}"
         elif self.all_cut:
@@ -88,8 +88,8 @@ class PairingReport:
 
     def _left_out(self) -> str:
         parts = [
-            f"{self.no_gap} prompts without the score gap",
-            f"{self.too_few} with fewer than two responses",
+            f"{self.no_gap} prompts whose scores are equal or too close",
+            f"{self.too_few} with fewer than two different responses",
         ]
         parts += [f"{self.all_cut} without a whole response to choose"] if self.all_cut else []
         parts += [f"{self.undecided} pairs that the judge could not decide"] if self.undecided else []
@@ -217,6 +217,7 @@ def _read(row: dict[str, Any], where: str) -> list[Scored]:
                 f"{where}: response {number}: `score` is {_found(fields, 'score')}; give {NUMBER}, or remove the "
                 "response"
             )
+        check_unicode(content, f"{where}: response {number}: `content`")
         found.append(Scored(content, float(score), fields.get("finish_reason") == "length"))
     return found
 

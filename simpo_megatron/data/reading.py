@@ -49,7 +49,7 @@ def read_rows(source: str | Path) -> Iterator[Row]:
         raise UserError(f"{path} is a file of a prepared set; give its prefix {prefix}")
     if path.name.endswith(SUPPORTED):
         if not path.is_file():
-            raise UserError(f"{path}: there is no such file; check the path of the preference data")
+            raise UserError(f"{path}: there is no such file; check the path")
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     elif Path(name).is_dir() or (_HUB_ID.fullmatch(name) and not path.exists()):
         rows = _dataset_rows(name, split)
@@ -64,7 +64,7 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
     if not found:
-        raise UserError(f"{path}: the file has no rows; it needs at least one preference pair")
+        raise UserError(f"{path}: the file has no rows; it needs at least one")
 
 
 def source_exists(source: str) -> bool:

@@ -214,13 +214,26 @@ def _messages(value: list[Any], what: str) -> list[Message]:
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{what} is {kind_of(value)}; it must be a string")
+    return check_unicode(value, what)
+
+
+def check_unicode(text: str, what: str) -> str:
+    """The same text.
+
+    Args:
+        text: of a row.
+        what: it is, for the error.
+
+    Raises:
+        UserError: it has a surrogate that is not part of a pair, which no UTF-8 file can hold.
+    """
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON; tokenizers cannot encode it
         raise UserError(
-            f"{what} has half a surrogate pair ({value[error.start]!a}) at character {error.start + 1}; remove it"
+            f"{what} has half a surrogate pair ({text[error.start]!a}) at character {error.start + 1}; remove it"
         ) from None
-    return value
+    return text
 
 
 def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:

@@ -19,12 +19,14 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
+from simpo_megatron import compat
 from simpo_megatron.errors import UserError, one_line
 from simpo_megatron.head.kernels import soft_cap
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.latent_attention import set_latent_rotary
 from simpo_megatron.models.placement import place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
 from simpo_megatron.models.rotary import set_rotary
@@ -60,6 +62,8 @@ def transformer_config(
     """
     model = hf.architecture.transformer
     check_layout(model, parallel)
+    if model["num_query_groups"] < parallel.get("tensor_model_parallel_size", 1):
+        compat.check_cut_query_groups()
     transformer_engine, experts = use_transformer_engine(transformer_impl), hf.architecture.num_experts is not None
     if parallel.get("context_parallel_size", 1) > 1:
         _check_context_attention(transformer_engine, parallel.get("cp_comm_type"), "window_size" in model)
@@ -237,7 +241,7 @@ def build_model(
             rotary_base=hf.architecture.rope.theta,  # type: ignore[arg-type]
             vp_stage=vp_stage,
         )
-        set_rotary(model, hf.architecture)
+        _set_rotary(model, hf.architecture)
         if additions.group_best is not None:
             rank_groups(model, additions.group_best)
         if additions.embedding_scale is not None and model.pre_process:
@@ -250,6 +254,16 @@ def build_model(
         plain_output_layer(model)
         models.append(model)
     return models
+
+
+def _set_rotary(model: Any, architecture: Architecture) -> None:
+    """Gives the attention of a model the rotary frequencies of its architecture."""
+    if not architecture.transformer.get("multi_latent_attention"):
+        set_rotary(model, architecture.rope, architecture.additions.window_rope_theta)
+        return
+    frequencies, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
+    for layer in model.decoder.layers:
+        set_latent_rotary(layer.self_attention, frequencies, factor)
 
 
 def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ to the target, which is renamed to the target only when every file is complete a
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import socket
@@ -38,6 +39,7 @@ from simpo_megatron.models.hf_checkpoint import (
     index_text,
     split_files,
 )
+from simpo_megatron.models.part_layout import join_ranks
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
 from simpo_megatron.models.weight_table import OUTPUT, WeightEntry
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
@@ -138,9 +140,9 @@ def _in_source_dtype(place: PlacedParameter, hf: HFCheckpoint) -> PlacedParamete
 def assign_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File]:
     """Assigns the tensors of these parameters, in their order, to files of at most `max_bytes`."""
     tensors = [
-        (name, torch.Size(shape).numel() * place.parameter.element_size())
+        (place.hf[parts[0]], math.prod(place.entry.shape_of(parts)) * place.parameter.element_size())
         for place in placed
-        for name, shape in zip(place.hf, place.entry.shapes, strict=True)
+        for parts in place.entry.tensors
     ]
     files = split_files([size for _, size in tensors], max_bytes)
     return [dict(tensors[position] for position in file) for file in files]
@@ -179,12 +181,13 @@ def gathered(
             shards = [shard.view(parameter.dtype) for shard in whole or []]
         if rank != 0:
             continue
-        parts = [entry.part_layout.split(shard.cpu(), entry.rows, ranks) for shard in shards]
-        for name, shape, *slices in zip(place.hf, entry.shapes, *parts, strict=True):
-            tensor = slices[0] if entry.tp_dim is None else torch.cat(slices, dim=entry.tp_dim)
-            if entry.is_vocabulary:
-                tensor = tensor[: shape[0]]
-            yield name, tensor.contiguous()
+        whole = join_ranks(entry.part_layout, entry.rows, [shard.cpu() for shard in shards], entry.tp_dim)
+        if entry.is_vocabulary:
+            whole = whole[: entry.rows[0]]
+        parts = entry.part_layout.split(whole, entry.rows)
+        for held in entry.tensors:
+            tensor = parts[held[0]] if len(held) == 1 else torch.cat([parts[part] for part in held])
+            yield place.hf[held[0]], tensor.contiguous()
 
 
 def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], paths: Sequence[Path]) -> str | None:

@@ -216,8 +216,8 @@ def expected_tensors(
     """The name and the shape of every tensor in the weight table; arguments as for `check_tensors`."""
     for entry in hf.architecture.weights if table is None else table:
         for where in entry.instances(hf.architecture.num_layers):
-            for name, shape in zip(entry.hf, entry.shapes, strict=True):
-                yield name.format(**where), shape
+            for parts in entry.tensors:
+                yield entry.hf[parts[0]].format(**where), entry.shape_of(parts)
 
 
 def _ignored(name: str, hf: HFCheckpoint) -> bool:

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from simpo_megatron.models.attention import PackedAttention
+from simpo_megatron.models.rotary import replace_frequencies
 from simpo_megatron.models.shared_prompts import PairRotary
 
 
@@ -118,8 +119,7 @@ def set_latent_rotary(attention: Any, frequencies: Tensor, factor: float) -> Non
         factor: what cosine and sine are multiplied by.
     """
     rotary = attention.rotary_pos_emb
-    rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
-    rotary.inv_freq = frequencies.to(torch.cuda.current_device())
+    replace_frequencies(rotary, frequencies)
     if factor != 1.0:
         rotary.__class__, rotary.attention_factor = ScaledRotary, factor
         attention.config = copy(attention.config)

@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
-from simpo_megatron.models.part_layout import rank_slice
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
 from simpo_megatron.models.weight_table import WeightEntry
 
@@ -49,27 +48,20 @@ def load_hf_weights(
 
 
 def _fill(place: PlacedParameter, slices: dict[str, Any]) -> None:
-    """Reads this rank's slices of the parts and copies them into its parameter.
+    """Reads this rank's rows of the parts into its parameter.
 
     Args:
         place: the parameter.
         slices: safetensors' lazily read tensors, by name.
     """
-    entry, parameter, dim = place.entry, place.parameter, place.entry.tp_dim
-    rank, ranks = place.group.rank(), place.group.size()
-    parts = []
-    for name, shape in zip(place.hf, entry.shapes, strict=True):
-        index = [slice(None)] * len(shape)
-        if dim is not None:
-            padded = parameter.shape[0] * ranks if entry.is_vocabulary else shape[dim]
-            index[dim] = rank_slice(shape[dim], padded, rank, ranks)
-        parts.append(slices[name][tuple(index)])
-    if entry.is_vocabulary:
-        rows = parts[0].shape[0]
-        parameter[:rows].copy_(parts[0])
-        parameter[rows:].zero_()
-    else:
-        parameter.copy_(entry.part_layout.join(parts, ranks))
+    entry, parameter, filled = place.entry, place.parameter, 0
+    for run in place.runs():
+        first, filled = entry.first_row(run.part), run.offset + run.last - run.first
+        index: Any = slice(first + run.first, first + run.last)
+        if entry.tp_dim == 1:
+            index = (index, place.columns)
+        parameter[run.offset : filled].copy_(slices[place.hf[run.part]][index])
+    parameter[filled:].zero_()  # padding of the vocabulary
 
 
 def _open(file: Path) -> Any:

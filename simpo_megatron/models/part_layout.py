@@ -1,9 +1,9 @@
 """How Hugging Face tensors form one Megatron parameter: the part layout of an entry of the weight table.
 
-The parts of a parameter are Hugging Face tensors. A tensor-parallel rank holds whole query groups, and the same rows
-of gate and of up. So the rank's slices of the parts along `WeightEntry.tp_dim` form its parameter (`join`), and its
-parameter gives back the slices (`split`). The two are inverse to each other at every tensor-parallel size, and whole
-parts are the concatenated slices of all ranks.
+The parts of a parameter are Hugging Face tensors, or rows of one. The whole parameter consists of runs of their rows
+(`runs`), and tensor parallelism splits every block of its rows (`blocks`) evenly. Loading, export, conversion and
+verification need no more. Where a rank holds the same share of every part, its slices of the parts form its parameter
+(`join`), which is how adapters are added to it.
 
 A new way to form a parameter is a new class here. The families, the converter and its worker processes import this
 module, so torch is imported by `join` alone.
@@ -53,14 +53,8 @@ class PartLayout(Protocol):
         """
         ...
 
-    def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
-        """A rank's slices of the parts, from its parameter; views where the layout allows it.
-
-        Args:
-            parameter: of this rank.
-            rows: of each whole part.
-            ranks: tensor-parallel ranks that the parameter is split over.
-        """
+    def split(self, parameter: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        """The whole parts, from the whole parameter; views where the layout allows it."""
         ...
 
     def runs(self, rows: Sequence[int]) -> Iterator[Run]:
@@ -89,7 +83,7 @@ class Copy:
         """The only part."""
         return parts[0]
 
-    def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+    def split(self, parameter: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
         """The parameter as the only part."""
         return (parameter,)
 
@@ -118,7 +112,7 @@ class QKV:
 
     @property
     def stride(self) -> int:
-        """One block: every rank holds whole groups, which are consecutive."""
+        """One block: every rank holds consecutive groups, or a part of one."""
         return 1
 
     def join(self, parts: Sequence[Tensor], ranks: int = 1, dim: int = 0) -> Tensor:
@@ -128,10 +122,10 @@ class QKV:
         grouped = [part.unflatten(dim, (self.groups // ranks, -1)) for part in parts]
         return torch.cat(grouped, dim=dim + 1).flatten(dim, dim + 1)
 
-    def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
-        """q, k and v of this rank's groups, each a copy."""
-        grouped = parameter.unflatten(0, (self.groups // ranks, -1))
-        sizes = [size * grouped.shape[1] // sum(rows) for size in rows]
+    def split(self, parameter: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        """q, k and v, each a copy."""
+        grouped = parameter.unflatten(0, (self.groups, -1))
+        sizes = [size // self.groups for size in rows]
         return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
 
     def runs(self, rows: Sequence[int]) -> Iterator[Run]:
@@ -167,7 +161,7 @@ class GateUp:
 
         return torch.cat(list(parts), dim=dim)
 
-    def split(self, parameter: Tensor, rows: Sequence[int], ranks: int = 1) -> tuple[Tensor, ...]:
+    def split(self, parameter: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
         """The two halves, as views."""
         return tuple(parameter.chunk(2))
 
@@ -215,6 +209,51 @@ def rank_rows(layout: PartLayout, rows: Sequence[int], rank: int, ranks: int) ->
     return found
 
 
+def rank_runs(layout: PartLayout, rows: Sequence[int], rank: int, ranks: int) -> Iterator[Run]:
+    """A rank's parameter from its first row to its last; `Run.offset` counts its own rows. Arguments as `rank_rows`.
+
+    >>> [(run.part, run.first, run.last) for run in rank_runs(QKV(1), (4, 2, 2), 1, 2)]  # half of a query group
+    [(1, 0, 2), (2, 0, 2)]
+    """
+    offset = 0
+    for start, count in rank_rows(layout, rows, rank, ranks):
+        for part, first, last in part_rows(layout, rows, start, start + count):
+            yield Run(part, offset, first, last)
+            offset += last - first
+
+
+def same_shares(layout: PartLayout, rows: Sequence[int], ranks: int) -> bool:
+    """Whether every rank holds the same share of every part, so that `PartLayout.join` makes its parameter.
+
+    >>> same_shares(QKV(2), (8, 2, 2), 2), same_shares(QKV(2), (8, 2, 2), 4)  # four ranks hold half a query group each
+    (True, False)
+    """
+    held = [0] * len(rows)
+    for run in rank_runs(layout, rows, 0, ranks):
+        held[run.part] += run.last - run.first
+    return held == [size // ranks for size in rows]
+
+
+def join_ranks(layout: PartLayout, rows: Sequence[int], shards: Sequence[Tensor], dim: int | None) -> Tensor:
+    """The whole parameter, with the padding of a vocabulary, from what the tensor-parallel ranks hold of it.
+
+    Args:
+        layout: of the parameter.
+        rows: of each whole part.
+        shards: the parameter of every rank.
+        dim: the dimension that tensor parallelism splits; None where every rank holds all of it.
+    """
+    import torch
+
+    if dim is None:
+        return shards[0]
+    if dim != 0:
+        return torch.cat(list(shards), dim)
+    shares = [shards[0].shape[0] * size // sum(rows) for size in layout.blocks(rows)]
+    blocks = zip(*(shard.split(shares) for shard in shards), strict=True)
+    return torch.cat([share for block in blocks for share in block])
+
+
 def part_rows(layout: PartLayout, rows: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Rows `start` to `stop` of the whole parameter, as `(part, first, last)` ranges of rows of its parts, in order."""
     for run in layout.runs(rows):
@@ -224,10 +263,17 @@ def part_rows(layout: PartLayout, rows: Sequence[int], start: int, stop: int) ->
 
 
 def parameter_rows(
-    layout: PartLayout, rows: Sequence[int], part: int, start: int, stop: int
+    layout: PartLayout, rows: Sequence[int], parts: Sequence[int], start: int, stop: int
 ) -> Iterator[tuple[int, int]]:
-    """Rows `start` to `stop` of a part, as ranges of rows of the whole parameter, in order; inverse of `part_rows`."""
-    for run in layout.runs(rows):
-        low, high = max(start, run.first), min(stop, run.last)
-        if run.part == part and low < high:
-            yield run.offset + low - run.first, run.offset + high - run.first
+    """Rows `start` to `stop` of parts that lie one behind the other, as ranges of rows of the parameter, in order.
+
+    >>> list(parameter_rows(QKV(2), (4, 2, 2), (0, 1, 2), 2, 6))  # the rows are q q q q k k v v, the parameter is
+    [(4, 6), (2, 3), (6, 7)]
+    """
+    before = 0  # rows of the parts so far
+    for part in parts:
+        for run in layout.runs(rows):
+            low, high = max(start - before, run.first), min(stop - before, run.last)
+            if run.part == part and low < high:
+                yield run.offset + low - run.first, run.offset + high - run.first
+        before += rows[part]

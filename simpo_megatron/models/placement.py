@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from simpo_megatron.models.part_layout import Run, rank_runs, rank_slice
 from simpo_megatron.models.weight_table import EMBEDDING, OUTPUT, WeightEntry, canonical_name
 
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
@@ -39,6 +40,23 @@ class PlacedParameter:
     def hf(self) -> tuple[str, ...]:
         """The names of its parts in the checkpoint."""
         return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.entry.hf)
+
+    @property
+    def columns(self) -> slice:
+        """What this rank holds of the second dimension, where tensor parallelism splits that one."""
+        size, ranks = self.entry.shapes[0][1], self.group.size()
+        return rank_slice(size, size, self.group.rank(), ranks) if self.entry.tp_dim == 1 else slice(None)
+
+    def runs(self) -> Iterator[Run]:
+        """This rank's parameter as runs of rows of whole parts. Those that pad the vocabulary are left out."""
+        entry, rank, ranks = self.entry, self.group.rank(), self.group.size()
+        if entry.is_vocabulary:
+            held = rank_slice(entry.rows[0], self.parameter.shape[0] * ranks, rank, ranks)
+            yield Run(0, 0, held.start, held.stop)
+        elif entry.tp_dim == 0:
+            yield from rank_runs(entry.part_layout, entry.rows, rank, ranks)
+        else:
+            yield from entry.part_layout.runs(entry.rows)
 
     @property
     def group(self) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -17,8 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from simpo_megatron.models.architecture import Architecture
-from simpo_megatron.models.latent_attention import set_latent_rotary
 from simpo_megatron.models.rope import Rope, inverse_frequencies
 from simpo_megatron.models.shared_prompts import PairRotary
 
@@ -47,33 +45,36 @@ def has_window(config: TransformerConfig, layer_number: int) -> bool:
     return is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
 
 
-def set_rotary(model: GPTModel, architecture: Architecture) -> None:
+def set_rotary(model: GPTModel, rope: Rope, window_theta: float | None) -> None:
     """Gives a model the frequencies of its rope. Megatron can express few of the scalings, and fixes values of theirs.
 
     Args:
-        model: as Megatron builds it. Its layers are `WindowRopeAttention` where those with a window have frequencies of
-            their own.
-        architecture: of the model.
+        model: as Megatron builds it.
+        rope: of the model.
+        window_theta: the base of the unscaled frequencies of the layers with a window; None where they have those of
+            the others. The layers are `WindowRopeAttention` otherwise.
     """
-    frequencies, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
-    window_theta, layers = architecture.additions.window_rope_theta, cast("Any", model.decoder.layers)
-    if architecture.transformer.get("multi_latent_attention"):
-        for layer in layers:
-            set_latent_rotary(layer.self_attention, frequencies, factor)
-        return
     rotary: Any = model.rotary_pos_emb
-    _set_frequencies(rotary, frequencies)
+    factor = _set_frequencies(rotary, rope, model.config)
     if window_theta is not None:
-        windowed: Any = RotaryEmbedding(architecture.rotary_head_dim, 1.0, cp_group=rotary.cp_group)
-        _set_frequencies(windowed, inverse_frequencies(Rope(window_theta), architecture.rotary_head_dim)[0])
-        rotary.windowed = (windowed,)
+        rotary.windowed = RotaryEmbedding(model.config.kv_channels or 0, 1.0, cp_group=rotary.cp_group)
+        _set_frequencies(rotary.windowed, Rope(window_theta), model.config)
+    layers: Any = model.decoder.layers
     for layer in layers:
         if window_theta is None or not has_window(model.config, layer.layer_number):
             set_attention_factor(layer.self_attention, factor)
 
 
-def _set_frequencies(rotary: Any, frequencies: Tensor) -> None:
-    rotary.__class__ = PairRotary  # the same buffers; it can read positions from the row
+def _set_frequencies(rotary: Any, rope: Rope, config: TransformerConfig) -> float:
+    """Replaces the frequencies; returns the factor of cosine and sine."""
+    frequencies, factor = inverse_frequencies(rope, config.kv_channels or 0)
+    replace_frequencies(rotary, frequencies)
+    return factor
+
+
+def replace_frequencies(rotary: Any, frequencies: Tensor) -> None:
+    """Replaces the frequencies of a rotary embedding of Megatron, which then can read positions from the row too."""
+    rotary.__class__, rotary.windowed = PairRotary, None  # the same buffers
     rotary.inv_freq = frequencies.to(torch.cuda.current_device())
 
 

@@ -42,10 +42,10 @@ class PairRotary(RotaryEmbedding):
     token.
 
     Attributes:
-        windowed: the embedding of the layers with a window, where they have another one; else empty.
+        windowed: the embedding of the layers with a window, where they have another one.
     """
 
-    windowed: tuple[PairRotary, ...] = ()
+    windowed: PairRotary | None
 
     def get_rotary_seq_len(self, inference_context: Any, transformer: Any, *args: Any, **kwargs: Any) -> Any:
         """What Megatron then passes to `forward`.
@@ -71,8 +71,9 @@ class PairRotary(RotaryEmbedding):
             [2, ..., D]: those of the other layers, then theirs.
         """
         angles = self._angles(max_seq_len, *args, **kwargs)
-        others = [rotary(max_seq_len, *args, **kwargs) for rotary in self.windowed]
-        return torch.stack((angles, *others)) if others else angles
+        if self.windowed is None:
+            return angles
+        return torch.stack((angles, self.windowed(max_seq_len, *args, **kwargs)))
 
     def _angles(self, max_seq_len: int | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(max_seq_len, Tensor):

@@ -20,7 +20,8 @@ class WeightEntry:
     Attributes:
         megatron: the canonical name, which is that of Megatron's Transformer Engine spec and of `torch_dist` keys;
             `{layer}` stands for the global layer index, `{expert}` for the global expert index.
-        hf: the names of its parts, with the same `{layer}` and `{expert}`.
+        hf: the tensor of each of its parts, with the same `{layer}` and `{expert}`. A name that stands several times is
+            a tensor that holds these parts one behind the other.
         shapes: the shape of each whole part, in the order of `hf`.
         part_layout: how the parts form the parameter.
         tp_dim: the dimension that tensor parallelism splits, of the parameter and of every part; None where every rank
@@ -44,6 +45,31 @@ class WeightEntry:
     def rows(self) -> tuple[int, ...]:
         """Rows of each whole part."""
         return tuple(shape[0] for shape in self.shapes)
+
+    @property
+    def tensors(self) -> tuple[tuple[int, ...], ...]:
+        """The indices of the parts that each tensor holds, tensors and parts in order.
+
+        >>> from simpo_megatron.models.part_layout import GateUp
+        >>> WeightEntry("fc1", ("gate_up", "gate_up"), ((6, 4), (6, 4)), GateUp(), 0).tensors
+        ((0, 1),)
+        """
+        return tuple(
+            tuple(part for part, other in enumerate(self.hf) if other == name) for name in dict.fromkeys(self.hf)
+        )
+
+    @property
+    def fused(self) -> bool:
+        """Whether a tensor holds several of its parts."""
+        return len(self.tensors) < len(self.hf)
+
+    def shape_of(self, tensor: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one of `tensors`."""
+        return (sum(self.rows[part] for part in tensor), *self.shapes[tensor[0]][1:])
+
+    def first_row(self, part: int) -> int:
+        """Where a part starts in its tensor."""
+        return sum(self.rows[other] for other in range(part) if self.hf[other] == self.hf[part])
 
     @property
     def per_layer(self) -> bool:

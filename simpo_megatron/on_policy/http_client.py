@@ -10,10 +10,12 @@ import http.client
 import json
 import os
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from simpo_megatron.errors import UserError
@@ -21,6 +23,7 @@ from simpo_megatron.errors import UserError
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 _LONGEST_PAUSE = 60.0  # seconds
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -38,6 +41,10 @@ class Client:
     def __init__(self, flag: str, url: str, timeout: float, retries: int, pause: float = 1.0) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{flag} {url} is not an address; it must begin with http:// or https://")
+        try:
+            urllib.request.Request(url)
+        except ValueError as error:
+            raise UserError(f"{flag} {url} is not an address ({error}); correct it") from None
         self._what, self._url = f"{flag} {url}", url.rstrip("/")
         self._timeout, self._retries, self._pause = timeout, retries, pause
         self._headers = {"Content-Type": "application/json"}
@@ -99,3 +106,42 @@ def _seconds(text: str | None) -> float:
         return min(float(text or 0), _LONGEST_PAUSE)
     except ValueError:  # a date
         return 0.0
+
+
+def on_threads(function: Callable[[S], T], items: Sequence[S], count: int) -> list[T]:
+    """`function` of every item, in their order, by several threads.
+
+    A program that is interrupted, or that ends with an error, does not wait for requests that are under way, as it
+    would with a pool of `concurrent.futures`.
+
+    Args:
+        function: safe to run on several threads.
+        items: its arguments.
+        count: of threads.
+
+    Raises:
+        Exception: the first that `function` raises. No further item is begun then.
+    """
+    todo, found = iter(range(len(items))), SimpleQueue[tuple[int, T | None, Exception | None]]()
+    stopped = threading.Event()
+
+    def work() -> None:
+        for i in todo:  # each number goes to one thread
+            if stopped.is_set():
+                return
+            try:
+                found.put((i, function(items[i]), None))
+            except Exception as error:
+                found.put((i, None, error))
+
+    for _ in range(min(count, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    results: list[Any] = [None] * len(items)
+    try:
+        for _ in items:
+            i, results[i], error = found.get()
+            if error is not None:
+                raise error
+    finally:
+        stopped.set()
+    return results

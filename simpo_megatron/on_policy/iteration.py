@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import io
 import json
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,15 @@ from simpo_megatron.on_policy.prompts import Prompt, read_prompts
 from simpo_megatron.settings import expand
 from simpo_megatron.trainer.lock import locked
 
+_SET_PDEATHSIG = 1  # of prctl
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
+# Section of the loop's file -> the program that gets its flags.
+PROGRAMS = {
+    "generate": "generate_responses",
+    "evaluate": "generate_responses",
+    "score": "score_responses",
+    "build": "build_pairs",
+}
 
 
 @dataclass(frozen=True)
@@ -40,13 +50,22 @@ class Stage:
 
     Attributes:
         name: unique in the round.
-        command: that runs it.
+        section: of the loop's file, which its flags come from.
+        launch: the command without its flags.
+        flags: of the program.
         result: the file or folder that it makes.
     """
 
     name: str
-    command: list[str]
+    section: str
+    launch: list[str]
+    flags: list[str]
     result: Path
+
+    @property
+    def command(self) -> list[str]:
+        """What runs it."""
+        return [*self.launch, *self.flags]
 
 
 class Loop:
@@ -54,18 +73,21 @@ class Loop:
 
     Args:
         config: of the loop.
+        checks: section of the loop's file -> what raises UserError for flags of its program that are wrong.
     """
 
-    def __init__(self, config: LoopConfig) -> None:
-        self._config, self._folder = config, Path(config.folder)
+    def __init__(self, config: LoopConfig, checks: Mapping[str, Callable[[list[str]], Any]]) -> None:
+        self._config, self._checks, self._folder = config, checks, Path(config.folder)
 
     def run(self) -> list[dict[str, Any]]:
         """Runs all rounds that are not done, and returns the table.
 
         Raises:
-            UserError: another process runs the loop, a stage fails, or a stage was done with other settings.
+            UserError: a flag of a stage is wrong, another process runs the loop, a stage fails, or a stage was done
+                with other settings.
         """
         config = self._config
+        self._check_flags()
         with locked("folder", self._folder, self._folder / ".lock"):
             exclude = [expand(str(config.evaluate["prompts"]))] if config.evaluate else []
             prompts, report = read_prompts(config.prompts, exclude)
@@ -82,6 +104,15 @@ class Loop:
                 rows.append(_measured(number, folder))
                 self._write_table(rows)
         return rows
+
+    def _check_flags(self) -> None:
+        """Checks the flags of all stages before the first one starts, which may take hours."""
+        folder, model = self._folder / "round_1", Path(self._config.hf_checkpoint)
+        for stage in (*self._training_stages(1, folder, model), *self._evaluation_stages(folder, model)):
+            try:
+                self._checks[stage.section](stage.flags)
+            except UserError as error:
+                raise UserError(f"--config: {stage.section}: {error}") from error
 
     def _prompts_of(self, number: int, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts of a round, from 1. After the last prompt the first one comes again."""
@@ -112,12 +143,12 @@ class Loop:
             "seed": config.seed + number,
         }
         return [
-            Stage("generate", _tool("generate_responses", {**config.generate, **generate}), responses),
+            _tool("generate", "generate", {**config.generate, **generate}, responses),
+            _tool("score", "score", {**config.score, "responses": responses, "output": scored}, scored),
+            _tool("build", "build", {**config.build, "data": scored, "output": pairs}, pairs),
             Stage(
-                "score", _tool("score_responses", {**config.score, "responses": responses, "output": scored}), scored
+                "train", "train", _torchrun(config.processes), command_line({**config.train, **train}), folder / "model"
             ),
-            Stage("build", _tool("build_pairs", {**config.build, "data": scored, "output": pairs}), pairs),
-            Stage("train", [*_torchrun(config.processes), *command_line({**config.train, **train})], folder / "model"),
         ]
 
     def _evaluation_stages(self, folder: Path, model: Path) -> list[Stage]:
@@ -128,8 +159,8 @@ class Loop:
         generate = {**config.evaluate, "hf_checkpoint": model, "output": responses}
         score = {**config.score, "responses": responses, "output": scored}
         return [
-            Stage("eval_generate", _tool("generate_responses", generate), responses),
-            Stage("eval_score", _tool("score_responses", score), scored),
+            _tool("eval_generate", "evaluate", generate, responses),
+            _tool("eval_score", "score", score, scored),
         ]
 
     def _write_prompts(self, path: Path, prompts: Iterable[Prompt]) -> None:
@@ -177,11 +208,10 @@ class Loop:
 
 
 def show_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the table over the rounds. Round 0 is the model that the loop starts from."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*names, title="rounds")
-    for row in rows:
-        table.add_row(*("" if row.get(name) is None else _shown(row[name]) for name in names))
+    """Prints the table over the rounds, a column each. Round 0 is the model that the loop starts from."""
+    table = Table("round", *(str(row["round"]) for row in rows))
+    for name in dict.fromkeys(name for row in rows for name in row if name != "round"):
+        table.add_row(name, *("" if row.get(name) is None else _shown(row[name]) for row in rows))
     Console(highlight=False).print(table)
 
 
@@ -212,8 +242,9 @@ def _of_responses(kind: str, scored: Path) -> dict[str, Any]:
     return {f"{kind}/score": sum(scores) / len(scores), **{f"{kind}/{name}": value for name, value in means.items()}}
 
 
-def _tool(name: str, settings: dict[str, Any]) -> list[str]:
-    return [sys.executable, str(TOOLS / f"{name}.py"), *command_line(settings)]
+def _tool(name: str, section: str, settings: dict[str, Any], result: Path) -> Stage:
+    launch = [sys.executable, str(TOOLS / f"{PROGRAMS[section]}.py")]
+    return Stage(name, section, launch, command_line(settings), result)
 
 
 def _torchrun(processes: int) -> list[str]:
@@ -222,13 +253,20 @@ def _torchrun(processes: int) -> list[str]:
 
 
 def _run(command: list[str]) -> int:
-    """Runs a program to its end. Where this process is stopped, the program gets SIGTERM and is waited for."""
-    with subprocess.Popen(command) as process:
+    """Runs a program to its end. Where this process is stopped, the program gets SIGTERM and is waited for.
+
+    Where this process is killed, Linux sends the SIGTERM: a training that went on would hold the lock of its folder.
+    """
+    with subprocess.Popen(command, preexec_fn=_end_with_parent if sys.platform == "linux" else None) as process:
         try:
             return process.wait()
         except BaseException:
             process.terminate()
             raise
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ with Journal.open("--output", Path("responses.jsonl"), about) as journal:
     todo = [prompt for prompt in prompts if prompt.id not in journal.done]
     journal.append(rows)                       # on the disk when the call returns
 
-Beside it, `responses.about.json` says what made the rows. A run with other settings is refused. A kill may leave a part
-of a line at the end of the file: the next run cuts it.
+Beside it, `responses.about.json` says what made the rows. A run with other settings is refused, unless there is no row
+yet. A kill may leave a part of a line at the end of the file: the next run cuts it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +25,40 @@ from simpo_megatron.trainer.lock import locked
 
 _OTHERWISE = "give another --output"
 
+Row = dict[str, Any]
+
 
 class Journal:
     """An open file of rows. Each row has an `id`.
 
     Attributes:
         path: of the file.
-        done: id -> digest of the prompt, of every row in the file.
+        done: id -> digest of what the row was made from, of every row in the file.
     """
 
-    def __init__(self, path: Path, done: dict[str, str]) -> None:
-        self.path, self.done = path, done
+    def __init__(self, path: Path, made_from: Callable[[Row], Any]) -> None:
+        self.path, self._made_from = path, made_from
+        try:
+            self.done = {row["id"]: self.digest(row) for row in read_journal(path)}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} has rows that this program did not write ({error}); {_OTHERWISE}") from None
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, flag: str, path: Path, about: Mapping[str, Any]) -> Iterator[Journal]:
+    def open(
+        cls,
+        flag: str,
+        path: Path,
+        about: Mapping[str, Any],
+        made_from: Callable[[Row], Any] = lambda row: row["prompt"],
+    ) -> Iterator[Journal]:
         """Opens the file for this process alone, and creates it if it is not there.
 
         Args:
             flag: that names the file, for errors.
             path: of the file, which ends in .jsonl.
             about: what decides the rows, as JSON values.
+            made_from: the part of a row that was there before this program, as a JSON value.
 
         Raises:
             UserError: the file belongs to a run with other settings or to another process, is damaged, or cannot be
@@ -55,21 +68,26 @@ class Journal:
             raise UserError(f"{flag} {path}: rows are written as JSON lines; give a name that ends in .jsonl")
         with locked(flag, path, path.with_name(f".{path.name}.lock")):
             beside = about_path(path)
-            if path.exists() and not beside.exists():
+            begun = path.exists() and (not path.is_file() or path.stat().st_size > 0)
+            if begun and not beside.exists():
                 raise UserError(f"{flag} {path} exists and has no {beside.name} beside it; give another file")
-            if path.exists():
+            if begun:
                 check_about(flag, path, about)
             try:
-                if not path.exists():
+                if not begun:
                     atomic_write(beside, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
                     path.touch()
                     sync(path.parent)
                 _cut_torn_line(path)
             except OSError as error:
                 raise cannot_write(f"{flag} {path}", error, _OTHERWISE) from error
-            yield cls(path, {row["id"]: digest(row["prompt"]) for row in read_journal(path)})
+            yield cls(path, made_from)
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+    def digest(self, row: Row) -> str:
+        """Digest of what a row is made from."""
+        return digest(self._made_from(row))
+
+    def append(self, rows: Sequence[Row]) -> None:
         """Adds rows and flushes them to the disk (fsync).
 
         Raises:
@@ -82,23 +100,24 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise cannot_write(f"--output {self.path}", error, _OTHERWISE, " and start again, it goes on") from error
-        self.done.update((row["id"], digest(row["prompt"])) for row in rows)
+        self.done.update((row["id"], self.digest(row)) for row in rows)
 
-    def check_prompts(self, prompts: Mapping[str, Any], source: str) -> None:
-        """Checks that every row in the file answers one of these prompts.
+    def check_source(self, digests: Mapping[str, str], source: str, what: str) -> None:
+        """Checks that every row in the file is made from one of the source.
 
         Args:
-            prompts: id -> messages.
-            source: where they come from, for the error.
+            digests: id -> digest, of the rows of the source.
+            source: for the error.
+            what: the rows are made from, for the error.
 
         Raises:
-            UserError: a row answers another prompt.
+            UserError: a row is made from another one.
         """
         for prompt_id, found in self.done.items():
-            if prompt_id not in prompts:
+            if prompt_id not in digests:
                 what = "which is not among the prompts of"
-            elif digest(prompts[prompt_id]) != found:
-                what = "which is another prompt in"
+            elif digests[prompt_id] != found:
+                what = f"which has another {what} in"
             else:
                 continue
             raise UserError(f"--output {self.path} has the prompt {prompt_id}, {what} {source}; {_OTHERWISE}")
@@ -125,7 +144,7 @@ def check_about(flag: str, path: Path, about: Mapping[str, Any]) -> None:
         raise UserError(f"{flag} {path} was made with other settings: {'; '.join(differ[:3])}; {_OTHERWISE}")
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+def read_journal(path: Path) -> Iterator[Row]:
     """The rows of a journal.
 
     Raises:
@@ -136,9 +155,11 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                prompt_id, _ = str(row["id"]), row["prompt"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: not a row with `id` and `prompt`; remove the line") from None
+            except ValueError:
+                row = None
+            prompt_id = row.get("id") if isinstance(row, dict) and "prompt" in row else None
+            if row is None or not isinstance(prompt_id, str):
+                raise UserError(f"{path}:{number}: not a row with `id`, a text, and `prompt`; remove the line")
             if prompt_id in seen:
                 raise UserError(f"{path}:{number}: a second row with the id {prompt_id}; remove one")
             seen.add(prompt_id)

@@ -13,12 +13,14 @@ class LengthReport:
 
     Attributes:
         responses: counted.
-        tokens: of them.
-        characters: of them.
+        without_tokens: of them say not how many tokens they have, as in files made by hand.
+        tokens: of the others.
+        characters: of all.
         cut: of them ended with finish_reason "length".
     """
 
     responses: int = 0
+    without_tokens: int = 0
     tokens: int = 0
     characters: int = 0
     cut: int = 0
@@ -29,21 +31,29 @@ class LengthReport:
         report = cls()
         for row in rows:
             for response in row["responses"]:
+                tokens = response.get("tokens")
                 report.responses += 1
-                report.tokens += response.get("tokens") or 0
+                report.without_tokens += not isinstance(tokens, int)
+                report.tokens += tokens if isinstance(tokens, int) else 0
                 report.characters += len(response["content"])
                 report.cut += response.get("finish_reason") == "length"
         return report
 
-    def means(self) -> dict[str, float]:
-        """Tokens and characters of a response, and the share that was cut."""
+    def means(self) -> dict[str, float | None]:
+        """Tokens (None where a response has no count) and characters of a response, and the share that was cut."""
         count = max(self.responses, 1)
-        return {"tokens": self.tokens / count, "characters": self.characters / count, "truncated": self.cut / count}
+        tokens = None if self.without_tokens else self.tokens / count
+        return {"tokens": tokens, "characters": self.characters / count, "truncated": self.cut / count}
+
+    def summary(self) -> dict[str, float | None]:
+        """The number of responses, and the means."""
+        return {"responses": self.responses, **self.means()}
 
     def line(self) -> str:
         """The means in one line."""
         means = self.means()
+        tokens = "" if means["tokens"] is None else f"{means['tokens']:.1f} tokens and "
         return (
-            f"{self.responses} responses: {means['tokens']:.1f} tokens and {means['characters']:.1f} characters on "
-            f"average, {means['truncated']:.1%} cut at --max-new-tokens"
+            f"{self.responses} responses: {tokens}{means['characters']:.1f} characters on average, "
+            f"{means['truncated']:.1%} cut at --max-new-tokens"
         )

@@ -11,6 +11,7 @@ from simpo_megatron.data.reading import read_rows
 from simpo_megatron.data.schema import is_number, shown
 from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.journal import Journal
+from simpo_megatron.on_policy.lengths import LengthReport
 from simpo_megatron.on_policy.prompts import parse_prompt
 from simpo_megatron.on_policy.scorers.base import Answered, Scorer
 from simpo_megatron.program import Meter, meter
@@ -38,23 +39,28 @@ def read_responses(source: str | Path) -> Iterator[tuple[Answered, dict[str, Any
         yield Answered(prompt.messages, texts, prompt.columns, where), {**row, "id": prompt.id}
 
 
+def made_from(row: dict[str, Any]) -> Any:
+    """What a scored row was made from: the prompt, and the texts of the responses."""
+    return row["prompt"], [response["content"] for response in row["responses"]]
+
+
 def score_responses(source: str, scorer: Scorer, journal: Journal) -> Meter:
     """Scores those rows that are not in the journal, and adds them.
+
+    The source is read twice, and held in memory at no time. The first reading counts what is to be done, for the time
+    that is left, and finds a wrong row before the first score rather than after hours.
 
     Args:
         source: rows of responses.
         scorer: that gives the numbers.
-        journal: scored rows go there.
+        journal: scored rows go there; it is opened with `made_from`.
 
     Raises:
         UserError: a row or a score cannot be used, or the journal holds a row of another file.
     """
-    prompts: dict[str, Any] = {}
-    total = 0
-    for _, row in read_responses(source):
-        prompts[row["id"]] = row["prompt"]
-        total += row["id"] not in journal.done
-    journal.check_prompts(prompts, source)
+    digests = {row["id"]: journal.digest(row) for _, row in read_responses(source)}
+    journal.check_source(digests, source, "prompt or other responses")
+    total = len(digests.keys() - journal.done.keys())
     rows = ((answered, row) for answered, row in read_responses(source) if row["id"] not in journal.done)
     with meter(f"Scoring {source}", total) as progress:
         while block := list(islice(rows, scorer.block)):
@@ -66,7 +72,5 @@ def score_responses(source: str, scorer: Scorer, journal: Journal) -> Meter:
                     {**response, "score": number} for response, number in zip(row["responses"], numbers, strict=True)
                 ]
             journal.append([row for _, row in block])
-            progress.add(
-                len(block), sum(response.get("tokens") or 0 for _, row in block for response in row["responses"])
-            )
+            progress.add(len(block), LengthReport.of(row for _, row in block).tokens)
     return progress

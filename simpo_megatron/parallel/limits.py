@@ -84,16 +84,31 @@ def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
 
 def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     tp = parallel.get("tensor_model_parallel_size", 1)
-    keys = ["num_query_groups", "num_attention_heads"]
+    keys = ["num_attention_heads"]
     if _has_dense_layers(model):  # experts have a size of their own: `_check_experts`
         keys.append("ffn_hidden_size")
-    sizes = {key: model[key] for key in keys}
+    sizes, groups = {key: model[key] for key in keys}, model["num_query_groups"]
+    legal = [size for size in divisors(math.gcd(*sizes.values())) if _divides_groups(model, size)]
     for key, size in sizes.items():
         if size % tp:
-            listed = join_or(divisors(math.gcd(*sizes.values())))
-            raise UserError(f"--tensor-model-parallel-size {tp} does not divide {key} {size}; use {listed}")
+            raise UserError(f"--tensor-model-parallel-size {tp} does not divide {key} {size}; use {join_or(legal)}")
+    if tp not in legal:
+        raise UserError(
+            f"--tensor-model-parallel-size {tp} neither divides num_query_groups {groups} nor cuts each query group "
+            f"into equal parts; use {join_or(legal)}"
+        )
     if parallel.get("sequence_parallel") and tp == 1:
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1; drop it, or split the tensors")
+
+
+def _divides_groups(model: dict[str, Any], tp: int) -> bool:
+    """Whether the ranks hold whole query groups, or each an equal part of one, its rows of q, k and v counted together.
+
+    The ranks that share a group gather its projection (`transformer/attention.py`).
+    """
+    groups = model["num_query_groups"]
+    rows = (model["num_attention_heads"] + 2 * groups) * model["kv_channels"]
+    return groups % tp == 0 or (tp % groups == 0 and rows % tp == 0)
 
 
 def _has_dense_layers(model: dict[str, Any]) -> bool:

@@ -80,7 +80,8 @@ def _attention(
     """
     model, additions = architecture.transformer, architecture.additions
     width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
-    q, k, v = heads * width, model["num_query_groups"] * width // tensor, heads * architecture.value_head_dim
+    groups = model["num_query_groups"]
+    q, k, v = heads * width, max(groups // tensor, 1) * width, heads * architecture.value_head_dim
     kept = 4.0 * architecture.rotary_head_dim  # cosine and sine for queries and for keys
     kept += v  # attention's output, which the next projection reads
     if not fused and not _scored_again(additions, recomputed):
@@ -89,7 +90,9 @@ def _attention(
         latents = (model["q_lora_rank"] or 0) + model["kv_lora_rank"]
         kept += ((2 if fused else 3) * latents + model["qk_pos_emb_head_dim"]) / sequence
         return kept + (0 if "mla_up_proj" in recomputed else 2 * q + v)
-    kept += (q + 2 * k) + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
+    # With fewer query groups than ranks, every rank gathers the whole projection and keeps it.
+    projection = q + 2 * k if groups >= tensor else (model["num_attention_heads"] + 2 * groups) * width
+    kept += projection + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     if model.get("qk_layernorm"):
         kept += q + k if fused else 2 * q + k
     if additions.qk_norm_over_heads:

@@ -8,6 +8,7 @@ ranks.py         what the ranks agree on after each row
 models.py        tiny random models of every family, and an engine with one in a layout
 gradients.py     rows: layouts and families against transformers
 checkpoints.py   rows: resume, export, conversion, the folder of --save
+family.py        rows: everything that a checkpoint given by the user must do
 heads.py         rows: the head and its kernels against fp64
 speed.py         rows: time, memory and host waits of the head and of a training step
 environment.py   rows: versions and variables

@@ -117,7 +117,7 @@ def _export(settings: dict[str, Any], bench: Bench) -> Outcome | None:
         with engine_in(bench, path, settings) as made:
             export_hf(made.engine.models, made.hf, target)
         if bench.rank == 0:
-            different += _differences(path, target)
+            different += differences(path, target)
     return _same_bytes(different) if bench.rank == 0 else None
 
 
@@ -135,7 +135,7 @@ def _convert(bench: Bench) -> Outcome | None:
         conversion = plan_to_megatron(source, None, there, options)
         publish.run(conversion, options)
         publish.run(plan_to_hf(source, read_torch_dist(conversion.final, source), back, options), options)
-        different += _differences(path, back)
+        different += differences(path, back)
     return _same_bytes(different)
 
 
@@ -145,8 +145,14 @@ def _same_bytes(different: list[str]) -> Outcome:
     return Outcome("proved", f"{len(FAMILIES)} families, every byte")
 
 
-def _differences(path: Path, other: Path) -> list[str]:
-    """Tensors that are not byte for byte the same in two Hugging Face checkpoints."""
+def differences(path: Path, other: Path, numbers: bool = False) -> list[str]:
+    """Tensors that are not byte for byte the same in two Hugging Face checkpoints.
+
+    Args:
+        path: a checkpoint.
+        other: another.
+        numbers: compare in fp32, where an engine has exported in another dtype.
+    """
     from safetensors import safe_open
 
     def hashes(folder: Path) -> dict[str, str]:
@@ -154,6 +160,7 @@ def _differences(path: Path, other: Path) -> list[str]:
         for name, tensor in read_hf_checkpoint(folder).tensors.items():
             with safe_open(str(tensor.file), framework="pt", device="cpu") as file:
                 whole = file.get_tensor(name).contiguous()
+                whole = whole.float() if numbers else whole
             found[name] = hashlib.sha256(whole.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,6 +122,11 @@ def _compare(model_type: str, settings: dict[str, Any], bench: Bench) -> Outcome
     if settings.get("pipeline_model_parallel_size", 1) > 2 or "num_layers_per_virtual_pipeline_stage" in settings:
         own = {**own, **DEEP}
     path = tiny_checkpoint(bench.models, model_type, torch.bfloat16 if bf16 else torch.float32, **own)
+    return compare_at(path, settings, bench)
+
+
+def compare_at(path: Path, settings: dict[str, Any], bench: Bench) -> Outcome | None:
+    """Compares the model at `path` with transformers, in the layout of these settings; None on ranks other than 0."""
     what = read_hf_config(path).architecture.additions.beyond_transformer_engine
     if what and settings.get("transformer_impl") == "transformer_engine":
         return Outcome("not here", f"Transformer Engine has no {what}")

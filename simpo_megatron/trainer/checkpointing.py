@@ -87,7 +87,7 @@ def sharded_state(engine: Engine, content: dict[str, Any], is_loading: bool) -> 
 def _rng_state() -> ShardedObject:
     """The random state that Megatron-LM's loader asks for.
 
-    Training here draws no random numbers: there is no dropout, and the data order is a formula.
+    Training here goes on without it: the data order and the masks of --lora-dropout are functions of seed and position.
     """
     tracker: Any = tensor_parallel.get_cuda_rng_tracker()
     state = {

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from simpo_megatron.adapters.install import start_dropout
 from simpo_megatron.batch.packer import GlobalBatch, RowPacker
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
@@ -170,6 +171,7 @@ class Engine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        start_dropout(self.models, self.config.train.seed, self.scheduler.num_steps)
         return self._run(batch, forward_only=False, on_sums=on_sums)
 
     def train_step(self, batch: GlobalBatch) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from simpo_megatron.adapters.peft_folder import CONFIG
+from simpo_megatron.adapters.peft_config import CONFIG
 from simpo_megatron.checkpoint.folder import TRACKER
 from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
 from simpo_megatron.checkpoint.source import has_weights, model_folder

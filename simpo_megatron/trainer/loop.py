@@ -80,7 +80,7 @@ def start_run(
         saved = find_saved_run(config.checkpoint)
         config, changes = follow(config, saved)
     train_pairs, valid_pairs, messages = load_data(config.data, hf)
-    state = new_progress(config, train_pairs, base_of(config, hf))
+    state = new_progress(config, train_pairs, *base_of(config, hf))
     if saved is not None:
         check_pairs(saved, state)
         state = saved.progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -23,9 +24,11 @@ def model_card(config: Config, data_fingerprint: int, evaluations: Mapping[int, 
         data_fingerprint: of the training pairs (`Pairs.fingerprint`).
         evaluations: metrics of the held-out pairs by step; the first and the last are shown.
     """
-    base = config.model.hf_checkpoint
+    base = Path(str(config.model.hf_checkpoint))
     objective = config.objective.name
-    head = {"base_model": str(base), "library_name": "transformers", "tags": ["preference-optimization", objective]}
+    head = {"library_name": "transformers", "tags": ["preference-optimization", objective]}
+    if hub_id := hub_id_of(base):
+        head = {"base_model": hub_id, **head}
     lines = [
         "---",
         yaml.safe_dump(head, sort_keys=False).rstrip(),
@@ -33,8 +36,9 @@ def model_card(config: Config, data_fingerprint: int, evaluations: Mapping[int, 
         "",
         f"# {Path(str(config.model.export_hf)).name}",
         "",
-        f"{base} trained with `{objective}` by simpo_megatron.",
+        f"{hub_id or base} trained with `{objective}` by simpo_megatron.",
         "",
+        f"* Objective: {config.objective.describe()}",
         f"* Training data: {', '.join(config.data.training_sources)}, fingerprint {data_fingerprint:08x}",
         f"* Command: `{shlex.join(sys.orig_argv)}`",
         f"* Versions: {', '.join(versions())}",
@@ -50,3 +54,15 @@ def model_card(config: Config, data_fingerprint: int, evaluations: Mapping[int, 
     settings = yaml.safe_dump(effective_settings(config), sort_keys=False, width=120).rstrip()
     lines += ["", "## Every setting", "", "```yaml", settings, "```", ""]
     return "\n".join(lines)
+
+
+def hub_id_of(folder: Path) -> str | None:
+    """The name on the Hugging Face hub of a folder in its cache; None for other folders.
+
+    The hub refuses a card whose `base_model` is a path.
+
+    >>> hub_id_of(Path("/cache/hub/models--meta-llama--Meta-Llama-3-8B/snapshots/8cde5ca"))
+    'meta-llama/Meta-Llama-3-8B'
+    """
+    found = re.search(r"/models--([^/]+)/snapshots/[^/]+$", str(folder.absolute()))
+    return found[1].replace("--", "/", 1) if found else None

@@ -22,6 +22,7 @@ class Progress:
         checkpoint: a random name that each checkpoint gets when it is saved, by which an export knows the checkpoint
             that it was made of; empty before the first one.
         base: fingerprint of the weights under an adapter, which the checkpoints do not hold; empty without an adapter.
+        base_folder: the converted checkpoint that holds them; empty where --hf-checkpoint does.
         baseline: what the loss of the next step compares with (`Objective.next_baseline`).
     """
 
@@ -32,12 +33,19 @@ class Progress:
     seed: int = 0
     checkpoint: str = ""
     base: str = ""
+    base_folder: str = ""
     baseline: float = 0.0
 
 
-def new_progress(config: Config, pairs: Pairs, base: str = "") -> Progress:
+def new_progress(config: Config, pairs: Pairs, base: str = "", base_folder: str = "") -> Progress:
     """Where a new run on these pairs and this base stands."""
-    return Progress(num_pairs=len(pairs), tokens_crc32=pairs.fingerprint, seed=config.train.seed, base=base)
+    return Progress(
+        num_pairs=len(pairs),
+        tokens_crc32=pairs.fingerprint,
+        seed=config.train.seed,
+        base=base,
+        base_folder=base_folder,
+    )
 
 
 @dataclass(frozen=True)

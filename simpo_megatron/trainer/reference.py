@@ -38,6 +38,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.parallel.together import raise_on_all_ranks
 from simpo_megatron.settings import required
+from simpo_megatron.trainer.adapter import base_checkpoint, base_files
 from simpo_megatron.trainer.data import check_ids
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.reference_scoring import (
@@ -113,10 +114,8 @@ class _Finder:
                 if self.checkpoint is not None:
                     weights = weights_fingerprint_of(self.checkpoint)
                 elif not resumed:
-                    folder = weights_folder(self.config.checkpoint)
-                    hf = engine.hf.tensors.values()
-                    files = {tensor.file for tensor in hf} if folder is None else folder.glob("*.distcp")
-                    weights = weights_fingerprint(files)
+                    start = base_checkpoint if self.config.adapter.trains_adapters else weights_folder
+                    weights = weights_fingerprint(base_files(engine.hf, start(self.config.checkpoint)))
         self.made_of = run_made_of(weights, precision)
 
     def attach(self, name: str, pairs: Pairs) -> Pairs:

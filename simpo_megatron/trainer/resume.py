@@ -276,10 +276,11 @@ def check_pairs(saved: SavedRun, new: Progress) -> None:
     Raises:
         UserError: the pairs are others, or an adapter has another base.
     """
+    where = saved.progress.base_folder or "--hf-checkpoint"
     require(
         saved.progress.base == new.base,
-        f"{saved.folder} holds adapters for other weights than those of --hf-checkpoint; resume with the model that "
-        "the run started from",
+        f"{saved.folder} holds adapters for other weights than those of {where}; "
+        "resume with the model that the run started from",
     )
     for name, what in (
         ("num_pairs", "the number of training pairs"),

@@ -27,6 +27,7 @@ from simpo_megatron.models.rope import check_length
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.parallel.limits import check_shared_prompts, layout_arguments
 from simpo_megatron.parallel.together import raise_on_all_ranks
+from simpo_megatron.trainer.adapter import base_checkpoint
 from simpo_megatron.trainer.engine import Engine
 from simpo_megatron.trainer.loading import load_weights
 from simpo_megatron.trainer.low_precision import fp8_fields
@@ -118,10 +119,15 @@ def prepare_models(models: list[GPTModel], config: Config, hf: HFCheckpoint) -> 
     """
     with raise_on_all_ranks():
         folder, first = weights_folder(config.checkpoint), dist.get_rank() == 0
+        base = None
         if config.adapter.trains_adapters:  # the checkpoints of such a run hold no base
-            load_hf_weights(models, hf, progress=first)
+            base = base_checkpoint(config.checkpoint)
+            if base is None:
+                load_hf_weights(models, hf, progress=first)
+            else:
+                load_weights(models, hf, base)
             install_adapter(models, config.adapter, hf, config.train.seed)
-        if folder is not None:
+        if folder is not None and folder != base:
             load_weights(models, hf, folder)
         elif not config.adapter.trains_adapters and step_to_resume(config.checkpoint) is None:
             load_hf_weights(models, hf, progress=first)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
-from simpo_megatron.models.part_layout import rank_slice
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
 from simpo_megatron.trainer.engine import Engine
 
@@ -55,15 +54,19 @@ class ShardErrors:
         """Compares this rank's shards of a tensor with its whole reference gradient."""
         for place, part in self.places.get(name, []):
             parameter: Any = place.parameter
-            weight, rank, ranks = place.entry, place.group.rank(), place.group.size()
-            mine = weight.part_layout.split(parameter.main_grad, weight.rows, ranks)[part].double()
-            exact = gradient.double()
-            if weight.tp_dim is not None:
-                whole = mine.shape[weight.tp_dim] * ranks
-                rows = rank_slice(exact.shape[weight.tp_dim], whole, rank, ranks)
-                exact = exact.narrow(weight.tp_dim, rows.start, rows.stop - rows.start)
-            exact = torch.nn.functional.pad(exact, (0, 0) * (exact.ndim - 1) + (0, mine.shape[0] - exact.shape[0]))
-            squares = torch.stack(
-                [(mine - exact).square().sum(), exact.square().sum(), exact.new_tensor(exact.numel())]
-            )
-            self.of_rank[name] = self.of_rank.get(name, 0) + squares.cpu()
+            mine, first, filled = parameter.main_grad, place.entry.first_row(part), 0
+            exact = gradient[:, place.columns] if place.entry.tp_dim == 1 else gradient
+            squares = torch.zeros(3, dtype=torch.float64)
+            for run in place.runs():
+                filled = run.offset + run.last - run.first
+                if run.part == part:
+                    squares += _squares(mine[run.offset : filled], exact[first + run.first : first + run.last])
+            if filled < len(mine):  # rows that pad the vocabulary have no gradient
+                squares += _squares(mine[filled:], torch.zeros_like(mine[filled:]))
+            self.of_rank[name] = self.of_rank.get(name, 0) + squares
+
+
+def _squares(mine: Tensor, exact: Tensor) -> Tensor:
+    """Squares of the error, squares of the reference, and number of elements: [3] float64, on the CPU."""
+    mine, exact = mine.double(), exact.double()
+    return torch.stack([(mine - exact).square().sum(), exact.square().sum(), exact.new_tensor(exact.numel())]).cpu()

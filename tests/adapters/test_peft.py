@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.adapters.lora import Lora
+from simpo_megatron.adapters.merge_files import merge_files
 from simpo_megatron.adapters.peft_folder import PeftFolder, factor_shapes
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
@@ -36,10 +39,10 @@ def logits(model: Any) -> Tensor:
     ("name", "lora"),
     [
         ("llama_tied", LORA),
-        ("qwen2", Lora(3, 5.0, rslora=True)),
+        ("qwen2", Lora(3, 5.0, rslora=True, dropout=0.1)),
         ("qwen3", ATTENTION),
         ("mistral", LORA),
-        ("mixtral", LORA),
+        ("mixtral", Lora(4, 3.0, rslora=True, dropout=0.1)),  # PEFT can have neither after it has joined the experts
         ("qwen3_moe", LORA),
     ],
 )
@@ -56,11 +59,12 @@ def test_peft_computes_the_same(name: str, lora: Lora, tmp_path: Path) -> None:
     assert (logits(merged) - logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))).abs().max() > 0.1
 
     adapted.save_pretrained(str(tmp_path / "again"))
-    if name not in tiny.WITH_EXPERTS:
-        folder = PeftFolder.read(tmp_path / "again", read_hf_checkpoint(tmp_path / "base").architecture)
-        assert folder.lora == lora
-        with folder.open() as factor:
-            assert all(torch.equal(factor(key), tensor) for key, tensor in factors.items())
+    folder = PeftFolder.read(tmp_path / "again", read_hf_checkpoint(tmp_path / "base").architecture)
+    with folder.open() as factor:
+        assert all(torch.equal(factor(key), tensor) for key, tensor in factors.items())
+    plain = name in tiny.WITH_EXPERTS
+    same = replace(lora, alpha=lora.scale * lora.rank, rslora=False, dropout=0.0) if plain else lora
+    assert folder.lora == same
 
 
 def test_the_oracle_has_pefts_gradients(tmp_path: Path) -> None:
@@ -114,9 +118,21 @@ def test_experts_that_peft_has_joined_are_read(name: str, tmp_path: Path) -> Non
         ({"use_dora": True}, "sets use_dora to True, which is not supported; train a plain LoRA"),
         ({"bias": "all"}, "sets bias to 'all'"),
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save to"),
-        ({"rank_pattern": {"q_proj": 2}}, "has rank_pattern 2 for q_proj, but r 4"),
+        (
+            {"alpha_pattern": {"up_proj": 7}},
+            "gives model.layers.0.mlp.up_proj rank 4 and alpha 7 (r, lora_alpha, rank_pattern, alpha_pattern), but "
+            "other projections rank 4 and alpha 6: every projection must have the same rank and scale",
+        ),
+        ({"rank_pattern": {"layers.1.*o_proj": 2}}, "gives model.layers.1.self_attn.o_proj rank 2 and alpha 6"),
+        ({"rank_pattern": {"(": 2}}, "has '(' in rank_pattern, which is no regular expression"),
+        ({"rank_pattern": {"q_proj": "2"}}, "sets rank_pattern of q_proj to '2', which is no positive whole number"),
+        ({"lora_dropout": 1}, "sets lora_dropout to 1; it must be at least 0 and less than 1"),
+        ({"rank_pattern": ["q_proj"]}, "sets rank_pattern to ['q_proj'], which is no table"),
+        ({"init_lora_weights": "pissa"}, "sets init_lora_weights to 'pissa', which is not supported"),
+        ({"kasa_config": {"a": 1}}, "sets kasa_config to {'a': 1}, which is not supported"),
+        ({"of_tomorrow": 0.5}, "sets of_tomorrow to 0.5, which is not supported"),
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; only LORA is supported"),
-        ({"r": 0}, "sets r to 0, which is no positive number"),
+        ({"r": 0}, "sets r to 0, which is no positive whole number"),
         ({"r": 8}, "has shape [4, 48], but rank 8 and this Llama model give [8, 48]"),
     ],
 )
@@ -128,6 +144,49 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(change: dict[str, Any], sen
     with pytest.raises(UserError) as raised:
         PeftFolder.read(tmp_path / "adapter", read_hf_checkpoint(tmp_path / "base").architecture)
     assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda tensors: {}, "holds no tensors; save the adapter with PEFT's save_pretrained"),
+        (lambda tensors: {name: tensor.char() for name, tensor in tensors.items()}, "is I8; factors must be one of"),
+        (lambda tensors: {name: tensor / 0 for name, tensor in tensors.items()}, "has numbers that are not finite"),
+    ],
+)
+def test_tensors_that_are_no_factors_are_refused(change: Any, sentence: str, tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "base", num_hidden_layers=2)
+    random_adapter(tmp_path / "base", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(UserError) as raised:
+        merge_files(read_hf_checkpoint(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
+    assert sentence in str(raised.value) and not (tmp_path / "merged").exists()
+
+
+def test_patterns_that_give_all_projections_the_same_are_read(tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path / "base", num_hidden_layers=2)
+    lora = Lora(4, 6.0, ("q_proj", "v_proj"), dropout=0.25)
+    random_adapter(tmp_path / "base", tmp_path / "adapter", lora)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    patterns = {"r": 2, "lora_alpha": 9, "rank_pattern": {"[qv]_proj": 4, "absent": 5}, "alpha_pattern": {".*": 6}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **patterns}))
+    assert PeftFolder.read(tmp_path / "adapter", read_hf_checkpoint(tmp_path / "base").architecture).lora == lora
+
+
+def test_gate_and_up_that_share_factors_of_twice_the_rank_are_refused(tmp_path: Path) -> None:
+    """What PEFT trains after it has joined the experts of an adapter."""
+    model = tiny.make("mixtral", tmp_path / "base", num_hidden_layers=2)
+    random_adapter(tmp_path / "base", tmp_path / "adapter")
+    adapted: Any = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    for key, parameter in adapted.named_parameters():
+        if "base_layer.lora_B" in key:
+            parameter.data += 0.1
+    adapted.save_pretrained(str(tmp_path / "again"))
+    folder = PeftFolder.read(tmp_path / "again", read_hf_checkpoint(tmp_path / "base").architecture)
+    with folder.open() as factor, pytest.raises(UserError) as raised:
+        factor("model.layers.0.block_sparse_moe.experts.1.w3.lora_B.weight")
+    assert "gate and up share their factors, which are of twice the rank" in str(raised.value)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

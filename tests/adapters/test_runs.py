@@ -23,7 +23,7 @@ from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, run_main
 from tests.support.steps import CASES, build_engine, command_line
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
-from tools import adapters, megatron_to_hf
+from tools import adapters, hf_to_megatron, megatron_to_hf
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 RANK = 4
@@ -112,6 +112,7 @@ def compare_with_tools(checkpoint: Path, folder: Path) -> None:
 def test_a_checkpoint_of_experts_is_converted_and_resumed(pool: WorkerPool, data: Path, tmp_path: Path) -> None:
     checkpoint, save = make_checkpoint(tmp_path / "model", "Mixtral", torch.float32, **EXPERTS), tmp_path / "run"
     settings = {"lora_rank": RANK, "train_iters": 2, "save_interval": 1, "expert_model_parallel_size": 2, "save": save}
+    settings["lora_dropout"] = 0.2  # the second step has its masks again when the run is resumed
     run(pool, 2, flags(checkpoint, data, **settings, export_adapter=tmp_path / "whole"))
     argv = ["convert", "--load", str(save), "--hf-checkpoint", str(checkpoint), "--save", str(tmp_path / "converted")]
     assert adapters.main(argv) == 0
@@ -123,10 +124,59 @@ def test_a_checkpoint_of_experts_is_converted_and_resumed(pool: WorkerPool, data
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_the_base_may_be_a_converted_checkpoint(pool: WorkerPool, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """The run and its rest are bit for bit those on the Hugging Face checkpoint, whose weights they do not need."""
+    converted, config, save = tmp_path / "converted", tmp_path / "config", tmp_path / "run"
+    assert hf_to_megatron.main(["--hf-checkpoint", str(checkpoint), "--save", str(converted)]) == 0
+    shutil.copytree(checkpoint, config, ignore=shutil.ignore_patterns("*.safetensors"))
+    shared = {"lora_rank": RANK, "lora_dropout": 0.1, "objective": "dpo", "train_iters": 2}
+    run(pool, 1, flags(checkpoint, data, **shared, export_adapter=tmp_path / "of-hf"))
+    exports = {"save": save, "save_interval": 1, "export_adapter": tmp_path / "whole"}
+    said = run(pool, 1, flags(config, data, **shared, **exports, load=converted))
+    assert f"starting from the weights of {converted / 'release'}" in said
+    (save / "latest_checkpointed_iteration.txt").write_text("1")
+    again = flags(config, data, **shared, save=save, load=save, export_adapter=tmp_path / "resumed")
+    assert "resumed from" in run(pool, 1, again)
+    wanted = read(tmp_path / "of-hf")
+    for name in ("whole", "resumed"):
+        found = read(tmp_path / name)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+    outcomes = []
+    for change in ("changed", "gone"):
+        if change == "changed":
+            file = max((converted / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+            file.write_bytes(file.read_bytes() + b" ")
+        else:
+            converted.rename(tmp_path / "elsewhere")
+        [(code, _, error)] = pool.run(1, run_main, again)
+        outcomes.append((code, error))
+    [(changed, first), (gone, second)] = outcomes
+    assert (changed, gone) == (2, 2)
+    assert "holds adapters for other weights than those of" in first and "put it back" in second
+
+
 def fresh(checkpoint: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
     """On a rank: the factors as training starts."""
     engine, _ = build_engine(command_line(checkpoint, {"lora_rank": RANK, **layout}))
     return gather_factors(engine, "data")
+
+
+def install_again(checkpoint: Path, layout: dict[str, Any]) -> str:
+    """On a rank: what is said where a model that has an adapter gets one more."""
+    from simpo_megatron.adapters.install import install
+
+    engine, hf = build_engine(command_line(checkpoint, {"lora_rank": RANK, **layout}))
+    before = [name for name, _ in engine.models[0].named_parameters()]
+    with pytest.raises(ValueError) as raised:
+        install(engine.models, hf, Lora(RANK, 8.0), 0)
+    assert [name for name, _ in engine.models[0].named_parameters()] == before
+    return str(raised.value)
+
+
+def test_a_model_gets_one_adapter_alone(pool: WorkerPool, checkpoint: Path) -> None:
+    [said] = pool.run(1, install_again, checkpoint, {})
+    assert said == "the model has an adapter already, and would get two; build it again from its base"
 
 
 def test_a_fresh_adapter_is_the_same_on_every_layout(pool: WorkerPool, tmp_path: Path) -> None:

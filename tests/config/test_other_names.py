@@ -119,7 +119,7 @@ def test_the_page_names_metrics_that_there_are() -> None:
         ("--optim", "the optimizer is Adam with decoupled weight decay"),
         ("--num-layers", "did you mean --hf-checkpoint? (its config.json describes the model)"),
         ("--use-peft", "did you mean --lora-rank? (a rank trains adapters)"),
-        ("--lora-dropout", "a run has no dropout"),
+        ("--attention-dropout", "a run has no dropout but --lora-dropout"),
         ("--load_in_4bit", "quantized weights are not supported; adapters train on weights in bf16, with --lora-rank"),
         ("--nothing-like-it", "--help lists the flags"),
     ],

@@ -54,7 +54,8 @@ def test_what_gives_no_pair_is_counted() -> None:
     found, report, _ = pairs([tied, {"prompt": "p", "responses": tied["responses"][:1]}])
     assert (found, report.no_gap, report.too_few, report.prompts) == ([], 1, 1, 2)
     assert report.summary("out") == (
-        "out: 0 pairs of 2 prompts; left out 1 prompts without the score gap, 1 with fewer than two responses"
+        "out: 0 pairs of 2 prompts; left out 1 prompts whose scores are equal or too close, "
+        "1 with fewer than two different responses"
     )
 
 

@@ -58,7 +58,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_no_such_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    assert error_of(path) == f"{path}: there is no such file; check the path of the preference data"
+    assert error_of(path) == f"{path}: there is no such file; check the path"
 
 
 def test_unknown_type(tmp_path: Path) -> None:
@@ -81,13 +81,13 @@ def test_a_file_of_a_prepared_set_names_its_prefix(tmp_path: Path, suffix: str) 
 def test_no_rows(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
-    assert error_of(path) == f"{path}: the file has no rows; it needs at least one preference pair"
+    assert error_of(path) == f"{path}: the file has no rows; it needs at least one"
 
 
 def test_no_rows_in_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"chosen": pyarrow.array([], pyarrow.string())}), path)
-    assert error_of(path) == f"{path}: the file has no rows; it needs at least one preference pair"
+    assert error_of(path) == f"{path}: the file has no rows; it needs at least one"
 
 
 def test_truncated_line(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_attention_under_context_parallelism(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_exchange_of_heads_needs_heads() -> None:
-    model = {"num_layers": 4, "num_query_groups": 4, "num_attention_heads": 8, "ffn_hidden_size": 64}
+    model = {"num_layers": 4, "num_query_groups": 4, "num_attention_heads": 8, "kv_channels": 8, "ffn_hidden_size": 64}
     layout = {"context_parallel_size": 2, "tensor_model_parallel_size": 4}
     check_layout(model, {**layout, "cp_comm_type": "p2p"})
     check_layout(model, {"context_parallel_size": 4, "cp_comm_type": "a2a"})

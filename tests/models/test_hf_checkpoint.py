@@ -58,13 +58,16 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        ("llama", {"model_type": "gpt2"}, ["'gpt2'", "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"]),
+        ("llama", {"model_type": "gpt2"}, ["'gpt2'", "supported are ", " llama, mistral, mixtral, "]),
         ("llama", {"layer_types": 3}, ["config.json holds a value of the wrong kind"]),
         ("llama", {"rope_parameters": {"rope_theta": "big"}}, ["a value of the wrong kind", "'big'"]),
         ("llama", {"rope_parameters": [1]}, ["config.json holds a value of the wrong kind"]),
         ("llama", {"rms_norm_eps": []}, ["config.json holds a value of the wrong kind"]),
         ("llama", {"head_dim": "wide"}, ["head_dim", "'wide'"]),
         ("llama", {"num_key_value_heads": -4}, ["num_key_value_heads", "-4"]),
+        ("phi3", {"resid_pdrop": 0.1}, ["resid_pdrop to 0.1", "without dropout"]),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ["'linear'", "'longrope' or none"]),
+        ("glm4", {"attention_dropout": 0.1}, ["attention_dropout to 0.1"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise to 0.1", "set it to 0"]),
         ("mixtral", {"num_experts_per_tok": 9}, ["num_experts_per_tok to 9", "4 experts"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),

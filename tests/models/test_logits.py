@@ -16,6 +16,7 @@ LENGTHS = [17, 30, 5]  # the window of the Mistral model is 8, the original cont
 IDS = torch.randint(0, tiny.VOCAB, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(2))
 
 TP2 = {"tensor_model_parallel_size": 2}
+TP4_SP = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
 SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
@@ -51,7 +52,7 @@ def test_every_family_equals_transformers(name: str, pool: Any, tmp_path: Path) 
         assert error(packed, plain) > 1e-2  # so the test would see it if sequences attended to each other
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_tied", "llama3", "phi3", "glm4", "qwen3"])
 @pytest.mark.parametrize("layout", [TP2, SP, PP2, {**SP, **PP2}, VPP2, UNEVEN], ids=str)
 def test_every_layout_equals_transformers(name: str, layout: dict[str, Any], pool: Any, tmp_path: Path) -> None:
     model = tiny.make(name, tmp_path)
@@ -90,13 +91,16 @@ SELECTIVE = {"recompute_granularity": "selective"}
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, {}) for name in ("llama", "llama3", "mistral", "qwen2_tied", "qwen3", "qwen3_moe")),
+        *((name, {}) for name in ("llama", "llama3", "phi3", "qwen2_tied", "qwen3", "qwen3_moe")),
         *((name, layout) for name in ("mistral", "qwen3") for layout in (FULL, SELECTIVE)),
+        *((name, layout) for name in ("glm4", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
+        *(("qwen3_tied", layout) for layout in (TP2, SP)),  # one key head: every rank has it and a half of the queries
+        ("phi3", TP4_SP),  # two key heads, each on two ranks
+        ("glm", {}),
         *((name, SP) for name in ("llama_attention_bias", "llama_mlp_bias")),
         *((name, {**SP, **PP2}) for name in ("llama_biases", "qwen3_windows", "olmo3")),
         ("olmo2", TP2),
         ("olmo3", FULL),
-        *((name, layout) for name in ("qwen2", "qwen3") for layout in (TP2, SP, {**SP, **PP2})),
         ("deepseek_v2", SP),
         ("glm4_moe", {**SP, **PP2}),
         ("deepseek_v3", {**SP, **VPP2}),

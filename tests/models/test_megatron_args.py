@@ -1,4 +1,4 @@
-"""Every tiny model under Megatron-LM's arguments, and back: the same model, or another that computes the same."""
+"""Every tiny model under Megatron-LM's arguments, and back: the same, or another family that computes the same."""
 
 from __future__ import annotations
 

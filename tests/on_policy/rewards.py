@@ -25,4 +25,9 @@ def not_finite(prompt: list[dict[str, Any]], responses: list[str], **columns: An
     return [float("nan")] * len(responses)
 
 
+def text(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> str:
+    """Returns a text as long as there are responses."""
+    return "1" * len(responses)
+
+
 NUMBER = 1

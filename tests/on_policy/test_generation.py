@@ -1,14 +1,12 @@
-"""Responses: the ids of training, draws that depend on the seed alone, resuming, shards, backends, wrong input."""
+"""Responses: the ids of training, draws that depend on the seed alone, resuming, shards, wrong input."""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +20,11 @@ from simpo_megatron.data.schema import parse_preference
 from simpo_megatron.on_policy.backends.transformers_backend import draw
 from simpo_megatron.on_policy.prompts import Shard, read_prompts
 from simpo_megatron.on_policy.sampling import SamplingSettings, response_seed
-from tests.support.openai_server import serving
-from tests.support.tiny import make_checkpoint, make_rows, make_tokenizer, write_rows
-from tools import generate_responses
+from tests.on_policy.generating import SAMPLING, TOKENS, rows_of, run
+from tests.support.tiny import make_rows, make_tokenizer, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-TOKENS = 6
-SAMPLING = {"num_responses": 3, "max_new_tokens": TOKENS, "temperature": 1.0}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [{"id": f"p{i}", "prompt": row["prompt"], "answer": i} for i, row in enumerate(make_rows(7))]
-    return write_rows(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
-
-
-def run(**flags: Any) -> int:
-    words: list[str] = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list) else [value]
-        words += ["--" + name.replace("_", "-"), *map(str, values)]
-    return generate_responses.main(words)
-
-
-def rows_of(path: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +58,14 @@ def test_greedy_responses_are_those_of_transformers(model: Path, prompts: Path, 
     output = tmp_path / "r.jsonl"
     greedy = {"num_responses": 1, "temperature": 0, "max_new_tokens": 8}
     assert run(prompts=prompts, hf_checkpoint=model, output=output, batch_size=3, **greedy) == 0
-    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     for row in rows_of(output).values():
         inputs = tokenizer.apply_chat_template(
             row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        new = reference.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        plain = {"do_sample": False, "max_new_tokens": 8, "repetition_penalty": 1.0}
+        new = reference.generate(**inputs, **plain)[0, inputs["input_ids"].shape[1] :]
         assert row["responses"][0]["content"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
@@ -137,7 +110,8 @@ def test_draws_follow_the_distribution(top_k: int) -> None:
     expected = logits / 0.7
     processors = [transformers.TopKLogitsWarper(top_k)] if top_k else []
     for processor in (*processors, transformers.TopPLogitsWarper(0.9)):
-        expected = processor(torch.zeros(1, 1, dtype=torch.long), expected[None])[0]
+        ids: Any = torch.zeros(1, 1, dtype=torch.long)
+        expected = processor(ids, expected[None])[0]
     count = 20000
     numbers = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     found = draw(logits.expand(count, -1), torch.full((count,), 0.7), SamplingSettings(top_p=0.9, top_k=top_k), numbers)
@@ -160,73 +134,6 @@ def test_evaluation_prompts_are_kept_out(tmp_path: Path, capsys: pytest.CaptureF
     )
 
 
-class FakeVLLM:
-    """Answers with what it was asked."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
-
-    def generate(self, prompts: list[dict[str, Any]], params: list[dict[str, Any]]) -> list[Any]:
-        return [
-            types.SimpleNamespace(
-                outputs=[
-                    types.SimpleNamespace(
-                        text=json.dumps([prompt["prompt_token_ids"], asked]), finish_reason="stop", token_ids=[1, 2]
-                    )
-                ]
-            )
-            for prompt, asked in zip(prompts, params, strict=True)
-        ]
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    module = types.ModuleType("vllm")
-    module.LLM, module.SamplingParams = FakeVLLM, dict  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "1")
-    yield
-
-
-@pytest.mark.usefixtures("vllm")
-def test_vllm_gets_ids_and_a_seed_for_each(model: Path, prompts: Path, tmp_path: Path) -> None:
-    output = tmp_path / "r.jsonl"
-    assert run(prompts=prompts, hf_checkpoint=model, output=output, backend="vllm", top_k=4, **SAMPLING) == 0
-    encoder = PairEncoder(make_tokenizer(), DataOptions(), ())
-    for row in rows_of(output).values():
-        for response in row["responses"]:
-            ids, asked = json.loads(response["content"])
-            assert ids == encoder.encode_prompts([("", row["prompt"])])[0]
-            assert asked["seed"] == response["seed"] and asked["stop_token_ids"] == [1]
-            assert (asked["temperature"], asked["top_k"], asked["max_tokens"], asked["n"]) == (1.0, 4, TOKENS, 1)
-
-
-def test_a_server_that_stumbles(model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every request meets two failures of its own kind before it is answered."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    failures: dict[int, list[int | bytes]] = {}
-
-    def reply(path: str, body: dict[str, Any]) -> dict[str, Any] | int | bytes:
-        todo = failures.setdefault(body["seed"], [429, b"not json"] if body["seed"] % 2 else [503, b'{"choices": []}'])
-        if todo:
-            return todo.pop()
-        text = json.dumps(body["prompt"] if path == "completions" else body["messages"])
-        choice = {"text": text, "message": {"content": text}, "finish_reason": "stop"}
-        return {"choices": [choice], "usage": {"completion_tokens": 9}}
-
-    with serving(reply) as url:
-        for api in ("completions", "chat"):
-            failures.clear()
-            flags = {"backend": "server", "server_url": url, "server_api": api, "retries": 2}
-            output = tmp_path / f"{api}.jsonl"
-            assert run(prompts=prompts, hf_checkpoint=model, output=output, **flags, **SAMPLING) == 0
-            assert len(failures) == 21
-            row = rows_of(output)["p0"]
-            sent = json.loads(row["responses"][0]["content"])
-            ids = PairEncoder(make_tokenizer(), DataOptions(), ()).encode_prompts([("", row["prompt"])])[0]
-            assert sent == (ids if api == "completions" else row["prompt"])
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -239,6 +146,7 @@ def test_a_server_that_stumbles(model: Path, prompts: Path, tmp_path: Path, monk
         ({"backend": "server"}, "--backend server needs --server-url"),
         ({"backend": "server", "server_url": "http://127.0.0.1:9/v1", "retries": 0}, "is it running?"),
         ({"backend": "server", "server_url": "localhost"}, "must begin with http"),
+        ({"backend": "server", "server_url": "http://[::1"}, "is not an address"),
         ({"output": "responses.json"}, "ends in .jsonl"),
         ({"questions": "x"}, "--questions belongs to --for"),
         ({"for": "alpaca_eval", "questions": "x"}, "--for takes --questions alone"),
@@ -272,17 +180,33 @@ def test_wrong_prompts_are_named(tmp_path: Path, model: Path, capsys: pytest.Cap
         source = write_rows(tmp_path / "p.jsonl", rows)
         assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
         assert words in capsys.readouterr().err
+    for column, words in ((r'"\ud83d"', "the row has half a surrogate pair"), ("1", ":2: not valid JSON")):
+        source.write_text('{"prompt": "a", "other": ' + column + '}\n{"prompt')
+        assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
+        assert words in capsys.readouterr().err
     source = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}])
     flags = {"prompts": source, "hf_checkpoint": model, "output": tmp_path / "r.jsonl", "exclude_prompts": [source]}
     assert run(**flags) == 2
     assert "no prompt is left to answer" in capsys.readouterr().err
 
 
+def test_responses_longer_than_the_model_takes_are_refused(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the number that the error gives works, into the same file, since it has no row yet."""
+    flags = {"prompts": prompts, "hf_checkpoint": model, "output": tmp_path / "r.jsonl"}
+    assert run(**flags, **{**SAMPLING, "max_new_tokens": 500}) == 2
+    most = re.search(r"use at most --max-new-tokens (\d+)$", capsys.readouterr().err.strip())
+    assert most is not None and 50 < int(most[1]) < 128
+    assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1]) + 1) == 2
+    assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1])) == 0
+
+
 @pytest.mark.parametrize("stage", ["generate", "score"])
 def test_kill_at_any_block(
     stage: str, model: Path, prompts: Path, whole: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """A process that kills itself (signal 9) after its second block, until the work is done."""
+    """A process that kills itself (signal 9) after its third block, until the work is done."""
     responses = write_rows(tmp_path / "in.jsonl", list(whole.values()))
     output = tmp_path / "out.jsonl"
     program = {
@@ -299,7 +223,7 @@ def test_kill_at_any_block(
         "append, calls = journal.Journal.append, []\n"
         "def appending(self, rows):\n"
         "    calls.append(0)\n"
-        "    if len(calls) == 3:\n"
+        "    if len(calls) == 4:\n"
         "        with self.path.open('ab') as file:\n"
         '            file.write(b\'{"id": "p\')\n'
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -311,7 +235,7 @@ def test_kill_at_any_block(
     codes = []
     while 0 not in codes and len(codes) < 6:
         codes.append(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=False).returncode)
-    assert codes == [-signal.SIGKILL] * 3 + [0]
+    assert codes == [-signal.SIGKILL] * 2 + [0]
     found = rows_of(output)
     assert output.read_bytes().count(b"\n") == len(found) == 7, "no prompt twice"
     if stage == "generate":

@@ -6,10 +6,13 @@ import csv
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -121,6 +124,18 @@ def test_it_goes_on_where_it_stopped(
     assert "round 1: generate was done with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a program with its parent")
+def test_a_killed_loop_leaves_no_program_behind() -> None:
+    code = "import sys; from simpo_megatron.on_policy.iteration import _run; _run([sys.executable, '-c', sys.argv[1]])"
+    program = "import time; print('runs', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, program]
+    with subprocess.Popen(command, cwd=iteration.TOOLS.parent, stdout=subprocess.PIPE, text=True) as loop:
+        assert loop.stdout is not None and loop.stdout.readline() == "runs\n"
+        (child,) = psutil.Process(loop.pid).children()
+        loop.kill()
+    child.wait(60)  # raises where it still runs
+
+
 def test_mistakes_are_one_line(loop: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     for change, words in (
         ({"rounds": 0}, "rounds 0 must be greater than 0"),
@@ -128,6 +143,13 @@ def test_mistakes_are_one_line(loop: dict[str, Any], capsys: pytest.CaptureFixtu
         ({"nonsense": 1}, "nonsense is not known"),
         ({"generate": {"output": "x"}}, "generate: output is set by the loop itself"),
         ({"train": ["lr"]}, "train is a list; it must be a mapping"),
+        ({"train": {"objektive": "dpo"}}, "train: --objektive is not a flag; did you mean --objective?"),
+        ({"train": {"dpo_beta": 1}}, "train: --dpo-beta belongs to --objective dpo"),
+        ({"generate": {"backend": "server"}}, "generate: --backend server needs --server-url"),
+        ({"evaluate": {"prompts": "eval.jsonl", "top_p": 2}}, "evaluate: --top-p 2.0 must be"),
+        ({"score": {"scorer": "no_module:f"}}, "score: --scorer no_module:f cannot be imported"),
+        ({"score": {"reward_model": "none"}}, "score: --reward-model none is not a folder"),
+        ({"build": {"min_margin": 1}}, "build: --min-margin is not a flag"),
         ({"evaluate": {"top_p": 1}}, "evaluate: it needs `prompts`"),
         ({"prompts_per_round": 7}, "prompts_per_round 7 is more than there are prompts"),
         ({"prompts": "none.jsonl"}, "there is no such file"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from simpo_megatron.on_policy.scorers.judge import read_verdict
 from tests.support.openai_server import serving
@@ -27,25 +27,38 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with one output, whose template and tokenizer both write a BOS."""
-    folder = tmp_path_factory.mktemp("reward")
+# What people score with: Llama with the end of a turn or nothing as padding, Qwen2 with another token, Gemma-2 with
+# sliding windows and soft-capped attention.
+REWARD_MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {"pad_token_id": 1},
+    "Llama without padding": {"pad_token_id": None},
+    "Qwen2": {"pad_token_id": 5},
+    "Gemma2": {"pad_token_id": 3, "head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0},
+}
+
+
+def make_reward_model(folder: Path, kind: str) -> Path:
+    """A random model with one output, whose template and tokenizer both write a BOS, and whose tokenizer pads left."""
     tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    writes_bos = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = writes_bos  # type: ignore[assignment]
+    assert tokenizer("amber")["input_ids"][0] == 0
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    architecture = kind.split()[0]
+    config = getattr(transformers, f"{architecture}Config")(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        pad_token_id=1,
         num_labels=1,
         initializer_range=0.2,
+        **REWARD_MODELS[kind],
     )
-    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+    getattr(transformers, f"{architecture}ForSequenceClassification")(config).save_pretrained(folder)
     return folder
 
 
@@ -54,8 +67,12 @@ def responses(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "responses.jsonl", ROWS)
 
 
+def words(**flags: Any) -> list[str]:
+    return [str(word) for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
+
+
 def run(**flags: Any) -> int:
-    return score_responses.main([str(w) for name, v in flags.items() for w in ("--" + name.replace("_", "-"), v)])
+    return score_responses.main(words(**flags))
 
 
 def scores(path: Path) -> dict[str, list[float]]:
@@ -63,37 +80,60 @@ def scores(path: Path) -> dict[str, list[float]]:
     return {row["id"]: [response["score"] for response in row["responses"]] for row in rows}
 
 
-def test_a_reward_model(reward_model: Path, responses: Path, tmp_path: Path) -> None:
-    """Batches of padded rows give the scores of one conversation at a time."""
-    output = tmp_path / "scored.jsonl"
-    assert run(responses=responses, reward_model=reward_model, output=output, batch_tokens=70) == 0
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(reward_model)
+@pytest.mark.parametrize("kind", REWARD_MODELS)
+def test_batches_have_the_scores_of_single_conversations(kind: str, responses: Path, tmp_path: Path) -> None:
+    """Of mixed lengths, against transformers without padding, on attention written out."""
+    folder, output = make_reward_model(tmp_path / "rm", kind), tmp_path / "scored.jsonl"
+    assert run(responses=responses, reward_model=folder, output=output, batch_tokens=70) == 0
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found, expected = [], []
     for row in ROWS:
-        for response, found in zip(row["responses"], scores(output)[row["id"]], strict=True):
+        found += scores(output)[row["id"]]
+        for response in row["responses"]:
             messages = [*row["prompt"], {"role": "assistant", "content": response["content"]}]
             ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
             assert int((ids == 0).sum()) == 1
             with torch.no_grad():
-                assert found == pytest.approx(model(ids).logits[0, 0].item(), abs=1e-5)
+                expected.append(model(ids).logits[0, 0].item())
+    assert found == pytest.approx(expected, abs=1e-5, rel=0) and max(expected) - min(expected) > 0.1
 
 
-def test_a_reward_model_without_a_padding_token(reward_model: Path, responses: Path, tmp_path: Path) -> None:
-    """The token that ends a conversation must not be taken for padding: the score is read at the last token."""
-    folder = tmp_path / "unpadded"
-    shutil.copytree(reward_model, folder)
+def test_code_of_the_folder_runs_only_when_it_is_allowed(
+    responses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of ArmoRM: many outputs, and one number of its own in `.score`; without that, many outputs are refused."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = make_reward_model(tmp_path / "rm", "Llama")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
-    output = tmp_path / "scored.jsonl"
-    assert run(responses=responses, reward_model=folder, output=output) == 0
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for row in ROWS:
-        for response, found in zip(row["responses"], scores(output)[row["id"]], strict=True):
-            messages = [*row["prompt"], {"role": "assistant", "content": response["content"]}]
-            ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
-            with torch.no_grad():
-                assert found == pytest.approx(model(ids).logits[0, 0].item(), abs=1e-5)
+    own = {"AutoModelForSequenceClassification": "own_code.Own"}
+    labels = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}, "auto_map": own}
+    (folder / "config.json").write_text(json.dumps({**config, **labels}))
+    code = (
+        "import types\n"
+        "from transformers import LlamaForSequenceClassification\n"
+        "class Own(LlamaForSequenceClassification):\n"
+        "    def __init__(self, config):\n"
+        "        config.num_labels = 1\n"
+        "        super().__init__(config)\n"
+        "        config.num_labels = 2\n"
+        "    def forward(self, **inputs):\n"
+        "        one = super().forward(**inputs).logits\n"
+        "        return types.SimpleNamespace(logits=one.repeat(1, 2), score=SCORE)\n"
+    )
+    flags = {"responses": responses, "reward_model": folder, "output": tmp_path / "scored.jsonl"}
+    assert run(**flags) == 2
+    assert "computed by code in its folder (own_code.Own)" in capsys.readouterr().err
+    for score, wanted in (("None", 2), ("-one[:, 0]", 0)):
+        (folder / "own_code.py").write_text(code.replace("SCORE", score))
+        assert score_responses.main([*words(**flags), "--trust-remote-code"]) == wanted
+    assert "has 2 outputs" in capsys.readouterr().err
+    plain = make_reward_model(tmp_path / "plain", "Llama")
+    assert run(responses=responses, reward_model=plain, output=tmp_path / "plain.jsonl") == 0
+    negated = {name: [-score for score in found] for name, found in scores(tmp_path / "plain.jsonl").items()}
+    assert scores(tmp_path / "scored.jsonl") == negated
 
 
 def test_a_checkpoint_without_a_head_is_refused(
@@ -119,7 +159,10 @@ def test_a_function_and_resuming(responses: Path, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     other = write_rows(tmp_path / "other.jsonl", [{**ROWS[0], "prompt": "another"}])
     assert run(**{**flags, "responses": other}) == 2
-    assert "is another prompt in" in capsys.readouterr().err
+    assert "has another prompt" in capsys.readouterr().err
+    again = write_rows(tmp_path / "again.jsonl", [*ROWS[1:], {**ROWS[0], "responses": [{"content": "drawn again"}]}])
+    assert run(**{**flags, "responses": again}) == 2
+    assert "the prompt p0, which has another prompt or other responses in" in capsys.readouterr().err
 
 
 def test_a_judge_is_asked_in_both_orders(responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +231,7 @@ def test_verdicts() -> None:
         ({"scorer": "tests.on_policy.rewards:broken"}, "RuntimeError: no reward"),
         ({"scorer": "tests.on_policy.rewards:too_few"}, "returned 1 scores for 3 responses"),
         ({"scorer": "tests.on_policy.rewards:not_finite"}, "returned nan"),
+        ({"scorer": "tests.on_policy.rewards:text"}, "returned '1'"),
         ({"judge_model": "x"}, "--judge-model has no effect with --scorer"),
         ({"responses": "none.jsonl"}, "there is no such file"),
         ({"output": "responses.jsonl", "responses": "responses.jsonl"}, "is the input"),
@@ -218,4 +262,4 @@ def test_wrong_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         source = write_rows(tmp_path / "r.jsonl", rows)
         assert run(responses=source, scorer="tests.on_policy.rewards:short", output=tmp_path / "s.jsonl") == 2
-        assert words in capsys.readouterr().err
+        assert words in capsys.readouterr().err and not (tmp_path / "s.jsonl").read_text(), "before the first score"

@@ -23,9 +23,8 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         (
             "llama",
             {"tensor_model_parallel_size": 3},
-            "--tensor-model-parallel-size 3 does not divide num_query_groups 4; use 1, 2 or 4",
+            "--tensor-model-parallel-size 3 does not divide num_attention_heads 8; use 1, 2, 4 or 8",
         ),
-        ("llama", {"tensor_model_parallel_size": 8}, "does not divide num_query_groups 4"),
         ("llama", {"sequence_parallel": True}, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
         (
             "llama",
@@ -79,6 +78,18 @@ def test_layouts_that_do_not_fit_are_refused(name: str, layout: dict[str, Any], 
     tiny.make(name, tmp_path)
     with pytest.raises(UserError, match=message):
         transformer_config(read_hf_checkpoint(tmp_path), bf16=True, **layout)
+
+
+def test_query_groups_are_whole_or_cut_evenly() -> None:
+    model = {"num_layers": 4, "num_attention_heads": 12, "num_query_groups": 6, "kv_channels": 4, "ffn_hidden_size": 24}
+    for ranks in (1, 2, 3, 6, 12):
+        check_layout(model, {"tensor_model_parallel_size": ranks})
+    with pytest.raises(
+        UserError, match=r"size 4 neither divides num_query_groups 6 nor cuts .*; use 1, 2, 3, 6 or 12$"
+    ):
+        check_layout(model, {"tensor_model_parallel_size": 4})
+    with pytest.raises(UserError, match=r"size 12 neither divides num_query_groups 1 .*; use 1, 2, 3 or 6$"):
+        check_layout({**model, "num_query_groups": 1, "kv_channels": 3}, {"tensor_model_parallel_size": 12})
 
 
 def test_the_nearest_values_are_accepted(tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0}
+PHI4_ROPE = {
+    "partial_rotary_factor": 0.75,  # 4 of 6
+    "original_max_position_embeddings": 64,  # the longest sequence of the tests is shorter
+    "rope_scaling": {"type": "longrope", "short_factor": [1.1, 1.4], "long_factor": [2.0, 5.0]},
+}
 SCALED = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}  # both the scores and the angles get a factor
 # Heads of 20 for queries and keys, of 10 for values.
 LATENT = {
@@ -79,8 +84,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2_windows": ("Qwen2", {**WINDOWS, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "phi3": ("Phi3", {"head_dim": 16, "sliding_window": 8, "num_key_value_heads": 2}),
+    "phi3_tied": ("Phi3", {"tie_word_embeddings": True, "num_key_value_heads": 1, **PHI4_ROPE}),
+    "glm": ("Glm", {"head_dim": 12, "num_key_value_heads": 2, "attention_bias": False, "tie_word_embeddings": True}),
+    "glm4": ("Glm4", {"head_dim": 16, "num_key_value_heads": 2, "attention_bias": True}),
     "qwen3_windows": ("Qwen3", {**WINDOWS, "head_dim": 16, "attention_bias": True, "layer_types": MIXED}),
-    "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe_plain": ("Qwen3Moe", {**QWEN3_EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": True}),
@@ -258,6 +267,7 @@ def gradients(
     Parameters that see other tokens or heads on every rank are summed over the ranks, by the rule of Megatron's
     `finalize_model_grads`: those with the attribute `sequence_parallel`, and the query and key norms by name.
     """
+    from simpo_megatron.models.part_layout import join_ranks
     from simpo_megatron.models.placement import place_parameters
 
     hf, config, models = build(path, **layout)
@@ -276,12 +286,13 @@ def gradients(
         dist.all_gather(shards, gradient, group=group)
         if place.entry.tp_dim is not None:
             assert place.parameter.tensor_model_parallel, place.name
-            parts = [place.entry.part_layout.split(shard, place.entry.rows, ranks) for shard in shards]
-            wholes = [torch.cat(slices, dim=place.entry.tp_dim) for slices in zip(*parts, strict=True)]
+            whole = join_ranks(place.entry.part_layout, place.entry.rows, shards, place.entry.tp_dim)
         else:
             by_name = config.qk_layernorm and ("q_layernorm" in place.name or "k_layernorm" in place.name)
             summed = by_name or getattr(place.parameter, "sequence_parallel", False)
-            wholes = [sum(shards, torch.zeros_like(gradient)) if summed else gradient]
-        for name, shape, whole in zip(place.hf, place.entry.shapes, wholes, strict=True):
-            found[name] = found.get(name, 0) + whole[: shape[0]]
+            whole = sum(shards, torch.zeros_like(gradient)) if summed else gradient
+        parts = place.entry.part_layout.split(whole[: sum(place.entry.rows)], place.entry.rows)
+        for held in place.entry.tensors:
+            name = place.hf[held[0]]
+            found[name] = found.get(name, 0) + torch.cat([parts[part] for part in held])
     return found

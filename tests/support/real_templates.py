@@ -4,6 +4,7 @@ llama3    byte-level BPE; BOS once, before the first turn; turns are trimmed and
 qwen2     byte-level BPE; no BOS; a system turn is added where there is none
 mistral   sentencepiece-like Unigram; nothing between [/INST] and the answer; alternating roles only
 zephyr    sentencepiece-like Unigram; the template is laid out over lines
+phi3      byte-level BPE here; turns end with <|end|>, and a conversation with the tokenizer's EOS behind a newline
 gemma     sentencepiece-like BPE with bytes for unknown characters; answers belong to "model"; turns end with
           <end_of_turn>, which is not the tokenizer's EOS
 olmo2     byte-level BPE; one token is BOS, which the template alone writes, and EOS, which only answers end with
@@ -97,6 +98,17 @@ FAMILIES = {
         "<|endoftext|><|user|>\nWhat color is the sky?\n<|assistant|>\nWhich sky?<|endoftext|>\n<|user|>\nThe sky.\n"
         "<|assistant|>\n",
         "It is blue.\n\nThank you<|endoftext|>",
+    ),
+    "phi3": Family(
+        "phi",
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + "
+        "'<|end|>\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+        "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        "<|user|>\nWhat color is the sky?<|end|>\n<|assistant|>\nWhich sky?<|end|>\n<|user|>\nThe sky.<|end|>\n"
+        "<|assistant|>\n",
+        "It is blue.\n\nThank you<|end|>",
+        ("<|end|>",),
     ),
     "gemma": Family(
         "gemma",

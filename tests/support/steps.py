@@ -226,6 +226,7 @@ def build_engine(argv: list[str]) -> tuple[Any, Any]:
 
 def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
     """On a rank: `main_grad` of the parameters this rank holds, whole and by Hugging Face name."""
+    from simpo_megatron.models.part_layout import join_ranks
     from simpo_megatron.models.placement import place_parameters
     from simpo_megatron.verify.shards import complete_gradients
 
@@ -240,10 +241,10 @@ def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
         weight, mine, group = place.entry, place.parameter.main_grad, place.group
         shards = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(shards, mine, group=group)
-        parts = [weight.part_layout.split(shard, weight.rows, group.size()) for shard in shards]
-        for name, shape, *slices in zip(place.hf, weight.shapes, *parts, strict=True):
-            whole = slices[group.rank()] if weight.tp_dim is None else torch.cat(slices, dim=weight.tp_dim)
-            found[name] = whole[: shape[0]].clone()
+        whole = mine if weight.tp_dim is None else join_ranks(weight.part_layout, weight.rows, shards, weight.tp_dim)
+        parts = weight.part_layout.split(whole[: sum(weight.rows)], weight.rows)
+        for held in weight.tensors:
+            found[place.hf[held[0]]] = torch.cat([parts[part] for part in held])
     return found
 
 

@@ -1,7 +1,8 @@
-"""Five small tokenizers with the habits of real families: who adds BOS, what ends a turn, how words are marked.
+"""Six small tokenizers with the habits of real families: who adds BOS, what ends a turn, how words are marked.
 
 llama3    byte-level BPE; template and tokenizer both write BOS; turns are trimmed and end with <|eot_id|>
 qwen      byte-level BPE; no BOS at all; turns end with <|im_end|> and a newline
+phi       byte-level BPE; EOS serves as BOS, which nobody adds; turns end with <|end|>, which is not the tokenizer's EOS
 mistral   Metaspace Unigram; template and tokenizer both write BOS; only answers end with </s>
 zephyr    Metaspace Unigram; only the tokenizer writes BOS; turns end with </s> and a newline
 olmo      byte-level BPE; <|endoftext|> is BOS, which only the template writes, and EOS
@@ -50,6 +51,10 @@ OLMO = (
     "{{ eos_token if m['role'] == 'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+PHI = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
 # A reasoning template: the generation prompt opens a block that the rendered answer does not have.
 THINKING = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
@@ -66,6 +71,9 @@ def toy(name: str) -> PreTrainedTokenizerFast:
         tokenizer = _wrap(_byte_bpe(["<|endoftext|>"]), OLMO, bos=None, eos="<|endoftext|>")
         tokenizer.bos_token = "<|endoftext|>"
         return tokenizer
+    if name == "phi":
+        special = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+        return _wrap(_byte_bpe(special), PHI, bos=None, eos="<|endoftext|>")
     templates = {"mistral": MISTRAL, "zephyr": ZEPHYR}
     return _wrap(_unigram(["<unk>", "<s>", "</s>"]), templates[name], bos="<s>", eos="</s>")
 

@@ -114,7 +114,8 @@ def test_build_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (
             scored,
             5,
-            "left out 1 prompts without the score gap, 0 with fewer than two responses; lower --min-score-gap 5",
+            "left out 1 prompts whose scores are equal or too close, 0 with fewer than two different responses; lower "
+            "--min-score-gap 5",
         ),
         (
             write_rows(tmp_path / "one.jsonl", [{"prompt": "p", "responses": responses[:1]}]),

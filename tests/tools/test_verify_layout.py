@@ -164,6 +164,7 @@ def command_line(model: Path, layout: dict[str, Any]) -> list[str]:
     "name, layout",
     [
         ("olmo3", {"tensor_model_parallel_size": 2}),
+        ("qwen3_tied", {"tensor_model_parallel_size": 2}),  # one key head on both ranks
         ("deepseek_v3", {"expert_model_parallel_size": 2}),
         ("deepseek_v2", {"context_parallel_size": 2}),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 
 from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter, StoredParameter
@@ -13,7 +12,6 @@ from simpo_megatron.checkpoint.transfer.moves import Piece, Rect, TensorMove
 from simpo_megatron.disk import human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFTensor
-from simpo_megatron.models.part_layout import parameter_rows, part_rows
 
 LARGEST_PIECE = 64 * 2**20
 SMALLEST_PIECE = 2**20
@@ -48,38 +46,36 @@ def plan_into_blocks(
         size: bytes of a piece at most.
     """
     pieces = []
-    edges = sorted({0, parameter.rows, *(block.row for block in blocks if block.row < parameter.rows)})
-    for edge, end in pairwise(edges):
-        for start, stop in _row_ranges(edge, end, parameter.row_bytes, size):
-            reads, hashed, at = [], [], 0
-            for part, first, last in part_rows(parameter.entry.part_layout, parameter.entry.rows, start, stop):
-                name, row_bytes = parameter.hf[part], parameter.row_bytes
-                source = sources[name]
-                offset = source.start + first * row_bytes
-                reads.append(Rect(str(source.file), offset, last - first, row_bytes, at, row_bytes))
-                hashed.append((name, at, (last - first) * row_bytes))
+    for tensor in parameter.entry.tensors:
+        name, row_bytes = parameter.hf[tensor[0]], parameter.row_bytes
+        source = sources[name]
+        for start, stop in _row_ranges(0, parameter.entry.shape_of(tensor)[0], row_bytes, size):
+            length = (stop - start) * row_bytes
+            read = Rect(str(source.file), source.start + start * row_bytes, stop - start, row_bytes, 0, row_bytes)
+            writes, at = [], 0
+            for first, last in parameter.rows_of(tensor, start, stop):
+                writes += _overlap(parameter, blocks, first, last, at)
                 at += (last - first) * row_bytes
-            writes = tuple(_overlap(parameter, blocks, start, stop, 0))
-            pieces.append(Piece(at, tuple(reads), writes, tuple(hashed)))
+            pieces.append(Piece(length, (read,), tuple(writes), ((name, 0, length),)))
     return TensorMove(parameter.name, tuple(pieces))
 
 
 def plan_from_blocks(
-    stored: StoredParameter, part: int, size: int, target: tuple[str, int, str] | None = None
+    stored: StoredParameter, tensor: tuple[int, ...], size: int, target: tuple[str, int, str] | None = None
 ) -> TensorMove:
     """One Hugging Face tensor from the blocks of its parameter.
 
     Args:
         stored: the parameter with its blocks. Replicas are compared where there is no target.
-        part: which of its tensors.
+        tensor: which of its tensors (`WeightEntry.tensors`).
         size: bytes of a piece at most.
         target: file, first byte and dtype to write; None to read and hash alone.
     """
     parameter = stored.parameter
-    name, pieces = parameter.hf[part], []
-    for start, stop in _row_ranges(0, parameter.entry.shapes[part][0], parameter.row_bytes, size):
+    name, pieces = parameter.hf[tensor[0]], []
+    for start, stop in _row_ranges(0, parameter.entry.shape_of(tensor)[0], parameter.row_bytes, size):
         reads, checks, at = [], [], 0
-        for first, last in parameter_rows(parameter.entry.part_layout, parameter.entry.rows, part, start, stop):
+        for first, last in parameter.rows_of(tensor, start, stop):
             reads += _overlap(parameter, stored.tiles, first, last, at)
             checks += _overlap(parameter, stored.replicas, first, last, at) if target is None else []
             at += (last - first) * parameter.row_bytes

@@ -5,6 +5,7 @@ dense.py      what the dense families share: RMSNorm, grouped-query attention wi
 biases.py     `attention_bias` and `mlp_bias`
 windows.py    sliding windows of some layers
 moe.py        what the mixture-of-experts families share: router and experts
+glm.py        GLM-4
 routed.py     what DeepSeek and GLM-4.5 share: dense layers first, shared experts, groups of experts
 latent.py     what DeepSeek-V2 and V3 share: multi-latent attention
 deepseek_v2.py  DeepSeek-V2 and V2-Lite
@@ -15,6 +16,7 @@ mistral.py    Mistral, with its optional sliding window
 mixtral.py    Mixtral
 olmo2.py      OLMo-2
 olmo3.py      OLMo-3: windows, and two rotary embeddings
+phi3.py       Phi-3, Phi-3.5 and Phi-4
 qwen2.py      Qwen2 and Qwen2.5
 qwen3.py      Qwen3, dense
 qwen3_moe.py  Qwen3 with experts

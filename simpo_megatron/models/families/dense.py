@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from simpo_megatron.errors import UserError
@@ -111,6 +113,20 @@ def dense_weights(
     if not config.get("tie_word_embeddings", False):
         table.append(WeightEntry(OUTPUT, ("lm_head.weight",), ((vocab, hidden),), Copy(), 0))
     return tuple(table)
+
+
+def fused(table: tuple[WeightEntry, ...], tensors: Mapping[str, str]) -> tuple[WeightEntry, ...]:
+    """The table of a checkpoint that keeps all parts of a parameter in one tensor, one behind the other.
+
+    Args:
+        table: with a tensor for each part.
+        tensors: the name of the tensor of a layer by that of the parameter, both without the layer.
+    """
+    names = {BLOCK + megatron: LAYER + hf for megatron, hf in tensors.items()}
+    return tuple(
+        replace(entry, hf=(names[entry.megatron],) * len(entry.hf)) if entry.megatron in names else entry
+        for entry in table
+    )
 
 
 def swiglu(config: dict[str, Any], bias: bool = False) -> tuple[WeightEntry, ...]:

@@ -1,8 +1,8 @@
 """The families of this package, and how one is found. A new family is one line in `FAMILIES`.
 
-A config.json names its family. Megatron-LM's arguments do not: the families are asked in the order of `FAMILIES`, and
-the first that recognises the arguments is taken. A family whose model has other additions
-(`additions.Additions`) than the arguments say does not recognise them.
+A config.json names its family. Megatron-LM's arguments do not (those that this package writes do, as `hf_model_type`):
+the families are asked in the order of `FAMILIES`, and the first that recognises the arguments is taken. A family whose
+model has other additions (`additions.Additions`) than the arguments say does not recognise them.
 """
 
 from __future__ import annotations
@@ -18,30 +18,21 @@ from simpo_megatron.models.families.deepseek_v2 import DEEPSEEK_V2
 from simpo_megatron.models.families.deepseek_v3 import DEEPSEEK_V3
 from simpo_megatron.models.families.gemma2 import GEMMA2
 from simpo_megatron.models.families.gemma3 import GEMMA3
+from simpo_megatron.models.families.glm import GLM, GLM4
 from simpo_megatron.models.families.glm4_moe import GLM4_MOE
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
 from simpo_megatron.models.families.olmo2 import OLMO2
 from simpo_megatron.models.families.olmo3 import OLMO3
+from simpo_megatron.models.families.phi3 import PHI3
 from simpo_megatron.models.families.qwen2 import QWEN2
 from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES = (
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
-    GLM4_MOE,
-    LLAMA,
-    MISTRAL,
-    MIXTRAL,
-    QWEN2,
-    QWEN3,
-    QWEN3_MOE,
-    GEMMA2,
-    GEMMA3,
-    OLMO2,
-    OLMO3,
+    *(GLM, GLM4, PHI3, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE),
+    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2, OLMO3),
 )
 
 
@@ -75,6 +66,6 @@ def family_of(config: dict[str, Any]) -> Family:
     for family in FAMILIES:
         if config.get("model_type") in family.model_types:
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     text = "; its text model alone may run: save it by itself" if "text_config" in config else ""
     raise UserError(f"config.json has model_type {config.get('model_type')!r}; supported are {known}{text}")

@@ -48,9 +48,11 @@ class Backend(Protocol):
 
     Attributes:
         block: how many responses it is best asked for at a time.
+        context: the most tokens of a prompt and its response; None where the backend itself refuses longer ones.
     """
 
     block: int
+    context: int | None
 
     def __init__(self, checkpoint: Path, settings: Any, sampling: SamplingSettings, eos_ids: Sequence[int]) -> None:
         """Loads the model.

@@ -7,13 +7,16 @@ ids needs `--server-api chat`: it gets the messages, and writes them with its ow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from simpo_megatron.on_policy.backends.base import Request, Response
 from simpo_megatron.on_policy.backends.settings import ServerSettings
+from simpo_megatron.on_policy.http_client import on_threads
 from simpo_megatron.on_policy.sampling import SamplingSettings
+
+# vLLM and SGLang take what a request leaves open from the model's generation_config.json.
+_NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0}
 
 
 class ServerBackend:
@@ -25,8 +28,7 @@ class ServerBackend:
         self._settings, self._sampling, self._eos_ids = settings, sampling, list(eos_ids)
         self._client = settings.client()
         self._model = self._client.model(settings.server_model)
-        self.block = 8 * settings.concurrency
-        self._threads = ThreadPoolExecutor(settings.concurrency)
+        self.block, self.context = 8 * settings.concurrency, None
 
     def about(self) -> dict[str, Any]:
         """See `base.Backend`."""
@@ -34,7 +36,7 @@ class ServerBackend:
 
     def generate(self, requests: Sequence[Request]) -> list[Response]:
         """See `base.Backend`."""
-        return list(self._threads.map(self._one, requests))
+        return on_threads(self._one, requests, self._settings.concurrency)
 
     def _one(self, request: Request) -> Response:
         chat = self._settings.server_api == "chat"
@@ -43,10 +45,10 @@ class ServerBackend:
             "temperature": request.temperature,
             "top_p": self._sampling.top_p,
             "max_tokens": self._sampling.max_new_tokens,
+            "top_k": self._sampling.top_k or -1,
             "seed": request.seed,
+            **_NEUTRAL,
         }
-        if self._sampling.top_k:
-            body["top_k"] = self._sampling.top_k
         if chat:
             body["messages"] = request.messages
         else:
@@ -63,7 +65,9 @@ def _read_chat(reply: dict[str, Any]) -> Response:
 
 
 def _response(reply: dict[str, Any], content: Any) -> Response:
-    """The response of a reply; raises TypeError where it has no text, so that the request is sent again."""
-    if not isinstance(content, str):
-        raise TypeError(f"its text is {content!r}")
-    return Response(content, str(reply["choices"][0]["finish_reason"]), int(reply["usage"]["completion_tokens"]))
+    """The response of a reply. Raises TypeError or ValueError where it is not whole, so that it is asked for again."""
+    reason = reply["choices"][0]["finish_reason"]
+    if not isinstance(content, str) or not isinstance(reason, str):
+        raise TypeError(f"its text is {content!r}, its finish_reason {reason!r}")
+    content.encode()  # half a surrogate pair is a ValueError
+    return Response(content, reason, int(reply["usage"]["completion_tokens"]))

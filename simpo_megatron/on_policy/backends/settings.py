@@ -56,6 +56,7 @@ class ServerSettings(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        required(self.server_url, "--backend server needs --server-url, such as http://localhost:8000/v1")
         self.positive("concurrency", "timeout")
         self.not_negative("retries")
 
@@ -63,7 +64,6 @@ class ServerSettings(Group):
         """A client of the server.
 
         Raises:
-            UserError: there is no address, or no server answers there.
+            UserError: the address is none.
         """
-        url = required(self.server_url, "--backend server needs --server-url, such as http://localhost:8000/v1")
-        return Client("--server-url", url, self.timeout, self.retries)
+        return Client("--server-url", str(self.server_url), self.timeout, self.retries)

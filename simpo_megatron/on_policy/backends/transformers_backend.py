@@ -39,6 +39,9 @@ class TransformersBackend:
         self._model: Any = load_model(
             "--hf-checkpoint", checkpoint, self._dtype, self._device, trust_remote_code=settings.trust_remote_code
         )
+        # What a call leaves open, such as a repetition penalty, transformers takes from the model's own.
+        self._model.generation_config = GenerationConfig()
+        self.context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self.block = settings.batch_size or self._batch_that_fits()
 
     def about(self) -> dict[str, Any]:
@@ -50,7 +53,7 @@ class TransformersBackend:
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        length = min(2 * self._sampling.max_new_tokens, getattr(config, "max_position_embeddings", 2**31))
+        length = min(2 * self._sampling.max_new_tokens, self.context or 2**31)
         cache = 2 * config.num_hidden_layers * width * self._dtype.itemsize * length
         logits = 4 * 6 * config.vocab_size  # fp32 copies of the last position while a token is drawn
         free = torch.cuda.mem_get_info()[0] if self._device == "cuda" else psutil.virtual_memory().available

@@ -43,6 +43,15 @@ class Scorer(Protocol):
         """
         ...
 
+    @classmethod
+    def check(cls, settings: Any) -> None:
+        """Looks for what it needs, and loads no model.
+
+        Raises:
+            UserError: it is not there.
+        """
+        ...
+
     def about(self) -> dict[str, Any]:
         """What decides the scores, as JSON values."""
         ...

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from simpo_megatron.data.schema import is_number
+from simpo_megatron.data.schema import is_number, shown
 from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.scorers.base import Answered
 from simpo_megatron.on_policy.scorers.settings import FunctionSettings
@@ -28,6 +28,11 @@ class FunctionScorer:
     def __init__(self, settings: FunctionSettings) -> None:
         self._name = required(settings.scorer, "--scorer is missing; give module:function")
         self._function = find_function(self._name)
+
+    @classmethod
+    def check(cls, settings: FunctionSettings) -> None:
+        """See `base.Scorer`."""
+        cls(settings)
 
     def about(self) -> dict[str, Any]:
         """See `base.Scorer`."""
@@ -49,15 +54,17 @@ class FunctionScorer:
             )
         for score in scores:
             if not _is_finite(score):
-                raise UserError(f"{row.where}: --scorer {self._name} returned {score!r}, which is no finite number")
+                raise UserError(
+                    f"{row.where}: --scorer {self._name} returned {shown(score)}, which is no finite number"
+                )
         return [float(score) for score in scores]
 
 
 def _is_finite(score: Any) -> bool:
-    """Whether it is a number, a boolean or a tensor of one number, and finite."""
+    """Whether it is a number, a boolean or a tensor of one number, and finite. A text is none: "12" is two of them."""
     try:
-        return is_number(float(score))
-    except (TypeError, ValueError):
+        return not isinstance(score, str) and is_number(float(score))
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from typing import Any
 
 from simpo_megatron.data.schema import Message
+from simpo_megatron.on_policy.http_client import on_threads
 from simpo_megatron.on_policy.scorers.base import Answered
 from simpo_megatron.on_policy.scorers.settings import JudgeSettings
 
@@ -49,7 +49,6 @@ class Judge:
     def __init__(self, settings: JudgeSettings) -> None:
         self._settings, self._client = settings, settings.client()
         self.model = self._client.model(settings.judge_model)
-        self._threads = ThreadPoolExecutor(settings.judge_concurrency)
 
     def compare(self, questions: Sequence[tuple[list[Message], str, str]]) -> list[float]:
         """How often the first of two responses wins, over both orders: 0, 0.25, 0.5, 0.75 or 1.
@@ -61,7 +60,7 @@ class Judge:
             UserError: the server fails.
         """
         asked = [texts for prompt, one, other in questions for texts in ((prompt, one, other), (prompt, other, one))]
-        wins = list(self._threads.map(lambda texts: self._ask(*texts), asked))
+        wins = on_threads(lambda texts: self._ask(*texts), asked, self._settings.judge_concurrency)
         return [(first + 1 - second) / 2 for first, second in zip(wins[::2], wins[1::2], strict=True)]
 
     def _ask(self, prompt: list[Message], first: str, second: str) -> float:
@@ -94,6 +93,11 @@ class JudgeScorer:
     def __init__(self, settings: JudgeSettings) -> None:
         self._judge = Judge(settings)
         self.block = max(1, settings.judge_concurrency // 4)
+
+    @classmethod
+    def check(cls, settings: JudgeSettings) -> None:
+        """See `base.Scorer`. The server may be started later."""
+        settings.client()
 
     def about(self) -> dict[str, Any]:
         """See `base.Scorer`."""

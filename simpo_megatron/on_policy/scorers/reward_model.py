@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
+from simpo_megatron.files import read_json
 from simpo_megatron.models.transformers_model import choose_device, choose_dtype, load_model
 from simpo_megatron.on_policy.scorers.base import Answered
 from simpo_megatron.on_policy.scorers.settings import RewardModelSettings
 from simpo_megatron.settings import required
 from simpo_megatron.trainer.reference_source import weights_fingerprint_in
+
+_AUTO = "AutoModelForSequenceClassification"
 
 
 class RewardModel:
@@ -22,23 +26,24 @@ class RewardModel:
     block = 64
 
     def __init__(self, settings: RewardModelSettings) -> None:
-        folder = required(settings.reward_model, "--reward-model is missing; give the folder of a reward model")
+        self._settings = settings
+        self._folder, self._tokenizer, own_code = _found(settings)
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
-        self._tokenizer: Any = load_tokenizer(folder, "--reward-model")
-        self._settings, self._folder = settings, folder
-        auto = "AutoModelForSequenceClassification"
-        self._model = load_model("--reward-model", folder, dtype, device, auto, settings.trust_remote_code)
-        if getattr(self._model.config, "num_labels", 1) != 1 and not self._own_score():
-            raise UserError(
-                f"--reward-model {folder} has {self._model.config.num_labels} outputs; a reward model has one"
-            )
+        self._model = load_model("--reward-model", self._folder, dtype, device, _AUTO, settings.trust_remote_code)
+        if not own_code:
+            self._check_outputs(getattr(self._model.config, "num_labels", 1))
         self._about = {
-            "reward_model": str(folder.resolve()),
-            "weights": weights_fingerprint_in(folder),
+            "reward_model": str(self._folder.resolve()),
+            "weights": weights_fingerprint_in(self._folder),
             **fingerprint(self._tokenizer, ()),
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+    @classmethod
+    def check(cls, settings: RewardModelSettings) -> None:
+        """See `base.Scorer`."""
+        _found(settings)
 
     def about(self) -> dict[str, Any]:
         """See `base.Scorer`."""
@@ -53,21 +58,25 @@ class RewardModel:
             padded = self._model.config.pad_token_id is not None
             size = max(1, self._settings.batch_tokens // len(flat[order[0]])) if padded else 1
             batch, order = order[:size], order[size:]
-            for i, score in zip(batch, self._batch([flat[i] for i in batch]), strict=True):
+            try:
+                found = self._batch([flat[i] for i in batch])
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"--batch-tokens {self._settings.batch_tokens}: {len(batch)} conversations of "
+                    f"{len(flat[batch[0]])} tokens do not fit the GPU's memory; lower it"
+                ) from error
+            for i, score in zip(batch, found, strict=True):
                 scores[i] = score
         numbers = iter(scores)
         return [[next(numbers) for _ in row.responses] for row in rows]
 
-    def _own_score(self) -> bool:
-        """Whether the checkpoint's own code puts a number a conversation into `.score`, as ArmoRM's does."""
-        return self._settings.trust_remote_code and bool(getattr(self._model.config, "auto_map", None))
+    def _check_outputs(self, count: int) -> None:
+        """Raises UserError if there is more than one number a conversation."""
+        if count != 1:
+            raise UserError(f"--reward-model {self._folder} has {count} outputs; a reward model has one")
 
     def _ids(self, row: Answered, response: str) -> list[int]:
         messages = [*row.prompt, {"role": "assistant", "content": response}]
-        if not self._tokenizer.chat_template:
-            raise UserError(
-                f"--reward-model {self._folder} has no chat template; add chat_template.jinja to its folder"
-            )
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template raises errors of its own
@@ -95,5 +104,26 @@ class RewardModel:
         ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in sequences], device=device)
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=device)
         output = self._model(input_ids=ids, attention_mask=mask)
-        found = output.score if self._own_score() and hasattr(output, "score") else output.logits[:, 0]
+        # Code of a folder's own may put one number a conversation into `.score`, as ArmoRM's does.
+        found = output.logits if getattr(output, "score", None) is None else output.score
+        self._check_outputs(found.numel() // len(sequences))
         return found.float().flatten().tolist()
+
+
+def _found(settings: RewardModelSettings) -> tuple[Path, Any, bool]:
+    """The folder of the reward model, its tokenizer, and whether code in the folder computes it.
+
+    Raises:
+        UserError: a part of it is missing, or its code must not run.
+    """
+    folder = required(settings.reward_model, "--reward-model is missing; give the folder of a reward model")
+    tokenizer: Any = load_tokenizer(folder, "--reward-model")
+    if not tokenizer.chat_template:
+        raise UserError(f"--reward-model {folder} has no chat template; add chat_template.jinja to its folder")
+    code = (read_json(folder / "config.json").get("auto_map") or {}).get(_AUTO)
+    if code and not settings.trust_remote_code:
+        raise UserError(
+            f"--reward-model {folder} is computed by code in its folder ({code}); read it and add "
+            "--trust-remote-code, or give another reward model"
+        )
+    return folder, tokenizer, bool(code)
