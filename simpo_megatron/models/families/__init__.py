@@ -12,6 +12,7 @@ deepseek_v3.py  DeepSeek-V3 and R1
 gemma2.py     Gemma-2
 gemma3.py     Gemma-3, the text model
 glm.py        GLM-4
+glm4_moe.py   GLM-4.5 and GLM-4.5-Air
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window
 mixtral.py    Mixtral
