@@ -18,7 +18,7 @@ from tests import te_on_cpu
 from tests.support.distributed import LOCAL, NEWEST, WorkerPool
 from tests.support.families import GEMMA3
 from tests.support.steps import CASES, EDGES, SEQ_LENGTH, VOCAB, check_layout, one_thread, oracle, run_cases
-from tests.support.tiny import EXPERTS, make_checkpoint
+from tests.support.tiny import EXPERTS, LATENT, make_checkpoint
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -33,6 +33,7 @@ SELECTIVE = {"recompute_granularity": "selective"}
 MLP = {**SELECTIVE, "recompute_modules": ["core_attn", "mlp"]}
 NORMS = {**SELECTIVE, "recompute_modules": ["core_attn", "layernorm", "mlp"]}
 MOE = {**SELECTIVE, "recompute_modules": ["layernorm", "moe"]}
+LATENT_PARTS = {**SELECTIVE, "recompute_modules": ["core_attn", "mla_up_proj", "shared_experts", "mlp", "layernorm"]}
 SHARDED = {"use_distributed_optimizer": True}
 EP2 = {"expert_model_parallel_size": 2}
 WHOLE = {"expert_tensor_parallel_size": 1}  # experts are not split over the tensor-parallel ranks
@@ -101,6 +102,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts, ep2 dp4, distributed optimizer": ("mixtral", 4, {**EP2, **SHARDED}),
     "experts, ep2 vpp2, recompute": ("mixtral", 4, {**EP2, **VPP, **FULL}),
     "experts, tp2 sp cp2 pp2 ep2 whole": ("mixtral", 8, {**SP, **CP2, **PP2, **EP2, **WHOLE}),
+    "latent, shared prompts, tp2 sp": ("latent", 2, {**SHARE, **SP}),
+    "latent, cp2 ep2, recompute": ("latent", 2, {**CP2, **EP2, **LATENT_PARTS}),
+    "latent, tp2 sp pp2": ("latent", 4, {**SP, **PP2}),
 }
 TIED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tied, one": ("tied", 1, {}),
@@ -138,6 +142,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("Llama", {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", EXPERTS),
     "mistral": ("Mistral", {"sliding_window": 9}),
+    "latent": ("DeepseekV3", LATENT),
     "olmo3": ("Olmo3", {"sliding_window": 9, "rope_scaling": YARN, "attention_bias": True, "pad_token_id": None}),
     "gemma2": (
         "Gemma2",

@@ -287,7 +287,8 @@ def mark_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tie
 
     Megatron also takes experts for dense weights where expert_model_parallel_size is 1. Where the
     expert-tensor-parallel size differs from the tensor-parallel size, it would then average gradients of different
-    shards.
+    shards. And Transformer Engine marks every linear layer as split, also those that are whole on every rank, which the
+    gradient norm would then count several times.
 
     Args:
         model: a GPTModel of this rank.
@@ -299,5 +300,7 @@ def mark_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tie
         entry = place.entry
         if entry.tp_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, entry.tp_dim, entry.part_layout.stride)
+        if entry.tp_dim is None and getattr(parameter, "tensor_model_parallel", False):
+            parameter.tensor_model_parallel = False
         if entry.experts:
             parameter.allreduce = False

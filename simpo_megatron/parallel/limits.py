@@ -72,13 +72,14 @@ def check_layout(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     _check_interleaving(parallel)
     _check_recomputed(model, parallel)
     if parallel.get("pipeline_model_parallel_layout") is None:  # else Megatron checks it
-        stage_layers(
+        stages = stage_layers(
             model["num_layers"],
             parallel.get("pipeline_model_parallel_size", 1),
             parallel.get("virtual_pipeline_model_parallel_size") or 1,
             parallel.get("num_layers_in_first_pipeline_stage"),
             parallel.get("num_layers_in_last_pipeline_stage"),
         )
+        _check_experts_of_stages(model.get("moe_layer_freq"), stages)
 
 
 def _check_tensor_parallel(model: dict[str, Any], parallel: dict[str, Any]) -> None:
@@ -157,6 +158,22 @@ def _check_experts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
         )
 
 
+def _check_experts_of_stages(pattern: list[int] | None, stages: list[list[range]]) -> None:
+    """Refuses a stage with dense layers alone where others have experts.
+
+    Megatron's optimizer of the experts is empty there. Rank 0 writes for all how many steps it has taken, and an empty
+    one does not know; with torch's Adam it asserts (`distrib_optimizer.py`, `state_dict`).
+    """
+    for stage, chunks in enumerate(stages if pattern and any(pattern) else ()):
+        if not any(pattern[layer] for layers in chunks for layer in layers):
+            layers = ", ".join(str(layer) for chunk in chunks for layer in chunk)
+            raise UserError(
+                f"pipeline stage {stage} would hold the layers {layers}, which have no experts: Megatron cannot save "
+                "the optimizer of the experts then; use a smaller --pipeline-model-parallel-size, or give that stage "
+                "more layers (--decoder-first-pipeline-num-layers)"
+            )
+
+
 def _check_interleaving(parallel: dict[str, Any]) -> None:
     """Refuses virtual stages where Megatron cannot run them."""
     if not parallel.get("virtual_pipeline_model_parallel_size"):
@@ -175,9 +192,10 @@ def _check_interleaving(parallel: dict[str, Any]) -> None:
 def _check_recomputed(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     """Refuses modules of --recompute-modules that the model does not have: Megatron would raise, or ignore them."""
     experts, dense = "a model with experts, and this one is dense", "a dense model, and all layers here have experts"
+    shared, latent = model.get("moe_shared_expert_intermediate_size"), model.get("multi_latent_attention")
     lacking = {
-        "mla_up_proj": "multi-latent attention, which no model here has",
-        "shared_experts": "shared experts, which no model here has",
+        **({} if latent else {"mla_up_proj": "multi-latent attention, which this model does not have"}),
+        **({} if shared else {"shared_experts": "shared experts, which this model does not have"}),
         **({"moe": experts, "moe_act": experts} if model.get("num_moe_experts") is None else {}),
         **({} if _has_dense_layers(model) else {"mlp": dense}),
     }

@@ -30,7 +30,8 @@ from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_layout, check_processes, check_rows, layout_arguments
 from simpo_megatron.parallel.stages import divisors
-from simpo_megatron.planning.memory import DEFAULT, Memory, Workload, estimate, recomputed_modules
+from simpo_megatron.planning.activations import recomputed_modules
+from simpo_megatron.planning.memory import DEFAULT, Memory, Workload, estimate
 
 GPUS_PER_NODE = 8
 MOST_GPUS = 1024

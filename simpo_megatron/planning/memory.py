@@ -19,9 +19,9 @@ from typing import Any
 from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.models.additions import CAPPED_BLOCK
 from simpo_megatron.models.architecture import Architecture
-from simpo_megatron.models.rope import rotary_dim
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
+from simpo_megatron.planning.activations import layer_bytes, recomputed_modules
 from simpo_megatron.planning.parameters import Parameters, layers_of_stages, stage_parameters
 from simpo_megatron.planning.state import StateBytes
 
@@ -90,86 +90,6 @@ class Memory:
     def total(self) -> int:
         """All of them on the GPU."""
         return sum(vars(self).values()) - self.host
-
-
-def recomputed_modules(layout: Mapping[str, Any]) -> frozenset[str]:
-    """The parts of a layer that selective recomputation computes again."""
-    if layout["recompute_granularity"] != "selective":
-        return frozenset()
-    return frozenset(layout.get("recompute_modules") or ("core_attn",))
-
-
-def layer_bytes(
-    architecture: Architecture,
-    layout: Mapping[str, Any],
-    *,
-    experts: bool,
-    element: int,
-    fused: bool,
-    recomputed: frozenset[str] = frozenset(),
-) -> float:
-    """Bytes that autograd keeps of one layer for one token of a context-parallel rank.
-
-    Args:
-        architecture: the model.
-        layout: from `limits.layout_arguments`.
-        experts: whether the layer has experts.
-        element: bytes of an activation.
-        fused: Transformer Engine's norms, attention and SwiGLU; else torch's, which keep more.
-        recomputed: from `recomputed_modules`.
-    """
-    model, dense, additions = architecture.transformer, not experts, architecture.additions
-    fused = fused and not additions.beyond_transformer_engine
-    capped, post_norms = additions.attention_softcap is not None, 2 * additions.post_norms
-    tensor = layout["tensor_model_parallel_size"]
-    sequence = tensor if layout["sequence_parallel"] else 1
-    width, groups, heads = model["kv_channels"], model["num_query_groups"], model["num_attention_heads"] // tensor
-    q, k = heads * width, max(groups // tensor, 1) * width
-    # With fewer query groups than ranks, every rank gathers the whole projection and keeps it.
-    projection = q + 2 * k if groups >= tensor else (model["num_attention_heads"] + 2 * groups) * width
-    # Of a norm behind attention or feed-forward its input is kept; torch also keeps the normalised input.
-    before = _norms(dense, fused, recomputed) if additions.pre_norms else 2  # what the projections read
-    norms = before + post_norms * (1 if fused else 2)
-    kept = norms * model["hidden_size"] / sequence
-    kept += projection + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
-    kept += 4 * rotary_dim(architecture.rope, width)  # cosine and sine for queries and for keys
-    kept += q  # attention's output, which the next projection reads
-    scored_again = capped or "core_attn" in recomputed
-    if not fused and not scored_again:
-        kept += q  # torch attends one sequence at a time and keeps the pieces
-    if model.get("qk_layernorm"):
-        # torch's norm keeps the queries, which are a view of the projection where a rank has one group.
-        kept += q + k if fused else (1 + (groups > tensor)) * q + k
-    if additions.qk_norm_over_heads:
-        kept += q + k
-    # fp32: of the norms, of the softmax
-    statistics = 4 * (2 * additions.pre_norms + post_norms) / sequence + (0 if scored_again else 4 * heads)
-    statistics += 4 * 2 * additions.qk_norm_over_heads
-    if dense:
-        inner = 3 if fused and additions.activation == "silu" else 5
-        kept += 0 if "mlp" in recomputed else inner * model["ffn_hidden_size"] / tensor
-        return kept * element + statistics
-    if "moe" in recomputed:
-        return kept * element + statistics
-    ranks, topk = layout["expert_tensor_parallel_size"] or tensor, model["moe_router_topk"]
-    routed = topk * ranks / sequence  # copies of a token that reach the experts of a rank
-    inner = (3 if fused else 6) - ("moe_act" in recomputed)
-    kept += routed * (model["hidden_size"] + inner * model["moe_ffn_hidden_size"] / ranks)
-    # Indices, probabilities, and the map from tokens to experts.
-    routing = (24 * topk + 5 * (architecture.num_experts or 0)) / sequence
-    return kept * element + statistics + routing
-
-
-def _norms(dense: bool, fused: bool, recomputed: frozenset[str]) -> int:
-    """Hidden states that the two norms of a layer keep: input and output; torch also keeps the normalised input.
-
-    Transformer Engine computes a norm in the linear layer that follows, except before experts.
-    """
-    if not fused:
-        return 2 if "layernorm" in recomputed else 6
-    if dense:
-        return 3 if "mlp" in recomputed else 4
-    return 3 if "layernorm" in recomputed else 4
 
 
 def saved_bytes(

@@ -56,7 +56,20 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+_LATENT = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 10,
+    "rms_norm_eps": 1e-6,
+}
+_ROUTED = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1}
 OWN: dict[str, dict[str, Any]] = {  # by model_type
+    "deepseek_v2": {**_LATENT, **_ROUTED, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False},
+    "glm4_moe": {**_ROUTED, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
+    "deepseek_v3": {**_LATENT, **_ROUTED, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
     "mistral": {"sliding_window": 8},
     "gemma2": {
         "sliding_window": 8,

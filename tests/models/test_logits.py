@@ -102,6 +102,7 @@ SELECTIVE = {"recompute_granularity": "selective"}
         ("olmo2", TP2),
         ("olmo3", FULL),
         ("deepseek_v2", SP),
+        ("glm4_moe", {**SP, **PP2}),
         ("deepseek_v3", {**SP, **VPP2}),
     ],
     ids=str,

@@ -104,6 +104,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **ROUTED,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "deepseek_v3": ("DeepseekV3", {**LATENT, **ROUTED, "q_lora_rank": 14}),
     # The bounds are low enough to matter, the heads are wider together than the hidden states, the window is short.
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}),
@@ -111,7 +124,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 CAPPED = ("gemma2",)  # with a bound for attention scores, which Transformer Engine does not have
-WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain", "deepseek_v2", "deepseek_v3")
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain", "deepseek_v2", "deepseek_v3", "glm4_moe")
 
 
 def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:

@@ -236,6 +236,7 @@ def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
         place
         for model in engine.models
         for place in place_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
+        if place.entry.trained
     ):
         weight, mine, group = place.entry, place.parameter.main_grad, place.group
         shards = [torch.empty_like(mine) for _ in range(group.size())]

@@ -37,6 +37,21 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# DeepSeek-V3 in small: queries and keys of 10, values of 5; a dense layer, then experts of which one is shared.
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 2,
+    "topk_group": 1,
+}
 
 
 def make_checkpoint(

@@ -10,6 +10,7 @@ routed.py     what DeepSeek and GLM-4.5 share: dense layers first, shared expert
 latent.py     what DeepSeek-V2 and V3 share: multi-latent attention
 deepseek_v2.py  DeepSeek-V2 and V2-Lite
 deepseek_v3.py  DeepSeek-V3 and R1
+glm4_moe.py   GLM-4.5 and GLM-4.5-Air
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window
 mixtral.py    Mixtral

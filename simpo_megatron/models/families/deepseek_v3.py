@@ -43,4 +43,13 @@ DEEPSEEK_V3 = Family(
     _config,
     additions=partial(routed_additions, sigmoid=True),
     unread=predicted_layers,
+    defaults={
+        "q_lora_rank": 1536,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 3,
+        "n_shared_experts": 1,
+    },
 )

@@ -33,6 +33,8 @@ def latent_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     """
     refuse(config, "attention_bias", False, None, fix="only models without biases run")
     refuse(config, "attention_dropout", 0.0, 0, None, fix="set it to 0")
+    rotated = required(config, "qk_rope_head_dim")
+    refuse(config, "head_dim", rotated, None, fix="it is qk_rope_head_dim, the width that is rotated; remove it")
     # transformers normalises the latents with 1e-6, whatever the config says; Megatron has one value for all norms.
     refuse(config, "rms_norm_eps", 1e-6, fix="the norms of the latents have 1e-6, and Megatron has one for all norms")
     rope = read_rope(config)
@@ -45,9 +47,9 @@ def latent_kwargs(config: dict[str, Any]) -> dict[str, Any]:
         "q_lora_rank": None if config.get("q_lora_rank") is None else required(config, "q_lora_rank"),
         "kv_lora_rank": required(config, "kv_lora_rank"),
         "qk_head_dim": required(config, "qk_nope_head_dim"),
-        "qk_pos_emb_head_dim": required(config, "qk_rope_head_dim"),
+        "qk_pos_emb_head_dim": rotated,
         "v_head_dim": required(config, "v_head_dim"),
-        "kv_channels": required(config, "qk_nope_head_dim") + required(config, "qk_rope_head_dim"),
+        "kv_channels": required(config, "qk_nope_head_dim") + rotated,
         "rope_type": "yarn" if yarn else "rope",
         "rotary_scaling_factor": rope.factor if yarn else 1.0,  # it scales the scores too
         "mscale": rope.mscale or 1.0,

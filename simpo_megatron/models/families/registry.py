@@ -19,6 +19,7 @@ from simpo_megatron.models.families.deepseek_v3 import DEEPSEEK_V3
 from simpo_megatron.models.families.gemma2 import GEMMA2
 from simpo_megatron.models.families.gemma3 import GEMMA3
 from simpo_megatron.models.families.glm import GLM, GLM4
+from simpo_megatron.models.families.glm4_moe import GLM4_MOE
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
@@ -30,7 +31,7 @@ from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES = (
-    *(GLM, GLM4, PHI3, DEEPSEEK_V2, DEEPSEEK_V3),
+    *(GLM, GLM4, PHI3, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE),
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2, OLMO3),
 )
 
