@@ -31,6 +31,7 @@ from torch import Tensor
 
 from simpo_megatron.batch.packer import RowPacker
 from simpo_megatron.batch.row import PreferenceBatch
+from simpo_megatron.checkpoint.saved_args import check_architecture
 from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective, check_owner, settable
 from simpo_megatron.config.data import OPTIONS, DataConfig
 from simpo_megatron.config.megatron_lm import check_values, moe_aux_loss_coeff, notes
@@ -43,7 +44,7 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
-from simpo_megatron.settings import flag, parse_size
+from simpo_megatron.settings import parse_size
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.megatron_lm_baseline import carried, note
@@ -105,7 +106,7 @@ def check_args(args: Any) -> None:
     chosen = objective(args)
     if args.share_prompts:
         check_shared_prompts(chosen.responses, args.context_parallel_size, args.transformer_impl != "local")
-    _check_architecture(args, hf_checkpoint(args))
+    check_architecture(args, hf_checkpoint(args))
 
 
 def _layout(args: Any) -> ParallelConfig:
@@ -135,27 +136,6 @@ def hf_checkpoint(args: Any) -> HFCheckpoint:
 def _read_once(path: Path) -> HFCheckpoint:
     """Reads the headers of the checkpoint once: every microbatch asks for the vocabulary."""
     return read_hf_checkpoint(path)
-
-
-def _check_architecture(args: Any, hf: HFCheckpoint) -> None:
-    """Compares those of Megatron-LM's arguments with config.json that are in both, and refuses what has none."""
-    if beyond := hf.architecture.additions.as_dict():
-        raise UserError(
-            f"{hf.path} is a model with {', '.join(beyond)}, for which Megatron-LM has no arguments: it would compute "
-            "another model; train it with simpo_megatron.train"
-        )
-    wanted = hf.architecture.transformer
-    names = {"num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads"}
-    names |= {"num_query_groups": "num_query_groups", "kv_channels": "kv_channels", "num_moe_experts": "num_experts"}
-    for key, name in names.items():
-        given = getattr(args, name, None)
-        if name == "num_query_groups" and not args.group_query_attention:
-            given = args.num_attention_heads
-        if key in wanted and given != wanted[key]:
-            raise UserError(
-                f"{flag(name)} {given}, but {hf.path} has {wanted[key]}; use the arguments of that model (they are in "
-                "megatron_args.yaml, which tools/hf_to_megatron.py writes beside the weights)"
-            )
 
 
 def with_logprob_head(model_provider: Callable[..., Any]) -> Callable[..., Any]:
