@@ -17,11 +17,9 @@ exchange the shapes, for which they wait at every transfer.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,6 @@ from torch import Tensor
 
 from simpo_megatron.batch.packer import RowPacker
 from simpo_megatron.batch.row import PreferenceBatch
-from simpo_megatron.checkpoint.saved_args import check_architecture
 from simpo_megatron.config.arguments import add_objectives, add_settings, build_objective, check_owner, settable
 from simpo_megatron.config.data import OPTIONS, DataConfig
 from simpo_megatron.config.megatron_lm import check_values, moe_aux_loss_coeff, notes
@@ -40,7 +37,6 @@ from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.attention import PackedAttention
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
@@ -48,6 +44,7 @@ from simpo_megatron.settings import parse_size
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.megatron_lm_baseline import carried, note
+from simpo_megatron.trainer.megatron_lm_model import check_architecture, hf_checkpoint
 from simpo_megatron.trainer.reference_source import known_reference
 
 ARGS_DEFAULTS = {"dataloader_type": "external", "micro_batch_size": 1, "tokenizer_type": "HuggingFaceTokenizer"}
@@ -119,25 +116,6 @@ def _layout(args: Any) -> ParallelConfig:
     )
 
 
-def hf_checkpoint(args: Any) -> HFCheckpoint:
-    """The Hugging Face checkpoint that --tokenizer-model names: tokenizer, chat template and unpadded vocabulary.
-
-    Raises:
-        UserError: the flag is missing, or the checkpoint cannot be read.
-    """
-    if args.tokenizer_model is None:
-        raise UserError(
-            "--tokenizer-model is missing; give the folder of the Hugging Face checkpoint that the weights came from"
-        )
-    return _read_once(Path(args.tokenizer_model))
-
-
-@functools.cache
-def _read_once(path: Path) -> HFCheckpoint:
-    """Reads the headers of the checkpoint once: every microbatch asks for the vocabulary."""
-    return read_hf_checkpoint(path)
-
-
 def with_logprob_head(model_provider: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the models of a provider score pairs: the output layer of the last stage becomes a `LogProbHead`.
 
@@ -176,9 +154,10 @@ def _pack_attention(model: torch.nn.Module) -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     for module in model.modules():
-        old = getattr(module, "core_attention", None)
+        old: Any = getattr(module, "core_attention", None)
         if isinstance(old, DotProductAttention):
-            module.core_attention = PackedAttention(old.config, softmax_scale=old.config.softmax_scale)
+            scale = old.config.softmax_scale
+            module.core_attention = PackedAttention(old.config, old.layer_number, softmax_scale=scale)
 
 
 def train_valid_test_datasets_provider(

@@ -26,7 +26,6 @@ from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_architecture
 from simpo_megatron.models.megatron_args import LLAMA3_ROPE, OWN_ROPES
 from simpo_megatron.models.rope import Rope
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR
-from simpo_megatron.settings import flag
 
 # Arguments without a flag in Megatron-LM, which reads them from the checkpoint or sets them itself.
 _NO_FLAG = (
@@ -155,32 +154,3 @@ def checkpoint_of_args(folder: Path, args: Mapping[str, Any], vocab_size: int | 
     if config is None:
         raise UserError(f"the arguments in {folder} do not describe a family that is supported; give --hf-checkpoint")
     return HFCheckpoint(folder, config, read_architecture(folder, config), (), {})
-
-
-def check_architecture(args: Any, hf: HFCheckpoint) -> None:
-    """Compares those of Megatron-LM's arguments with config.json that are in both, and refuses what has none.
-
-    Args:
-        args: Megatron-LM's, of a run.
-        hf: the checkpoint that the weights came from.
-
-    Raises:
-        UserError: it names the flag, or what Megatron-LM cannot compute.
-    """
-    if beyond := hf.architecture.additions.as_dict():
-        raise UserError(
-            f"{hf.path} is a model with {', '.join(beyond)}, for which Megatron-LM has no arguments: it would compute "
-            "another model; train it with simpo_megatron.train"
-        )
-    wanted = hf.architecture.transformer
-    names = {"num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads"}
-    names |= {"num_query_groups": "num_query_groups", "kv_channels": "kv_channels", "num_moe_experts": "num_experts"}
-    for key, name in names.items():
-        given = getattr(args, name, None)
-        if name == "num_query_groups" and not args.group_query_attention:
-            given = args.num_attention_heads
-        if key in wanted and given != wanted[key]:
-            raise UserError(
-                f"{flag(name)} {given}, but {hf.path} has {wanted[key]}; use the arguments of that model (they are in "
-                "megatron_args.yaml, which tools/hf_to_megatron.py writes beside the weights)"
-            )
