@@ -36,13 +36,11 @@ def missing_data(inputs: Inputs) -> Wrong:
 
 
 def missing_validation_data(inputs: Inputs) -> Wrong:
-    path = inputs.folder / "absent.jsonl"
-    return Wrong({"valid_data": path}, [f"{path}: there is no such file"])
+    return Wrong({"valid_data": inputs.folder / "absent.jsonl"}, ["absent.jsonl: there is no such file"])
 
 
 def empty_data(inputs: Inputs) -> Wrong:
-    path = inputs.with_rows([])
-    return Wrong({"train_data": path}, [f"{path}: the file has no rows"])
+    return Wrong({"train_data": inputs.with_rows([])}, ["wrong.jsonl: the file has no rows"])
 
 
 def truncated_line(inputs: Inputs) -> Wrong:
@@ -137,21 +135,21 @@ def missing_checkpoint(inputs: Inputs) -> Wrong:
     return Wrong({"hf_checkpoint": path}, [f"{path} is not a directory", "download it"])
 
 
+def changed_model(inputs: Inputs, **config: Any) -> Path:
+    file = inputs.copy_checkpoint() / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return file.parent
+
+
 def unsupported_model(inputs: Inputs) -> Wrong:
-    checkpoint = inputs.copy_checkpoint()
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    words = ["model_type 'mamba'; supported are ", " llama, mistral, mixtral, "]
-    return Wrong({"hf_checkpoint": checkpoint}, words)
+    checkpoint = changed_model(inputs, model_type="mamba")
+    return Wrong({"hf_checkpoint": checkpoint}, ["model_type 'mamba'; supported are ", " llama, mistral, mixtral, "])
 
 
 def longer_than_the_scaled_context(inputs: Inputs) -> Wrong:
-    checkpoint = inputs.copy_checkpoint()
-    config = json.loads((checkpoint / "config.json").read_text())
-    scaling = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}
-    (checkpoint / "config.json").write_text(json.dumps({**config, **scaling}))
+    rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}
     words = ["--max-length 65: with the 'dynamic' rope scaling", "more than 64 tokens", "set it to 64 or less"]
-    return Wrong({"hf_checkpoint": checkpoint, "seq_length": 256, "max_length": 65}, words)
+    return Wrong({"hf_checkpoint": changed_model(inputs, **rope), "seq_length": 256, "max_length": 65}, words)
 
 
 def save_below_a_file(inputs: Inputs) -> Wrong:

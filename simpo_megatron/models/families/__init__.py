@@ -9,8 +9,8 @@ routed.py     what DeepSeek and GLM-4.5 share: dense layers first, shared expert
 latent.py     what DeepSeek-V2 and V3 share: multi-latent attention
 deepseek_v2.py  DeepSeek-V2 and V2-Lite
 deepseek_v3.py  DeepSeek-V3 and R1
-gemma2.py     Gemma-2
-gemma3.py     Gemma-3, the text model
+gemma2.py     Gemma-2, and what Gemma-3 shares with it
+gemma3.py     the text models of Gemma-3
 glm.py        GLM-4
 glm4_moe.py   GLM-4.5 and GLM-4.5-Air
 llama.py      Llama 2, 3, 3.1, 3.2
