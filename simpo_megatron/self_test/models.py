@@ -78,6 +78,15 @@ OWN: dict[str, dict[str, Any]] = {  # by model_type
         "final_logit_softcapping": 2.0,
         "tie_word_embeddings": True,
     },
+    "olmo3": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_theta": None,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "gemma3_text": {
         "sliding_window": 8,
         "query_pre_attn_scalar": 24,
