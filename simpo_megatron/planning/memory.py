@@ -19,6 +19,7 @@ from typing import Any
 from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.models.additions import CAPPED_BLOCK
 from simpo_megatron.models.architecture import Architecture
+from simpo_megatron.models.rope import rotary_dim
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 from simpo_megatron.planning.parameters import Parameters, layers_of_stages, stage_parameters
@@ -131,13 +132,14 @@ def layer_bytes(
     norms = before + post_norms * (1 if fused else 2)
     kept = norms * model["hidden_size"] / sequence
     kept += projection + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
-    kept += 4 * width  # cosine and sine for queries and for keys
+    kept += 4 * rotary_dim(architecture.rope, width)  # cosine and sine for queries and for keys
     kept += q  # attention's output, which the next projection reads
     scored_again = capped or "core_attn" in recomputed
     if not fused and not scored_again:
         kept += q  # torch attends one sequence at a time and keeps the pieces
     if model.get("qk_layernorm"):
-        kept += q + k if fused else 2 * q + k
+        # torch's norm keeps the queries, which are a view of the projection where a rank has one group.
+        kept += q + k if fused else (1 + (groups > tensor)) * q + k
     if additions.qk_norm_over_heads:
         kept += q + k
     # fp32: of the norms, of the softmax
