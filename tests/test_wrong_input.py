@@ -141,7 +141,7 @@ def unsupported_model(inputs: Inputs) -> Wrong:
     checkpoint = inputs.copy_checkpoint()
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    words = ["model_type 'mamba'; supported are ", " llama, mistral, mixtral, "]
+    words = ["model_type 'mamba'; supported are ", " llama, ministral, mistral, mixtral, "]
     return Wrong({"hf_checkpoint": checkpoint}, words)
 
 

@@ -13,7 +13,7 @@ gemma2.py     Gemma-2
 gemma3.py     Gemma-3, the text model
 glm.py        GLM-4
 llama.py      Llama 2, 3, 3.1, 3.2
-mistral.py    Mistral, with its optional sliding window
+mistral.py    Mistral, with its optional sliding window; Ministral, with one in some layers
 mixtral.py    Mixtral
 olmo2.py      OLMo-2
 olmo3.py      OLMo-3: windows, and two rotary embeddings
