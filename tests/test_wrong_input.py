@@ -143,7 +143,8 @@ def changed_model(inputs: Inputs, **config: Any) -> Path:
 
 def unsupported_model(inputs: Inputs) -> Wrong:
     checkpoint = changed_model(inputs, model_type="mamba")
-    return Wrong({"hf_checkpoint": checkpoint}, ["model_type 'mamba'; supported are ", " llama, mistral, mixtral, "])
+    words = ["model_type 'mamba'; supported are ", " llama, ministral, mistral, mixtral, "]
+    return Wrong({"hf_checkpoint": checkpoint}, words)
 
 
 def longer_than_the_scaled_context(inputs: Inputs) -> Wrong:

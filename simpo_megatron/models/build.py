@@ -93,6 +93,10 @@ def transformer_config(
         "cuda_graph_scope": [],  # the default is deprecated, and Megatron warns about it
         **kernel_fields(kernels, transformer_engine, experts, _turns_halves(hf.architecture)),
     }
+    if hf.architecture.additions.qk_norm_over_heads and hasattr(TransformerConfig, "qk_l2_norm"):
+        # From 0.18 on Megatron refuses norms of queries and keys unless its config has some. With `qk_layernorm` it
+        # would sum their gradients over the tensor-parallel ranks. This one changes nothing where a spec names norms.
+        fields["qk_l2_norm"] = True
     # As Megatron-LM does it (`arguments.py`): the interleaved schedule sends while it computes, the other cannot.
     overlap = parallel.get("overlap_p2p_comm", bool(parallel.get("virtual_pipeline_model_parallel_size")))
     fields |= {"overlap_p2p_comm": overlap, "batch_p2p_comm": not overlap}

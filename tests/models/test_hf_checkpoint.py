@@ -58,7 +58,7 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        ("llama", {"model_type": "gpt2"}, ["'gpt2'", "supported are ", " llama, mistral, mixtral, "]),
+        ("llama", {"model_type": "gpt2"}, ["'gpt2'", "supported are ", " llama, ministral, mistral, mixtral, "]),
         ("llama", {"layer_types": 3}, ["config.json holds a value of the wrong kind"]),
         ("llama", {"rope_parameters": {"rope_theta": "big"}}, ["a value of the wrong kind", "'big'"]),
         ("llama", {"rope_parameters": [1]}, ["config.json holds a value of the wrong kind"]),
@@ -79,6 +79,11 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
         ("llama", {"rope_parameters": {"full_attention": {}}}, ["rope_parameters for full_attention"]),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["low_freq_factor"]),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+        (
+            "mistral",
+            {"layer_types": tiny.MIXED},
+            ["full_attention and sliding_attention", "is it a 'ministral' model?"],
+        ),
         ("qwen2", {"layer_types": ["full_attention"]}, ["1 layer_types for 4 layers"]),
         (
             "qwen2",
@@ -178,6 +183,7 @@ WINDOWED: list[dict[str, Any]] = [
     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 131072, "max_window_layers": 1},
     {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 9, "layer_types": tiny.MIXED},
     {"model_type": "qwen3", "use_sliding_window": True},
+    {"model_type": "ministral"},
     {"model_type": "olmo2"},
     {"model_type": "olmo3"},
     {"model_type": "olmo3", "sliding_window": 4096, "rope_theta": 500000, "rope_scaling": OLMO3_YARN},

@@ -77,6 +77,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_attention_bias": ("Llama", {"attention_bias": True}),
     "llama_mlp_bias": ("Llama", {"mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 8, "head_dim": 16}),
+    "ministral": (
+        "Ministral",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": MIXED, "tie_word_embeddings": True},
+    ),
     "mistral_whole": ("Mistral", {"sliding_window": None}),
     "olmo2": ("Olmo2", {"head_dim": 16, "tie_word_embeddings": True}),
     "olmo3": ("Olmo3", {"sliding_window": 8, "rope_scaling": YARN, "head_dim": 16}),

@@ -14,7 +14,7 @@ gemma3.py     the text models of Gemma-3
 glm.py        GLM-4
 glm4_moe.py   GLM-4.5 and GLM-4.5-Air
 llama.py      Llama 2, 3, 3.1, 3.2
-mistral.py    Mistral, with its optional sliding window
+mistral.py    Mistral, with its optional sliding window; Ministral, with one in some layers
 mixtral.py    Mixtral
 olmo2.py      OLMo-2
 olmo3.py      OLMo-3: windows, and two rotary embeddings
