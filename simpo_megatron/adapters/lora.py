@@ -84,6 +84,12 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
             )
         if target not in TARGETS:
             raise UserError(f"--lora-targets {target} is not a projection of the model; use {', '.join(TARGETS)}")
+    present = [name for entry in architecture.weights for name in projections(entry)]
+    if absent := [target for target in lora.targets if target not in present]:
+        raise UserError(
+            f"--lora-targets {' '.join(absent)}: {architecture.family.name} has no such projections to adapt; give "
+            f"--lora-targets {' '.join(dict.fromkeys(present))}"
+        )
     narrow = architecture.transformer["hidden_size"]
     if lora.rank > narrow:
         raise UserError(f"--lora-rank {lora.rank} exceeds the hidden size {narrow} of the model; lower it")

@@ -7,6 +7,7 @@ from typing import Any
 
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture
+from simpo_megatron.models.rope import rotary_dim
 
 
 def recomputed_modules(layout: Mapping[str, Any]) -> frozenset[str]:
@@ -82,7 +83,7 @@ def _attention(
     width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
     groups = model["num_query_groups"]
     q, k, v = heads * width, max(groups // tensor, 1) * width, heads * architecture.value_head_dim
-    kept = 4.0 * architecture.rotary_head_dim  # cosine and sine for queries and for keys
+    kept = 4.0 * rotary_dim(architecture.rope, architecture.rotary_head_dim)  # of queries and keys, cosine and sine
     kept += v  # attention's output, which the next projection reads
     if not fused and not _scored_again(additions, recomputed):
         kept += v  # torch attends one sequence at a time and keeps the pieces
@@ -94,7 +95,8 @@ def _attention(
     projection = q + 2 * k if groups >= tensor else (model["num_attention_heads"] + 2 * groups) * width
     kept += projection + (q + k)  # the projection, of which the values are a view, and the rotated queries and keys
     if model.get("qk_layernorm"):
-        kept += q + k if fused else 2 * q + k
+        # torch's norm keeps the queries, which are a view of the projection where a rank has one group.
+        kept += q + k if fused else (1 + (groups > tensor)) * q + k
     if additions.qk_norm_over_heads:
         kept += q + k
     return kept

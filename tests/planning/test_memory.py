@@ -26,16 +26,8 @@ WHOLE = {"expert_tensor_parallel_size": 1}
 # So many tokens that what does not grow with them is small. The tolerance is 2 %.
 TOKENS = 256
 NAMES = (
-    "llama",
-    "llama_tied",
-    "qwen2",
-    "qwen3",
-    "mixtral",
-    "qwen3_moe",
-    "deepseek_v3",
-    "gemma2",
-    "olmo2",
-    "llama_biases",
+    *("llama", "llama_tied", "llama_biases", "qwen2", "qwen3", "qwen3_tied", "mixtral", "qwen3_moe", "deepseek_v3"),
+    *("gemma2", "olmo2", "glm4"),
 )
 
 
@@ -130,6 +122,9 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
         ("llama", 2, {**SP2, **FULL}),
         ("llama", 1, BLOCK),
         ("qwen3", 2, SP2),
+        ("qwen3_tied", 2, SP2),  # one key head on two ranks
+        ("glm4", 2, SP2),  # rotated in part
+        ("glm4", 4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
         ("gemma2", 2, SP2),
         ("olmo2", 1, {}),
         ("olmo2", 2, SP2),

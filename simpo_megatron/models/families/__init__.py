@@ -5,6 +5,8 @@ dense.py      what the dense families share: RMSNorm, grouped-query attention wi
 biases.py     `attention_bias` and `mlp_bias`
 windows.py    sliding windows of some layers
 moe.py        what the mixture-of-experts families share: router and experts
+gemma2.py     Gemma-2
+gemma3.py     Gemma-3, text
 glm.py        GLM-4
 routed.py     what DeepSeek and GLM-4.5 share: dense layers first, shared experts, groups of experts
 latent.py     what DeepSeek-V2 and V3 share: multi-latent attention
