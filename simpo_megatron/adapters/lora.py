@@ -101,6 +101,13 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
                 f"--lora-targets {' '.join(_adaptable(architecture))}"
             )
     of_experts = [target for target in EXPERT_TARGETS if target in lora.targets]
+    beside = [one for one in architecture.weights if not one.experts and set(projections(one)) & set(EXPERT_TARGETS)]
+    if of_experts and architecture.num_experts is not None and beside:
+        fit = " ".join(name for name in dict.fromkeys(present) if name not in EXPERT_TARGETS)
+        raise UserError(
+            f"--lora-targets {' '.join(of_experts)}: {architecture.family.name} has dense layers or shared experts "
+            f"beside its experts, whose adapters PEFT would drop; give --lora-targets {fit}"
+        )
     if architecture.num_experts is not None and 0 < len(of_experts) < len(EXPERT_TARGETS):
         raise UserError(
             f"--lora-targets has {' and '.join(of_experts)} alone: the model has experts, and PEFT would drop an "

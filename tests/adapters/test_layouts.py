@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], Lora]] = {
     "attention": ("Qwen3", {"head_dim": 16}, ATTENTION),
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, Lora(3, 5.0, rslora=True)),
     "mixtral": ("Mixtral", EXPERTS, LORA),
-    "glm": ("Glm4Moe", GLM, LORA),
+    "glm": ("Glm4Moe", GLM, ATTENTION),
     "gemma2": (
         "Gemma2",
         {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 1.0, "pad_token_id": None},
