@@ -142,8 +142,9 @@ def changed_model(inputs: Inputs, **config: Any) -> Path:
 
 def unsupported_model(inputs: Inputs) -> Wrong:
     checkpoint = changed_model(inputs, model_type="mamba")
-    words = ["model_type 'mamba'; supported are ", " llama, ministral, mistral, mixtral, "]
-    return Wrong({"hf_checkpoint": checkpoint}, words)
+    return Wrong(
+        {"hf_checkpoint": checkpoint}, ["model_type 'mamba'; supported are ", " ministral, mistral, mixtral, "]
+    )
 
 
 def longer_than_the_scaled_context(inputs: Inputs) -> Wrong:
