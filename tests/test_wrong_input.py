@@ -31,8 +31,7 @@ class Wrong:
 
 
 def missing_data(inputs: Inputs) -> Wrong:
-    path = inputs.folder / "absent.jsonl"
-    return Wrong({"train_data": path}, [f"{path}: there is no such file", "check the path"])
+    return Wrong({"train_data": inputs.folder / "absent.jsonl"}, ["absent.jsonl: there is no such file", "check the"])
 
 
 def missing_validation_data(inputs: Inputs) -> Wrong:

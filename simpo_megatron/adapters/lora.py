@@ -84,6 +84,12 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
             )
         if target not in TARGETS:
             raise UserError(f"--lora-targets {target} is not a projection of the model; use {', '.join(TARGETS)}")
+    present = [name for entry in architecture.weights for name in projections(entry)]
+    if absent := [target for target in lora.targets if target not in present]:
+        raise UserError(
+            f"--lora-targets {' '.join(absent)}: {architecture.family.name} has no such projections to adapt; give "
+            f"--lora-targets {' '.join(dict.fromkeys(present))}"
+        )
     narrow = architecture.transformer["hidden_size"]
     if lora.rank > narrow:
         raise UserError(f"--lora-rank {lora.rank} exceeds the hidden size {narrow} of the model; lower it")
@@ -95,6 +101,13 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
                 f"--lora-targets {' '.join(_adaptable(architecture))}"
             )
     of_experts = [target for target in EXPERT_TARGETS if target in lora.targets]
+    beside = [one for one in architecture.weights if not one.experts and set(projections(one)) & set(EXPERT_TARGETS)]
+    if of_experts and architecture.num_experts is not None and beside:
+        fit = " ".join(name for name in dict.fromkeys(present) if name not in EXPERT_TARGETS)
+        raise UserError(
+            f"--lora-targets {' '.join(of_experts)}: {architecture.family.name} has dense layers or shared experts "
+            f"beside its experts, whose adapters PEFT would drop; give --lora-targets {fit}"
+        )
     if architecture.num_experts is not None and 0 < len(of_experts) < len(EXPERT_TARGETS):
         raise UserError(
             f"--lora-targets has {' and '.join(of_experts)} alone: the model has experts, and PEFT would drop an "

@@ -59,7 +59,7 @@ def not_expressible(architecture: Architecture) -> list[str]:
         ]
     if rope.kind == "linear" and rope.factor != int(rope.factor):
         found.append(f"linear rope scaling by {rope.factor:g}: Megatron-LM takes whole numbers")
-    if rope.kind in OWN_ROPES:
+    if rope.kind in OWN_ROPES and not _has_megatrons_yarn(architecture):
         found.append(f"rope scaling {rope.kind!r}: Megatron-LM has no argument for it")
     if rope.theta != int(rope.theta):
         found.append(f"rope theta {rope.theta!r}: Megatron-LM takes whole numbers")
@@ -68,6 +68,17 @@ def not_expressible(architecture: Architecture) -> list[str]:
         for name, value in architecture.additions.as_dict().items()
     ]
     return found
+
+
+def _has_megatrons_yarn(architecture: Architecture) -> bool:
+    """Whether the model has the YaRN of Megatron's latent attention, with the values that have no flags."""
+    rope = architecture.rope
+    return (
+        bool(architecture.transformer.get("multi_latent_attention"))
+        and (rope.kind, rope.original_max_position_embeddings, rope.attention_factor) == ("yarn", 4096, None)
+        and (rope.beta_fast or 32, rope.beta_slow or 1, rope.truncate is False) == (32, 1, False)
+        and (rope.mscale is None) == (rope.mscale_all_dim is None)
+    )
 
 
 def flags(args: dict[str, Any]) -> list[str]:

@@ -164,7 +164,9 @@ def _check_experts_of_stages(pattern: list[int] | None, stages: list[list[range]
     Megatron's optimizer of the experts is empty there. Rank 0 writes for all how many steps it has taken, and an empty
     one does not know; with torch's Adam it asserts (`distrib_optimizer.py`, `state_dict`).
     """
-    for stage, chunks in enumerate(stages if pattern and any(pattern) else ()):
+    if not pattern or not any(pattern):
+        return
+    for stage, chunks in enumerate(stages):
         if not any(pattern[layer] for layers in chunks for layer in layers):
             layers = ", ".join(str(layer) for chunk in chunks for layer in chunk)
             raise UserError(

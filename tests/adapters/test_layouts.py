@@ -13,7 +13,7 @@ from simpo_megatron.adapters.lora import Lora
 from tests.support.adapters import ATTENTION, LORA, merge, oracle, random_adapter, run_layout
 from tests.support.distributed import LOCAL, NEWEST, WorkerPool
 from tests.support.steps import CASES, one_thread, relative_error
-from tests.support.tiny import EXPERTS, make_checkpoint
+from tests.support.tiny import EXPERTS, GLM, make_checkpoint
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], Lora]] = {
     "attention": ("Qwen3", {"head_dim": 16}, ATTENTION),
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, Lora(3, 5.0, rslora=True)),
     "mixtral": ("Mixtral", EXPERTS, LORA),
+    "glm": ("Glm4Moe", GLM, ATTENTION),
     "gemma2": (
         "Gemma2",
         {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 1.0, "pad_token_id": None},
@@ -53,6 +54,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts, one": ("mixtral", 1, {}),
     "experts, ep2": ("mixtral", 2, EP2),
     "experts, tp2 sp": ("mixtral", 2, SP),
+    "shared experts, tp2 sp": ("glm", 2, SP),
     "experts, tp2 sp whole": ("mixtral", 2, {**SP, **WHOLE, **SHARDED}),
     "experts, dp2, each over 2": ("mixtral", 2, {"expert_tensor_parallel_size": 2}),
     "experts, tp2 sp ep2": ("mixtral", 4, {**SP, **EP2, **SHARDED}),

@@ -43,7 +43,7 @@ def logits(model: Any) -> Tensor:
         ("qwen3", ATTENTION),
         ("mistral", LORA),
         ("mixtral", Lora(4, 3.0, rslora=True, dropout=0.1)),  # PEFT can have neither after it has joined the experts
-        ("qwen3_moe", LORA),
+        ("qwen3_moe_plain", LORA),
     ],
 )
 def test_peft_computes_the_same(name: str, lora: Lora, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_the_oracle_has_pefts_gradients(tmp_path: Path) -> None:
     assert all(relative_error(found[name], gradients[name]) < 1e-5 for name in gradients)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_plain"])
 def test_experts_that_peft_has_joined_are_read(name: str, tmp_path: Path) -> None:
     """`target_parameters` is transformers 5's own form: one tensor for the factors of all experts of a layer."""
     model = tiny.make(name, tmp_path / "base", num_hidden_layers=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -68,6 +69,15 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
         ("phi3", {"resid_pdrop": 0.1}, ["resid_pdrop to 0.1", "without dropout"]),
         ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ["'linear'", "'longrope' or none"]),
         ("glm4", {"attention_dropout": 0.1}, ["attention_dropout to 0.1"]),
+        ("deepseek_v3", {"norm_topk_prob": False}, ["norm_topk_prob to False"]),
+        ("deepseek_v3", {"topk_method": "greedy"}, ["topk_method to 'greedy'"]),
+        ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave to False"]),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps to 1e-05", "1e-6"]),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "dequantize"]),
+        ("deepseek_v3", {"n_group": 3}, ["n_group to 3", "8 experts"]),
+        ("deepseek_v2", {"norm_topk_prob": True}, ["norm_topk_prob to True"]),
+        ("deepseek_v2", {"attention_bias": True}, ["attention_bias to True"]),
+        ("deepseek_v2", {"head_dim": 64}, ["head_dim to 64", "qk_rope_head_dim"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise to 0.1", "set it to 0"]),
         ("mixtral", {"num_experts_per_tok": 9}, ["num_experts_per_tok to 9", "4 experts"]),
         ("llama", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
@@ -258,6 +268,15 @@ def test_tensors_are_checked(tensors: dict[str, Any], words: list[str], tmp_path
     with pytest.raises(UserError) as raised:
         check_tensors(read_hf_checkpoint(tmp_path))
     assert all(word in str(raised.value) for word in words)
+
+
+@pytest.mark.parametrize("more, words", [(1, None), (0, "does not use: model.layers.4.input_layernorm")])
+def test_layers_that_predict_more_tokens_are_not_read(more: int, words: str | None, tmp_path: Path) -> None:
+    tiny.make("deepseek_v3", tmp_path)
+    change_config(tmp_path, num_nextn_predict_layers=more, num_mtp_layers=None)
+    change_tensors(tmp_path, **{"model.layers.4.input_layernorm.weight": torch.ones(48)})
+    with contextlib.nullcontext() if words is None else pytest.raises(UserError, match=words):
+        check_tensors(read_hf_checkpoint(tmp_path))
 
 
 def test_tensors_without_information_are_ignored(tmp_path: Path) -> None:

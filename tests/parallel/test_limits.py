@@ -57,6 +57,17 @@ SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
             },
             "need overlap_p2p_comm",
         ),
+        (
+            "deepseek_v3",
+            {"pipeline_model_parallel_size": 4},
+            "pipeline stage 0 would hold the layers 0, which have no experts: .* smaller --pipeline-model-parallel",
+        ),
+        ("deepseek_v3", {"recompute_modules": ["moe_act"]}, "moe_act needs Transformer Engine's layers"),
+        (
+            "glm4_moe",
+            {"recompute_modules": ["mla_up_proj"]},
+            "mla_up_proj needs multi-latent attention, which",
+        ),
         ("llama", {"moe_aux_loss_coeff": 0.5}, "--moe-aux-loss-coeff 0.5 needs a model with experts"),
         ("llama", {"expert_model_parallel_size": 2}, "--expert-model-parallel-size 2 needs a model with experts"),
         ("llama", {"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size 2 needs a model with experts"),

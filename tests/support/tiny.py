@@ -37,6 +37,16 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# GLM-4.5 in small: a dense layer, then experts of which one is shared; half of a head is rotated.
+GLM = {
+    "head_dim": 16,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 # DeepSeek-V3 in small: queries and keys of 10, values of 5; a dense layer, then experts of which one is shared.
 LATENT = {
     "num_key_value_heads": 4,
