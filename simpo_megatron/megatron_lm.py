@@ -17,11 +17,9 @@ exchange the shapes, for which they wait at every transfer.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,14 +37,14 @@ from simpo_megatron.data import Pairs
 from simpo_megatron.errors import UserError
 from simpo_megatron.head.layer import LogProbHead
 from simpo_megatron.models.attention import PackedAttention
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint, read_hf_checkpoint
 from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_rows, check_shared_prompts
-from simpo_megatron.settings import flag, parse_size
+from simpo_megatron.settings import parse_size
 from simpo_megatron.step import PreferenceStep
 from simpo_megatron.trainer.data import load_data
 from simpo_megatron.trainer.megatron_lm_baseline import carried, note
+from simpo_megatron.trainer.megatron_lm_model import check_architecture, hf_checkpoint
 from simpo_megatron.trainer.reference_source import known_reference
 
 ARGS_DEFAULTS = {"dataloader_type": "external", "micro_batch_size": 1, "tokenizer_type": "HuggingFaceTokenizer"}
@@ -105,7 +103,7 @@ def check_args(args: Any) -> None:
     chosen = objective(args)
     if args.share_prompts:
         check_shared_prompts(chosen.responses, args.context_parallel_size, args.transformer_impl != "local")
-    _check_architecture(args, hf_checkpoint(args))
+    check_architecture(args, hf_checkpoint(args))
 
 
 def _layout(args: Any) -> ParallelConfig:
@@ -116,46 +114,6 @@ def _layout(args: Any) -> ParallelConfig:
         sequence_parallel=args.sequence_parallel,
         variable_seq_lengths=args.pipeline_model_parallel_size == 1 or args.simpo_variable_seq_lengths,
     )
-
-
-def hf_checkpoint(args: Any) -> HFCheckpoint:
-    """The Hugging Face checkpoint that --tokenizer-model names: tokenizer, chat template and unpadded vocabulary.
-
-    Raises:
-        UserError: the flag is missing, or the checkpoint cannot be read.
-    """
-    if args.tokenizer_model is None:
-        raise UserError(
-            "--tokenizer-model is missing; give the folder of the Hugging Face checkpoint that the weights came from"
-        )
-    return _read_once(Path(args.tokenizer_model))
-
-
-@functools.cache
-def _read_once(path: Path) -> HFCheckpoint:
-    """Reads the headers of the checkpoint once: every microbatch asks for the vocabulary."""
-    return read_hf_checkpoint(path)
-
-
-def _check_architecture(args: Any, hf: HFCheckpoint) -> None:
-    """Compares those of Megatron-LM's arguments with config.json that are in both, and refuses what has none."""
-    if beyond := hf.architecture.additions.as_dict():
-        raise UserError(
-            f"{hf.path} is a model with {', '.join(beyond)}, for which Megatron-LM has no arguments: it would compute "
-            "another model; train it with simpo_megatron.train"
-        )
-    wanted = hf.architecture.transformer
-    names = {"num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_attention_heads"}
-    names |= {"num_query_groups": "num_query_groups", "kv_channels": "kv_channels", "num_moe_experts": "num_experts"}
-    for key, name in names.items():
-        given = getattr(args, name, None)
-        if name == "num_query_groups" and not args.group_query_attention:
-            given = args.num_attention_heads
-        if key in wanted and given != wanted[key]:
-            raise UserError(
-                f"{flag(name)} {given}, but {hf.path} has {wanted[key]}; use the arguments of that model (they are in "
-                "megatron_args.yaml, which tools/hf_to_megatron.py writes beside the weights)"
-            )
 
 
 def with_logprob_head(model_provider: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,9 +154,10 @@ def _pack_attention(model: torch.nn.Module) -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     for module in model.modules():
-        old = getattr(module, "core_attention", None)
+        old: Any = getattr(module, "core_attention", None)
         if isinstance(old, DotProductAttention):
-            module.core_attention = PackedAttention(old.config, softmax_scale=old.config.softmax_scale)
+            scale = old.config.softmax_scale
+            module.core_attention = PackedAttention(old.config, old.layer_number, softmax_scale=scale)
 
 
 def train_valid_test_datasets_provider(

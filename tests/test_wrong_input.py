@@ -145,6 +145,15 @@ def unsupported_model(inputs: Inputs) -> Wrong:
     return Wrong({"hf_checkpoint": checkpoint}, words)
 
 
+def longer_than_the_scaled_context(inputs: Inputs) -> Wrong:
+    checkpoint = inputs.copy_checkpoint()
+    config = json.loads((checkpoint / "config.json").read_text())
+    scaling = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}
+    (checkpoint / "config.json").write_text(json.dumps({**config, **scaling}))
+    words = ["--max-length 65: with the 'dynamic' rope scaling", "more than 64 tokens", "set it to 64 or less"]
+    return Wrong({"hf_checkpoint": checkpoint, "seq_length": 256, "max_length": 65}, words)
+
+
 def save_below_a_file(inputs: Inputs) -> Wrong:
     folder = inputs.data / "run"
     return Wrong({"save": folder}, [f"--save {folder} cannot be written", "choose a folder that can"])
@@ -280,6 +289,7 @@ WRONG: list[Callable[[Inputs], Wrong]] = [
     missing_shard,
     missing_checkpoint,
     unsupported_model,
+    longer_than_the_scaled_context,
     save_below_a_file,
     save_without_permission,
     export_below_a_file,

@@ -13,9 +13,9 @@ fusions.py        which fused kernels and which attention a model runs with
 norms.py          norms of queries and keys over all heads
 spec.py           the layers: Transformer Engine's, or Megatron's on plain torch with RMSNorm and packed attention
 attention.py      attention over packed rows on plain torch, also under context parallelism
-attention_blocks.py  attention block by block: a mask for a part of the queries, and capped scores
+attention_blocks.py  the parts of it that no fused attention computes: blocks of queries, capped scores
 latent_attention.py  multi-latent attention over packed rows
-rotary.py         the rotary embeddings of built models
+rotary.py         the rotary embedding of a built model; the layers with a window may have their own
 routing.py        routing that is limited to groups of experts
 shared_prompts.py what attention and rotary embedding need for rows in which a pair's prompt stands once
 build.py          the TransformerConfig and the GPTModels of this rank

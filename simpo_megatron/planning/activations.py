@@ -83,7 +83,7 @@ def _attention(
     width, heads = model["kv_channels"], model["num_attention_heads"] // tensor
     groups = model["num_query_groups"]
     q, k, v = heads * width, max(groups // tensor, 1) * width, heads * architecture.value_head_dim
-    kept = 4.0 * rotary_dim(architecture.rope, architecture.rotary_head_dim)  # of queries and keys, cosine and sine
+    kept = 4.0 * rotary_dim(architecture.rope, architecture.rotary_head_dim)  # cosine and sine for queries and for keys
     kept += v  # attention's output, which the next projection reads
     if not fused and not _scored_again(additions, recomputed):
         kept += v  # torch attends one sequence at a time and keeps the pieces

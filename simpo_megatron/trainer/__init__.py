@@ -17,6 +17,7 @@ low_precision.py   FP8 in the layers: what the model and the machine must have
 optimizer.py       Megatron's optimizer: Adam's constants, dtypes and places of its state
 engine.py          `Engine`: DDP, optimizer, schedule; `train_step` and `evaluate`
 pass_through.py    fields of Megatron's configurations from text
+megatron_lm_model.py  the model in Megatron-LM's `pretrain()`, and whether the arguments fit it
 megatron_lm_baseline.py  the baseline of an objective in Megatron-LM's `pretrain()`
 scoring.py         summed log-probs of a whole data set; its evaluation
 reference.py       reference log-probs of the pairs, for objectives that compare with a reference model

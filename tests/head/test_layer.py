@@ -163,18 +163,15 @@ def check_frozen_parts_get_no_gradient() -> None:
 
 def check_a_cap_forgotten_in_the_gradient_is_seen() -> None:
     """The value is right and the gradient is not: the derivative of the cap is left out."""
-    problem = Problem(((3, 4, 5), (0, 6, 2)), softcap=2.5)
+    problem, write = Problem(((3, 4, 5), (0, 6, 2)), softcap=2.5), slabs.write_gradient_
     value, _, grad_hidden, _ = problem.oracle(sigmoid)
-    write = slabs.write_gradient_
-    slabs.write_gradient_ = lambda logits, *rest: write(logits.copy_(kernels.soft_cap(logits, 2.5)), *rest[:-1])
-    try:
-        head, weight = build_head(problem, 1, False, 1, 9 * POSITION_BYTES)
+    head, weight = build_head(problem, 1, False, 1, 9 * POSITION_BYTES)
+    with pytest.MonkeyPatch.context() as patch:
+        forgotten = lambda logits, *rest: write(logits.copy_(kernels.soft_cap(logits, 2.5)), *rest[:-1])  # noqa: E731
+        patch.setattr(slabs, "write_gradient_", forgotten)
         got, _, tokens, got_hidden = score(problem, head, weight, sigmoid)
-    finally:
-        slabs.write_gradient_ = write
     torch.testing.assert_close(got, value)
-    with pytest.raises(AssertionError, match="not close"):
-        torch.testing.assert_close(got_hidden[: len(tokens), 0], grad_hidden[tokens])
+    assert not torch.allclose(got_hidden[: len(tokens), 0], grad_hidden[tokens], rtol=0.1)
 
 
 def check_without_a_task_it_is_the_old_layer() -> None:

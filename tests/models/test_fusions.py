@@ -44,6 +44,9 @@ def test_transformer_engine_on_a_gpu_brings_its_kernels() -> None:
     assert chosen(Kernels(), True, False) == (True, True, False)
     assert chosen(Kernels(), False, True) == (False, False, False)
     assert chosen(Kernels(False, False, False), True, True) == (False, False, False)
+    assert chosen(Kernels(), True, False, False) == (True, False, False)  # a rotary embedding that the kernel lacks
+    with pytest.raises(UserError, match="--rope-fusion needs a model without interleaved rotary embedding"):
+        kernel_fields(Kernels(rope_fusion=True), True, False, False)
 
 
 def test_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

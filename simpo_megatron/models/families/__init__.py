@@ -5,13 +5,13 @@ dense.py      what the dense families share: RMSNorm, grouped-query attention wi
 biases.py     `attention_bias` and `mlp_bias`
 windows.py    sliding windows of some layers
 moe.py        what the mixture-of-experts families share: router and experts
-gemma2.py     Gemma-2
-gemma3.py     Gemma-3, text
-glm.py        GLM-4
 routed.py     what DeepSeek and GLM-4.5 share: dense layers first, shared experts, groups of experts
 latent.py     what DeepSeek-V2 and V3 share: multi-latent attention
 deepseek_v2.py  DeepSeek-V2 and V2-Lite
 deepseek_v3.py  DeepSeek-V3 and R1
+gemma2.py     Gemma-2
+gemma3.py     Gemma-3, the text model
+glm.py        GLM-4
 glm4_moe.py   GLM-4.5 and GLM-4.5-Air
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window
