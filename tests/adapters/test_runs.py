@@ -11,13 +11,17 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from simpo_megatron.adapters.lora import Lora, adapted_table
+from simpo_megatron.adapters.lora import Lora, adapted_table, check_lora
+from simpo_megatron.errors import UserError
+from simpo_megatron.models.families.registry import family_of
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from simpo_megatron.planning.flops import forward_flops
+from tests.support import families
 from tests.support.adapters import gather_factors, random_adapter
 from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, run_main
@@ -251,6 +255,18 @@ SAID = (
     "parameters are trained",
     "--lr 1e-07 is a learning rate for training all weights",
 )
+
+
+def test_a_model_with_dense_layers_beside_experts_has_adapters_on_attention_alone() -> None:
+    """PEFT with transformers 5 adapts the routed experts, and drops the adapters of dense layers and shared experts."""
+    for name, words in (
+        ("qwen3_moe", "give --lora-targets q_proj k_proj v_proj o_proj"),
+        ("deepseek_v3", "no such proj"),
+    ):
+        prefix, own = families.MODELS[name]
+        config = getattr(transformers, f"{prefix}Config")(**{**families.SIZES, **own}).to_dict()
+        with pytest.raises(UserError, match=words):
+            check_lora(Lora(4, 8.0), family_of(config).architecture(config))
 
 
 def run_each(commands: list[list[str]]) -> list[tuple[int, str, str]]:

@@ -95,8 +95,14 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "different dtypes",
     ),
     "shapes against config": (lambda hf: edit_json(hf / "config.json", intermediate_size=64), "shape"),
-    "layers against config": (lambda hf: edit_json(hf / "config.json", num_hidden_layers=5), "layers.4"),
-    "fewer layers than weights": (lambda hf: edit_json(hf / "config.json", num_hidden_layers=3), "does not use"),
+    "layers against config": (
+        lambda hf: edit_json(hf / "config.json", num_hidden_layers=5, layer_types=None),
+        "layers.4",
+    ),
+    "fewer layers than weights": (
+        lambda hf: edit_json(hf / "config.json", num_hidden_layers=3, layer_types=None),
+        "does not use",
+    ),
     "unknown architecture": (lambda hf: edit_json(hf / "config.json", model_type="gemma3"), "gemma3"),
     "unknown rope": (lambda hf: edit_json(hf / "config.json", rope_parameters={"rope_type": "yarn"}), "yarn"),
     "a tensor too many": (lambda hf: edit_tensors(hf, lambda t: t.update(spare=torch.zeros(2))), "spare"),
