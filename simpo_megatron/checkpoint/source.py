@@ -133,8 +133,9 @@ def _read_bin(path: Path) -> dict[str, HFTensor]:
     file = read_torch_file(path)
     if not isinstance(file.content, dict):
         raise UserError(f"{path} does not hold a state dict; give the file that from_pretrained reads")
-    return {
+    found = {
         name: HFTensor(path, tensor.shape, tensor.dtype, file.place(tensor))
         for name, tensor in file.content.items()
         if isinstance(tensor, PickledTensor)
     }
+    return {name: replace(tensor, length=tensor_bytes(tensor)) for name, tensor in found.items()}

@@ -8,6 +8,7 @@ part_layout.py    how Hugging Face tensors form one parameter, and its slices on
 rope.py           rotary frequencies as the config asks for them
 megatron_args.py  an architecture under Megatron-LM's argument names, and back. No torch, no Megatron
 hf_checkpoint.py  a checkpoint directory: its config, and names, shapes and files of its tensors. No torch, no Megatron
+tied_output.py    an output layer beside the embedding that it is tied to. No torch, no Megatron
 dtypes.py         torch's dtypes by the names of safetensors
 fusions.py        which fused kernels and which attention a model runs with
 norms.py          norms of queries and keys over all heads

@@ -3,7 +3,8 @@
     hf = read_hf_checkpoint(path)
     check_tensors(hf)
 
-Only JSON and the headers of safetensors files are read, never a weight, without torch and Megatron. So a missing or
+Only JSON and the headers of safetensors files are read, without torch and Megatron, and no weight but those that
+`tied_output.py` compares. So a missing or
 mis-shaped tensor is known before anything is built or written.
 """
 
@@ -21,6 +22,7 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids, read_json
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.families.registry import family_of
+from simpo_megatron.models.tied_output import OUTPUT_LAYER, check_tied_output
 from simpo_megatron.models.weight_table import WeightEntry
 
 INDEX = "model.safetensors.index.json"
@@ -189,7 +191,8 @@ def check_tensors(hf: HFCheckpoint, table: Iterable[WeightEntry] | None = None) 
         table: the weight table; None for that of its architecture.
 
     Raises:
-        UserError: a tensor is missing, has another shape than config.json implies, or would not be used.
+        UserError: a tensor is missing, has another shape than config.json implies, or would not be used, or an output
+            layer is not the embedding that it is tied to.
     """
     expected = dict(expected_tensors(hf, table))
     for name, shape in expected.items():
@@ -208,6 +211,7 @@ def check_tensors(hf: HFCheckpoint, table: Iterable[WeightEntry] | None = None) 
             f"{hf.path} has tensors that {hf.architecture.family.name} does not use: {', '.join(unused[:5])}{more}; "
             "loading without them would train another model"
         )
+    check_tied_output(hf)
 
 
 def expected_tensors(
@@ -222,7 +226,7 @@ def expected_tensors(
 
 def _ignored(name: str, hf: HFCheckpoint) -> bool:
     """Whether a tensor repeats what is known (rotary frequencies, a copy of the tied embedding), or is not read."""
-    repeats = name.endswith("rotary_emb.inv_freq") or (hf.architecture.tied and name == "lm_head.weight")
+    repeats = name.endswith("rotary_emb.inv_freq") or (hf.architecture.tied and name == OUTPUT_LAYER)
     return repeats or name.startswith(hf.architecture.family.unread(hf.config))
 
 

@@ -90,6 +90,8 @@ _MAY_HAVE = {
 def read_rope(config: dict[str, Any]) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before), for whole heads.
 
+    As in transformers, `rope_scaling` takes the place of `rope_parameters` where config.json has both.
+
     Raises:
         UserError: a scaling whose frequencies are not known, or one that lacks a value; heads that are rotated in part,
             or several embeddings for one model.
@@ -105,7 +107,7 @@ def read_rope(config: dict[str, Any]) -> Rope:
 
 def read_partial_rope(config: dict[str, Any]) -> Rope:
     """`read_rope` for families that may rotate only the first dimensions of a head."""
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if nested := sorted(name for name, value in given.items() if isinstance(value, dict)):
         raise UserError(
             f"config.json has rope_parameters for {' and '.join(nested)}; a {config.get('model_type')!r} model has one "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -53,7 +54,26 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
     new = read_hf_checkpoint(tmp_path).architecture.rope
     change_config(tmp_path, rope_parameters=None, rope_theta=500000.0, rope_scaling=tiny.LLAMA3)
     assert read_hf_checkpoint(tmp_path).architecture.rope == new
+    change_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 777.0})  # beside the older keys
+    assert read_hf_checkpoint(tmp_path).architecture.rope == new
     assert (new.theta, new.kind, new.original_max_position_embeddings) == (500000.0, "llama3", 32)
+
+
+# One model of every family: none trains with dropout.
+DROPPING = (
+    "llama",
+    "mistral",
+    "ministral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "olmo3",
+)
+DROPPING += ("phi3", "glm", "glm4", "glm4_moe", "deepseek_v2", "deepseek_v3")
 
 
 @pytest.mark.parametrize(
@@ -66,9 +86,9 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
         ("llama", {"rms_norm_eps": []}, ["config.json holds a value of the wrong kind"]),
         ("llama", {"head_dim": "wide"}, ["head_dim", "'wide'"]),
         ("llama", {"num_key_value_heads": -4}, ["num_key_value_heads", "-4"]),
+        *((name, {"attention_dropout": 0.1}, ["attention_dropout to 0.1", "without dropout"]) for name in DROPPING),
         ("phi3", {"resid_pdrop": 0.1}, ["resid_pdrop to 0.1", "without dropout"]),
         ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ["'linear'", "'longrope' or none"]),
-        ("glm4", {"attention_dropout": 0.1}, ["attention_dropout to 0.1"]),
         ("deepseek_v3", {"norm_topk_prob": False}, ["norm_topk_prob to False"]),
         ("deepseek_v3", {"topk_method": "greedy"}, ["topk_method to 'greedy'"]),
         ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave to False"]),
@@ -120,6 +140,10 @@ def test_old_and_new_rope_settings_read_alike(tmp_path: Path) -> None:
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             ["'linear' in the layers with a window"],
         ),
+        *(
+            (name, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["type to 'linear'", "name it rope_type"])
+            for name in ("gemma3", "olmo3")
+        ),
         ("gemma3", {"model_type": "gemma3", "text_config": {}}, ["'gemma3'", "text model alone"]),
     ],
 )
@@ -154,6 +178,14 @@ PUBLISHED: list[dict[str, Any]] = [
         "rope_local_base_freq": 2e4,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
+    {
+        "model_type": "gemma3_text",
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 3e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
     {"model_type": "gemma3_text"},
 ]
 
@@ -162,12 +194,14 @@ PUBLISHED: list[dict[str, Any]] = [
 def test_keys_that_are_absent_have_the_values_of_transformers(own: dict[str, Any]) -> None:
     import transformers
 
-    config = {**{key: value for key, value in tiny.SIZES.items() if key != "max_position_embeddings"}, **own}
-    theirs: Any = transformers.AutoConfig.for_model(**config)
+    absent = ("max_position_embeddings", "num_key_value_heads")
+    config = {**{key: value for key, value in tiny.SIZES.items() if key not in absent}, **own}
+    theirs: Any = transformers.AutoConfig.for_model(**copy.deepcopy(config))  # it changes what it is given
     ours = family_of(config).architecture(config)
     assert [window is not None for window in ours.windows] == [kind != "full_attention" for kind in theirs.layer_types]
     assert {window for window in ours.windows if window} <= {theirs.sliding_window}
     assert ours.transformer["kv_channels"] == theirs.head_dim
+    assert ours.transformer["num_query_groups"] == theirs.num_key_value_heads
     assert ours.transformer["softmax_scale"] == theirs.query_pre_attn_scalar**-0.5
     assert (ours.tied, ours.max_position_embeddings) == (theirs.tie_word_embeddings, theirs.max_position_embeddings)
     assert ours.additions.attention_softcap == theirs.attn_logit_softcapping
@@ -281,8 +315,19 @@ def test_layers_that_predict_more_tokens_are_not_read(more: int, words: str | No
 
 def test_tensors_without_information_are_ignored(tmp_path: Path) -> None:
     tiny.make("llama_tied", tmp_path)
-    change_tensors(
-        tmp_path,
-        **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3), "lm_head.weight": torch.ones(tiny.VOCAB, 48)},
-    )
+    frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(tmp_path, **{frequencies: torch.ones(3), "lm_head.weight": embedding})
     check_tensors(read_hf_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gemma2"])
+def test_an_output_layer_that_is_not_the_embedding_it_is_tied_to_is_refused(name: str, tmp_path: Path) -> None:
+    """In transformers 5 both are used, whatever config.json says."""
+    tiny.make(name, tmp_path)
+    other = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()
+    other[-1, -1] += 1
+    change_tensors(tmp_path, **{"lm_head.weight": other})
+    change_config(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"tie_word_embeddings.*lm_head\.weight.* is not the embedding"):
+        check_tensors(read_hf_checkpoint(tmp_path))

@@ -31,9 +31,10 @@ def dense_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of TransformerConfig that every dense family has.
 
     Raises:
-        UserError: an activation or attention is not supported, or config.json lacks a value.
+        UserError: an activation, dropout or attention is not supported, or config.json lacks a value.
     """
     refuse(config, "hidden_act", "silu", fix="only SwiGLU models (silu) run")
+    refuse(config, "attention_dropout", 0.0, None, fix="set it to 0: preference optimisation runs without dropout")
     if other := set(config.get("layer_types") or ()) - {"full_attention"}:
         raise UserError(
             f"config.json lists {', '.join(sorted(other))} in layer_types; only full attention in every layer runs"

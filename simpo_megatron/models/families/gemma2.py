@@ -131,6 +131,7 @@ GEMMA2 = Family(
     gemma_megatron_args,
     additions=gemma_additions,
     defaults={
+        "num_key_value_heads": 4,
         "head_dim": 256,
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": 256,

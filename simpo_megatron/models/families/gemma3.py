@@ -21,7 +21,7 @@ from simpo_megatron.models.families.gemma2 import (
     gemma_megatron_args,
     gemma_weights,
 )
-from simpo_megatron.models.families.windows import FULL, SLIDING
+from simpo_megatron.models.families.windows import FULL, SLIDING, scaling_of_full
 from simpo_megatron.models.rope import Rope, read_rope
 
 
@@ -43,7 +43,8 @@ def _ropes(config: dict[str, Any]) -> dict[str, Any]:
 
 def _rope(config: dict[str, Any]) -> Rope:
     """The rotary embedding of the layers without a window."""
-    return read_rope({**config, "rope_parameters": _ropes(config).get(FULL)})
+    parameters = {**(_ropes(config).get(FULL) or {}), **scaling_of_full(config)}
+    return read_rope({**config, "rope_scaling": None, "rope_parameters": parameters})
 
 
 def _additions(config: dict[str, Any]) -> Additions:
@@ -75,6 +76,7 @@ GEMMA3 = Family(
     additions=_additions,
     rope=_rope,
     defaults={
+        "num_key_value_heads": 4,
         "head_dim": 256,
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": 256,

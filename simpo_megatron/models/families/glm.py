@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from simpo_megatron.models.additions import Additions
-from simpo_megatron.models.architecture import Family, refuse, required
+from simpo_megatron.models.architecture import Family, required
 from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs, dense_weights, fused
 from simpo_megatron.models.megatron_args import default_config
 from simpo_megatron.models.part_layout import Copy
@@ -32,7 +32,6 @@ _POST_NORMS = {
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    refuse(config, "attention_dropout", 0.0, None, fix="set it to 0: preference optimisation runs without dropout")
     config = {**_DEFAULTS, **config}
     return {**dense_kwargs(config), "add_qkv_bias": bool(config["attention_bias"]), "rotary_interleaved": True}
 

@@ -23,7 +23,6 @@ from simpo_megatron.models.weight_table import WeightEntry
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     for name in ("attention_bias", "use_qk_norm"):
         refuse(config, name, False, True, None, fix="it is true or false; copy it from the original model")
-    refuse(config, "attention_dropout", 0.0, 0, None, fix="set it to 0")
     return {
         **routed_kwargs(config, sigmoid=True),
         "add_qkv_bias": bool(config.get("attention_bias")),

@@ -32,7 +32,6 @@ def latent_kwargs(config: dict[str, Any]) -> dict[str, Any]:
         UserError: config.json lacks a value, or asks for what Megatron's attention does not compute.
     """
     refuse(config, "attention_bias", False, None, fix="only models without biases run")
-    refuse(config, "attention_dropout", 0.0, 0, None, fix="set it to 0")
     rotated = required(config, "qk_rope_head_dim")
     refuse(config, "head_dim", rotated, None, fix="it is qk_rope_head_dim, the width that is rotated; remove it")
     # transformers normalises the latents with 1e-6, whatever the config says; Megatron has one value for all norms.

@@ -16,7 +16,14 @@ from simpo_megatron.models.architecture import Family, refuse, required
 from simpo_megatron.models.families.biases import bias_kwargs
 from simpo_megatron.models.families.dense import dense_kwargs
 from simpo_megatron.models.families.olmo2 import DEFAULTS, olmo_additions, olmo_config, olmo_weights
-from simpo_megatron.models.families.windows import FULL, SLIDING, listed_layer_types, listed_windows, window_kwargs
+from simpo_megatron.models.families.windows import (
+    FULL,
+    SLIDING,
+    listed_layer_types,
+    listed_windows,
+    scaling_of_full,
+    window_kwargs,
+)
 from simpo_megatron.models.rope import Rope, read_rope
 
 _THETA = 500000.0
@@ -44,7 +51,7 @@ def _rope(config: dict[str, Any], layer_type: str = FULL) -> Rope:
         refuse(config, "rope_theta", _THETA, fix=f"give rope_parameters for {FULL} and for {SLIDING}")
     parameters = dict(given.get(layer_type) or {})
     if layer_type == FULL:
-        parameters |= config.get("rope_scaling") or {}
+        parameters |= scaling_of_full(config)
     refuse(parameters, "truncate", True, None, fix="transformers ignores it here; remove it")
     context = {name: config.get(name) for name in ("model_type", "max_position_embeddings")}
     return read_rope({**context, "rope_parameters": {"rope_theta": _THETA, **parameters}})

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.architecture import required
+from simpo_megatron.models.architecture import refuse, required
 from simpo_megatron.models.megatron_args import need, windowed_layers
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -50,6 +50,17 @@ def listed_layer_types(config: dict[str, Any], default: Sequence[str]) -> Sequen
             f"config.json has {len(listed)} layer_types for {config['num_hidden_layers']} layers; copy it again"
         )
     return listed
+
+
+def scaling_of_full(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` of a model whose layers with a window have a rotary embedding of their own: of the other layers.
+
+    Raises:
+        UserError: it names its kind by the old key alone, which transformers does not read in these families.
+    """
+    scaling = config.get("rope_scaling") or {}
+    refuse(scaling, "type", None, scaling.get("rope_type"), fix="transformers ignores it here: name it rope_type")
+    return scaling
 
 
 def qwen_windows(config: dict[str, Any]) -> dict[str, Any]:
