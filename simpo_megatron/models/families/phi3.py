@@ -54,4 +54,12 @@ def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
     return config | ({} if context is None else {_CONTEXT: context})
 
 
-PHI3 = Family("Phi-3 and Phi-4", ("phi3",), _transformer_kwargs, _weights, _config, rope=_rope)
+PHI3 = Family(
+    "Phi-3 and Phi-4",
+    ("phi3",),
+    _transformer_kwargs,
+    _weights,
+    _config,
+    rope=_rope,
+    defaults={"max_position_embeddings": 4096},
+)
