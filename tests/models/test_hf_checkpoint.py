@@ -93,6 +93,8 @@ DROPPING += ("phi3", "glm", "glm4", "glm4_moe", "deepseek_v2", "deepseek_v3")
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps to 1e-05", "1e-6"]),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "dequantize"]),
         ("deepseek_v3", {"n_group": 3}, ["n_group to 3", "8 experts"]),
+        ("deepseek_v3", {"topk_group": 5}, ["topk_group to 5", "n_group to 4"]),
+        ("glm4_moe", {"topk_group": 0}, ["topk_group to 0", "not a positive integer"]),
         ("deepseek_v2", {"norm_topk_prob": True}, ["norm_topk_prob to True"]),
         ("deepseek_v2", {"attention_bias": True}, ["attention_bias to True"]),
         ("deepseek_v2", {"head_dim": 64}, ["head_dim to 64", "qk_rope_head_dim"]),

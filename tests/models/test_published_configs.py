@@ -111,3 +111,11 @@ def test_windows_and_rotary_embeddings_are_those_of_transformers(own: dict[str, 
     if windowed[0] is None:  # one embedding for all layers
         windowed = (ours.rope.theta, ours.rope.kind)
     assert windowed == (sliding["rope_theta"], sliding["rope_type"])
+
+
+def test_the_rope_base_of_mixtral_is_that_of_transformers() -> None:
+    import transformers
+
+    config = {**tiny.SIZES, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    theirs: Any = transformers.AutoConfig.for_model(**config)
+    assert family_of(config).architecture(config).rope.theta == theirs.rope_parameters["rope_theta"] == 1e6

@@ -69,7 +69,9 @@ def routed_additions(config: dict[str, Any], *, sigmoid: bool) -> Additions:
 
 def _groups(config: dict[str, Any]) -> tuple[int, int]:
     """Groups of experts, and how many of them a token may use; 1 and 1 without a limit."""
-    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+    groups, chosen = (1 if config.get(key) is None else required(config, key) for key in ("n_group", "topk_group"))
+    if chosen > groups:
+        raise UserError(f"config.json sets topk_group to {chosen}, but n_group to {groups}; copy the file again")
     return (groups, chosen) if config.get("topk_method") != "greedy" else (1, 1)
 
 
