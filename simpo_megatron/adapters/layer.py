@@ -152,10 +152,14 @@ class LinearAdapter(torch.nn.Module):
 
 
 def _add_adapter(linear: torch.nn.Module, inputs: Any, outputs: Any) -> Any:
-    """The forward hook of a layer with an adapter: Megatron's linear layers return the output and a bias."""
-    output, bias = outputs
-    x = inputs[0]
-    if isinstance(output, tuple):  # Transformer Engine's layer with its norm inside
-        output, x = output
+    """The forward hook of a layer with an adapter: Megatron's linear layers return the output and a bias.
+
+    Transformer Engine's layer with its norm inside also returns the normalised input: behind a bias that it has left to
+    the caller, else beside the output.
+    """
+    output, bias, *normed = outputs
+    if isinstance(output, tuple):
+        output, *normed = output
+    x = normed[0] if normed else inputs[0]
     adapter: Any = linear.adapter
     return adapter(x, output, *inputs[1:2]), bias

@@ -76,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 # Of Transformer Engine those that its own layers decide: the norm inside a layer, grouped experts, recomputation.
-ENGINE = ("tp2 sp", "qwen2, tp2", "pp2, recompute", "experts, tp2 sp", "experts, tp2 sp whole")
+ENGINE = ("tp2 sp", "biases, tp2", "pp2, recompute", "experts, tp2 sp", "experts, tp2 sp whole")
 RUNS = [
     *((LOCAL, name) for name in LAYOUTS),
     *(pytest.param(NEWEST, name, marks=pytest.mark.te) for name in ENGINE),
@@ -94,7 +94,7 @@ def test_loss_and_gradients(pool: WorkerPool, made: Made, layout: str) -> None:
         for name, value in evaluated.items():
             assert value == pytest.approx(wanted[name], rel=1e-5, abs=2e-5), name
         for name, gradient in found.items():
-            assert relative_error(gradient, gradients[name]) < 2e-5, name
+            assert relative_error(gradient, gradients[name]) < 3e-5, name
     assert set().union(*(rank[2] for rank in ranks)) == gradients.keys()
     assert all(torch.isfinite(tensor).all() for tensor in gradients.values())
 

@@ -14,6 +14,7 @@ from simpo_megatron.checkpoint.manifest import check_manifest
 from simpo_megatron.checkpoint.source import read_source
 from simpo_megatron.checkpoint.to_hf import read_checkpoint
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.hf_checkpoint import read_hf_config
 from tests.support import families as tiny
 from tests.support.checkpoints import argv, to_megatron
 from tools import verify_checkpoint
@@ -122,4 +123,4 @@ def test_the_manifest_is_compared_with_the_model(tmp_path: Path) -> None:
     for name, settings in changed.items():
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config | settings))
         with pytest.raises(UserError, match=f"says {name} "):
-            check_manifest(release, read_source(tmp_path / "hf"))
+            check_manifest(release, read_hf_config(tmp_path / "hf"))
