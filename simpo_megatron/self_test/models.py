@@ -71,6 +71,7 @@ OWN: dict[str, dict[str, Any]] = {  # by model_type
     "glm4_moe": {**_ROUTED, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5},
     "deepseek_v3": {**_LATENT, **_ROUTED, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
     "mistral": {"sliding_window": 8},
+    "ministral": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma2": {
         "sliding_window": 8,
         "query_pre_attn_scalar": 24,
