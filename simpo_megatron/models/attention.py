@@ -24,13 +24,13 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models import attention_blocks
 from simpo_megatron.models.attention_blocks import Capped, CappedAttention, blocks_of
+from simpo_megatron.models.rotary import has_window
 from simpo_megatron.models.shared_prompts import SharedPromptParams
 from simpo_megatron.parallel.context import positions, zigzag_slices
 
@@ -65,8 +65,7 @@ class PackedAttention(torch.nn.Module):
         if attention_type != "self":
             raise UserError(f"attention_type {attention_type!r} is not supported; only self attention runs here")
         self.scale, self.softcap = softmax_scale, softcap
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
-        self.window = config.window_size[0] + 1 if config.window_size and windowed else None
+        self.window = config.window_size[0] + 1 if config.window_size and has_window(config, layer_number) else None
         self.cp_group: Any = None
         if config.context_parallel_size > 1:
             self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp

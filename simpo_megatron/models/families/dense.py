@@ -144,3 +144,23 @@ def swiglu(config: dict[str, Any], bias: bool = False) -> tuple[WeightEntry, ...
         WeightEntry(f"{fc2}bias", (f"{down}bias",), ((hidden,),), Copy(), None),
     )
     return weights + biases if bias else weights
+
+
+def with_post_norms(
+    table: tuple[WeightEntry, ...], config: dict[str, Any], *, attention: str, feed_forward: str
+) -> tuple[WeightEntry, ...]:
+    """A weight table with the norms behind attention and feed-forward.
+
+    Args:
+        table: of the model without them.
+        config: config.json.
+        attention: the checkpoint's name of the module behind the attention.
+        feed_forward: the same behind the feed-forward.
+    """
+    shape = (required(config, "hidden_size"),)
+    norms = (
+        WeightEntry(f"{BLOCK}{module}.post_layernorm.weight", (f"{LAYER}{name}.weight",), (shape,), Copy(), None)
+        for module, name in (("self_attention.linear_proj", attention), ("mlp.linear_fc2", feed_forward))
+    )
+    embedding, *others = table
+    return (embedding, *norms, *others)

@@ -13,11 +13,20 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Architecture, Family, refuse, required
-from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs, dense_weights
+from simpo_megatron.models.families.dense import dense_kwargs, dense_weights, with_post_norms
 from simpo_megatron.models.families.windows import FULL, SLIDING, listed_layer_types, listed_windows, window_kwargs
 from simpo_megatron.models.megatron_args import default_config, default_megatron_args
-from simpo_megatron.models.part_layout import Copy
 from simpo_megatron.models.weight_table import WeightEntry
+
+# What transformers takes for keys that config.json of Gemma-2 or Gemma-3 may lack.
+GEMMA_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
 
 
 def gemma_kwargs(config: dict[str, Any], full_every: int) -> dict[str, Any]:
@@ -68,21 +77,14 @@ def gemma_weights(config: dict[str, Any], *, qk_norm: bool = False) -> tuple[Wei
         config: config.json, with the family's defaults.
         qk_norm: whether queries and keys are normalised head by head.
     """
-    hidden = (required(config, "hidden_size"),)
-    embedding, *others = (
+    table = tuple(
         replace(
             entry, hf=tuple(name.replace("post_attention_layernorm", "pre_feedforward_layernorm") for name in entry.hf)
         )
         for entry in dense_weights(config, qk_norm=qk_norm)
     )
-    post_norms = (
-        WeightEntry(f"{BLOCK}{module}.post_layernorm.weight", (f"{LAYER}{name}.weight",), (hidden,), Copy(), None)
-        for module, name in (
-            ("self_attention.linear_proj", "post_attention_layernorm"),
-            ("mlp.linear_fc2", "post_feedforward_layernorm"),
-        )
-    )
-    return (embedding, *post_norms, *others)
+    names = {"attention": "post_attention_layernorm", "feed_forward": "post_feedforward_layernorm"}
+    return with_post_norms(table, config, **names)
 
 
 def gemma_megatron_args(architecture: Architecture) -> dict[str, Any]:
@@ -131,14 +133,9 @@ GEMMA2 = Family(
     gemma_megatron_args,
     additions=gemma_additions,
     defaults={
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
+        **GEMMA_DEFAULTS,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
     },
 )

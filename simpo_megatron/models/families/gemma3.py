@@ -15,13 +15,14 @@ from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family, refuse, required
 from simpo_megatron.models.families.gemma2 import (
+    GEMMA_DEFAULTS,
     gemma_additions,
     gemma_config,
     gemma_kwargs,
     gemma_megatron_args,
     gemma_weights,
 )
-from simpo_megatron.models.families.windows import FULL, SLIDING, scaling_of_full
+from simpo_megatron.models.families.windows import FULL, SLIDING, scaling_of_full, unscaled_theta
 from simpo_megatron.models.rope import Rope, read_rope
 
 
@@ -49,14 +50,10 @@ def _rope(config: dict[str, Any]) -> Rope:
 
 def _additions(config: dict[str, Any]) -> Additions:
     of_windows = {"rope_theta": config["rope_local_base_freq"], "rope_parameters": _ropes(config).get(SLIDING)}
-    rope = read_rope({"model_type": config.get("model_type"), **of_windows})
-    if rope.kind != "default":
-        raise UserError(
-            f"config.json asks for rope scaling {rope.kind!r} in the layers with a window; they run without scaling"
-        )
+    theta = unscaled_theta(read_rope({"model_type": config.get("model_type"), **of_windows}))
     additions = gemma_additions(config)
     windowed = "window_size" in _kwargs(config)
-    return replace(additions, window_rope_theta=rope.theta if windowed else None)
+    return replace(additions, window_rope_theta=theta if windowed else None)
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -76,15 +73,10 @@ GEMMA3 = Family(
     additions=_additions,
     rope=_rope,
     defaults={
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
+        **GEMMA_DEFAULTS,
         "sliding_window_pattern": 6,
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
         "max_position_embeddings": 131_072,
-        "tie_word_embeddings": True,
     },
 )

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from simpo_megatron.models.additions import Additions
-from simpo_megatron.models.architecture import Family, required
-from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs, dense_weights, fused
+from simpo_megatron.models.architecture import Family
+from simpo_megatron.models.families.dense import dense_kwargs, dense_weights, fused, with_post_norms
 from simpo_megatron.models.megatron_args import default_config
-from simpo_megatron.models.part_layout import Copy
-from simpo_megatron.models.rope import Rope, read_partial_rope
+from simpo_megatron.models.rope import read_partial_rope
 from simpo_megatron.models.weight_table import WeightEntry
 
 # What transformers takes where config.json does not say it (`configuration_glm4.py`).
@@ -25,34 +24,20 @@ _DEFAULTS = {
     "partial_rotary_factor": 0.5,
     "attention_bias": True,
 }
-_POST_NORMS = {
-    "self_attention.linear_proj.post_layernorm.weight": "post_self_attn_layernorm.weight",
-    "mlp.linear_fc2.post_layernorm.weight": "post_mlp_layernorm.weight",
-}
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    config = {**_DEFAULTS, **config}
     return {**dense_kwargs(config), "add_qkv_bias": bool(config["attention_bias"]), "rotary_interleaved": True}
 
 
-def _rope(config: dict[str, Any]) -> Rope:
-    return read_partial_rope({**_DEFAULTS, **config})
-
-
 def _glm_weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
-    config = {**_DEFAULTS, **config}
     table = dense_weights(config, qkv_bias=bool(config["attention_bias"]))
     return fused(table, {"mlp.linear_fc1.weight": "mlp.gate_up_proj.weight"})
 
 
 def _glm4_weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
-    embedding, *others = _glm_weights(config)
-    shape = (required(config, "hidden_size"),)
-    norms = (
-        WeightEntry(BLOCK + megatron, (LAYER + hf,), (shape,), Copy(), None) for megatron, hf in _POST_NORMS.items()
-    )
-    return (embedding, *norms, *others)
+    names = {"attention": "post_self_attn_layernorm", "feed_forward": "post_mlp_layernorm"}
+    return with_post_norms(_glm_weights(config), config, **names)
 
 
 def _post_norms(config: dict[str, Any]) -> Additions:
@@ -70,7 +55,15 @@ def _config(model_type: str, prefix: str) -> Callable[[Mapping[str, Any]], dict[
     return config
 
 
-GLM = Family("GLM-4-9B", ("glm",), _transformer_kwargs, _glm_weights, _config("glm", "Glm"), rope=_rope)
+GLM = Family(
+    "GLM-4-9B",
+    ("glm",),
+    _transformer_kwargs,
+    _glm_weights,
+    _config("glm", "Glm"),
+    rope=read_partial_rope,
+    defaults=_DEFAULTS,
+)
 GLM4 = Family(
     "GLM-4-0414",
     ("glm4",),
@@ -78,5 +71,6 @@ GLM4 = Family(
     _glm4_weights,
     _config("glm4", "Glm4"),
     additions=_post_norms,
-    rope=_rope,
+    rope=read_partial_rope,
+    defaults=_DEFAULTS,
 )

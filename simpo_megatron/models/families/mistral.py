@@ -8,22 +8,19 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Family, required
 from simpo_megatron.models.families.dense import dense_kwargs, dense_weights
-from simpo_megatron.models.families.windows import FULL, SLIDING, listed_layer_types, listed_windows, window_kwargs
+from simpo_megatron.models.families.windows import (
+    FULL,
+    SLIDING,
+    listed_layer_types,
+    listed_windows,
+    window_kwargs,
+    window_size,
+)
 from simpo_megatron.models.megatron_args import default_config, sliding_window
 
 
-def window_size(sliding_window: int | None) -> dict[str, Any]:
-    """The argument of TransformerConfig, empty without a window.
-
-    Hugging Face counts the token itself, Megatron only the tokens on its left.
-    """
-    return {"window_size": (sliding_window - 1, 0)} if sliding_window else {}
-
-
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    window = config.get(
-        "sliding_window", 4096
-    )  # null means no window; where the key is absent, transformers takes 4096
+    window = config["sliding_window"]  # null means no window
     listed = set(config.get("layer_types") or ())
     if listed - {SLIDING if window else FULL}:
         raise UserError(
@@ -34,7 +31,7 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ministral_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    window = config.get("sliding_window", 4096)
+    window = config["sliding_window"]
     default = [FULL if window is None else SLIDING] * required(config, "num_hidden_layers")
     windows = window_kwargs(window, listed_layer_types(config, default))
     return {**dense_kwargs({**config, "layer_types": None}), **windows}
@@ -54,5 +51,6 @@ def _ministral_config(args: Mapping[str, Any]) -> dict[str, Any] | None:
     return default_config(args, "ministral", "Ministral") | listed_windows(args)
 
 
-MISTRAL = Family("Mistral", ("mistral",), _transformer_kwargs, dense_weights, _config)
-MINISTRAL = Family("Ministral", ("ministral",), _ministral_kwargs, dense_weights, _ministral_config)
+_DEFAULTS = {"sliding_window": 4096}
+MISTRAL = Family("Mistral", ("mistral",), _transformer_kwargs, dense_weights, _config, defaults=_DEFAULTS)
+MINISTRAL = Family("Ministral", ("ministral",), _ministral_kwargs, dense_weights, _ministral_config, defaults=_DEFAULTS)

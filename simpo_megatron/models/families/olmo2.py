@@ -12,7 +12,7 @@ from typing import Any
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family, required
 from simpo_megatron.models.families.biases import bias_additions, bias_config, bias_kwargs, biased_weights
-from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs, head_dim, query_groups
+from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs, head_dim, query_groups, with_post_norms
 from simpo_megatron.models.megatron_args import default_config
 from simpo_megatron.models.part_layout import Copy
 from simpo_megatron.models.weight_table import WeightEntry
@@ -33,22 +33,20 @@ def olmo_weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
     """The weight table: that of a Llama, with other norms."""
     head = head_dim(config)
     pre_norms = (f"{BLOCK}self_attention.linear_qkv.layer_norm_weight", f"{BLOCK}mlp.linear_fc1.layer_norm_weight")
-    embedding, *others = (entry for entry in biased_weights(config) if entry.megatron not in pre_norms)
-    norms = (
-        WeightEntry(f"{BLOCK}{megatron}.weight", (f"{LAYER}{hf}.weight",), ((size,),), Copy(), tp_dim)
-        for megatron, hf, size, tp_dim in (
-            ("self_attention.q_layernorm", "self_attn.q_norm", required(config, "num_attention_heads") * head, 0),
-            ("self_attention.k_layernorm", "self_attn.k_norm", query_groups(config) * head, 0),
-            (
-                "self_attention.linear_proj.post_layernorm",
-                "post_attention_layernorm",
-                required(config, "hidden_size"),
-                None,
-            ),
-            ("mlp.linear_fc2.post_layernorm", "post_feedforward_layernorm", required(config, "hidden_size"), None),
+    without = tuple(entry for entry in biased_weights(config) if entry.megatron not in pre_norms)
+    names = {"attention": "post_attention_layernorm", "feed_forward": "post_feedforward_layernorm"}
+    embedding, *others = with_post_norms(without, config, **names)
+    heads = (
+        WeightEntry(
+            f"{BLOCK}self_attention.{part}_layernorm.weight",
+            (f"{LAYER}self_attn.{part}_norm.weight",),
+            ((size,),),
+            Copy(),
+            0,
         )
+        for part, size in (("q", required(config, "num_attention_heads") * head), ("k", query_groups(config) * head))
     )
-    return (embedding, *norms, *others)
+    return (embedding, *heads, *others)
 
 
 def olmo_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from simpo_megatron.models.families.windows import (
     listed_layer_types,
     listed_windows,
     scaling_of_full,
+    unscaled_theta,
     window_kwargs,
 )
 from simpo_megatron.models.rope import Rope, read_rope
@@ -59,12 +60,9 @@ def _rope(config: dict[str, Any], layer_type: str = FULL) -> Rope:
 
 def _additions(config: dict[str, Any]) -> Additions:
     windowed = _rope(config, SLIDING)
-    if windowed.kind != "default":
-        raise UserError(
-            f"config.json asks for rope scaling {windowed.kind!r} in the layers with a window; they run without scaling"
-        )
+    theta = unscaled_theta(windowed)
     other = SLIDING in _layer_types(config) and windowed != _rope(config)
-    return replace(olmo_additions(config), window_rope_theta=windowed.theta if other else None)
+    return replace(olmo_additions(config), window_rope_theta=theta if other else None)
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:

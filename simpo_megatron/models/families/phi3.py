@@ -11,7 +11,7 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Family, refuse
 from simpo_megatron.models.families.dense import dense_kwargs, dense_weights, fused
-from simpo_megatron.models.families.mistral import window_size
+from simpo_megatron.models.families.windows import window_size
 from simpo_megatron.models.megatron_args import default_config, sliding_window
 from simpo_megatron.models.rope import Rope, read_partial_rope
 from simpo_megatron.models.weight_table import WeightEntry

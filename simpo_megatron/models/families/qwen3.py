@@ -14,13 +14,12 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    # Qwen3's heads are 128 wide by default, independent of the hidden size.
-    of_all = dense_kwargs({"head_dim": 128, **config, "layer_types": None})
+    of_all = dense_kwargs({**config, "layer_types": None})
     return {**of_all, **bias_kwargs(config), **qwen_windows(config), "qk_layernorm": True}
 
 
 def _weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
-    return biased_weights({"head_dim": 128, **config}, qk_norm=True)
+    return biased_weights(config, qk_norm=True)
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -30,4 +29,12 @@ def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
     return default_config(args, "qwen3", "Qwen3") | biases | qwen_window_config(args)
 
 
-QWEN3 = Family("Qwen3", ("qwen3",), _transformer_kwargs, _weights, _config, additions=bias_additions)
+QWEN3 = Family(
+    "Qwen3",
+    ("qwen3",),
+    _transformer_kwargs,
+    _weights,
+    _config,
+    additions=bias_additions,
+    defaults={"head_dim": 128},  # independent of the hidden size
+)

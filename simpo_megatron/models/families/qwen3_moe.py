@@ -7,8 +7,8 @@ from typing import Any
 
 from simpo_megatron.models.architecture import Family, required
 from simpo_megatron.models.families.biases import bias_additions, bias_config, bias_kwargs, biased_weights
-from simpo_megatron.models.families.mistral import window_size
 from simpo_megatron.models.families.moe import moe_feed_forward, moe_kwargs
+from simpo_megatron.models.families.windows import window_size
 from simpo_megatron.models.megatron_args import default_config, dense_layers, expert_config, sliding_window
 from simpo_megatron.models.weight_table import WeightEntry
 

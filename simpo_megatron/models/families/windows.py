@@ -10,9 +10,15 @@ from typing import Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import refuse, required
-from simpo_megatron.models.megatron_args import need, windowed_layers
+from simpo_megatron.models.megatron_args import need, sliding_window, windowed_layers
+from simpo_megatron.models.rope import Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def window_size(sliding_window: int | None) -> dict[str, Any]:
+    """The argument of TransformerConfig, empty without a window."""
+    return {"window_size": (sliding_window - 1, 0)} if sliding_window else {}
 
 
 def window_kwargs(window: int | None, layer_types: Sequence[str]) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def window_kwargs(window: int | None, layer_types: Sequence[str]) -> dict[str, A
             f"config.json lists {SLIDING} in layer_types, but turns the window off, or sets sliding_window to "
             f"{window!r}; copy both from the original model"
         )
-    size: dict[str, Any] = {"window_size": (window - 1, 0)}
+    size = window_size(window)
     if FULL in layer_types:
         size["window_attn_skip_freq"] = [int(layer_type == SLIDING) for layer_type in layer_types]
     return size
@@ -63,6 +69,19 @@ def scaling_of_full(config: dict[str, Any]) -> dict[str, Any]:
     return scaling
 
 
+def unscaled_theta(rope: Rope) -> float:
+    """The base of the rotary embedding of the layers with a window (`Additions.window_rope_theta`).
+
+    Raises:
+        UserError: it is scaled.
+    """
+    if rope.kind != "default":
+        raise UserError(
+            f"config.json asks for rope scaling {rope.kind!r} in the layers with a window; they run without scaling"
+        )
+    return rope.theta
+
+
 def qwen_windows(config: dict[str, Any]) -> dict[str, Any]:
     """The window of Qwen2 and Qwen3: in the layers that `layer_types` names, else from `max_window_layers` on.
 
@@ -87,4 +106,4 @@ def listed_windows(args: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     with_window = windowed_layers(args.get("window_attn_skip_freq"), need(args, "num_layers"))
     types = [SLIDING if has else FULL for has in with_window]
-    return {"sliding_window": args["window_size"][0] + 1, "layer_types": types}
+    return {**sliding_window(args), "layer_types": types}
