@@ -200,16 +200,21 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def _release_before(major: int, minor: int) -> str | None:
+    """The release of megatron-core, where it is older than this one."""
+    info = importlib.import_module("megatron.core.package_info")
+    return info.__version__ if (major, minor) > (info.MAJOR, info.MINOR) else None
+
+
 def check_balancing_loss() -> None:
     """Refuses the balancing loss of experts where it would count padding.
 
     Raises:
         UserError: megatron-core is 0.15, whose router takes no padding mask.
     """
-    info = importlib.import_module("megatron.core.package_info")
-    if (info.MAJOR, info.MINOR) < (0, 16):
+    if release := _release_before(0, 16):
         raise UserError(
-            f"--moe-aux-loss-coeff: the router of megatron-core {info.__version__} would balance padding too; install "
+            f"--moe-aux-loss-coeff: the router of megatron-core {release} would balance padding too; install "
             "megatron-core 0.16 or newer, or set it to 0"
         )
 
@@ -220,11 +225,10 @@ def check_cut_query_groups() -> None:
     Raises:
         UserError: megatron-core is 0.15, in which every rank needs a key head of its own.
     """
-    info = importlib.import_module("megatron.core.package_info")
-    if (info.MAJOR, info.MINOR) < (0, 16):
+    if release := _release_before(0, 16):
         raise UserError(
             "--tensor-model-parallel-size exceeds the number of key and value heads, and megatron-core "
-            f"{info.__version__} gives every rank one of its own; install 0.16 or newer, or use fewer ranks"
+            f"{release} gives every rank one of its own; install 0.16 or newer, or use fewer ranks"
         )
 
 
