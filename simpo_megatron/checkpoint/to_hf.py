@@ -30,8 +30,9 @@ from simpo_megatron.models.hf_checkpoint import (
     copied_files,
     file_names,
     index_text,
-    split_files,
+    split_tensors,
 )
+from simpo_megatron.models.weight_table import tensor_and_slice
 
 
 def read_checkpoint(folder: Path, hf: HFCheckpoint) -> StoredModel:
@@ -70,35 +71,38 @@ def plan_to_hf(
         dtype: of all tensors, such as "BF16"; None keeps theirs.
         max_file_bytes: no file gets larger, unless one tensor is.
     """
-    held = [(stored, parts) for stored in saved.parameters for parts in stored.parameter.entry.tensors]
-    tensors = [
-        HFTensor(save, stored.parameter.entry.shape_of(parts), dtype or stored.parameter.dtype)
-        for stored, parts in held
-    ]
-    sizes = [tensor_bytes(tensor) for tensor in tensors]
+    held = {
+        stored.parameter.hf[parts[0]]: (stored, parts)
+        for stored in saved.parameters
+        for parts in stored.parameter.entry.tensors
+    }
+    tensors = {
+        name: HFTensor(save, stored.parameter.entry.shape_of(parts), dtype or stored.parameter.dtype)
+        for name, (stored, parts) in held.items()
+    }
+    sizes = {name: tensor_bytes(tensor) for name, tensor in tensors.items()}
     size = piece_bytes(options.max_memory, options.workers)
     units, lines, weight_map = [], [], {}
-    groups = split_files(sizes, max_file_bytes)
-    for file, positions in zip(file_names(len(groups)), groups, strict=True):
-        names = [held[at][0].parameter.hf[held[at][1][0]] for at in positions]
-        header, starts = safetensors_header(dict(zip(names, (tensors[at] for at in positions), strict=True)))
+    groups = split_tensors(sizes, max_file_bytes)
+    for file, names in zip(file_names(len(groups)), groups, strict=True):
+        header, starts = safetensors_header({name: tensors[name] for name in names})
         moves = []
-        for at, name, start in zip(positions, names, starts, strict=True):
-            stored, parts = held[at]
-            moves.append(plan_from_blocks(stored, parts, size, (file, start, tensors[at].dtype)))
-            lines.append(PlanLine(stored.parameter.name, f"{name} in {file}", sizes[at], tensors[at].dtype))
+        for name, start in zip(names, starts, strict=True):
+            stored, parts = held[name]
+            moves.append(plan_from_blocks(stored, parts, size, (file, start, tensors[name].dtype)))
+            lines.append(PlanLine(stored.parameter.name, f"{name} in {file}", sizes[name], tensors[name].dtype))
             weight_map[name] = file
-        end = len(header) + sum(sizes[at] for at in positions)
+        end = len(header) + sum(sizes[name] for name in names)
         units.append(Unit(file, (OutFile(file, end, ((0, header),)),), tuple(moves)))
 
     def identity() -> str:
         sources = sorted(path for path in saved.folder.rglob("*") if path.is_file())
-        dtypes = sorted({tensor.dtype for tensor in tensors})
+        dtypes = sorted({tensor.dtype for tensor in tensors.values()})
         return fingerprint("to hf", 1, hf.config, file_stamps(sources), dtypes)
 
     def finish(folder: Path, hashes: dict[str, str], plan: str) -> None:
         if len(units) > 1:
-            atomic_write(folder / INDEX, index_text(weight_map, sum(sizes)))
+            atomic_write(folder / INDEX, index_text(weight_map, sum(sizes.values())))
         for source in copied_files(hf.path):
             shutil.copyfile(source, folder / source.name)
         if not (folder / "config.json").exists():
@@ -121,14 +125,20 @@ def safetensors_header(tensors: Mapping[str, HFTensor]) -> tuple[bytes, list[int
     """The header of a safetensors file, and the first byte of every tensor in the file.
 
     Args:
-        tensors: by name, in the order of their bytes; only shapes and dtypes are read.
+        tensors: tensors and slices of tensors by name, in the order of their bytes; only shapes and dtypes are read.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, starts = 0, []
     for name, tensor in tensors.items():
         end = position + tensor_bytes(tensor)
         starts.append(position)
-        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        whole, index = tensor_and_slice(name)
+        if not index:
+            shape = [] if index is None else [0]
+            entries[whole] = {"dtype": tensor.dtype, "shape": [*shape, *tensor.shape], "data_offsets": [position, end]}
+        if index is not None:
+            entries[whole]["shape"][0] += 1
+            entries[whole]["data_offsets"][1] = end
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-CAPPED_BLOCK = 1024  # queries whose capped scores exist at a time (`attention_blocks.CappedAttention`)
+SCORES_BLOCK = 1024  # queries whose scores exist at a time (`attention_blocks.BlockAttention`)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,11 @@ class Architecture:
         return self.transformer.get("v_head_dim") or self.transformer["kv_channels"]
 
     @property
+    def scored_in_blocks(self) -> bool:
+        """Whether the attention on plain torch is `attention_blocks.BlockAttention`."""
+        return self.additions.attention_softcap is not None or self.transformer.get("softmax_type") == "learnable"
+
+    @property
     def num_experts(self) -> int | None:
         """Experts of a layer that has them; None for a dense model."""
         return self.transformer.get("num_moe_experts")

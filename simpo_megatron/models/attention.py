@@ -24,12 +24,13 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models import attention_blocks
-from simpo_megatron.models.attention_blocks import Capped, CappedAttention, blocks_of
+from simpo_megatron.models.attention_blocks import BlockAttention, Scores, blocks_of
 from simpo_megatron.models.rotary import has_window
 from simpo_megatron.models.shared_prompts import SharedPromptParams
 from simpo_megatron.parallel.context import positions, zigzag_slices
@@ -40,8 +41,8 @@ class PackedAttention(torch.nn.Module):
 
     Torch's scaled dot-product attention is called once for every sequence, so the cost grows with the lengths of the
     sequences, not with the length of the row. With `softcap` scores are bounded by `softcap * tanh(score / softcap)`
-    before the mask. A layer has the window of `config` unless `window_attn_skip_freq` leaves
-    it out. The attention mask is ignored, as Transformer Engine ignores it for causal attention: it, `attn_mask_type`
+    before the mask. With `softmax_type` "learnable" every query head has a sink. A layer has the window of `config`
+    unless `window_attn_skip_freq` leaves it out. The attention mask is ignored, as Transformer Engine ignores it for causal attention: it, `attn_mask_type`
     and `cp_comm_type` change nothing. Any other keyword is an error, because ignoring it could change what is computed.
 
     Raises:
@@ -66,9 +67,21 @@ class PackedAttention(torch.nn.Module):
             raise UserError(f"attention_type {attention_type!r} is not supported; only self attention runs here")
         self.scale, self.softcap = softmax_scale, softcap
         self.window = config.window_size[0] + 1 if config.window_size and has_window(config, layer_number) else None
+        # The name of the sinks in Megatron's attention and in Transformer Engine's.
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if getattr(config, "softmax_type", "vanilla") == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            sinks = torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
+            self.softmax_offset = torch.nn.Parameter(sinks)
         self.cp_group: Any = None
         if config.context_parallel_size > 1:
             self.cp_group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """What a checkpoint has of it: the sinks, split over the tensor-parallel ranks."""
+        del metadata
+        state, axes = self.state_dict(keep_vars=True), {"softmax_offset": 0}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
     def forward(
         self,
@@ -164,9 +177,10 @@ class PackedAttention(torch.nn.Module):
             [B, H, n, D].
         """
         n, window = q.shape[2], self.window
-        if self.softcap is not None:
+        if self.softcap is not None or self.softmax_offset is not None:
             scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
-            return CappedAttention.apply(q, k, v, Capped(at, window, scale, self.softcap))  # type: ignore[no-any-return]
+            how = Scores(at, window, scale, self.softcap)
+            return BlockAttention.apply(q, k, v, self.softmax_offset, how)  # type: ignore[no-any-return]
         gqa = q.shape[1] != k.shape[1]
         if at == 0 and (window is None or n <= window):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=gqa)

@@ -1,4 +1,4 @@
-"""Causal attention block by block, where no fused one will do: masks of a part of the queries, and capped scores."""
+"""Causal attention block by block, where no fused one will do: masks of a part of the queries, capped scores, sinks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from simpo_megatron.models.additions import CAPPED_BLOCK
+from simpo_megatron.models.additions import SCORES_BLOCK
 
 BLOCK = 1024  # queries that share one explicit mask
 
@@ -35,68 +35,87 @@ def blocks_of(n: int, at: int, window: int | None, size: int, device: torch.devi
         yield Block(slice(start, stop), slice(first, at + stop), mask)
 
 
-class Capped(NamedTuple):
-    """What a capped attention computes.
+class Scores(NamedTuple):
+    """How scores are computed and masked.
 
     Attributes:
         at: position of the first query.
         window: keys that a query attends to at most, itself included; None for all.
-        scale: the factor of the scores.
-        softcap: their bound.
+        scale: the factor of the products.
+        softcap: their bound; None for none.
     """
 
     at: int
     window: int | None
     scale: float
-    softcap: float
+    softcap: float | None
 
 
-class CappedAttention(torch.autograd.Function):
-    """Causal attention with scores that are bounded by `softcap * tanh(score / softcap)`, before the mask.
+class BlockAttention(torch.autograd.Function):
+    """Causal attention with scores that are capped by `softcap * tanh(score / softcap)`, and with sinks.
 
-    Torch's fused attention has no such bound. Scores are made a block at a time, and again in the backward pass, so
-    that of a layer only queries, keys and values are kept. Products are in the dtype of the inputs, scores and
-    probabilities in fp32 (fp64 for fp64), as in transformers' eager attention.
+    The cap comes before the mask. A sink is a score of each query head that belongs to no key: every query shares its
+    probabilities with it. Torch's fused attention has neither. Scores are made a block at a time, and again in the
+    backward pass, so that of a layer only queries, keys and values are kept. Products are in the dtype of the inputs,
+    scores and probabilities in fp32 (fp64 for fp64), as in transformers' eager attention.
 
     Shapes: B sequences, H query heads, G key heads, R = H / G, n queries, b of a block, m its keys, D width of a head.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: Capped) -> Tensor:
-        """Attention of q [B, H, n, D] to k and v [B, G, at + n, D], in the shape of q."""
-        ctx.save_for_backward(q, k, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Scores) -> Tensor:
+        """Attention of q [B, H, n, D] to k and v [B, G, at + n, D], in the shape of q; sinks [H]."""
+        ctx.save_for_backward(q, k, v, sinks)
         ctx.how = how
         out = torch.empty_like(q)
-        for block, q_b, _, p in CappedAttention._probabilities(ctx.how, q, k):
+        for block, q_b, _, p, _ in BlockAttention._probabilities(ctx.how, q, k, sinks):
             out[:, :, block.queries] = _ungrouped(p.to(q.dtype) @ v[:, :, block.keys], q_b)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        """The gradients of q, k and v."""
-        q, k, v = ctx.saved_tensors
+        """The gradients of q, k, v and the sinks."""
+        q, k, v, sinks = ctx.saved_tensors
         of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block, q_b, tanh, p in CappedAttention._probabilities(ctx.how, q, k):
+        of_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.promote_types(q.dtype, torch.float32))
+        for block, q_b, slope, p, p_sink in BlockAttention._probabilities(ctx.how, q, k, sinks):
             above = _grouped(grads[0][:, :, block.queries], k.shape[1])
             of_v[:, :, block.keys] += p.to(q.dtype).mT @ above
             of_p = (above @ v[:, :, block.keys].mT).to(p.dtype)
-            of_scores = p * (of_p - (of_p * p).sum(-1, keepdim=True)) * (1 - tanh.square()) * ctx.how.scale
-            of_scores = of_scores.to(q.dtype)
+            mean = (of_p * p).sum(-1, keepdim=True)
+            of_scores = (p * (of_p - mean) * slope * ctx.how.scale).to(q.dtype)
             of_q[:, :, block.queries] = _ungrouped(of_scores @ k[:, :, block.keys], q_b)
             of_k[:, :, block.keys] += of_scores.mT @ _grouped(q_b, k.shape[1])
-        return of_q, of_k, of_v, None
+            if of_sinks is not None:
+                of_sinks -= (p_sink * mean).unflatten(2, (-1, q_b.shape[2])).sum((0, 3, 4)).flatten()
+        return of_q, of_k, of_v, of_sinks if of_sinks is None else of_sinks.to(sinks.dtype), None
 
     @staticmethod
-    def _probabilities(how: Capped, q: Tensor, k: Tensor) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
-        """Yields every block with its queries [B, H, b, D], tanh of its scores and probabilities [B, G, R * b, m]."""
-        groups, size = k.shape[1], min(how.window or CAPPED_BLOCK, CAPPED_BLOCK)
+    def _probabilities(
+        how: Scores, q: Tensor, k: Tensor, sinks: Tensor | None
+    ) -> Iterator[tuple[Block, Tensor, Tensor | float, Tensor, Tensor]]:
+        """Goes over the blocks.
+
+        Yields:
+            The block; its queries [B, H, b, D]; the derivative of its scores by the scaled products; its probabilities
+            [B, G, R * b, m]; and those of the sinks [B, G, R * b, 1], or an empty tensor.
+        """
+        groups, size = k.shape[1], min(how.window or SCORES_BLOCK, SCORES_BLOCK)
         for block in blocks_of(q.shape[2], how.at, how.window, size, q.device):
             q_b = q[:, :, block.queries]
             scores = _grouped(q_b, groups) @ k[:, :, block.keys].mT
-            scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-            tanh = torch.tanh(scores * (how.scale / how.softcap))
+            scores, slope = scores.to(torch.promote_types(q.dtype, torch.float32)) * how.scale, 1.0
+            if how.softcap is not None:
+                tanh = torch.tanh(scores / how.softcap)
+                scores, slope = how.softcap * tanh, 1 - tanh.square()
             hidden = ~block.mask.repeat(q.shape[1] // groups, 1)
-            yield block, q_b, tanh, (how.softcap * tanh).masked_fill(hidden, -torch.inf).softmax(-1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+            if sinks is not None:
+                of_rows = sinks.view(groups, -1, 1).expand(-1, -1, q_b.shape[2]).reshape(1, groups, -1, 1)
+                scores = torch.cat((scores, of_rows.to(scores.dtype).expand(len(q), -1, -1, -1)), -1)
+            p = scores.softmax(-1)
+            keys = block.mask.shape[1]
+            yield block, q_b, slope, p[..., :keys], p[..., keys:]
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

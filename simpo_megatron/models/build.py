@@ -33,7 +33,7 @@ from simpo_megatron.models.rotary import set_rotary
 from simpo_megatron.models.routing import rank_groups
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
-from simpo_megatron.parallel.limits import check_layout
+from simpo_megatron.parallel.limits import check_layout, has_whole_experts
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 
 _AUTO = Kernels()
@@ -84,7 +84,7 @@ def transformer_config(
         "perform_initialization": False,  # every weight is loaded
         # These two are compiled, which is slower on a CPU. Of the gated activations, Megatron fuses SwiGLU.
         "bias_activation_fusion": on_gpu() and hf.architecture.additions.activation == "silu",
-        "bias_dropout_fusion": on_gpu(),
+        "bias_dropout_fusion": on_gpu() and not has_whole_experts(model),  # these add biases of their own
         "masked_softmax_fusion": False,  # belongs to an attention that is not used here
         "persist_layer_norm": False,
         "moe_token_dispatcher_type": "alltoall",  # the rows of the expert-parallel ranks differ in length
@@ -102,6 +102,7 @@ def transformer_config(
     fields |= {"overlap_p2p_comm": overlap, "batch_p2p_comm": not overlap}
     # What was sent to the next stage is not read again. But gloo reads it after an overlapped send has returned.
     fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
+    compat.check_config_fields(TransformerConfig, model)
     try:
         if model.get("multi_latent_attention"):
             # Megatron's own YaRN is not used: the frequencies are replaced (`_set_rotary`).

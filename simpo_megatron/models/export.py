@@ -1,7 +1,8 @@
 """The parameters of all ranks -> a Hugging Face checkpoint: the inverse of load.py.
 
 One rank of every tensor-parallel group writes its own files, and so does one rank of every expert-tensor-parallel
-group. So no rank ever holds more than one file (5 GiB) of whole tensors. The files are written into a directory next
+group; the first rank of every expert-parallel group writes tensors that hold all experts of a layer. So no rank ever
+holds more than one file (5 GiB) of whole tensors. The files are written into a directory next
 to the target, which is renamed to the target only when every file is complete and flushed to the disk.
 """
 
@@ -14,7 +15,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -37,11 +38,11 @@ from simpo_megatron.models.hf_checkpoint import (
     copied_files,
     file_names,
     index_text,
-    split_files,
+    split_tensors,
 )
 from simpo_megatron.models.part_layout import join_ranks
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
-from simpo_megatron.models.weight_table import OUTPUT, WeightEntry
+from simpo_megatron.models.weight_table import OUTPUT, WeightEntry, tensor_and_slice
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 
 File = dict[str, int]  # the tensors of one file by name, with their bytes
@@ -102,19 +103,24 @@ def export_hf(
     # The last stage's copy of a tied embedding is exported by the first stage.
     placed = [place for place in placed if not (tied and place.name == OUTPUT)]
     placed = [_in_source_dtype(place, hf) for place in placed if first_replica(place)]
-    # Experts and other parameters are gathered over different groups. A rank may write those of one kind only.
-    halves = [[place for place in placed if bool(place.entry.experts) == experts] for experts in (False, True)]
-    written = [assign_files(half, max_file_bytes) if half and half[0].group.rank() == 0 else [] for half in halves]
+    # The kinds of parameters are gathered over different groups. A rank may write those of one kind only.
+    kinds = [
+        [place for place in placed if (bool(place.entry.experts), place.entry.sliced) == kind]
+        for kind in ((False, False), (True, False), (True, True))
+    ]
+    kinds[-1].sort(key=lambda place: (place.layer, place.entry.hf, place.expert))  # slices of a tensor in its order
+    written = [assign_files(kind, max_file_bytes) if kind and _writes(kind[0]) else [] for kind in kinds]
     ranks: list[list[File]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, [*written[0], *written[1]], group=host_group())
+    dist.all_gather_object(ranks, list(chain(*written)), group=host_group())
     names = file_names(sum(map(len, ranks)))
 
     errors, first = [], sum(map(len, ranks[: dist.get_rank()]))
-    for half, files in zip(halves, written, strict=True):
+    for kind, files in zip(kinds, written, strict=True):
         paths = [partial / name for name in names[first : first + len(files)]]
         first += len(files)
-        places = track(half, "exporting weights") if progress and half else half
-        errors.append(_write_files(gathered(places, merged), files, paths))
+        places = track(kind, "exporting weights") if progress and kind else kind
+        tensors = gathered(places, merged)
+        errors.append(_write_files(_joined(tensors) if kind and kind[0].entry.sliced else tensors, files, paths))
     try:
         with raise_on_all_ranks():
             if error := next(filter(None, errors), None):
@@ -137,15 +143,22 @@ def _in_source_dtype(place: PlacedParameter, hf: HFCheckpoint) -> PlacedParamete
     return replace(place, parameter=place.parameter.to(TORCH[hf.tensors[place.hf[0]].dtype]))
 
 
+def _writes(place: PlacedParameter) -> bool:
+    """Whether this rank writes the tensors of a parameter, all of whose ranks call this."""
+    if place.entry.sliced and parallel_state.get_expert_model_parallel_rank() != 0:
+        return False
+    return place.group.rank() == 0
+
+
 def assign_files(placed: Sequence[PlacedParameter], max_bytes: int) -> list[File]:
     """Assigns the tensors of these parameters, in their order, to files of at most `max_bytes`."""
-    tensors = [
-        (place.hf[parts[0]], math.prod(place.entry.shape_of(parts)) * place.parameter.element_size())
-        for place in placed
-        for parts in place.entry.tensors
-    ]
-    files = split_files([size for _, size in tensors], max_bytes)
-    return [dict(tensors[position] for position in file) for file in files]
+    sizes: File = {}
+    for place in placed:
+        for parts in place.entry.tensors:
+            name, _ = tensor_and_slice(place.hf[parts[0]])
+            slices = place.entry.experts if place.entry.sliced else 1
+            sizes[name] = slices * math.prod(place.entry.shape_of(parts)) * place.parameter.element_size()
+    return [{name: sizes[name] for name in file} for file in split_tensors(sizes, max_bytes)]
 
 
 def first_replica(place: PlacedParameter) -> bool:
@@ -187,7 +200,31 @@ def gathered(
         parts = entry.part_layout.split(whole, entry.rows)
         for held in entry.tensors:
             tensor = parts[held[0]] if len(held) == 1 else torch.cat([parts[part] for part in held])
-            yield place.hf[held[0]], tensor.contiguous()
+            yield place.hf[held[0]], entry.as_stored(tensor, held).contiguous()
+
+
+def _joined(slices: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that hold all experts of a layer, on the CPU.
+
+    Collectives: one gather over the expert-parallel group for every tensor.
+
+    Args:
+        slices: from `gathered`, those of one tensor behind each other.
+
+    Yields:
+        Name and tensor on the first rank of the group; nothing on the other ranks.
+    """
+    group = parallel_state.get_expert_model_parallel_group()
+    for name, held in groupby(slices, lambda item: tensor_and_slice(item[0])[0]):
+        local = torch.stack([tensor for _, tensor in held])
+        if group.size() == 1:
+            yield name, local
+            continue
+        mine = local.view(torch.uint8).to(torch.cuda.current_device())
+        shares = [torch.empty_like(mine) for _ in range(group.size())] if group.rank() == 0 else None
+        dist.gather(mine, shares, group=group, group_dst=0)
+        if shares is not None:
+            yield name, torch.cat([share.cpu() for share in shares]).view(local.dtype)
 
 
 def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], paths: Sequence[Path]) -> str | None:

@@ -4,8 +4,7 @@
     check_tensors(hf)
 
 Only JSON and the headers of safetensors files are read, without torch and Megatron, and no weight but those that
-`tied_output.py` compares. So a missing or
-mis-shaped tensor is known before anything is built or written.
+`tied_output.py` compares. So a missing or mis-shaped tensor is known before anything is built or written.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from simpo_megatron.files import end_of_turn_ids, read_json
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.families.registry import family_of
 from simpo_megatron.models.tied_output import OUTPUT_LAYER, check_tied_output
-from simpo_megatron.models.weight_table import WeightEntry
+from simpo_megatron.models.weight_table import WeightEntry, tensor_and_slice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -73,14 +73,27 @@ def split_files(sizes: Sequence[int], max_bytes: int) -> list[list[int]]:
     return [file for file in files if file]
 
 
+def split_tensors(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Cuts tensors into files as `split_files`. The slices of one tensor follow each other and stay together.
+
+    Args:
+        sizes: bytes of the tensors, or of their slices, by name.
+        max_bytes: of a file.
+    """
+    wholes = [list(names) for _, names in groupby(sizes, lambda name: tensor_and_slice(name)[0])]
+    files = split_files([sum(sizes[name] for name in names) for names in wholes], max_bytes)
+    return [[name for position in file for name in wholes[position]] for file in files]
+
+
 def index_text(files: Mapping[str, str], total_bytes: int) -> str:
     """The content of model.safetensors.index.json.
 
     Args:
-        files: the file of every tensor, by the tensor's name.
+        files: the file of every tensor, by the name of the tensor or of its slices.
         total_bytes: bytes of all tensors.
     """
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}
+    by_tensor = {tensor_and_slice(name)[0]: file for name, file in files.items()}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(by_tensor.items()))}
     return json.dumps(index, indent=2) + "\n"
 
 
@@ -117,7 +130,8 @@ class HFCheckpoint:
         config: the content of config.json.
         architecture: the model that it describes.
         eos_token_ids: every token that ends a turn, see `files.end_of_turn_ids`.
-        tensors: the tensors in the weight files, by name.
+        tensors: the tensors in the weight files, by name. A tensor that holds all experts of a layer is replaced by its
+            slices, `NAME[0]`, `NAME[1]` and so on.
     """
 
     path: Path
@@ -146,7 +160,8 @@ def read_hf_checkpoint(path: Path, read_tensors: Callable[[Path], dict[str, HFTe
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give a local Hugging Face checkpoint (download it first)")
-    return replace(read_hf_config(path), tensors=(read_tensors or read_safetensors)(path))
+    hf = read_hf_config(path)
+    return replace(hf, tensors=_cut_slices((read_tensors or read_safetensors)(path), hf.architecture))
 
 
 def read_hf_config(path: Path) -> HFCheckpoint:
@@ -181,6 +196,37 @@ def read_architecture(path: Path, config: dict[str, Any]) -> Architecture:
         raise UserError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: config.json holds a value of the wrong kind ({error}); copy it again") from error
+
+
+def _cut_slices(tensors: dict[str, HFTensor], architecture: Architecture) -> dict[str, HFTensor]:
+    """The tensors, with the slices of those that hold all experts of a layer in their place.
+
+    Raises:
+        UserError: such a tensor has a slice for another number of experts.
+    """
+    experts = {
+        tensor_and_slice(entry.hf[parts[0]].format(**where))[0]: entry.experts
+        for entry in architecture.weights
+        if entry.sliced
+        for where in entry.instances(architecture.num_layers)
+        for parts in entry.tensors
+        if where["expert"] == 0
+    }
+    found = {}
+    for name, tensor in tensors.items():
+        if name not in experts:
+            found[name] = tensor
+            continue
+        if not tensor.shape or tensor.shape[0] != experts[name]:
+            raise UserError(
+                f"{name} in {tensor.file} has shape {list(tensor.shape)}, but config.json implies {experts[name]} "
+                "experts; take config.json and weights from the same model"
+            )
+        size = (tensor.length or 0) // experts[name]
+        for index in range(experts[name]):
+            start = tensor.start + index * size
+            found[f"{name}[{index}]"] = replace(tensor, shape=tensor.shape[1:], start=start, length=size)
+    return found
 
 
 def check_tensors(hf: HFCheckpoint, table: Iterable[WeightEntry] | None = None) -> None:

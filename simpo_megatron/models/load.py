@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
-from simpo_megatron.models.weight_table import WeightEntry
+from simpo_megatron.models.weight_table import WeightEntry, tensor_and_slice
 
 
 def load_hf_weights(
@@ -40,11 +40,24 @@ def load_hf_weights(
     table = hf.architecture.weights if table is None else table
     check_tensors(hf, table)
     placed = [place for model in models for place in place_parameters(model, table, tied=hf.architecture.tied)]
-    tensors = {name: hf.tensors[name].file for place in placed for name in place.hf}
+    used = {hf.tensors[name].file for place in placed for name in place.hf}
     with ExitStack() as stack, torch.no_grad():
-        files = {file: stack.enter_context(_open(file)) for file in sorted(set(tensors.values()))}
+        files = {file: stack.enter_context(_open(file)) for file in sorted(used)}
         for place in track(placed, "loading weights") if progress else placed:
-            _fill(place, {name: files[tensors[name]].get_slice(name) for name in place.hf})
+            _fill(place, _tensors(place, hf, files))
+
+
+def _tensors(place: PlacedParameter, hf: HFCheckpoint, files: Mapping[Path, Any]) -> dict[str, Any]:
+    """The tensors of a parameter by name, rows first: lazily read ones of safetensors, or read ones."""
+    found = {}
+    for held in place.entry.tensors:
+        name = place.hf[held[0]]
+        tensor, index = tensor_and_slice(name)
+        lazy = files[hf.tensors[name].file].get_slice(tensor)
+        if index is not None:
+            lazy = lazy[index]
+        found[name] = place.entry.rows_first(lazy[:], held) if place.entry.transposed else lazy
+    return found
 
 
 def _fill(place: PlacedParameter, slices: dict[str, Any]) -> None:
@@ -52,7 +65,7 @@ def _fill(place: PlacedParameter, slices: dict[str, Any]) -> None:
 
     Args:
         place: the parameter.
-        slices: safetensors' lazily read tensors, by name.
+        slices: from `_tensors`.
     """
     entry, parameter, filled = place.entry, place.parameter, 0
     for run in place.runs():

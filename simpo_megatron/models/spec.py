@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -79,6 +80,19 @@ class PostNormAdd(torch.nn.Module):
         # computed again later. The norm's weight would then keep the activations of every layer.
         with torch.set_grad_enabled(output.requires_grad):
             return residual + self.norm(output if bias is None else output + bias)
+
+
+class ExpertOutput(RowParallelLinear):
+    """The second linear layer of an expert with a bias.
+
+    Megatron's expert adds the bias to the output in place (`mlp.py`). Autograd forbids it for what a collective of one
+    rank returns, so that it gets a copy.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's."""
+        output, bias = super().forward(*args, **kwargs)
+        return output.clone(), bias
 
 
 @cache
@@ -178,6 +192,8 @@ def _local_layer(config: TransformerConfig, experts: bool) -> ModuleSpec:
         **({} if config.multi_latent_attention else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}),
         **({} if experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}),
     }
+    if experts and config.add_bias_linear:
+        layer.mlp.submodules.experts.submodules.linear_fc2 = ExpertOutput
     if config.multi_latent_attention:
         use_latent_attention(layer.self_attention)
         return spec

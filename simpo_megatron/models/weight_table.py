@@ -6,9 +6,11 @@ the table of a model as its config.json describes it. A caller may pass a longer
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from simpo_megatron.models.part_layout import PartLayout
 
@@ -21,7 +23,8 @@ class WeightEntry:
         megatron: the canonical name, which is that of Megatron's Transformer Engine spec and of `torch_dist` keys;
             `{layer}` stands for the global layer index, `{expert}` for the global expert index.
         hf: the tensor of each of its parts, with the same `{layer}` and `{expert}`. A name that stands several times is
-            a tensor that holds these parts one behind the other.
+            a tensor that holds these parts one behind the other. A name that ends with `[{expert}]` is a slice: a tensor
+            of the checkpoint holds those of all experts of a layer, along its first dimension.
         shapes: the shape of each whole part, in the order of `hf`.
         part_layout: how the parts form the parameter.
         tp_dim: the dimension that tensor parallelism splits, of the parameter and of every part; None where every rank
@@ -30,6 +33,7 @@ class WeightEntry:
         layers: the global indices of the layers that have it; None for all of them.
         trained: whether training changes it. A parameter that it does not change has no gradient and no optimizer
             state: the base weights under an adapter.
+        transposed: whether its tensors are transposed, [columns, rows], with one row of each part in turn.
     """
 
     megatron: str
@@ -40,6 +44,7 @@ class WeightEntry:
     experts: int = 0
     layers: tuple[int, ...] | None = None
     trained: bool = True
+    transposed: bool = False
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -60,12 +65,43 @@ class WeightEntry:
 
     @property
     def fused(self) -> bool:
-        """Whether a tensor holds several of its parts."""
-        return len(self.tensors) < len(self.hf)
+        """Whether a tensor holds several of its parts, or those of several experts."""
+        return len(self.tensors) < len(self.hf) or self.sliced
+
+    @property
+    def sliced(self) -> bool:
+        """Whether a tensor of the checkpoint holds those of all experts."""
+        return self.hf[0].endswith("[{expert}]")
 
     def shape_of(self, tensor: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one of `tensors`."""
-        return (sum(self.rows[part] for part in tensor), *self.shapes[tensor[0]][1:])
+        shape = (sum(self.rows[part] for part in tensor), *self.shapes[tensor[0]][1:])
+        return shape[::-1] if self.transposed else shape
+
+    def rows_first(self, tensor: Any, held: tuple[int, ...]) -> Any:
+        """The parts that a tensor holds, one behind the other, [rows, columns].
+
+        Args:
+            tensor: of torch or NumPy, as the checkpoint has it.
+            held: which of `tensors` it is.
+
+        >>> import numpy
+        >>> from simpo_megatron.models.part_layout import GateUp
+        >>> entry = WeightEntry("bias", ("gate_up", "gate_up"), ((2,), (2,)), GateUp(), 0, transposed=True)
+        >>> entry.rows_first(numpy.array([1, 5, 2, 6]), (0, 1)).tolist()
+        [1, 2, 5, 6]
+        """
+        if not self.transposed:
+            return tensor
+        rows, *columns = self.shapes[held[0]]
+        return tensor.reshape(math.prod(columns), rows, len(held)).swapaxes(0, 2).reshape(len(held) * rows, *columns)
+
+    def as_stored(self, parts: Any, held: tuple[int, ...]) -> Any:
+        """The inverse of `rows_first`."""
+        if not self.transposed:
+            return parts
+        rows, *columns = self.shapes[held[0]]
+        return parts.reshape(len(held), rows, math.prod(columns)).swapaxes(0, 2).reshape(self.shape_of(held))
 
     def first_row(self, part: int) -> int:
         """Where a part starts in its tensor."""
@@ -92,6 +128,19 @@ class WeightEntry:
                 yield {"layer": layer, "expert": expert}
 
 
+_SLICE = re.compile(r"(.*)\[(\d+)\]")
+
+
+def tensor_and_slice(name: str) -> tuple[str, int | None]:
+    """The tensor of the checkpoint that a name means, and which slice of it; None for all of it.
+
+    >>> tensor_and_slice("model.layers.0.mlp.experts.down_proj[3]"), tensor_and_slice("model.norm.weight")
+    (('model.layers.0.mlp.experts.down_proj', 3), ('model.norm.weight', None))
+    """
+    found = _SLICE.fullmatch(name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
@@ -109,7 +158,7 @@ POST_NORMS = {
 }
 # Names in Megatron's local spec that differ from the canonical ones: there, all norms are modules of their own.
 _LOCAL_TO_CANONICAL = {local: canonical for canonical, local in {**SEPARATE_NORMS, **POST_NORMS}.items()}
-_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|adapter\.\w+_[ab])(\d+)$")
+_GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|bias|adapter\.\w+_[ab])(\d+)$")
 
 
 def canonical_name(parameter: str) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo_megatron.config.memory import MemoryConfig
-from simpo_megatron.models.additions import CAPPED_BLOCK
+from simpo_megatron.models.additions import SCORES_BLOCK
 from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
@@ -248,6 +248,6 @@ def _working_set(architecture: Architecture, layout: Mapping[str, Any], tokens: 
         copies = _shared(layout, model["moe_router_topk"] * ranks)
         widest = max(widest, copies * (2 * model["hidden_size"] + 3 * model["moe_ffn_hidden_size"] / ranks))
     scores = 0.0
-    if architecture.additions.attention_softcap is not None:  # those of a block of queries and their gradients, in fp32
-        scores = 4 * 4 * model["num_attention_heads"] / tensor * min(CAPPED_BLOCK, tokens) * work.seq_length
+    if architecture.scored_in_blocks and not work.fused:  # those of a block of queries and their gradients, in fp32
+        scores = 4 * 4 * model["num_attention_heads"] / tensor * min(SCORES_BLOCK, tokens) * work.seq_length
     return recomputed + max(tokens * widest * work.element, scores)

@@ -88,6 +88,18 @@ OWN: dict[str, dict[str, Any]] = {  # by model_type
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "gpt_oss": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_theta": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 10000.0,
+        },
+    },
     "gemma3_text": {
         "sliding_window": 8,
         "query_pre_attn_scalar": 24,

@@ -36,7 +36,7 @@ from simpo_megatron.models.hf_checkpoint import (
     file_names,
     index_text,
     read_hf_checkpoint,
-    split_files,
+    split_tensors,
 )
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 
@@ -101,17 +101,17 @@ def _write(hf: HFCheckpoint, seed: int, stack: ExitStack) -> Path:
     Raises:
         UserError: the disk has no room, or fails.
     """
-    sizes = [tensor_bytes(tensor) for tensor in hf.tensors.values()]
+    sizes = {name: tensor_bytes(tensor) for name, tensor in hf.tensors.items()}
     parent = Path(tempfile.gettempdir())
-    if sum(sizes) > (free := free_bytes(parent)):
+    if (needed := sum(sizes.values())) > (free := free_bytes(parent)):
         raise UserError(
-            f"the random weights of {hf.path} take {human(sum(sizes))}, but only {human(free)} are free in {parent}; "
+            f"the random weights of {hf.path} take {human(needed)}, but only {human(free)} are free in {parent}; "
             "free space there, or set TMPDIR to another folder"
         )
     try:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simpo_random_weights.", dir=parent)))
         print(
-            f"{hf.path} has no weights: random ones are used, {human(sum(sizes))} in {folder}, removed at the end",
+            f"{hf.path} has no weights: random ones are used, {human(needed)} in {folder}, removed at the end",
             flush=True,
         )
         for file in copied_files(model_folder(hf.path)):
@@ -123,12 +123,12 @@ def _write(hf: HFCheckpoint, seed: int, stack: ExitStack) -> Path:
     return folder
 
 
-def _write_tensors(hf: HFCheckpoint, sizes: list[int], folder: Path, seed: int) -> None:
+def _write_tensors(hf: HFCheckpoint, sizes: dict[str, int], folder: Path, seed: int) -> None:
     """Writes the tensors into safetensors files. At most one tensor is in memory."""
-    names, seeds = list(hf.tensors), count(seed)
+    seeds = count(seed)
     std = float(hf.config.get("initializer_range") or 0.02)
-    files = split_files(sizes, MAX_FILE_BYTES)
-    held = dict(zip(file_names(len(files)), ([names[at] for at in file] for file in files), strict=True))
+    files = split_tensors(sizes, MAX_FILE_BYTES)
+    held = dict(zip(file_names(len(files)), files, strict=True))
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         for file, inside in held.items():
             with (folder / file).open("wb") as stream:
@@ -137,7 +137,7 @@ def _write_tensors(hf: HFCheckpoint, sizes: list[int], folder: Path, seed: int) 
                     for block in _draw(name, hf, std, seeds, threads):
                         stream.write(block.view(torch.uint8).numpy().data)
     if len(files) > 1:
-        index = index_text({name: file for file, inside in held.items() for name in inside}, sum(sizes))
+        index = index_text({name: file for file, inside in held.items() for name in inside}, sum(sizes.values()))
         (folder / INDEX).write_text(index, encoding="utf-8")
 
 

@@ -32,6 +32,7 @@ from simpo_megatron.checkpoint.source import tensor_bytes
 from simpo_megatron.data import Pairs
 from simpo_megatron.models.dtypes import TORCH
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.weight_table import tensor_and_slice
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -135,8 +136,12 @@ class Reference:
             self._run(model, given).backward(above[i])
             above[i] = _gradient(given)
             total.add()
-        for name, gradient in revert_weight_conversion(model, total.sums).items():
-            yield name.replace("layers.0.", f"layers.{layer}.", 1), gradient
+        for found, gradient in revert_weight_conversion(model, total.sums).items():
+            name = found.replace("layers.0.", f"layers.{layer}.", 1)
+            if name in self.hf.tensors:
+                yield name, gradient
+            else:  # it holds all experts
+                yield from ((f"{name}[{index}]", of_expert) for index, of_expert in enumerate(gradient))
 
     def _small_config(self) -> Any:
         """The config of the model, with a vocabulary of one token, so that a layer comes without large tensors."""
@@ -145,13 +150,17 @@ class Reference:
         return config
 
     def _tensor(self, name: str) -> Tensor:
-        tensor = self.hf.tensors[name]
+        tensors = [self.hf.tensors[name]] if name in self.hf.tensors else []
+        while f"{name}[{len(tensors)}]" in self.hf.tensors:
+            tensors.append(self.hf.tensors[f"{name}[{len(tensors)}]"])
+        tensor = tensors[0]
         if tensor.file.suffix == ".safetensors":
             with safe_open(str(tensor.file), framework="pt", device="cpu") as file:
                 return file.get_tensor(name).to(self.device, self.dtype)
         # A .bin file: its bytes are read, and nothing in it is unpickled.
-        data = np.fromfile(tensor.file, np.uint8, tensor_bytes(tensor), offset=tensor.start)
-        return torch.from_numpy(data).view(TORCH[tensor.dtype]).view(tensor.shape).to(self.device, self.dtype)
+        data = np.fromfile(tensor.file, np.uint8, sum(map(tensor_bytes, tensors)), offset=tensor.start)
+        shape = tensor.shape if name in self.hf.tensors else (len(tensors), *tensor.shape)
+        return torch.from_numpy(data).view(TORCH[tensor.dtype]).view(shape).to(self.device, self.dtype)
 
     def _model(self, layers: range, state: dict[str, Tensor]) -> Any:
         """The model without its other layers, with these tensors, in which the first of the layers is the layer 0.
@@ -175,7 +184,7 @@ class Reference:
         prefix = f"model.layers.{layer}."
         state = {
             name.replace(prefix, "model.layers.0.", 1): self._tensor(name)
-            for name in self.hf.tensors
+            for name in {tensor_and_slice(name)[0] for name in self.hf.tensors}
             if name.startswith(prefix)
         }
         model = self._model(range(layer, layer + 1), state)

@@ -55,7 +55,9 @@ class ShardErrors:
         for place, part in self.places.get(name, []):
             parameter: Any = place.parameter
             mine, first, filled = parameter.main_grad, place.entry.first_row(part), 0
-            exact = gradient[:, place.columns] if place.entry.tp_dim == 1 else gradient
+            held = next(held for held in place.entry.tensors if part in held)
+            exact = place.entry.rows_first(gradient, held)
+            exact = exact[:, place.columns] if place.entry.tp_dim == 1 else exact
             squares = torch.zeros(3, dtype=torch.float64)
             for run in place.runs():
                 filled = run.offset + run.last - run.first

@@ -55,7 +55,7 @@ def test_packed_equals_masked(
     heads: tuple[int, int], window: int | None, scale: float | None, softcap: float | None, monkeypatch: Any
 ) -> None:
     torch.manual_seed(0)
-    for name in ("BLOCK", "CAPPED_BLOCK"):
+    for name in ("BLOCK", "SCORES_BLOCK"):
         monkeypatch.setattr(attention_blocks, name, 12)  # so that blocks end within sequences and within windows
     q, k, v = (
         torch.randn(sum(LENGTHS), h, 8, dtype=torch.float64, requires_grad=True) for h in (heads[0], *heads[1:] * 2)

@@ -122,13 +122,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v3": ("DeepseekV3", {**LATENT, **ROUTED, "q_lora_rank": 14}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "swiglu_limit": 1.5,  # gate and up reach it
+            "rope_parameters": {**YARN, "truncate": False, "rope_theta": 10000.0},
+        },
+    ),
     # The bounds are low enough to matter, the heads are wider together than the hidden states, the window is short.
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}),
     "gemma3": ("Gemma3", {**GEMMA, **GEMMA3, "tie_word_embeddings": False}),
 }
 
 CAPPED = ("gemma2",)  # with a bound for attention scores, which Transformer Engine does not have
-WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain", "deepseek_v2", "deepseek_v3", "glm4_moe")
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_plain", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
 
 
 def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:

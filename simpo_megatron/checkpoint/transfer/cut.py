@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from simpo_megatron.checkpoint.formats.safe_pickle import ITEM_SIZE
 from simpo_megatron.checkpoint.parameters import Block, MegatronParameter, StoredParameter
 from simpo_megatron.checkpoint.transfer.execute import BUFFERS
-from simpo_megatron.checkpoint.transfer.moves import Piece, Rect, TensorMove
+from simpo_megatron.checkpoint.transfer.moves import Piece, Rect, Swap, TensorMove
 from simpo_megatron.disk import human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import HFTensor
@@ -20,7 +20,8 @@ SMALLEST_PIECE = 2**20
 def piece_bytes(max_memory: int, workers: int) -> int:
     """The size of a piece, so that the buffers of all workers stay within `max_memory` bytes.
 
-    A worker has `BUFFERS` pieces in flight, one copy of each (strided, or in another dtype), and one piece being read.
+    A worker has `BUFFERS` pieces in flight, one copy of each (strided, reordered, or in another dtype), and one piece
+    being read.
 
     Raises:
         UserError: `max_memory` has no room for pieces of `SMALLEST_PIECE` bytes.
@@ -49,14 +50,15 @@ def plan_into_blocks(
     for tensor in parameter.entry.tensors:
         name, row_bytes = parameter.hf[tensor[0]], parameter.row_bytes
         source = sources[name]
-        for start, stop in _row_ranges(0, parameter.entry.shape_of(tensor)[0], row_bytes, size):
+        for start, stop in _pieces(parameter, tensor, size):
             length = (stop - start) * row_bytes
             read = Rect(str(source.file), source.start + start * row_bytes, stop - start, row_bytes, 0, row_bytes)
             writes, at = [], 0
             for first, last in parameter.rows_of(tensor, start, stop):
                 writes += _overlap(parameter, blocks, first, last, at)
                 at += (last - first) * row_bytes
-            pieces.append(Piece(length, (read,), tuple(writes), ((name, 0, length),)))
+            swap = _swap(parameter, tensor, into_blocks=True)
+            pieces.append(Piece(length, (read,), tuple(writes), ((name, 0, length),), swap=swap))
     return TensorMove(parameter.name, tuple(pieces))
 
 
@@ -73,7 +75,7 @@ def plan_from_blocks(
     """
     parameter = stored.parameter
     name, pieces = parameter.hf[tensor[0]], []
-    for start, stop in _row_ranges(0, parameter.entry.shape_of(tensor)[0], parameter.row_bytes, size):
+    for start, stop in _pieces(parameter, tensor, size):
         reads, checks, at = [], [], 0
         for first, last in parameter.rows_of(tensor, start, stop):
             reads += _overlap(parameter, stored.tiles, first, last, at)
@@ -86,8 +88,34 @@ def plan_from_blocks(
             writes = (Rect(file, offset + start * row_bytes, stop - start, row_bytes, 0, row_bytes),)
             hashed = (stop - start) * row_bytes
             cast = None if dtype == parameter.dtype else (parameter.dtype, dtype)
-        pieces.append(Piece(at, tuple(reads), writes, ((name, 0, hashed),), tuple(checks), cast))
+        swap = _swap(parameter, tensor, into_blocks=False)
+        pieces.append(Piece(at, tuple(reads), writes, ((name, 0, hashed),), tuple(checks), swap, cast))
     return TensorMove(name, tuple(pieces))
+
+
+def _pieces(parameter: MegatronParameter, tensor: tuple[int, ...], size: int) -> Iterator[tuple[int, int]]:
+    """The rows of every piece of a tensor. One that is reordered is one piece.
+
+    Raises:
+        UserError: it is, and has more than `size` bytes.
+    """
+    rows = sum(parameter.entry.rows[part] for part in tensor)
+    if not parameter.entry.transposed:
+        return _row_ranges(0, rows, parameter.row_bytes, size)
+    if rows * parameter.row_bytes > size:
+        raise UserError(
+            f"{parameter.hf[tensor[0]]} is read whole, with {human(rows * parameter.row_bytes)}, and --max-memory "
+            f"leaves {human(size)} for each buffer; raise it, or use fewer --workers"
+        )
+    return iter([(0, rows)])
+
+
+def _swap(parameter: MegatronParameter, tensor: tuple[int, ...], *, into_blocks: bool) -> Swap | None:
+    """How `WeightEntry.rows_first`, or its inverse, reorders a tensor."""
+    if not parameter.entry.transposed:
+        return None
+    shape = (parameter.columns, parameter.entry.rows[tensor[0]], len(tensor))
+    return Swap(shape if into_blocks else shape[::-1], parameter.item_size, hashed_before=into_blocks)
 
 
 def plan_hash(name: str, tensor: HFTensor, size: int) -> TensorMove:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from simpo_megatron.checkpoint.transfer.moves import OutFile, Piece, Rect, TensorMove, Unit
+from simpo_megatron.checkpoint.transfer.moves import OutFile, Piece, Rect, Swap, TensorMove, Unit
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import sync
@@ -164,8 +164,13 @@ class _Runner:
             read_rect(self.files, rect, buffer)
         for rect in piece.checks:
             self._check(move, rect, buffer)
-        data = buffer[: piece.size] if piece.cast is None else _cast(buffer[: piece.size], *piece.cast)
-        futures = [hasher.submit(self._hash, piece, data)] if piece.hashed else []
+        data = read = buffer[: piece.size]
+        if piece.swap is not None:
+            data = _swapped(read, piece.swap)
+        if piece.cast is not None:
+            data = _cast(data, *piece.cast)
+        hashed = read if piece.swap is not None and piece.swap.hashed_before else data
+        futures = [hasher.submit(self._hash, piece, hashed)] if piece.hashed else []
         if piece.writes:
             futures.append(writer.submit(self._write, piece, data))
         self.pending.append((buffer, piece.size, futures))
@@ -194,6 +199,12 @@ class _Runner:
         read_rect(self.files, Rect(rect.file, rect.offset, rect.rows, rect.row_bytes, 0, rect.row_bytes), copy)
         if not np.array_equal(_rows(buffer, rect), copy.reshape(rect.rows, rect.row_bytes)):
             self.differences.append(f"{rect.file} holds another {move.name} than the other ranks' files")
+
+
+def _swapped(data: np.ndarray, swap: Swap) -> np.ndarray:
+    """The bytes with their numbers reordered, a copy."""
+    numbers = data.view(f"u{swap.item_size}").reshape(swap.shape)
+    return np.ascontiguousarray(numbers.swapaxes(0, 2)).reshape(-1).view(np.uint8)
 
 
 def _cast(data: np.ndarray, source: str, target: str) -> np.ndarray:

@@ -31,6 +31,21 @@ class Rect:
 
 
 @dataclass(frozen=True, slots=True)
+class Swap:
+    """Reorders the numbers of a whole tensor: the first and the last dimension change places.
+
+    Attributes:
+        shape: of the buffer that is read.
+        item_size: bytes of a number.
+        hashed_before: whether the tensor is hashed as it is read, else as it is written.
+    """
+
+    shape: tuple[int, int, int]
+    item_size: int
+    hashed_before: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """What one buffer holds: it is filled by `reads`, hashed, and written by `writes`.
 
@@ -40,6 +55,7 @@ class Piece:
         writes: where its bytes go; empty where a tensor is only hashed.
         hashed: (tensor, first byte, bytes) in the buffer, in the order of the tensor's bytes.
         checks: copies on other ranks that must equal the buffer.
+        swap: how the numbers are reordered; `writes` then refers to the reordered buffer.
         cast: (from, to) dtypes; `hashed` and `writes` then refer to the converted buffer.
     """
 
@@ -48,6 +64,7 @@ class Piece:
     writes: tuple[Rect, ...] = ()
     hashed: tuple[tuple[str, int, int], ...] = ()
     checks: tuple[Rect, ...] = ()
+    swap: Swap | None = None
     cast: tuple[str, str] | None = None
 
 

@@ -20,6 +20,7 @@ from simpo_megatron.models.families.gemma2 import GEMMA2
 from simpo_megatron.models.families.gemma3 import GEMMA3
 from simpo_megatron.models.families.glm import GLM, GLM4
 from simpo_megatron.models.families.glm4_moe import GLM4_MOE
+from simpo_megatron.models.families.gpt_oss import GPT_OSS
 from simpo_megatron.models.families.llama import LLAMA
 from simpo_megatron.models.families.mistral import MINISTRAL, MISTRAL
 from simpo_megatron.models.families.mixtral import MIXTRAL
@@ -31,7 +32,7 @@ from simpo_megatron.models.families.qwen3 import QWEN3
 from simpo_megatron.models.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES = (
-    *(GLM, GLM4, PHI3, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE),
+    *(GPT_OSS, GLM, GLM4, PHI3, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE),
     *(LLAMA, MISTRAL, MINISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, OLMO2, OLMO3),
 )
 
