@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -229,19 +229,6 @@ def check_cut_query_groups() -> None:
         raise UserError(
             "--tensor-model-parallel-size exceeds the number of key and value heads, and megatron-core "
             f"{release} gives every rank one of its own; install 0.16 or newer, or use fewer ranks"
-        )
-
-
-def check_config_fields(transformer_config: type, needed: Mapping[str, Any]) -> None:
-    """Refuses a model that needs a field which Megatron's TransformerConfig does not have in this release.
-
-    Raises:
-        UserError: it names the field.
-    """
-    if missing := [name for name in needed if not hasattr(transformer_config, name)]:
-        release = importlib.import_module("megatron.core.package_info").__version__
-        raise UserError(
-            f"this model needs {' and '.join(missing)}, which megatron-core {release} does not have; install 0.16 or newer"
         )
 
 

@@ -82,14 +82,8 @@ def make_checkpoint(folder: Path, model: str) -> int:
 
     from simpo_megatron.checkpoint.source import imagine_weights, tensor_bytes
     from simpo_megatron.checkpoint.to_hf import safetensors_header
-    from simpo_megatron.models.hf_checkpoint import (
-        INDEX,
-        MAX_FILE_BYTES,
-        file_names,
-        index_text,
-        read_hf_config,
-        split_files,
-    )
+    from simpo_megatron.models.hf_checkpoint import read_hf_config
+    from simpo_megatron.models.weight_files import INDEX, MAX_FILE_BYTES, file_names, index_text, split_files
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_of(model), indent=2))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from simpo_megatron.adapters.lora import Lora, factor_entries, projections
 from simpo_megatron.models.architecture import Architecture
-from simpo_megatron.models.hf_checkpoint import HFTensor
+from simpo_megatron.models.weight_files import HFTensor
 from simpo_megatron.models.weight_table import WeightEntry
 
 if TYPE_CHECKING:

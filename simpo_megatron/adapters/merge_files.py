@@ -16,7 +16,8 @@ from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import check_empty, record_files
 from simpo_megatron.models.architecture import Architecture
-from simpo_megatron.models.hf_checkpoint import INDEX, HFCheckpoint, check_tensors, copied_files
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, check_tensors, copied_files
+from simpo_megatron.models.weight_files import INDEX
 from simpo_megatron.program import with_time_left
 
 if TYPE_CHECKING:

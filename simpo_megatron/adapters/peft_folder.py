@@ -29,7 +29,7 @@ from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path, atomic_write, check_empty, follow_umask, sync
 from simpo_megatron.models.architecture import Architecture
-from simpo_megatron.models.hf_checkpoint import HFTensor, read_safetensors_header
+from simpo_megatron.models.weight_files import HFTensor, read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,8 @@ from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, Plan
 from simpo_megatron.config.adapter import AdapterConfig
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write, record_files, wrote_all
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint, HFTensor
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.weight_files import HFTensor
 
 
 def read_adapter(folder: Path, hf: HFCheckpoint) -> tuple[Lora, StoredModel]:

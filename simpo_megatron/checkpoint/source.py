@@ -15,16 +15,13 @@ from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import read_json
 from simpo_megatron.models.hf_checkpoint import (
-    INDEX,
-    SINGLE,
     HFCheckpoint,
-    HFTensor,
     check_tensors,
     expected_tensors,
     read_hf_checkpoint,
     read_hf_config,
-    read_safetensors,
 )
+from simpo_megatron.models.weight_files import INDEX, SINGLE, HFTensor, read_safetensors
 
 BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # a tokenizer has one of them at least

@@ -22,16 +22,8 @@ from simpo_megatron.checkpoint.transfer.moves import OutFile, Rect, Unit
 from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, PlanLine, file_stamps, fingerprint
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write, record_files, wrote_all
-from simpo_megatron.models.hf_checkpoint import (
-    INDEX,
-    MAX_FILE_BYTES,
-    HFCheckpoint,
-    HFTensor,
-    copied_files,
-    file_names,
-    index_text,
-    split_tensors,
-)
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, copied_files
+from simpo_megatron.models.weight_files import INDEX, MAX_FILE_BYTES, HFTensor, file_names, index_text, split_tensors
 from simpo_megatron.models.weight_table import tensor_and_slice
 
 

@@ -17,7 +17,8 @@ from simpo_megatron.checkpoint.transfer.cut import piece_bytes, plan_from_blocks
 from simpo_megatron.checkpoint.transfer.moves import TensorMove, Unit
 from simpo_megatron.checkpoint.transfer.processes import run_units
 from simpo_megatron.checkpoint.transfer.publish import Options
-from simpo_megatron.models.hf_checkpoint import HFCheckpoint, split_files
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+from simpo_megatron.models.weight_files import split_files
 
 UNIT_BYTES = 2 * 2**30
 

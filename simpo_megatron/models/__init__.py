@@ -8,13 +8,14 @@ part_layout.py    how Hugging Face tensors form one parameter, and its slices on
 rope.py           rotary frequencies as the config asks for them
 megatron_args.py  an architecture under Megatron-LM's argument names, and back. No torch, no Megatron
 hf_checkpoint.py  a checkpoint directory: its config, and names, shapes and files of its tensors. No torch, no Megatron
+weight_files.py   names and index of the weight files, and the headers of safetensors. No torch, no Megatron
 tied_output.py    an output layer beside the embedding that it is tied to. No torch, no Megatron
 dtypes.py         torch's dtypes by the names of safetensors
 fusions.py        which fused kernels and which attention a model runs with
 norms.py          norms of queries and keys over all heads
 spec.py           the layers: Transformer Engine's, or Megatron's on plain torch with RMSNorm and packed attention
 attention.py      attention over packed rows on plain torch, also under context parallelism
-attention_blocks.py  the parts of it that no fused attention computes: blocks of queries, capped scores
+attention_blocks.py  the parts of it that no fused attention computes: blocks of queries, capped scores, sinks
 latent_attention.py  multi-latent attention over packed rows
 rotary.py         the rotary embedding of a built model; the layers with a window may have their own
 routing.py        routing that is limited to groups of experts

@@ -139,6 +139,11 @@ class Architecture:
         return self.transformer.get("num_moe_experts")
 
     @property
+    def has_whole_experts(self) -> bool:
+        """Whether it has experts that tensor parallelism cannot split, because they have biases."""
+        return self.num_experts is not None and bool(self.transformer.get("add_bias_linear"))
+
+    @property
     def expert_layers(self) -> tuple[bool, ...]:
         """Whether each layer has experts; the others have a dense feed-forward."""
         pattern = self.transformer.get("moe_layer_freq") or [int(self.num_experts is not None)] * self.num_layers

@@ -42,8 +42,9 @@ class PackedAttention(torch.nn.Module):
     Torch's scaled dot-product attention is called once for every sequence, so the cost grows with the lengths of the
     sequences, not with the length of the row. With `softcap` scores are bounded by `softcap * tanh(score / softcap)`
     before the mask. With `softmax_type` "learnable" every query head has a sink. A layer has the window of `config`
-    unless `window_attn_skip_freq` leaves it out. The attention mask is ignored, as Transformer Engine ignores it for causal attention: it, `attn_mask_type`
-    and `cp_comm_type` change nothing. Any other keyword is an error, because ignoring it could change what is computed.
+    unless `window_attn_skip_freq` leaves it out. The attention mask is ignored, as Transformer Engine ignores it for
+    causal attention: it, `attn_mask_type` and `cp_comm_type` change nothing. Any other keyword is an error, because
+    ignoring it could change what is computed.
 
     Raises:
         UserError: when built, for attention dropout or cross attention, which this attention does not have.
@@ -69,7 +70,7 @@ class PackedAttention(torch.nn.Module):
         self.window = config.window_size[0] + 1 if config.window_size and has_window(config, layer_number) else None
         # The name of the sinks in Megatron's attention and in Transformer Engine's.
         self.softmax_offset: torch.nn.Parameter | None = None
-        if getattr(config, "softmax_type", "vanilla") == "learnable":
+        if config.softmax_type == "learnable":
             heads = config.num_attention_heads // config.tensor_model_parallel_size
             sinks = torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
             self.softmax_offset = torch.nn.Parameter(sinks)

@@ -33,7 +33,7 @@ from simpo_megatron.models.rotary import set_rotary
 from simpo_megatron.models.routing import rank_groups
 from simpo_megatron.models.spec import use_transformer_engine
 from simpo_megatron.models.weight_table import WeightEntry
-from simpo_megatron.parallel.limits import check_layout, has_whole_experts
+from simpo_megatron.parallel.limits import check_layout
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 
 _AUTO = Kernels()
@@ -84,7 +84,7 @@ def transformer_config(
         "perform_initialization": False,  # every weight is loaded
         # These two are compiled, which is slower on a CPU. Of the gated activations, Megatron fuses SwiGLU.
         "bias_activation_fusion": on_gpu() and hf.architecture.additions.activation == "silu",
-        "bias_dropout_fusion": on_gpu() and not has_whole_experts(model),  # these add biases of their own
+        "bias_dropout_fusion": on_gpu() and not hf.architecture.has_whole_experts,  # these add biases of their own
         "masked_softmax_fusion": False,  # belongs to an attention that is not used here
         "persist_layer_norm": False,
         "moe_token_dispatcher_type": "alltoall",  # the rows of the expert-parallel ranks differ in length
@@ -102,7 +102,6 @@ def transformer_config(
     fields |= {"overlap_p2p_comm": overlap, "batch_p2p_comm": not overlap}
     # What was sent to the next stage is not read again. But gloo reads it after an overlapped send has returned.
     fields["deallocate_pipeline_outputs"] = on_gpu() or not overlap
-    compat.check_config_fields(TransformerConfig, model)
     try:
         if model.get("multi_latent_attention"):
             # Megatron's own YaRN is not used: the frequencies are replaced (`_set_rotary`).
@@ -255,6 +254,7 @@ def build_model(
             output_layer: Any = model.output_layer
             output_layer.softcap = additions.logit_softcap  # `LogProbHead` reads it, and caps by itself
             output_layer.register_forward_hook(_cap_logits)
+        _set_dtype(model, config.params_dtype)
         mark_parameters(model, hf.architecture.weights, tied=hf.architecture.tied)
         plain_output_layer(model)
         models.append(model)
@@ -269,6 +269,12 @@ def _set_rotary(model: Any, architecture: Architecture) -> None:
     frequencies, factor = inverse_frequencies(architecture.rope, architecture.rotary_head_dim)
     for layer in model.decoder.layers:
         set_latent_rotary(layer.self_attention, frequencies, factor)
+
+
+def _set_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Gives every parameter its dtype: Transformer Engine makes sinks in fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _scale_embedding(scale: float, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

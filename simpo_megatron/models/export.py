@@ -31,17 +31,10 @@ from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_write, check_empty, follow_umask, record_files, sync
 from simpo_megatron.models.dtypes import TORCH
-from simpo_megatron.models.hf_checkpoint import (
-    INDEX,
-    MAX_FILE_BYTES,
-    HFCheckpoint,
-    copied_files,
-    file_names,
-    index_text,
-    split_tensors,
-)
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, copied_files
 from simpo_megatron.models.part_layout import join_ranks
 from simpo_megatron.models.placement import PlacedParameter, place_parameters
+from simpo_megatron.models.weight_files import INDEX, MAX_FILE_BYTES, file_names, index_text, split_tensors
 from simpo_megatron.models.weight_table import OUTPUT, WeightEntry, tensor_and_slice
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 

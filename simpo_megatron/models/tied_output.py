@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from simpo_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from simpo_megatron.models.hf_checkpoint import HFCheckpoint, HFTensor
+    from simpo_megatron.models.hf_checkpoint import HFCheckpoint
+    from simpo_megatron.models.weight_files import HFTensor
 
 OUTPUT_LAYER = "lm_head.weight"
 _BLOCK = 2**24  # bytes that are compared at a time

@@ -23,8 +23,8 @@ class WeightEntry:
         megatron: the canonical name, which is that of Megatron's Transformer Engine spec and of `torch_dist` keys;
             `{layer}` stands for the global layer index, `{expert}` for the global expert index.
         hf: the tensor of each of its parts, with the same `{layer}` and `{expert}`. A name that stands several times is
-            a tensor that holds these parts one behind the other. A name that ends with `[{expert}]` is a slice: a tensor
-            of the checkpoint holds those of all experts of a layer, along its first dimension.
+            a tensor that holds these parts one behind the other. A name that ends with `[{expert}]` is a slice along
+            the first dimension of a tensor that holds all experts of a layer.
         shapes: the shape of each whole part, in the order of `hf`.
         part_layout: how the parts form the parameter.
         tp_dim: the dimension that tensor parallelism splits, of the parameter and of every part; None where every rank

@@ -135,11 +135,6 @@ def _check_no_experts(parallel: dict[str, Any]) -> None:
         raise UserError(f"--moe-aux-loss-coeff {coefficient:g} needs a model with experts; this one is dense, drop it")
 
 
-def has_whole_experts(model: dict[str, Any]) -> bool:
-    """Whether the model has experts that tensor parallelism cannot split (`TransformerConfig.__post_init__`)."""
-    return model.get("num_moe_experts") is not None and bool(model.get("add_bias_linear"))
-
-
 def _check_experts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     experts, ffn = model["num_moe_experts"], model["moe_ffn_hidden_size"]
     size, tensor = parallel.get("expert_model_parallel_size", 1), parallel.get("tensor_model_parallel_size", 1)
@@ -150,7 +145,7 @@ def _check_experts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
             f"--expert-model-parallel-size {size} does not divide the {experts} experts of a layer; use "
             f"{join_or(divisors(experts))}"
         )
-    if has_whole_experts(model) and ranks > 1:
+    if model.get("add_bias_linear") and ranks > 1:  # asserted by `TransformerConfig.__post_init__`
         raise UserError(
             f"--expert-tensor-parallel-size {given or f'is {tensor}, the tensor-parallel size'}: the experts of this "
             "model have biases, which Megatron does not split; give --expert-tensor-parallel-size 1"

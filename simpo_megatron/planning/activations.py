@@ -47,7 +47,7 @@ def layer_bytes(
     kept += _attention(architecture, tensor, sequence, fused, recomputed)
     # fp32: of the norms, of the softmax
     statistics = 4 * (2 * additions.pre_norms + post_norms) / sequence + 4 * 2 * additions.qk_norm_over_heads
-    if not _scored_again(model, additions, recomputed):
+    if not _scored_again(architecture, fused, recomputed):
         statistics += 4 * model["num_attention_heads"] // tensor
     if dense:
         inner = 3 if fused and additions.activation == "silu" else 5
@@ -84,7 +84,7 @@ def _attention(
     q, k, v = heads * width, max(groups // tensor, 1) * width, heads * architecture.value_head_dim
     kept = 4.0 * rotary_dim(architecture.rope, architecture.rotary_head_dim)  # of queries and keys, cosine and sine
     kept += v  # attention's output, which the next projection reads
-    if not fused and not architecture.scored_in_blocks and "core_attn" not in recomputed:
+    if not fused and not _scored_again(architecture, fused, recomputed):
         kept += v  # torch attends one sequence at a time and keeps the pieces
     if model.get("multi_latent_attention"):
         latents = (model["q_lora_rank"] or 0) + model["kv_lora_rank"]
@@ -99,6 +99,11 @@ def _attention(
     if additions.qk_norm_over_heads:
         kept += q + k
     return kept
+
+
+def _scored_again(architecture: Architecture, fused: bool, recomputed: frozenset[str]) -> bool:
+    """Whether the backward pass computes the scores again."""
+    return (architecture.scored_in_blocks and not fused) or "core_attn" in recomputed
 
 
 def _norms(dense: bool, fused: bool, recomputed: frozenset[str]) -> int:

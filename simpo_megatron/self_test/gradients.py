@@ -16,7 +16,6 @@ import torch
 
 from simpo_megatron.models.families.registry import FAMILIES
 from simpo_megatron.models.hf_checkpoint import read_hf_config
-from simpo_megatron.parallel.limits import has_whole_experts
 from simpo_megatron.self_test.models import ALL_EXPERTS, DEEP, engine_in, tiny_checkpoint, tiny_config
 from simpo_megatron.self_test.rows import Bench, Outcome, Row
 from simpo_megatron.verify.compare import compare
@@ -98,7 +97,7 @@ def gradient_rows(bench: Bench) -> Iterator[Row]:
     for implementation in bench.implementations:
         for family in FAMILIES:
             model_type = family.model_types[0]
-            whole = has_whole_experts(family.architecture(tiny_config(model_type)).transformer)
+            whole = family.architecture(tiny_config(model_type)).has_whole_experts
             settings = {**split, **(ETP1 if split and whole else {}), "transformer_impl": implementation}
             function = partial(_compare, model_type, settings)
             yield Row(f"family: {family.name}{_variant(implementation, False)}", function, advice=ADVICE)

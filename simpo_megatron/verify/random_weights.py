@@ -28,16 +28,8 @@ from simpo_megatron.data import InMemoryPairs
 from simpo_megatron.disk import cannot_write, free_bytes, human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.dtypes import TORCH
-from simpo_megatron.models.hf_checkpoint import (
-    INDEX,
-    MAX_FILE_BYTES,
-    HFCheckpoint,
-    copied_files,
-    file_names,
-    index_text,
-    read_hf_checkpoint,
-    split_tensors,
-)
+from simpo_megatron.models.hf_checkpoint import HFCheckpoint, copied_files, read_hf_checkpoint
+from simpo_megatron.models.weight_files import INDEX, MAX_FILE_BYTES, file_names, index_text, split_tensors
 from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 
 RANDOM_PAIRS = "random token ids"  # stands for a source in the settings

@@ -63,13 +63,15 @@ def test_torch_dist_and_back(name: str, tmp_path: Path) -> None:
         assert (back / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen2_tied", "olmo3", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen2_tied", "olmo3", "gpt_oss", "mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("layout", RANK_FILES)
 def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
     tiny.make(name, tmp_path / "hf", torch.bfloat16)
     flags = RANK_FILES[layout] | (
         {"expert_model_parallel_size": 2} if name in tiny.WITH_EXPERTS and layout != "uneven" else {}
     )
+    if name == "gpt_oss":  # experts with biases are not split
+        flags.pop("tensor_model_parallel_size", None)
     if name in tiny.WITH_EXPERTS and layout == "tp2":
         flags |= {"moe_grouped_gemm": True}
     load = to_megatron(tmp_path / "hf", tmp_path / "megatron", format="torch", **flags)
@@ -87,6 +89,7 @@ def test_rank_files_and_back(name: str, layout: str, tmp_path: Path) -> None:
         ("qwen3_moe", {**EP2, **PP2}),
         ("deepseek_v2", {**EP2, **PP2}),
         ("deepseek_v3", {**SP, **EP2}),
+        ("gpt_oss", {**EP2, **PP2}),
     ],
     ids=str,
 )
@@ -120,7 +123,9 @@ def test_megatron_loads_rank_files_strictly(
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize(("name", "layout"), [("olmo3", {**TP2, **PP2}), ("deepseek_v2", EP2)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "layout"), [("olmo3", {**TP2, **PP2}), ("deepseek_v2", EP2), ("gpt_oss", EP2)], ids=str
+)
 def test_megatrons_own_checkpoint_to_hf(name: str, layout: dict, per_layer: bool, pool: Any, tmp_path: Path) -> None:
     tiny.make(name, tmp_path / "hf")
     (tmp_path / "megatron").mkdir()

@@ -24,7 +24,8 @@ VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 
 def _needs(name: str) -> dict[str, Any]:
     """Settings that a family needs under tensor parallelism."""
-    return {"sequence_parallel": True} if name in tiny.WITH_EXPERTS else {}
+    whole = {"expert_tensor_parallel_size": 1} if name == "gpt_oss" else {}
+    return {"sequence_parallel": True, **whole} if name in tiny.WITH_EXPERTS else {}
 
 
 def load_and_export(source: Path, target: Path, bf16: bool, layout: dict[str, Any], max_file_bytes: int) -> None:
@@ -63,6 +64,7 @@ ROUND_TRIPS: list[tuple[str, int, dict[str, Any]]] = [
     *((name, 4, {**TP2, **PP2, **_needs(name)}) for name in tiny.MODELS),
     ("mixtral", 4, {**SP, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}),
     ("qwen3_moe", 4, {**SP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    ("gpt_oss", 4, {"expert_model_parallel_size": 4}),
     *((name, world, layout) for name in ("llama_tied", "qwen2") for world, layout in ((1, {}), (2, {}), (2, VPP2))),
 ]
 

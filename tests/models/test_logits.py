@@ -104,6 +104,7 @@ SELECTIVE = {"recompute_granularity": "selective"}
         ("deepseek_v2", SP),
         ("glm4_moe", {**SP, **PP2}),
         ("deepseek_v3", {**SP, **VPP2}),
+        ("gpt_oss", {**SP, **PP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "GptOss",
         {
-            "head_dim": 16,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 3,
-            "sliding_window": 8,
+            **{"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8},
             "swiglu_limit": 1.5,  # gate and up reach it
-            "rope_parameters": {**YARN, "truncate": False, "rope_theta": 10000.0},
+            "rope_parameters": {**YARN, "truncate": False},
         },
     ),
     # The bounds are low enough to matter, the heads are wider together than the hidden states, the window is short.
@@ -168,10 +166,17 @@ def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: 
 
 
 def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors by their names in a checkpoint: transformers fuses the experts of a layer when loading."""
+    """A model's tensors by their names in a checkpoint: transformers fuses the experts of a layer when loading.
+
+    Where the checkpoint does so too, each expert has a slice.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, tensors)
+    found = {}
+    for name, tensor in revert_weight_conversion(model, tensors).items():
+        whole = re.search(r"\.experts\.[a-z_]+$", name) is not None
+        found |= {f"{name}[{i}]": of_expert for i, of_expert in enumerate(tensor)} if whole else {name: tensor}
+    return found
 
 
 def build(path: Path, *, bf16: bool = False, **layout: Any) -> tuple[Any, Any, list[Any]]:
@@ -309,5 +314,6 @@ def gradients(
         parts = place.entry.part_layout.split(whole[: sum(place.entry.rows)], place.entry.rows)
         for held in place.entry.tensors:
             name = place.hf[held[0]]
-            found[name] = found.get(name, 0) + torch.cat([parts[part] for part in held])
+            whole = torch.cat([parts[part] for part in held])
+            found[name] = found.get(name, 0) + place.entry.as_stored(whole, held)
     return found

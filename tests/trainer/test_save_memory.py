@@ -21,7 +21,8 @@ MIB = 2**20
 SLACK = 8 * MIB  # what Python and the allocator keep
 # Peak above the state, in units of the rank's share of the checkpoint.
 DEFAULT_BOUND = 1.0
-GATHERED_BOUND = 3.0  # of the whole checkpoint, on rank 0: it holds 3 copies of its optimizer state, 2.6; a 4th makes 3.4
+# Of the whole checkpoint, on rank 0: three copies of its optimizer state are 2.6 of it, four would be 3.4.
+GATHERED_BOUND = 3.0
 WRITTEN_BOUND = 1.2  # bytes of the rank that writes most, in units of its share
 
 

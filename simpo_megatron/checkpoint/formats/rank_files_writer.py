@@ -76,6 +76,11 @@ def lay_out_ranks(hf: HFCheckpoint, parameters: Sequence[MegatronParameter], lay
         UserError: the layout does not divide the model.
     """
     _check(parameters, layout)
+    if hf.architecture.has_whole_experts and layout.tensor_model_parallel_size > 1:
+        raise UserError(
+            f"--tensor-model-parallel-size {layout.tensor_model_parallel_size} would split experts in this format, "
+            "which Megatron does not for experts with biases; give 1, or --format torch_dist for any layout"
+        )
     files = _RankFiles(hf, parameters, layout)
     sets = []
     for stage in range(layout.pipeline_model_parallel_size):
@@ -257,7 +262,7 @@ def rank_file_name(
     for canonical, separate in modules.items():
         name = name.replace(canonical, separate)
     if layout.moe_grouped_gemm and experts:
-        name = name.replace("local_experts.{expert}.", "").replace("weight", "weight{expert}")
+        name = name.replace("local_experts.{expert}.", "") + "{expert}"
     return name.format(layer=layer, expert=expert)
 
 

@@ -11,7 +11,7 @@ from simpo_megatron.checkpoint.transfer.execute import BUFFERS
 from simpo_megatron.checkpoint.transfer.moves import Piece, Rect, Swap, TensorMove
 from simpo_megatron.disk import human
 from simpo_megatron.errors import UserError
-from simpo_megatron.models.hf_checkpoint import HFTensor
+from simpo_megatron.models.weight_files import HFTensor
 
 LARGEST_PIECE = 64 * 2**20
 SMALLEST_PIECE = 2**20

@@ -13,6 +13,7 @@ gemma2.py     Gemma-2, and what Gemma-3 shares with it
 gemma3.py     the text models of Gemma-3
 glm.py        GLM-4
 glm4_moe.py   GLM-4.5 and GLM-4.5-Air
+gpt_oss.py    gpt-oss
 llama.py      Llama 2, 3, 3.1, 3.2
 mistral.py    Mistral, with its optional sliding window; Ministral, with one in some layers
 mixtral.py    Mixtral
