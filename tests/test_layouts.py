@@ -102,6 +102,8 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts, ep2 dp4, distributed optimizer": ("mixtral", 4, {**EP2, **SHARDED}),
     "experts, ep2 vpp2, recompute": ("mixtral", 4, {**EP2, **VPP, **FULL}),
     "experts, tp2 sp cp2 pp2 ep2 whole": ("mixtral", 8, {**SP, **CP2, **PP2, **EP2, **WHOLE}),
+    "sinks, shared prompts, ep2": ("gpt_oss", 2, {**SHARE, **EP2}),
+    "sinks, tp2 sp vpp2 whole": ("gpt_oss", 4, {**SP, **VPP, **WHOLE}),
     "latent, shared prompts, tp2 sp": ("latent", 2, {**SHARE, **SP}),
     "latent, cp2 ep2, recompute": ("latent", 2, {**CP2, **EP2, **LATENT_PARTS}),
     "latent, tp2 sp pp2": ("latent", 4, {**SP, **PP2}),
@@ -132,7 +134,8 @@ TWO_ROPES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "two ropes, tp2 sp vpp2, recompute": ("gemma3", 4, {**SP, **VPP, **FULL}),
     "two ropes, tp2": ("gemma3", 2, TP2),
 }
-LOCAL_ROPES: dict[str, tuple[str, int, dict[str, Any]]] = {  # a window under cp2 needs --cp-comm-type there
+WITH_WINDOWS: dict[str, tuple[str, int, dict[str, Any]]] = {  # a window under cp2 needs --cp-comm-type there
+    "sinks, cp2 ep2, recompute": ("gpt_oss", 2, {**CP2, **EP2, **FULL}),
     "two ropes, cp2": ("gemma3", 2, CP2),
     "two ropes, pp2, shared prompts": ("gemma3", 2, {**PP2, **SHARE}),
 }
@@ -143,6 +146,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", EXPERTS),
     "mistral": ("Mistral", {"sliding_window": 9}),
     "latent": ("DeepseekV3", LATENT),
+    "gpt_oss": ("GptOss", {**EXPERTS, "sliding_window": 9, "swiglu_limit": 1.0, "rope_parameters": YARN}),
     "olmo3": ("Olmo3", {"sliding_window": 9, "rope_scaling": YARN, "attention_bias": True, "pad_token_id": None}),
     "gemma2": (
         "Gemma2",
@@ -151,7 +155,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", {**GEMMA, **GEMMA3}),
 }
 EVERYWHERE = {**LAYOUTS, **TIED, **TWO_ROPES}
-EVERY_LAYOUT = {**EVERYWHERE, **CAPPED, **LOCAL_ROPES, **OLMO}
+EVERY_LAYOUT = {**EVERYWHERE, **CAPPED, **WITH_WINDOWS, **OLMO}
 OLDER = ("tp2 sp", "pp2", "cp2", "experts, ep2")  # with the oldest release of Transformer Engine too
 # Transformer Engine's attention cannot let two responses see one prompt.
 RUNS = [

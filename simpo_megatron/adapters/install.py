@@ -141,18 +141,10 @@ def _targeted(model: GPTModel, table: Any, lora: Lora, tied: bool) -> list[tuple
 
 
 def _mark(place: PlacedParameter, sequence_parallel: bool) -> None:
-    """Tells Megatron how a factor is shared, where it is whole on every tensor-parallel rank."""
-    parameter, entry = place.parameter, place.entry
-    marks: Any = parameter
-    if entry.tp_dim is not None:
-        return
-    if not entry.experts:
-        marks.sequence_parallel = sequence_parallel
-        return
-    # Megatron counts a whole parameter in the gradient norm on the first tensor-parallel rank. The ranks that share an
-    # expert may be others. A parameter with `shared` is not counted (`optimizer.py`, get_main_grads_for_grad_norm).
-    marks.tensor_model_parallel, marks.partition_dim, marks.partition_stride = True, -1, 1
-    marks.shared = place.group.rank() > 0
+    """Tells Megatron that a factor sees other tokens on every tensor-parallel rank, where it is whole on all."""
+    parameter: Any = place.parameter
+    if place.entry.tp_dim is None and not place.entry.experts:
+        parameter.sequence_parallel = sequence_parallel
 
 
 def _require_grad(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:

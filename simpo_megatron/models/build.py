@@ -27,7 +27,7 @@ from simpo_megatron.models.architecture import Architecture
 from simpo_megatron.models.fusions import Kernels, kernel_fields, on_gpu, plain_output_layer
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.latent_attention import set_latent_rotary
-from simpo_megatron.models.placement import place_parameters
+from simpo_megatron.models.placement import count_once, place_parameters
 from simpo_megatron.models.rope import inverse_frequencies
 from simpo_megatron.models.rotary import set_rotary
 from simpo_megatron.models.routing import rank_groups
@@ -315,3 +315,5 @@ def mark_parameters(model: torch.nn.Module, table: Sequence[WeightEntry], *, tie
             parameter.tensor_model_parallel = False
         if entry.experts:
             parameter.allreduce = False
+            if entry.tp_dim is None:
+                count_once(parameter, place.group)

@@ -116,6 +116,20 @@ def _local_experts(entry: WeightEntry) -> range:
     return range(share * parallel_state.get_expert_model_parallel_rank(), entry.experts)[:share]
 
 
+def count_once(parameter: Any, group: Any) -> None:
+    """Lets the gradient norm count a parameter of an expert that all ranks of its group hold whole.
+
+    Megatron counts a whole parameter on the first tensor-parallel rank, and the ranks that share an expert may be
+    others. A parameter with `shared` is not counted (`optimizer.py`, get_main_grads_for_grad_norm).
+
+    Args:
+        parameter: it is marked.
+        group: `PlacedParameter.group`.
+    """
+    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, -1, 1
+    parameter.shared = group.rank() > 0
+
+
 def unwrap(model: torch.nn.Module) -> GPTModel:
     """The GPTModel inside DDP and Float16Module."""
     while not isinstance(model, GPTModel):

@@ -126,7 +126,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "GptOss",
         {
-            **{"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8},
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
             "swiglu_limit": 1.5,  # gate and up reach it
             "rope_parameters": {**YARN, "truncate": False},
         },

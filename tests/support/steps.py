@@ -244,7 +244,7 @@ def gather_gradients(engine: Any, hf: Any) -> dict[str, torch.Tensor]:
         whole = mine if weight.tp_dim is None else join_ranks(weight.part_layout, weight.rows, shards, weight.tp_dim)
         parts = weight.part_layout.split(whole[: sum(weight.rows)], weight.rows)
         for held in weight.tensors:
-            found[place.hf[held[0]]] = torch.cat([parts[part] for part in held])
+            found[place.hf[held[0]]] = weight.as_stored(torch.cat([parts[part] for part in held]), held)
     return found
 
 
