@@ -191,6 +191,13 @@ def required(config: dict[str, Any], key: str) -> int:
     return config[key]
 
 
+# transformers would otherwise save the dequantized weights under the names of the quantized ones.
+DEQUANTIZE_MXFP4 = (
+    "load it in transformers with quantization_config=Mxfp4Config(dequantize=True), and save it with "
+    "save_pretrained(FOLDER, save_original_format=False)"
+)
+
+
 def refuse(config: dict[str, Any], key: str, *accepted: Any, fix: str) -> None:
     """Refuses a value of config.json that would change what is computed.
 

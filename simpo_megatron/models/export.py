@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -210,7 +210,8 @@ def _joined(slices: Iterator[tuple[str, Tensor]], experts: int) -> Iterator[tupl
     Yields:
         Name and tensor on the first rank of the group; nothing on the other ranks.
     """
-    group, whole = parallel_state.get_expert_model_parallel_group(), None
+    group: Any = parallel_state.get_expert_model_parallel_group()
+    whole: Tensor | None = None
     for name, held in groupby(slices, lambda item: tensor_and_slice(item[0])[0]):
         for at, (_, local) in enumerate(held):
             shares = [local]

@@ -17,7 +17,7 @@ from typing import Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids, read_json
-from simpo_megatron.models.architecture import Architecture
+from simpo_megatron.models.architecture import DEQUANTIZE_MXFP4, Architecture
 from simpo_megatron.models.families.registry import family_of
 from simpo_megatron.models.tied_output import OUTPUT_LAYER, check_tied_output
 from simpo_megatron.models.weight_files import HFTensor, read_safetensors
@@ -168,8 +168,8 @@ def check_tensors(hf: HFCheckpoint, table: Iterable[WeightEntry] | None = None) 
             family, whole = hf.architecture.family.name, tensor_and_slice(name)[0]
             if f"{whole}_blocks" in hf.tensors:
                 raise UserError(
-                    f"{hf.path} has {whole}_blocks in place of {whole}: it is quantized (MXFP4); dequantize it in "
-                    "transformers, and save it again"
+                    f"{hf.path} has {whole}_blocks, the name of MXFP4 weights, in place of {whole}; take the "
+                    f"published model, {DEQUANTIZE_MXFP4}"
                 )
             raise UserError(f"{hf.path} has no tensor {name}, which {family} needs; is the checkpoint complete?")
         found = hf.tensors[name]

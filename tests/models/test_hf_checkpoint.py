@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpo_megatron.errors import UserError
+from simpo_megatron.models.architecture import DEQUANTIZE_MXFP4
 from simpo_megatron.models.hf_checkpoint import check_tensors, read_hf_checkpoint
 from tests.support import families as tiny
 
@@ -200,7 +201,7 @@ NORM, EXPERTS = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.exp
         (
             "gpt_oss",
             {EXPERTS: None, f"{EXPERTS}_blocks": torch.ones(8, 48, 3, 16, dtype=torch.uint8)},
-            [f"{EXPERTS}_blocks in place of {EXPERTS}", "quantized (MXFP4)", "dequantize"],
+            [f"has {EXPERTS}_blocks", f"in place of {EXPERTS}", "MXFP4", "dequantize=True"],
         ),
     ],
 )
@@ -210,6 +211,29 @@ def test_tensors_are_checked(name: str, tensors: dict[str, Any], words: list[str
     with pytest.raises(UserError) as raised:
         check_tensors(read_hf_checkpoint(tmp_path))
     assert all(word in str(raised.value) for word in words)
+
+
+def test_mxfp4_is_dequantized_as_the_refusal_says(tmp_path: Path) -> None:
+    """A model in MXFP4 that transformers dequantizes and saves: what is read is what transformers computes with."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    tiny.make("gpt_oss", tmp_path, torch.bfloat16, hidden_size=64, num_hidden_layers=2, layer_types=tiny.MIXED[:2])
+    quantized: dict[str, torch.Tensor | None] = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, columns, rows = tensor.shape
+            scales = torch.randint(118, 124, (experts, rows, columns // 32), dtype=torch.uint8)
+            blocks = torch.randint(256, (*scales.shape, 16), dtype=torch.uint8)
+            quantized |= {name: None, f"{name}_blocks": blocks, f"{name}_scales": scales}
+    change_tensors(tmp_path, **quantized)
+    change_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Mxfp4Config(dequantize=True))
+    assert "save_pretrained(FOLDER, save_original_format=False)" in DEQUANTIZE_MXFP4
+    model.save_pretrained(tmp_path / "saved", save_original_format=False)
+    check_tensors(read_hf_checkpoint(tmp_path / "saved"))
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert torch.equal(saved[EXPERTS], model.state_dict()[EXPERTS])
 
 
 @pytest.mark.parametrize("more, words", [(1, None), (0, "does not use: model.layers.4.input_layernorm")])

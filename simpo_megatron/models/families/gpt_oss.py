@@ -15,7 +15,7 @@ from typing import Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
-from simpo_megatron.models.architecture import Family, refuse, required
+from simpo_megatron.models.architecture import DEQUANTIZE_MXFP4, Family, refuse, required
 from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_weights
 from simpo_megatron.models.families.moe import moe_kwargs
 from simpo_megatron.models.families.windows import FULL, SLIDING, listed_layer_types, listed_windows, window_kwargs
@@ -37,8 +37,7 @@ _YARN = {
 
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    dequantize = "load it in transformers with quantization_config=Mxfp4Config(dequantize=True), and save it again"
-    refuse(config, "quantization_config", None, fix=dequantize)
+    refuse(config, "quantization_config", None, fix=DEQUANTIZE_MXFP4)
     refuse(config, "attention_bias", True, fix="only models with biases run")
     refuse(config, "swiglu_alpha", _ALPHA, fix="Megatron computes with 1.702")
     limit = config["swiglu_limit"]
