@@ -88,7 +88,7 @@ class BlockAttention(torch.autograd.Function):
             of_k[:, :, block.keys] += of_scores.mT @ _grouped(q_b, k.shape[1])
             if of_sinks is not None:
                 of_sinks -= (p_sink * mean).unflatten(2, (-1, q_b.shape[2])).sum((0, 3, 4)).flatten()
-        return of_q, of_k, of_v, of_sinks if of_sinks is None else of_sinks.to(sinks.dtype), None
+        return of_q, of_k, of_v, None if of_sinks is None else of_sinks.to(sinks.dtype), None
 
     @staticmethod
     def _probabilities(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -207,7 +207,7 @@ def _joined(slices: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
     Yields:
         Name and tensor on the first rank of the group; nothing on the other ranks.
     """
-    group = parallel_state.get_expert_model_parallel_group()
+    group: Any = parallel_state.get_expert_model_parallel_group()
     for name, held in groupby(slices, lambda item: tensor_and_slice(item[0])[0]):
         local = torch.stack([tensor for _, tensor in held])
         if group.size() == 1:
