@@ -21,6 +21,7 @@ rotary.py         the rotary embedding of a built model; the layers with a windo
 routing.py        routing that is limited to groups of experts
 shared_prompts.py what attention and rotary embedding need for rows in which a pair's prompt stands once
 build.py          the TransformerConfig and the GPTModels of this rank
+layer_limits.py   what the layers that a run asks for cannot compute
 placement.py      the parameters of a built model, each with its entry of the weight table
 load.py           Hugging Face weights -> the parameters of this rank
 export.py         the parameters of all ranks -> a Hugging Face checkpoint

@@ -77,7 +77,7 @@ class BlockAttention(torch.autograd.Function):
         """The gradients of q, k, v and the sinks."""
         q, k, v, sinks = ctx.saved_tensors
         of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        of_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.promote_types(q.dtype, torch.float32))
+        of_sinks = q.new_zeros(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
         for block, q_b, slope, p, p_sink in BlockAttention._probabilities(ctx.how, q, k, sinks):
             above = _grouped(grads[0][:, :, block.queries], k.shape[1])
             of_v[:, :, block.keys] += p.to(q.dtype).mT @ above
@@ -86,9 +86,9 @@ class BlockAttention(torch.autograd.Function):
             of_scores = (p * (of_p - mean) * slope * ctx.how.scale).to(q.dtype)
             of_q[:, :, block.queries] = _ungrouped(of_scores @ k[:, :, block.keys], q_b)
             of_k[:, :, block.keys] += of_scores.mT @ _grouped(q_b, k.shape[1])
-            if of_sinks is not None:
+            if sinks is not None:
                 of_sinks -= (p_sink * mean).unflatten(2, (-1, q_b.shape[2])).sum((0, 3, 4)).flatten()
-        return of_q, of_k, of_v, of_sinks if of_sinks is None else of_sinks.to(sinks.dtype), None
+        return of_q, of_k, of_v, None if sinks is None else of_sinks.to(sinks.dtype), None
 
     @staticmethod
     def _probabilities(

@@ -89,7 +89,7 @@ class ExpertOutput(RowParallelLinear):
     rank returns, so that it gets a copy.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's."""
         output, bias = super().forward(*args, **kwargs)
         return output.clone(), bias

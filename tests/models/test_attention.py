@@ -17,17 +17,24 @@ from tests.support.families import pack
 LENGTHS = [1, 40, 7, 16, 3]
 
 
-def attention(window: int | None = None, scale: float | None = None, softcap: float | None = None) -> PackedAttention:
-    config: Any = SimpleNamespace(
+def config(window: int | None = None, heads: int = 4, softmax_type: str = "vanilla") -> Any:
+    return SimpleNamespace(
         context_parallel_size=1,
+        tensor_model_parallel_size=1,
+        num_attention_heads=heads,
+        params_dtype=torch.float64,
         attention_dropout=0.0,
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None,
+        softmax_type=softmax_type,
     )
-    return PackedAttention(config, softmax_scale=scale, softcap=softcap)
 
 
-def masked(
+def attention(window: int | None = None, scale: float | None = None, softcap: float | None = None) -> PackedAttention:
+    return PackedAttention(config(window), softmax_scale=scale, softcap=softcap)
+
+
+def masked(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -35,8 +42,9 @@ def masked(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """The oracle: [T, H, D] with one [T, T] mask -> [T, H * D]."""
+    """The oracle: [T, H, D] with one [T, T] mask, and a sink for each head [H] -> [T, H * D]."""
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     position = torch.arange(len(segment))
     distance = position[:, None] - position
@@ -45,7 +53,10 @@ def masked(
     scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[2] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v).flatten(1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(segment), -1)), -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(segment)], v).flatten(1)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
@@ -70,6 +81,27 @@ def test_packed_equals_masked(
         strict=True,
     ):
         torch.testing.assert_close(ours, oracle)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+def test_every_head_has_a_sink(heads: tuple[int, int], window: int | None, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    for name in ("BLOCK", "SCORES_BLOCK"):
+        monkeypatch.setattr(attention_blocks, name, 12)
+    inputs = [torch.randn(sum(LENGTHS), h, 8, dtype=torch.float64, requires_grad=True) for h in (4, heads[1], heads[1])]
+    weights = torch.randn(sum(LENGTHS), 4 * 8, dtype=torch.float64)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    ours = PackedAttention(config(window, softmax_type="learnable"))
+    sinks = ours.softmax_offset
+    assert sinks is not None
+    sinks.data.copy_(torch.randn(4))
+    found, expected = ours(*inputs, packed_seq_params=pack(LENGTHS)), masked(*inputs, LENGTHS, window, sinks=sinks)
+    torch.testing.assert_close(found, expected)
+    assert (found - masked(*inputs, LENGTHS, window)).abs().max() > 0.1
+    gradients = [torch.autograd.grad((out * weights).sum(), (*inputs, sinks)) for out in (found, expected)]
+    for mine, oracle in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, oracle)
 
 
 def test_scores_far_beyond_the_cap_have_no_gradient() -> None:
@@ -111,11 +143,8 @@ def test_tokens_outside_every_segment_are_an_error() -> None:
 
 @pytest.mark.parametrize("keyword", ["window_size", "logit_cap", "k_channels"])
 def test_a_keyword_that_is_not_known_is_an_error(keyword: str) -> None:
-    config: Any = SimpleNamespace(
-        context_parallel_size=1, attention_dropout=0.0, window_size=None, window_attn_skip_freq=None
-    )
     with pytest.raises(TypeError, match=keyword):
-        PackedAttention(config, **{keyword: 1})
+        PackedAttention(config(), **{keyword: 1})
     q = torch.randn(12, 4, 8)
     with pytest.raises(TypeError, match=keyword):
         attention()(q, q, q, **{keyword: 1})

@@ -9,7 +9,7 @@ import pytest
 
 from simpo_megatron import compat
 from simpo_megatron.errors import UserError
-from simpo_megatron.models import build, fusions
+from simpo_megatron.models import fusions, layer_limits
 from simpo_megatron.models.fusions import Kernels, kernel_fields
 from simpo_megatron.parallel.limits import check_layout
 from tests.support.distributed import WorkerPool
@@ -111,9 +111,9 @@ def test_the_fusion_of_transformer_engine_needs_no_apex(pool: WorkerPool) -> Non
 
 
 def test_attention_under_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = build._check_context_attention
-    monkeypatch.setattr(build, "get_te_version", lambda: "2.11.0")
-    monkeypatch.setattr(build, "is_te_min_version", lambda version: False)
+    check = layer_limits.check_context_attention
+    monkeypatch.setattr(layer_limits, "get_te_version", lambda: "2.11.0")
+    monkeypatch.setattr(layer_limits, "is_te_min_version", lambda version: False)
     check(True, None, False)
     check(True, "a2a", True)
     for kind in (None, "p2p"):
@@ -121,7 +121,7 @@ def test_attention_under_context_parallelism(monkeypatch: pytest.MonkeyPatch) ->
             check(True, kind, True)
     with pytest.raises(UserError, match=r"Transformer Engine 2.11.0 cannot gather packed rows"):
         check(True, "all_gather", True)
-    monkeypatch.setattr(build, "is_te_min_version", lambda version: True)
+    monkeypatch.setattr(layer_limits, "is_te_min_version", lambda version: True)
     check(True, "all_gather", True)
     check(False, None, True)
     with pytest.raises(UserError, match="--cp-comm-type a2a needs Transformer Engine's layers"):

@@ -169,10 +169,7 @@ def make(name: str, path: Path, dtype: torch.dtype = torch.float32, **settings: 
 
 
 def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors by their names in a checkpoint: transformers fuses the experts of a layer when loading.
-
-    Where the checkpoint does so too, each expert has a slice.
-    """
+    """A model's tensors by name, one for each expert as in a checkpoint: transformers fuses them when loading."""
     from transformers.core_model_loading import revert_weight_conversion
 
     found = {}

@@ -114,8 +114,9 @@ def _swap(parameter: MegatronParameter, tensor: tuple[int, ...], *, into_blocks:
     """How `WeightEntry.rows_first`, or its inverse, reorders a tensor."""
     if not parameter.entry.transposed:
         return None
-    shape = (parameter.columns, parameter.entry.rows[tensor[0]], len(tensor))
-    return Swap(shape if into_blocks else shape[::-1], parameter.item_size, hashed_before=into_blocks)
+    columns, rows, parts = parameter.columns, parameter.entry.rows[tensor[0]], len(tensor)
+    shape = (columns, rows, parts) if into_blocks else (parts, rows, columns)
+    return Swap(shape, parameter.item_size, hashed_before=into_blocks)
 
 
 def plan_hash(name: str, tensor: HFTensor, size: int) -> TensorMove:
