@@ -53,8 +53,10 @@ def estimate(units: Sequence[Unit], options: Options, speed: float) -> Estimate:
     """
     pieces = [piece for unit in units for move in unit.moves for piece in move.pieces]
     largest = max((piece.size for piece in pieces), default=0)
-    strided = any(rect.stride != rect.row_bytes for piece in pieces for rect in piece.writes)
-    buffers = (BUFFERS * (2 if strided else 1) + 1) * largest
+    copied = any(
+        piece.swap or piece.cast or any(rect.stride != rect.row_bytes for rect in piece.writes) for piece in pieces
+    )
+    buffers = (BUFFERS * (2 if copied else 1) + 1) * largest
     workers = min(options.workers, len(units))
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     index, count = options.shard

@@ -68,7 +68,7 @@ def export_hf(
 
     Collectives: over all ranks a broadcast and four gathers of small objects. In one of the data-parallel replicas,
     over each tensor-parallel group (for experts, each expert-tensor-parallel group), one gather for every parameter
-    that is split.
+    that is split, and over each expert-parallel group the gathers of `_joined`.
 
     Args:
         models: of this rank, wrapped by DDP or Float16Module or not.
@@ -113,7 +113,9 @@ def export_hf(
         first += len(files)
         places = track(kind, "exporting weights") if progress and kind else kind
         tensors = gathered(places, merged)
-        errors.append(_write_files(_joined(tensors) if kind and kind[0].entry.sliced else tensors, files, paths))
+        if kind and kind[0].entry.sliced:
+            tensors = _joined(tensors, kind[0].entry.experts)
+        errors.append(_write_files(tensors, files, paths))
     try:
         with raise_on_all_ranks():
             if error := next(filter(None, errors), None):
@@ -196,28 +198,34 @@ def gathered(
             yield place.hf[held[0]], entry.as_stored(tensor, held).contiguous()
 
 
-def _joined(slices: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that hold all experts of a layer, on the CPU.
+def _joined(slices: Iterator[tuple[str, Tensor]], experts: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that hold all experts of a layer, on the CPU; on the device is one slice of every rank at most.
 
-    Collectives: one gather over the expert-parallel group for every tensor.
+    Collectives: one gather over the expert-parallel group for every expert of a rank.
 
     Args:
         slices: from `gathered`, those of one tensor behind each other.
+        experts: of a layer, on all ranks.
 
     Yields:
         Name and tensor on the first rank of the group; nothing on the other ranks.
     """
     group: Any = parallel_state.get_expert_model_parallel_group()
+    whole: Tensor | None = None
     for name, held in groupby(slices, lambda item: tensor_and_slice(item[0])[0]):
-        local = torch.stack([tensor for _, tensor in held])
-        if group.size() == 1:
-            yield name, local
-            continue
-        mine = local.view(torch.uint8).to(torch.cuda.current_device())
-        shares = [torch.empty_like(mine) for _ in range(group.size())] if group.rank() == 0 else None
-        dist.gather(mine, shares, group=group, group_dst=0)
-        if shares is not None:
-            yield name, torch.cat([share.cpu() for share in shares]).view(local.dtype)
+        for at, (_, local) in enumerate(held):
+            shares = [local]
+            if group.size() > 1:
+                mine = local.view(torch.uint8).to(torch.cuda.current_device())  # gloo does not gather every dtype
+                received = [torch.empty_like(mine) for _ in range(group.size())] if group.rank() == 0 else None
+                dist.gather(mine, received, group=group, group_dst=0)
+                shares = [share.view(local.dtype) for share in received or []]
+            if group.rank() == 0:
+                whole = local.new_empty(experts, *local.shape) if whole is None else whole
+                whole[at :: experts // group.size()] = torch.stack(shares)
+        if whole is not None:
+            yield name, whole
+            whole = None
 
 
 def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], paths: Sequence[Path]) -> str | None:
@@ -240,6 +248,7 @@ def _write_files(tensors: Iterator[tuple[str, Tensor]], files: Sequence[File], p
             )  # exists on a shared file system; `_finish` finds out where it is not shared
             save_file(held, str(path), metadata={"format": "pt"})
             follow_umask(path)  # safetensors writes a temporary file that is the owner's alone
+            held.clear()  # before the next file's tensors are gathered
         except Exception as failure:  # a full disk raises an OSError or a SafetensorError
             error = str(cannot_write(f"--export-hf: {path}", failure, "export elsewhere"))
     for _ in tensors:

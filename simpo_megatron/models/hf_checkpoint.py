@@ -165,7 +165,12 @@ def check_tensors(hf: HFCheckpoint, table: Iterable[WeightEntry] | None = None) 
     expected = dict(expected_tensors(hf, table))
     for name, shape in expected.items():
         if name not in hf.tensors:
-            family = hf.architecture.family.name
+            family, whole = hf.architecture.family.name, tensor_and_slice(name)[0]
+            if f"{whole}_blocks" in hf.tensors:
+                raise UserError(
+                    f"{hf.path} has {whole}_blocks in place of {whole}: it is quantized (MXFP4); dequantize it in "
+                    "transformers, and save it again"
+                )
             raise UserError(f"{hf.path} has no tensor {name}, which {family} needs; is the checkpoint complete?")
         found = hf.tensors[name]
         if found.shape != shape:

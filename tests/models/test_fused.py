@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from simpo_megatron.adapters.lora import Lora, check_lora
 from simpo_megatron.checkpoint.transfer import cut
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from tests.support import families as tiny
-from tests.support.checkpoints import same_bits, tensors, to_hf, to_megatron
+from tests.support.checkpoints import argv, same_bits, tensors, to_hf, to_megatron
 from tests.support.distributed import WorkerPool
+from tools import hf_to_megatron
 
 
 def test_pieces_smaller_than_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +25,22 @@ def test_pieces_smaller_than_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load = to_megatron(tmp_path / "hf", tmp_path / name, **flags)
         back = to_hf(load, tmp_path / f"{name}-back", hf_reference=tmp_path / "hf")
         assert same_bits(tensors(back), tensors(tmp_path / "hf"))
+
+
+def test_memory_for_a_whole_expert_is_enough_and_less_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Gate and up of an expert are 1.1 MB, read whole into a buffer, of which there are seven."""
+    monkeypatch.setattr(cut, "LARGEST_PIECE", 1000)  # bounds other tensors alone
+    tiny.make("gpt_oss", tmp_path / "hf", torch.bfloat16, hidden_size=96, intermediate_size=2880, num_hidden_layers=1)
+    size = 7 * 2 * 2880 * 96 * 2
+    line = argv(hf_checkpoint=tmp_path / "hf", save=tmp_path / "dist", max_memory=f"{size // 2**20}MiB")
+    assert hf_to_megatron.main(line) == 2
+    assert "gate_up_proj[0] is read whole, with 1.1 MiB, and --max-memory leaves 1.0 MiB" in capsys.readouterr().err
+    memory = f"{size // 2**20 + 1}MiB"
+    load = to_megatron(tmp_path / "hf", tmp_path / "dist", max_memory=memory)
+    back = to_hf(load, tmp_path / "back", hf_reference=tmp_path / "hf", max_memory=memory)
+    assert same_bits(tensors(back), tensors(tmp_path / "hf"))
 
 
 def test_one_adapter_for_several_parts_is_refused(tmp_path: Path) -> None:

@@ -92,6 +92,10 @@ DROPPING += ("phi3", "glm", "glm4", "glm4_moe", "deepseek_v2", "deepseek_v3")
         ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave to False"]),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps to 1e-05", "1e-6"]),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "dequantize"]),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["quantization_config", "dequantize=True"]),
+        ("gpt_oss", {"attention_bias": False}, ["attention_bias to False", "only models with biases"]),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, ["swiglu_alpha to 1.0", "1.702"]),
+        ("gpt_oss", {"swiglu_limit": 0}, ["swiglu_limit to 0", "positive"]),
         ("deepseek_v3", {"n_group": 3}, ["n_group to 3", "8 experts"]),
         ("deepseek_v3", {"topk_group": 5}, ["topk_group to 5", "n_group to 4"]),
         ("glm4_moe", {"topk_group": 0}, ["topk_group to 0", "not a positive integer"]),
@@ -182,19 +186,26 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         read_hf_checkpoint(tmp_path)
 
 
-NORM = "model.layers.1.input_layernorm.weight"
+NORM, EXPERTS = "model.layers.1.input_layernorm.weight", "model.layers.1.mlp.experts.down_proj"
 
 
 @pytest.mark.parametrize(
-    ("tensors", "words"),
+    ("name", "tensors", "words"),
     [
-        ({NORM: None}, ["has no tensor", NORM]),
-        ({NORM: torch.ones(47)}, [NORM, "model.safetensors", "[47]", "[48]"]),
-        ({"model.layers.4.input_layernorm.weight": torch.ones(48)}, ["does not use", "model.layers.4"]),
+        ("llama", {NORM: None}, ["has no tensor", NORM]),
+        ("llama", {NORM: torch.ones(47)}, [NORM, "model.safetensors", "[47]", "[48]"]),
+        ("llama", {"model.layers.4.input_layernorm.weight": torch.ones(48)}, ["does not use", "model.layers.4"]),
+        ("gpt_oss", {EXPERTS: torch.ones(7, 96, 48)}, [EXPERTS, "[7, 96, 48]", "8 experts"]),
+        ("gpt_oss", {EXPERTS: torch.ones(8, 48, 96)}, [f"{EXPERTS}[0]", "[48, 96]", "[96, 48]"]),
+        (
+            "gpt_oss",
+            {EXPERTS: None, f"{EXPERTS}_blocks": torch.ones(8, 48, 3, 16, dtype=torch.uint8)},
+            [f"{EXPERTS}_blocks in place of {EXPERTS}", "quantized (MXFP4)", "dequantize"],
+        ),
     ],
 )
-def test_tensors_are_checked(tensors: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-    tiny.make("llama", tmp_path)
+def test_tensors_are_checked(name: str, tensors: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    tiny.make(name, tmp_path)
     change_tensors(tmp_path, **tensors)
     with pytest.raises(UserError) as raised:
         check_tensors(read_hf_checkpoint(tmp_path))

@@ -13,7 +13,7 @@ from simpo_megatron.disk import human
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.weight_files import HFTensor
 
-LARGEST_PIECE = 64 * 2**20
+LARGEST_PIECE = 64 * 2**20  # of a tensor that can be cut
 SMALLEST_PIECE = 2**20
 
 
@@ -32,7 +32,7 @@ def piece_bytes(max_memory: int, workers: int) -> int:
             f"--max-memory {human(max_memory)} is too little for {workers} workers; give at least "
             f"{math.ceil(held * SMALLEST_PIECE / 2**20)}MiB"
         )
-    return min(LARGEST_PIECE, max_memory // held)
+    return max_memory // held
 
 
 def plan_into_blocks(
@@ -147,7 +147,7 @@ def _overlap(parameter: MegatronParameter, blocks: Sequence[Block], start: int, 
 
 
 def _row_ranges(start: int, stop: int, row_bytes: int, size: int) -> Iterator[tuple[int, int]]:
-    """Rows `start` to `stop` in ranges of at most `size` bytes, or of one row."""
-    count = max(1, size // row_bytes)
+    """Rows `start` to `stop` in ranges of at most `size` and `LARGEST_PIECE` bytes, or of one row."""
+    count = max(1, min(size, LARGEST_PIECE) // row_bytes)
     for first in range(start, stop, count):
         yield first, min(first + count, stop)
