@@ -25,7 +25,7 @@ from simpo_megatron.files import atomic_write
 from simpo_megatron.models.export import export_hf
 from simpo_megatron.models.families.registry import FAMILIES
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
-from simpo_megatron.self_test.gradients import CP2, DENSE, EP2, ETP1, PP2, SP2, SPARSE
+from simpo_megatron.self_test.gradients import CP2, DENSE, EP2, ETP1, PP2, SP2, SPARSE, family_layout
 from simpo_megatron.self_test.models import PAIRS, Made, engine_in, tiny_checkpoint
 from simpo_megatron.self_test.rows import Bench, Outcome, Row, judge
 from simpo_megatron.trainer import loading
@@ -114,7 +114,7 @@ def _export(settings: dict[str, Any], bench: Bench) -> Outcome | None:
     for family in FAMILIES:
         path = tiny_checkpoint(bench.models, family.model_types[0])
         target = bench.save / f"export-{family.model_types[0]}"
-        with engine_in(bench, path, settings) as made:
+        with engine_in(bench, path, family_layout(family.model_types[0], settings)) as made:
             export_hf(made.engine.models, made.hf, target)
         if bench.rank == 0:
             different += differences(path, target)
@@ -157,11 +157,12 @@ def differences(path: Path, other: Path, numbers: bool = False) -> list[str]:
 
     def hashes(folder: Path) -> dict[str, str]:
         found = {}
-        for name, tensor in read_hf_checkpoint(folder).tensors.items():
-            with safe_open(str(tensor.file), framework="pt", device="cpu") as file:
-                whole = file.get_tensor(name).contiguous()
-                whole = whole.float() if numbers else whole
-            found[name] = hashlib.sha256(whole.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for path in sorted({tensor.file for tensor in read_hf_checkpoint(folder).tensors.values()}):
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118  (it is not a dict)
+                    whole = file.get_tensor(name).contiguous()
+                    whole = whole.float() if numbers else whole
+                    found[name] = hashlib.sha256(whole.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         return found
 
     first, second = hashes(path), hashes(other)

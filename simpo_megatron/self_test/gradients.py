@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from simpo_megatron.models.families.registry import FAMILIES
+from simpo_megatron.models.families.registry import FAMILIES, family_of
 from simpo_megatron.models.hf_checkpoint import read_hf_config
 from simpo_megatron.self_test.models import ALL_EXPERTS, DEEP, engine_in, tiny_checkpoint, tiny_config
 from simpo_megatron.self_test.rows import Bench, Outcome, Row
@@ -82,6 +82,13 @@ LAYOUTS: dict[str, Layout] = {
 ADVICE = "do not train on this layout; report it with --json"
 
 
+def family_layout(model_type: str, split: dict[str, Any]) -> dict[str, Any]:
+    """`split`, a layout with tensor parallelism or {}, as the tiny model takes it: some experts cannot be split."""
+    config = tiny_config(model_type)
+    whole = family_of(config).architecture(config).has_whole_experts
+    return {**split, **ETP1} if split and whole else split
+
+
 def gradient_rows(bench: Bench) -> Iterator[Row]:
     """The rows of this file; implementation and precision are in the name where they are not local and fp32."""
     for name, layout in LAYOUTS.items():
@@ -97,8 +104,7 @@ def gradient_rows(bench: Bench) -> Iterator[Row]:
     for implementation in bench.implementations:
         for family in FAMILIES:
             model_type = family.model_types[0]
-            whole = family.architecture(tiny_config(model_type)).has_whole_experts
-            settings = {**split, **(ETP1 if split and whole else {}), "transformer_impl": implementation}
+            settings = {**family_layout(model_type, split), "transformer_impl": implementation}
             function = partial(_compare, model_type, settings)
             yield Row(f"family: {family.name}{_variant(implementation, False)}", function, advice=ADVICE)
 

@@ -24,6 +24,7 @@ from simpo_megatron.config.arguments import build_config
 from simpo_megatron.config.run import Config
 from simpo_megatron.data import InMemoryPairs
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, expected_tensors, read_hf_checkpoint, read_hf_config
+from simpo_megatron.models.weight_table import tensor_and_slice
 from simpo_megatron.self_test.ranks import leave_layout
 from simpo_megatron.self_test.rows import Bench
 from simpo_megatron.trainer.distributed import initialize
@@ -143,10 +144,14 @@ def tiny_checkpoint(folder: Path, model_type: str, dtype: torch.dtype = torch.fl
         return path
     write_config(path, {**tiny_config(model_type, **settings), "dtype": str(dtype).removeprefix("torch.")})
     generator = torch.Generator().manual_seed(SEED)
-    tensors = {}
-    for tensor, shape in expected_tensors(read_hf_config(path)):
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in expected_tensors(read_hf_config(path)):
         noise = torch.randn(shape, generator=generator)
-        tensors[tensor] = (1 + 0.2 * noise if "norm" in tensor else 0.1 * noise).to(dtype)
+        tensor = (1 + 0.2 * noise if "norm" in name else 0.1 * noise).to(dtype)
+        whole, index = tensor_and_slice(name)
+        if index is not None:
+            tensor = torch.cat([*([tensors[whole]] if index else []), tensor[None]])
+        tensors[whole] = tensor
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
