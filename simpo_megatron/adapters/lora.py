@@ -95,8 +95,9 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
         raise UserError(f"--lora-rank {lora.rank} exceeds the hidden size {narrow} of the model; lower it")
     for entry in architecture.weights:
         if entry.fused and set(projections(entry)) & set(lora.targets):
+            kept = " and ".join(projections(entry)) + (" of all experts" if entry.sliced else "")
             raise UserError(
-                f"--lora-rank: {architecture.family.name} keeps {' and '.join(projections(entry))} in one tensor, for "
+                f"--lora-rank: {architecture.family.name} keeps {kept} in one tensor, for "
                 "which PEFT has one adapter, and this package has one for each; train the whole model, or give "
                 f"--lora-targets {' '.join(_adaptable(architecture))}"
             )

@@ -53,6 +53,15 @@ def test_one_adapter_for_several_parts_is_refused(tmp_path: Path) -> None:
     check_lora(Lora(4, 8.0, ("o_proj", "down_proj")), architecture)
 
 
+def test_adapters_on_tensors_of_all_experts_are_refused(tmp_path: Path) -> None:
+    tiny.make("gpt_oss", tmp_path)
+    architecture = read_hf_checkpoint(tmp_path).architecture
+    for targets in ((), ("o_proj", "down_proj")):
+        with pytest.raises(UserError, match=r"_proj of all experts in one tensor.* q_proj k_proj v_proj o_proj$"):
+            check_lora(Lora(4, 8.0, targets) if targets else Lora(4, 8.0), architecture)
+    check_lora(Lora(4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj")), architecture)
+
+
 def refusal(path: Path, targets: tuple[str, ...]) -> str:
     """On a rank: what is said of an adapter where two ranks share a query group."""
     from simpo_megatron.adapters.install import install

@@ -66,6 +66,27 @@ def test_a_family_that_computes_something_else_fails(pool: WorkerPool, checkpoin
     assert "the family is wrong about this checkpoint" in out
 
 
+def export_wrong_experts(argv: list[str]) -> tuple[int, str]:
+    """On a rank: the program, while tensors that hold all experts are exported with other numbers."""
+    from simpo_megatron.models.weight_table import WeightEntry
+
+    as_stored = WeightEntry.as_stored
+
+    def doubled(entry: WeightEntry, parts: Any, held: tuple[int, ...]) -> Any:
+        return as_stored(entry, parts, held) * (2 if entry.sliced else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightEntry, "as_stored", doubled)
+        return program(argv)
+
+
+def test_other_numbers_in_a_tensor_of_all_experts_fail(pool: WorkerPool, tmp_path: Path) -> None:
+    tiny.make("gpt_oss", tmp_path)
+    argv = ["--device", "cpu", "--hf-checkpoint", str(tmp_path), "--only", "weights: export"]
+    [(code, out)] = pool.run(1, export_wrong_experts, argv)
+    assert code == 1 and "other bytes in model.layers.0.mlp.experts.down_proj" in out, out
+
+
 def test_a_model_that_is_not_supported_is_one_line(pool: WorkerPool, checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
