@@ -37,14 +37,18 @@ def numbers(rows: list[dict[str, float]]) -> list[list[float]]:
     return [[row[name] for name in MEASURED] for row in rows]
 
 
-@pytest.mark.parametrize("pool", BOTH, indirect=True)
+BF16 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "fp32": False, "bf16": True}
+
+
 @pytest.mark.parametrize(
-    "world, layout",
+    "pool, world, layout",
     [
-        (1, {"no_use_distributed_optimizer": True}),
-        (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-        (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "fp32": False, "bf16": True}),
+        (LOCAL, 1, {"no_use_distributed_optimizer": True}),
+        (LOCAL, 4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+        (LOCAL, 4, BF16),
+        pytest.param(NEWEST, 4, BF16, marks=pytest.mark.te),
     ],
+    indirect=["pool"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path, world: int, layout: dict
@@ -61,16 +65,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert numbers(resumed) == numbers(whole)
 
 
-@pytest.mark.parametrize("pool", BOTH, indirect=True)
 @pytest.mark.parametrize(
-    "before, after, settings",
+    "pool, before, after, settings",
     [
-        (1, 2, []),
-        (2, 1, ["--bf16", "--context-parallel-size", "1"]),
-        (1, 2, ["--tensor-model-parallel-size", "2"]),
-        (2, 2, ["--pipeline-model-parallel-size", "2"]),
+        pytest.param(LOCAL, 1, 2, [], id="DP 1 to 2"),
+        pytest.param(LOCAL, 2, 1, ["--bf16", "--context-parallel-size", "1"], id="CP 2 to 1"),
+        pytest.param(LOCAL, 2, 2, ["--pipeline-model-parallel-size", "2"], id="DP 2 to PP 2"),
+        pytest.param(LOCAL, 1, 2, ["--tensor-model-parallel-size", "2"], id="TP 1 to 2"),
+        pytest.param(NEWEST, 1, 2, ["--tensor-model-parallel-size", "2"], id="te, TP 1 to 2", marks=pytest.mark.te),
     ],
-    ids=["DP 1 to 2", "CP 2 to 1", "TP 1 to 2", "DP 2 to PP 2"],
+    indirect=["pool"],
 )
 def test_resume_in_another_layout(
     pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path, before: int, after: int, settings: list[str]
