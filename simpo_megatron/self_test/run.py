@@ -147,7 +147,9 @@ def run_rows(rows: Sequence[Row], bench: Bench, journal: Journal | None = None) 
             with Guard(LIMITS[bench.device], ranks.crash, end):
                 outcome = _run(row, bench, ranks)
         except NoAnswer as error:
-            outcome = Outcome("FAILED", f"a rank no longer answers: {error}", ADVICE)
+            # Where a rank has raised, the others wait in a collective that it left.
+            reason = ranks.crash() or str(error)
+            outcome = Outcome("FAILED", f"a rank no longer answers: {reason}", ADVICE)
             journal.add(Found(row.name, outcome, time.perf_counter() - started))
             break
         except BaseException:  # SIGTERM of torchrun after another rank has ended, or the keyboard

@@ -15,6 +15,11 @@ def broken(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -
     raise RuntimeError("no reward")
 
 
+def ending(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """Ends the program."""
+    raise SystemExit(3)
+
+
 def too_few(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
     """Returns one score."""
     return [1.0]

@@ -229,6 +229,7 @@ def test_verdicts() -> None:
         ({"scorer": "none_such:f"}, "cannot be imported"),
         ({"scorer": "tests.on_policy.rewards:NUMBER"}, "is int, not a function"),
         ({"scorer": "tests.on_policy.rewards:broken"}, "RuntimeError: no reward"),
+        ({"scorer": "tests.on_policy.rewards:ending"}, "SystemExit: 3"),
         ({"scorer": "tests.on_policy.rewards:too_few"}, "returned 1 scores for 3 responses"),
         ({"scorer": "tests.on_policy.rewards:not_finite"}, "returned nan"),
         ({"scorer": "tests.on_policy.rewards:text"}, "returned '1'"),

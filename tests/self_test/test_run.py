@@ -89,8 +89,8 @@ def stop(bench: Bench) -> Outcome:
     raise SystemExit(143)
 
 
-def run_until(stopped: bool) -> list[tuple[str, str, str]]:
-    """On a rank: what is found where SIGTERM arrives in a row, or where a rank does not answer."""
+def run_until(row: Any) -> list[tuple[str, str, str]]:
+    """On a rank: what is found where SIGTERM arrives in a row, or where a rank does not answer after it."""
     from simpo_megatron.self_test.ranks import NoAnswer, Ranks
     from simpo_megatron.self_test.run import Journal, benches, run_rows
 
@@ -99,15 +99,21 @@ def run_until(stopped: bool) -> list[tuple[str, str, str]]:
 
     journal = Journal()
     with benches("cpu", None) as bench, pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
-        if not stopped:
-            patch.setattr(Ranks, "agree", no_answer)
-        run_rows([Row("a", stop if stopped else fine), Row("b", fine)], bench, journal)
+        patch.setattr(Ranks, "agree", no_answer)
+        run_rows([Row("a", row), Row("b", fine)], bench, journal)
     return [(found.name, found.outcome.result, found.outcome.figure) for found in journal.found]
 
 
-@pytest.mark.parametrize("stopped, figure", [(True, "stopped before it ended"), (False, "a rank no longer answers")])
-def test_where_the_program_cannot_go_on_the_row_has_failed(pool: WorkerPool, stopped: bool, figure: str) -> None:
-    ((found,),) = pool.run(1, run_until, stopped)
+@pytest.mark.parametrize(
+    "row, figure",
+    [
+        (stop, "stopped before it ended"),
+        (fine, "a rank no longer answers: Connection closed by peer"),
+        (crash_everywhere, "a rank no longer answers: rank 0: ZeroDivisionError: nothing is divided"),
+    ],
+)
+def test_where_the_program_cannot_go_on_the_row_has_failed(pool: WorkerPool, row: Any, figure: str) -> None:
+    ((found,),) = pool.run(1, run_until, row)
     assert found[:2] == ("a", "FAILED") and figure in found[2]
 
 

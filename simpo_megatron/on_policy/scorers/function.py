@@ -45,7 +45,7 @@ class FunctionScorer:
     def _one(self, row: Answered) -> list[float]:
         try:
             scores = list(self._function(row.prompt, row.responses, **row.columns))
-        except Exception as error:  # of the user's function
+        except (Exception, SystemExit) as error:  # of the user's function
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"{row.where}: --scorer {self._name} raised {reason}; correct the function") from error
         if len(scores) != len(row.responses):
@@ -81,7 +81,7 @@ def find_function(name: str) -> Callable[..., Any]:
         sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"--scorer {name} cannot be imported ({reason}); run from the folder of {module}.py") from error
     if not callable(found):
