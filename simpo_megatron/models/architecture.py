@@ -68,6 +68,7 @@ class Family:
             UserError: the config lacks a value, or sets one that changes the computation and is not supported.
         """
         config = {**self.defaults, **config}
+        refuse(config, "is_causal", True, None, fix="only causal models run")
         return Architecture(
             family=self,
             transformer=self.transformer_kwargs(config),

@@ -5,6 +5,7 @@ The frequencies are those of transformers (`modeling_rope_utils.ROPE_INIT_FUNCTI
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -124,25 +125,45 @@ def read_partial_rope(config: dict[str, Any]) -> Rope:
             f"the {kind!r} rope scaling in config.json lacks {', '.join(missing)}; copy it from the original model"
         )
     names = (*_NEEDS[kind], *_MAY_HAVE.get(kind, ()))
-    values = {name: _plain(given[name]) for name in names if given.get(name) is not None}
+    values = {name: _value(name, given[name]) for name in names if given.get(name) is not None}
     if kind in ("dynamic", "llama3", "yarn", "longrope"):
         values["original_max_position_embeddings"] = _original_context(kind, given, config)
     if kind == "longrope":
         ratio = config.get("max_position_embeddings", 0) / values["original_max_position_embeddings"]
         values = {"factor": ratio, **values}
-    partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    partial = _first("partial_rotary_factor", given, config, default=1.0)
+    theta = float(_first("rope_theta", given, config, default=10000.0))
     return Rope(theta, kind, partial_rotary_factor=None if partial == 1.0 else float(partial), **values)
 
 
-def _plain(value: Any) -> Any:
-    return tuple(map(float, value)) if isinstance(value, list) else value
+def _first(name: str, *places: dict[str, Any], default: Any = None) -> Any:
+    """The value of the first place that has one, checked; else the default."""
+    return next((_value(name, place[name]) for place in places if place.get(name) is not None), default)
+
+
+def _value(name: str, value: Any) -> Any:
+    """A value of the rotary embedding: a positive number, or what its name asks for.
+
+    Raises:
+        UserError: it is another.
+    """
+    if name == "truncate" and isinstance(value, bool):
+        return value
+    if name in ("short_factor", "long_factor") and isinstance(value, list):
+        return tuple(float(_value("factor", number)) for number in value)
+    smallest = 0 if name.startswith("mscale") else math.ulp(0)
+    number = type(value) in (int, float) and smallest <= value < math.inf
+    if name == "truncate" or not number or (name == "partial_rotary_factor" and value > 1):
+        raise UserError(
+            f"config.json sets {name} of the rotary embedding to {value!r}; copy it from the original model"
+        )
+    return value
 
 
 def _original_context(kind: str, given: dict[str, Any], config: dict[str, Any]) -> int:
     """Tokens of the context before the scaling, by the precedence of transformers (`standardize_rope_params`)."""
     name, whole = "original_max_position_embeddings", config.get("max_position_embeddings")
-    found = whole if kind == "dynamic" else config.get(name) or given.get(name) or whole
+    found = whole if kind == "dynamic" else _first(name, config, given, default=whole)
     if not isinstance(found, int) or found < 1:
         raise UserError(f"the {kind!r} rope scaling in config.json lacks {name}; copy it from the original model")
     return found

@@ -17,8 +17,19 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def window_size(sliding_window: int | None) -> dict[str, Any]:
-    """The argument of TransformerConfig, empty without a window."""
-    return {"window_size": (sliding_window - 1, 0)} if sliding_window else {}
+    """The argument of TransformerConfig, empty without a window.
+
+    Raises:
+        UserError: it is not a positive integer.
+    """
+    if sliding_window is None:
+        return {}
+    if type(sliding_window) is not int or sliding_window < 1:
+        raise UserError(
+            f"config.json sets sliding_window to {sliding_window!r}, which is not a positive integer; copy it from the "
+            "original model"
+        )
+    return {"window_size": (sliding_window - 1, 0)}
 
 
 def window_kwargs(window: int | None, layer_types: Sequence[str]) -> dict[str, Any]:
@@ -33,10 +44,10 @@ def window_kwargs(window: int | None, layer_types: Sequence[str]) -> dict[str, A
         )
     if SLIDING not in layer_types:
         return {}
-    if type(window) is not int or window < 1:
+    if window is None:
         raise UserError(
-            f"config.json lists {SLIDING} in layer_types, but turns the window off, or sets sliding_window to "
-            f"{window!r}; copy both from the original model"
+            f"config.json lists {SLIDING} in layer_types, but has no sliding_window, or turns it off; copy both "
+            "from the original model"
         )
     size = window_size(window)
     if FULL in layer_types:
