@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 
@@ -13,6 +14,17 @@ def short(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) ->
 def broken(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
     """Raises."""
     raise RuntimeError("no reward")
+
+
+def leaving(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """Ends the program, as a script does."""
+    raise SystemExit(3)
+
+
+def terminated(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """SIGTERM arrives meanwhile."""
+    signal.raise_signal(signal.SIGTERM)
+    return []
 
 
 def too_few(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
