@@ -12,7 +12,8 @@ from typing import Any
 
 from simpo_megatron.errors import UserError
 
-WRITTEN = "written_files.json"  # in a model that this package wrote: {"files": {NAME: size}}
+# In a model that this package wrote: {"files": {NAME: size}}, and "plan" where a conversion made it.
+WRITTEN = "written_files.json"
 
 
 @contextmanager
@@ -81,14 +82,16 @@ def check_empty(flag: str, folder: Path) -> None:
         raise UserError(f"{flag} {folder} is not empty; export to a new directory, or remove it")
 
 
-def record_files(folder: Path) -> None:
+def record_files(folder: Path, plan: str | None = None) -> None:
     """Writes down the files of a folder, so that `wrote_all` knows later that nothing else is in it.
 
     Args:
         folder: otherwise complete. It has no folders in it.
+        plan: the identity of the conversion that made it; None where none did.
     """
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != WRITTEN}
-    atomic_write(folder / WRITTEN, json.dumps({"files": sizes}, indent=1) + "\n")
+    made_by = {} if plan is None else {"plan": plan}
+    atomic_write(folder / WRITTEN, json.dumps({**made_by, "files": sizes}, indent=1) + "\n")
 
 
 def wrote_all(folder: Path) -> bool:

@@ -201,15 +201,19 @@ def with_time_left(parts: Sequence[T], title: str, shown: bool = True) -> Iterat
             done.add(1)
 
 
+class Terminated(SystemExit):
+    """SIGTERM has arrived; its code is that of the program."""
+
+
 @contextlib.contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """Inside the block, SIGTERM raises SystemExit: locks and temporary files are removed as on any other way out."""
+    """Inside the block, SIGTERM raises `Terminated`: locks and temporary files are removed as on any other way out."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def leave(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
+        raise Terminated(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)
     try:
@@ -227,7 +231,7 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
 
     Returns:
         What `action` returns, 2 if it raises UserError (printed to stderr) or meets a full or read-only disk, or 130 if
-        it is interrupted. SIGTERM leaves it as SystemExit with code 143.
+        it is interrupted. SIGTERM leaves it as `Terminated` with code 143.
     """
     try:
         with _sigterm_unwinds():

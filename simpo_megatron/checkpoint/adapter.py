@@ -20,7 +20,7 @@ from simpo_megatron.checkpoint.transfer.moves import OutFile, Unit
 from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, PlanLine, file_stamps, fingerprint
 from simpo_megatron.config.adapter import AdapterConfig
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write, record_files, wrote_all
+from simpo_megatron.files import WRITTEN, atomic_write, record_files, wrote_all
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.weight_files import HFTensor
 
@@ -92,13 +92,14 @@ def plan_to_peft(hf: HFCheckpoint, lora: Lora, saved: StoredModel, save: Path, o
 
     def finish(folder: Path, hashes: dict[str, str], plan: str) -> None:
         atomic_write(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        record_files(folder)
+        record_files(folder, plan)
 
     return Conversion(
         units=(unit,),
         lines=tuple(lines),
         root=save,
         final=save,
+        record=WRITTEN,
         identity=identity,
         finish=finish,
         publish=lambda: None,

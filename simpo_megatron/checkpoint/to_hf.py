@@ -21,7 +21,7 @@ from simpo_megatron.checkpoint.transfer.execute import Files, read_rect
 from simpo_megatron.checkpoint.transfer.moves import OutFile, Rect, Unit
 from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, PlanLine, file_stamps, fingerprint
 from simpo_megatron.errors import UserError
-from simpo_megatron.files import atomic_write, record_files, wrote_all
+from simpo_megatron.files import WRITTEN, atomic_write, record_files, wrote_all
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint, copied_files
 from simpo_megatron.models.weight_files import INDEX, MAX_FILE_BYTES, HFTensor, file_names, index_text, split_tensors
 from simpo_megatron.models.weight_table import tensor_and_slice
@@ -99,13 +99,14 @@ def plan_to_hf(
             shutil.copyfile(source, folder / source.name)
         if not (folder / "config.json").exists():
             atomic_write(folder / "config.json", json.dumps(hf.config, indent=2) + "\n")
-        record_files(folder)
+        record_files(folder, plan)
 
     return Conversion(
         units=tuple(units),
         lines=tuple(lines),
         root=save,
         final=save,
+        record=WRITTEN,
         identity=identity,
         finish=finish,
         publish=lambda: None,

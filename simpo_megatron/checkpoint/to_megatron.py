@@ -66,6 +66,7 @@ def plan_to_megatron(hf: HFCheckpoint, layout: RankLayout | None, save: Path, op
         lines=tuple(lines),
         root=save,
         final=save / RELEASE,
+        record=MANIFEST,
         identity=identity,
         finish=finish,
         publish=partial(write_tracker, save, RELEASE),

@@ -27,6 +27,12 @@ def start_host_group() -> None:
     _host = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
 
 
+def forget_host_group() -> None:
+    """Lets go of the groups of `start_host_group`: gloo closes destroyed ones that nothing holds."""
+    global _host
+    _host = None
+
+
 def host_group() -> dist.ProcessGroup | None:
     """The group of `start_host_group`; None, which means the default group, where it was not built."""
     return _host[1] if _host is not None and _host[0] is dist.group.WORLD else None

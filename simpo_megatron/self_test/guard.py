@@ -18,8 +18,8 @@ class Limits(NamedTuple):
 
     Attributes:
         row: that a row may take.
-        after_crash: that the other ranks have after a rank has raised. Over gloo their collectives time out and they
-            go on. Over NCCL they hang, and torch ends the process without a word.
+        after_crash: that the other ranks have after a rank has raised. Over gloo their collectives raise and
+            they go on. Over NCCL they hang, and torch ends the process without a word.
         poll: between two looks.
     """
 

@@ -39,7 +39,7 @@ from simpo_megatron.trainer.setup import build_transformer_config
 
 LIMITS = {"cpu": Limits(row=150, after_crash=150), "cuda": Limits(row=300, after_crash=30)}
 ADVICE = "look at what the other ranks have printed"
-AGREE_SECONDS = 75  # for the other ranks to end a row; more than the timeout of a collective over gloo
+AGREE_SECONDS = 75  # for the other ranks to end a row
 
 
 @dataclass
@@ -147,9 +147,7 @@ def run_rows(rows: Sequence[Row], bench: Bench, journal: Journal | None = None) 
             with Guard(LIMITS[bench.device], ranks.crash, end):
                 outcome = _run(row, bench, ranks)
         except NoAnswer as error:
-            # Where a rank has raised, the others wait in a collective that it left.
-            reason = ranks.crash() or str(error)
-            outcome = Outcome("FAILED", f"a rank no longer answers: {reason}", ADVICE)
+            outcome = Outcome("FAILED", f"a rank no longer answers: {ranks.crash() or error}", ADVICE)
             journal.add(Found(row.name, outcome, time.perf_counter() - started))
             break
         except BaseException:  # SIGTERM of torchrun after another rank has ended, or the keyboard
@@ -180,6 +178,7 @@ def _run(row: Row, bench: Bench, ranks: Ranks) -> Outcome:
             outcome = row.function(bench)
     except Exception as raised:
         error = _one_line(raised)
+    if error is not None:  # here nothing refers any more to the frames of the row, and so to its groups
         ranks.announce_crash(f"rank {bench.rank}: {error}")
     everyone = ranks.agree((outcome, error))
     errors = [(rank, text) for rank, (_, text) in enumerate(everyone) if text]
@@ -189,7 +188,7 @@ def _run(row: Row, bench: Bench, ranks: Ranks) -> Outcome:
     # A rank that was left waiting has an error about its collective: the error that says more is that of another rank.
     own = [entry for entry in errors if not _is_of_a_collective(entry[1])] or errors
     rank, text = own[0]
-    on = f"{len(errors)} ranks" if len(errors) > 1 else f"rank {rank}"
+    on = f"{len(own)} ranks" if len(own) > 1 else f"rank {rank}"
     return Outcome("FAILED", f"{on}: {text}", row.advice)
 
 

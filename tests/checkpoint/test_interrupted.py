@@ -108,6 +108,25 @@ def test_killed_anywhere_and_resumed(direction: str, source: Path, tmp_path: Pat
         shutil.rmtree(save)
 
 
+@pytest.mark.parametrize("direction", ["torch_dist", "to_hf"])
+def test_resuming_what_is_complete_changes_nothing(
+    direction: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, flags = flags_for(direction, source, tmp_path)
+    line = argv(**flags, save=tmp_path / "out")
+    assert PROGRAMS[program](line) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*") if "latest" not in path.name}
+    capsys.readouterr()
+    assert PROGRAMS[program]([*line, "--resume"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for read in (source, *tmp_path.rglob("*.distcp")):  # other sources
+        for file in (read,) if read.is_file() else read.glob("*.safetensors"):
+            os.utime(file)
+    assert PROGRAMS[program]([*line, "--resume"]) == 2
+    assert "is of another conversion" in capsys.readouterr().err
+
+
 def complete(direction: str, save: Path) -> bool:
     """Whether a folder looks like a checkpoint to those who read it."""
     if direction == "to_hf":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 
@@ -15,9 +16,15 @@ def broken(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -
     raise RuntimeError("no reward")
 
 
-def ending(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
-    """Ends the program."""
+def leaving(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """Ends the program, as a script does."""
     raise SystemExit(3)
+
+
+def terminated(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:
+    """SIGTERM arrives meanwhile."""
+    signal.raise_signal(signal.SIGTERM)
+    return []
 
 
 def too_few(prompt: list[dict[str, Any]], responses: list[str], **columns: Any) -> list[float]:

@@ -229,7 +229,8 @@ def test_verdicts() -> None:
         ({"scorer": "none_such:f"}, "cannot be imported"),
         ({"scorer": "tests.on_policy.rewards:NUMBER"}, "is int, not a function"),
         ({"scorer": "tests.on_policy.rewards:broken"}, "RuntimeError: no reward"),
-        ({"scorer": "tests.on_policy.rewards:ending"}, "SystemExit: 3"),
+        ({"scorer": "tests.on_policy.rewards:leaving"}, "raised SystemExit: 3; correct the function"),
+        ({"scorer": "leaves:score"}, "--scorer leaves:score cannot be imported (SystemExit: 4)"),
         ({"scorer": "tests.on_policy.rewards:too_few"}, "returned 1 scores for 3 responses"),
         ({"scorer": "tests.on_policy.rewards:not_finite"}, "returned nan"),
         ({"scorer": "tests.on_policy.rewards:text"}, "returned '1'"),
@@ -249,10 +250,16 @@ def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "leaves.py").write_text("raise SystemExit(4)")
     flags = {"responses": responses, "scorer": "tests.on_policy.rewards:short", "output": "scored.jsonl", **change}
     assert run(**{name: value for name, value in flags.items() if value is not None}) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_sigterm_in_a_function_ends_the_program(responses: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="143"):
+        run(responses=responses, scorer="tests.on_policy.rewards:terminated", output=tmp_path / "s.jsonl")
 
 
 def test_wrong_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from simpo_megatron.models.families import registry
 from simpo_megatron.models.families.phi3 import PHI3
@@ -22,16 +24,24 @@ from tools import self_test
 ROWS = ["config", "tensors", "arguments", "conversion", "weights", "2 + SP, plain", "CP 2, plain", "tokenizer"]
 
 
-def program(argv: list[str], mistake: bool = False) -> tuple[int, str]:
-    """On a rank: exit code and stdout; with a mistake, the family has another base of the rotary embedding."""
+def other_base(config: dict[str, Any]) -> Any:
+    """A mistake: another base of the rotary embedding."""
+    return replace(PHI3.rope(config), theta=20000.0)
 
-    def rope(config: dict[str, Any]) -> Any:
-        return replace(PHI3.rope(config), theta=20000.0)
 
+def crash_on_one(*args: Any, **kwargs: Any) -> Any:
+    """A mistake: rank 1 cannot build its layers, and the others wait for it."""
+    if dist.get_rank() == 1:
+        raise ZeroDivisionError("no layers today")
+    return PHI3.layer_spec(*args, **kwargs)
+
+
+def program(argv: list[str], **mistake: Any) -> tuple[int, str]:
+    """On a rank: exit code and stdout; with a mistake, the family has it in place of what it has under that name."""
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         if mistake:
-            patch.setattr(registry, "FAMILIES", (replace(PHI3, rope=rope), *registry.FAMILIES))
+            patch.setattr(registry, "FAMILIES", (replace(PHI3, **mistake), *registry.FAMILIES))
         return self_test.main(argv), out.getvalue()
 
 
@@ -60,7 +70,7 @@ def test_a_checkpoint_is_proved(pool: WorkerPool, checkpoint: Path, tmp_path: Pa
 
 def test_a_family_that_computes_something_else_fails(pool: WorkerPool, checkpoint: Path) -> None:
     argv = ["--device", "cpu", "--hf-checkpoint", str(checkpoint), "--only", "torch_dist", "gradients: DP, plain"]
-    ((code, out),) = pool.run(1, program, argv, True)
+    ((code, out),) = pool.run(1, partial(program, rope=other_base), argv)
     assert code == 1
     assert "gradients: DP, plain head: FAILED" in out and "conversion: torch_dist and back: proved" in out
     assert "the family is wrong about this checkpoint" in out
@@ -85,6 +95,14 @@ def test_other_numbers_in_a_tensor_of_all_experts_fail(pool: WorkerPool, tmp_pat
     argv = ["--device", "cpu", "--hf-checkpoint", str(tmp_path), "--only", "weights: export"]
     [(code, out)] = pool.run(1, export_wrong_experts, argv)
     assert code == 1 and "other bytes in model.layers.0.mlp.experts.down_proj" in out, out
+
+
+def test_the_error_of_one_rank_is_told_and_the_next_row_runs(pool: WorkerPool, checkpoint: Path) -> None:
+    argv = ["--device", "cpu", "--hf-checkpoint", str(checkpoint), "--only", "gradients: TP 2 + SP, plain", "tokenizer"]
+    (code, out), _ = pool.run(2, partial(program, layer_spec=crash_on_one), argv)
+    assert code == 1
+    assert "plain head: FAILED; rank 1: ZeroDivisionError: no layers today (test_family.py:" in out, out
+    assert "tokenizer: the end of a turn: proved" in out
 
 
 def test_a_model_that_is_not_supported_is_one_line(pool: WorkerPool, checkpoint: Path) -> None:

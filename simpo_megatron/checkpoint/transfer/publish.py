@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simpo_megatron.checkpoint.manifest import MANIFEST
 from simpo_megatron.checkpoint.transfer.execute import journal_path, read_journal, refused
 from simpo_megatron.checkpoint.transfer.moves import Unit
 from simpo_megatron.checkpoint.transfer.processes import run_units
@@ -67,6 +66,7 @@ class Conversion:
         lines: what --plan prints.
         root: what --save names.
         final: the folder to publish: `root`, or one in it.
+        record: the JSON file of `final` with the identity under "plan".
         identity: called before the first byte; returns the `fingerprint` of the plan and its sources.
         finish: called when all units are written, with the folder, the SHA-256 of every tensor and the identity. It
             writes the files that are in no unit.
@@ -78,6 +78,7 @@ class Conversion:
     lines: tuple[PlanLine, ...]
     root: Path
     final: Path
+    record: str
     identity: Callable[[], str]
     finish: Callable[[Path, dict[str, str], str], None]
     publish: Callable[[], None]
@@ -193,8 +194,8 @@ def _published_as(conversion: Conversion) -> Path | None:
     """The file with the identity of the conversion that has been published; None where none has."""
     if conversion.plan.exists() and not conversion.data.exists():
         return conversion.plan  # killed after the rename of `data`
-    manifest = conversion.final / MANIFEST
-    return manifest if manifest.exists() else None
+    record = conversion.final / conversion.record
+    return record if record.exists() else None
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from simpo_megatron.data.schema import is_number, shown
 from simpo_megatron.errors import UserError
 from simpo_megatron.on_policy.scorers.base import Answered
 from simpo_megatron.on_policy.scorers.settings import FunctionSettings
+from simpo_megatron.program import Terminated
 from simpo_megatron.settings import required
 
 
@@ -45,6 +46,8 @@ class FunctionScorer:
     def _one(self, row: Answered) -> list[float]:
         try:
             scores = list(self._function(row.prompt, row.responses, **row.columns))
+        except Terminated:
+            raise
         except (Exception, SystemExit) as error:  # of the user's function
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"{row.where}: --scorer {self._name} raised {reason}; correct the function") from error
@@ -81,6 +84,8 @@ def find_function(name: str) -> Callable[..., Any]:
         sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), attribute)
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"--scorer {name} cannot be imported ({reason}); run from the folder of {module}.py") from error
