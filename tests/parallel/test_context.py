@@ -47,6 +47,7 @@ def attend(window: int | None, block: int) -> tuple[Tensor, list[Tensor], dict[s
         attention_dropout=0.0,
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None,
+        softmax_type="vanilla",
     )
     module = PackedAttention(config, pg_collection=SimpleNamespace(cp=dist.group.WORLD))
     qkv, weights = problem()
@@ -79,7 +80,11 @@ def test_attention_over_slices_equals_one_rank(pool: Any, world: int, window: in
 
 def refuse() -> list[str]:
     config: Any = SimpleNamespace(
-        context_parallel_size=2, attention_dropout=0.0, window_size=None, window_attn_skip_freq=None
+        context_parallel_size=2,
+        attention_dropout=0.0,
+        window_size=None,
+        window_attn_skip_freq=None,
+        softmax_type="vanilla",
     )
     module = PackedAttention(config, pg_collection=SimpleNamespace(cp=dist.group.WORLD))
     q, k, v = (torch.randn(6, heads, 8) for heads in (4, 2, 2))
