@@ -199,6 +199,18 @@ DEQUANTIZE_MXFP4 = (
 )
 
 
+def positive(config: dict[str, Any], key: str) -> float:
+    """The positive number that config.json gives under `key`.
+
+    Raises:
+        UserError: it is another value.
+    """
+    value = config[key]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"config.json sets {key} to {value!r}, which is not a positive number; copy the file again")
+    return float(value)
+
+
 def refuse(config: dict[str, Any], key: str, *accepted: Any, fix: str) -> None:
     """Refuses a value of config.json that would change what is computed.
 

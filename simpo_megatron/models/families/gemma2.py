@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
-from simpo_megatron.models.architecture import Architecture, Family, refuse, required
+from simpo_megatron.models.architecture import Architecture, Family, positive, refuse, required
 from simpo_megatron.models.families.dense import dense_kwargs, dense_weights, with_post_norms
 from simpo_megatron.models.families.windows import FULL, SLIDING, listed_layer_types, listed_windows, window_kwargs
 from simpo_megatron.models.megatron_args import default_config, default_megatron_args
@@ -64,10 +63,7 @@ def gemma_additions(config: dict[str, Any]) -> Additions:
 
 
 def _bound(config: dict[str, Any], key: str) -> float | None:
-    value = config.get(key)
-    if value is not None and not value > 0:
-        raise UserError(f"config.json sets {key} to {value!r}, which is not a positive number; copy the file again")
-    return None if value is None else float(value)
+    return None if config.get(key) is None else positive(config, key)
 
 
 def gemma_weights(config: dict[str, Any], *, qk_norm: bool = False) -> tuple[WeightEntry, ...]:

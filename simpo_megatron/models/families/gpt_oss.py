@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
-from simpo_megatron.models.architecture import DEQUANTIZE_MXFP4, Family, refuse, required
+from simpo_megatron.models.architecture import DEQUANTIZE_MXFP4, Family, positive, refuse, required
 from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_weights
 from simpo_megatron.models.families.moe import moe_kwargs
 from simpo_megatron.models.families.windows import FULL, SLIDING, listed_layer_types, listed_windows, window_kwargs
@@ -40,9 +39,6 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     refuse(config, "quantization_config", None, fix=DEQUANTIZE_MXFP4)
     refuse(config, "attention_bias", True, fix="only models with biases run")
     refuse(config, "swiglu_alpha", _ALPHA, fix="Megatron computes with 1.702")
-    limit = config["swiglu_limit"]
-    if type(limit) not in (int, float) or not limit > 0:
-        raise UserError(f"config.json sets swiglu_limit to {limit!r}, which is not a positive number; copy it again")
     layers = range(required(config, "num_hidden_layers"))
     default = [FULL if layer % 2 else SLIDING for layer in layers]
     plain = {**config, "layer_types": None}  # they are read here
@@ -51,7 +47,7 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
         **window_kwargs(config["sliding_window"], listed_layer_types(config, default)),
         "add_bias_linear": True,
         "softmax_type": "learnable",
-        "activation_func_clamp_value": float(limit),
+        "activation_func_clamp_value": positive(config, "swiglu_limit"),
         "glu_linear_offset": 1.0,
     }
 
