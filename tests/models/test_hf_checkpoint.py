@@ -140,6 +140,7 @@ DROPPING += ("phi3", "glm", "glm4", "glm4_moe", "deepseek_v2", "deepseek_v3")
         ("gpt_oss", {"swiglu_limit": 0}, ["swiglu_limit to 0", "positive number"]),
         ("gpt_oss", {"swiglu_alpha": 1.0}, ["swiglu_alpha to 1.0"]),
         ("gpt_oss", {"attention_bias": False}, ["attention_bias to False"]),
+        ("gpt_oss", {"num_experts": 4}, ["num_experts to 4 and num_local_experts to 8"]),
         ("mistral", {"sliding_window": -8}, ["sliding_window to -8", "positive integer"]),
         ("mistral", {"sliding_window": 8.5}, ["sliding_window to 8.5"]),
         ("llama", {"is_causal": False}, ["is_causal to False"]),

@@ -19,9 +19,17 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 
 def num_experts(config: dict[str, Any]) -> int:
-    """Experts of a layer: `num_experts`, `n_routed_experts` or `num_local_experts`, as configs name it."""
-    given = (key for key in ("num_experts", "n_routed_experts") if config.get(key) is not None)
-    return required(config, next(given, "num_local_experts"))
+    """Experts of a layer: `num_experts`, `n_routed_experts` or `num_local_experts`, as configs name it.
+
+    Raises:
+        UserError: none is there, or they differ.
+    """
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    given = {name: required(config, name) for name in names if config.get(name) is not None}
+    if len(set(given.values())) > 1:
+        values = " and ".join(f"{name} to {value}" for name, value in given.items())
+        raise UserError(f"config.json sets {values}, which name the same number; copy it from the original model")
+    return next(iter(given.values()), 0) or required(config, "num_local_experts")
 
 
 def moe_kwargs(
