@@ -91,8 +91,8 @@ def _experts(config: dict[str, Any]) -> tuple[WeightEntry, ...]:
 
 
 def _rope(config: dict[str, Any]) -> Rope:
-    given = config.get("rope_scaling") or config.get("rope_parameters")
-    return read_rope(config if given else {**config, "rope_parameters": _YARN})
+    absent = config.get("rope_parameters") is None and not config.get("rope_scaling")
+    return read_rope({**config, "rope_parameters": _YARN} if absent else config)
 
 
 def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
