@@ -126,12 +126,12 @@ def safetensors_header(tensors: Mapping[str, HFTensor]) -> tuple[bytes, list[int
         end = position + tensor_bytes(tensor)
         starts.append(position)
         whole, index = tensor_and_slice(name)
-        if not index:
-            shape = [] if index is None else [0]
-            entries[whole] = {"dtype": tensor.dtype, "shape": [*shape, *tensor.shape], "data_offsets": [position, end]}
-        if index is not None:
-            entries[whole]["shape"][0] += 1
-            entries[whole]["data_offsets"][1] = end
+        if index is None:
+            entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        else:  # slices follow each other: each makes the tensor longer
+            start = position if index == 0 else entries[whole]["data_offsets"][0]
+            shape = [index + 1, *tensor.shape]
+            entries[whole] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [start, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -147,17 +147,22 @@ def _value(name: str, value: Any) -> Any:
     Raises:
         UserError: it is another.
     """
-    if name == "truncate" and isinstance(value, bool):
-        return value
-    if name in ("short_factor", "long_factor") and isinstance(value, list):
-        return tuple(float(_value("factor", number)) for number in value)
-    smallest = 0 if name.startswith("mscale") else math.ulp(0)
-    number = type(value) in (int, float) and smallest <= value < math.inf
-    if name == "truncate" or not number or (name == "partial_rotary_factor" and value > 1):
+    if name == "truncate":
+        good = isinstance(value, bool)
+    elif name in ("short_factor", "long_factor"):
+        good = isinstance(value, list) and all(map(_is_positive, value))
+    else:
+        zero = name.startswith("mscale") and type(value) in (int, float) and value == 0
+        good = (_is_positive(value) or zero) and not (name == "partial_rotary_factor" and value > 1)
+    if not good:
         raise UserError(
             f"config.json sets {name} of the rotary embedding to {value!r}; copy it from the original model"
         )
-    return value
+    return tuple(map(float, value)) if isinstance(value, list) else value
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _original_context(kind: str, given: dict[str, Any], config: dict[str, Any]) -> int:

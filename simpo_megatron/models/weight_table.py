@@ -78,6 +78,11 @@ class WeightEntry:
         shape = (sum(self.rows[part] for part in tensor), *self.shapes[tensor[0]][1:])
         return shape[::-1] if self.transposed else shape
 
+    def stored_axes(self, held: tuple[int, ...]) -> tuple[int, int, int]:
+        """A transposed tensor as [columns, rows, parts]. The parts, one behind the other, are its axes reversed."""
+        rows, *columns = self.shapes[held[0]]
+        return math.prod(columns), rows, len(held)
+
     def rows_first(self, tensor: Any, held: tuple[int, ...]) -> Any:
         """The parts that a tensor holds, one behind the other, [rows, columns].
 
@@ -94,14 +99,13 @@ class WeightEntry:
         if not self.transposed:
             return tensor
         rows, *columns = self.shapes[held[0]]
-        return tensor.reshape(math.prod(columns), rows, len(held)).swapaxes(0, 2).reshape(len(held) * rows, *columns)
+        return tensor.reshape(self.stored_axes(held)).swapaxes(0, 2).reshape(len(held) * rows, *columns)
 
     def as_stored(self, parts: Any, held: tuple[int, ...]) -> Any:
         """The inverse of `rows_first`."""
         if not self.transposed:
             return parts
-        rows, *columns = self.shapes[held[0]]
-        return parts.reshape(len(held), rows, math.prod(columns)).swapaxes(0, 2).reshape(self.shape_of(held))
+        return parts.reshape(self.stored_axes(held)[::-1]).swapaxes(0, 2).reshape(self.shape_of(held))
 
     def first_row(self, part: int) -> int:
         """Where a part starts in its tensor."""

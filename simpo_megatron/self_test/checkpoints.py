@@ -157,8 +157,8 @@ def differences(path: Path, other: Path, numbers: bool = False) -> list[str]:
 
     def hashes(folder: Path) -> dict[str, str]:
         found = {}
-        for path in sorted({tensor.file for tensor in read_hf_checkpoint(folder).tensors.values()}):
-            with safe_open(str(path), framework="pt", device="cpu") as file:
+        for source in sorted({tensor.file for tensor in read_hf_checkpoint(folder).tensors.values()}):
+            with safe_open(str(source), framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118  (it is not a dict)
                     whole = file.get_tensor(name).contiguous()
                     whole = whole.float() if numbers else whole

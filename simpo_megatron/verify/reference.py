@@ -184,8 +184,7 @@ class Reference:
         prefix = f"model.layers.{layer}."
         state = {
             name.replace(prefix, "model.layers.0.", 1): self._tensor(name)
-            for name in {tensor_and_slice(name)[0] for name in self.hf.tensors}
-            if name.startswith(prefix)
+            for name in dict.fromkeys(tensor_and_slice(name)[0] for name in self.hf.tensors if name.startswith(prefix))
         }
         model = self._model(range(layer, layer + 1), state)
         model.model.norm = torch.nn.Identity()

@@ -75,6 +75,9 @@ DROPPING = (
 DROPPING += ("phi3", "glm", "glm4", "glm4_moe", "deepseek_v2", "deepseek_v3")
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0], "long_factor": [2.0, 2.0, 2.0]}
+
+
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
@@ -146,6 +149,8 @@ DROPPING += ("phi3", "glm", "glm4", "glm4_moe", "deepseek_v2", "deepseek_v3")
         ("llama", {"is_causal": False}, ["is_causal to False"]),
         ("phi3", {"rope_parameters": {"partial_rotary_factor": 1.5}}, ["partial_rotary_factor", "1.5"]),
         ("llama", {"rope_parameters": {**tiny.YARN, "beta_fast": -4.0}}, ["beta_fast", "-4.0"]),
+        ("phi3", {"rope_parameters": {**LONGROPE, "short_factor": [1.0, "x", 1.0]}}, ["short_factor", "'x'"]),
+        ("phi3", {"rope_parameters": {**LONGROPE, "long_factor": 2.0}}, ["long_factor", "2.0"]),
         ("llama", {"rope_parameters": {**tiny.YARN, "factor": "8"}}, ["factor", "'8'"]),
         ("llama", {"rope_parameters": {**tiny.LLAMA3, "low_freq_factor": 0}}, ["low_freq_factor"]),
         (

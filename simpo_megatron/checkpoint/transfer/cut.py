@@ -114,7 +114,7 @@ def _swap(parameter: MegatronParameter, tensor: tuple[int, ...], *, into_blocks:
     """How `WeightEntry.rows_first`, or its inverse, reorders a tensor."""
     if not parameter.entry.transposed:
         return None
-    columns, rows, parts = parameter.columns, parameter.entry.rows[tensor[0]], len(tensor)
+    columns, rows, parts = parameter.entry.stored_axes(tensor)
     shape = (columns, rows, parts) if into_blocks else (parts, rows, columns)
     return Swap(shape, parameter.item_size, hashed_before=into_blocks)
 
