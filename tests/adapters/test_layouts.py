@@ -1,4 +1,7 @@
-"""Loss, metrics, gradients and gradient norm of adapters in every kind of layout, against transformers and PEFT."""
+"""Loss, gradients, gradient norm, three steps and exports of adapters in every kind of layout, against transformers.
+
+`test_peft.py` shows that PEFT computes the same with what is exported.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from simpo_megatron.adapters.lora import Lora
-from tests.support.adapters import ATTENTION, LORA, merge, oracle, random_adapter, run_layout
+from simpo_megatron.adapters.peft_folder import PREFIX, WEIGHTS
+from tests.support.adapters import ATTENTION, LORA, merge, random_adapter, run_layout, trained_oracle
+from tests.support.checkpoints import tensors
 from tests.support.distributed import LOCAL, NEWEST, WorkerPool
+from tests.support.families import QWEN3_EXPERTS
 from tests.support.steps import CASES, one_thread, relative_error
 from tests.support.tiny import EXPERTS, GLM, make_checkpoint
 
@@ -30,6 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], Lora]] = {
     "attention": ("Qwen3", {"head_dim": 16}, ATTENTION),
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, Lora(3, 5.0, rslora=True)),
     "mixtral": ("Mixtral", EXPERTS, LORA),
+    "qwen3_moe": ("Qwen3Moe", QWEN3_EXPERTS, LORA),
     "glm": ("Glm4Moe", GLM, ATTENTION),
     "gemma2": (
         "Gemma2",
@@ -55,11 +63,11 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts, ep2": ("mixtral", 2, EP2),
     "experts, tp2 sp": ("mixtral", 2, SP),
     "shared experts, tp2 sp": ("glm", 2, SP),
-    "experts, tp2 sp whole": ("mixtral", 2, {**SP, **WHOLE, **SHARDED}),
+    "experts, tp2 sp whole": ("qwen3_moe", 2, {**SP, **WHOLE, **SHARDED}),
     "experts, dp2, each over 2": ("mixtral", 2, {"expert_tensor_parallel_size": 2}),
     "experts, tp2 sp ep2": ("mixtral", 4, {**SP, **EP2, **SHARDED}),
 }
-Made = dict[str, tuple[Path, Path, dict[str, float], dict[str, Tensor]]]
+Made = dict[str, tuple[Path, Path, Lora, dict[str, float], dict[str, Tensor], dict[str, Tensor]]]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +78,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         for name, (family, own, lora) in MODELS.items():
             checkpoint, adapter = make_checkpoint(folder / name, family, **own), folder / f"{name}-adapter"
             factors = random_adapter(checkpoint, adapter, lora)
-            model = merge(checkpoint, factors, lora, folder / f"{name}-merged")
-            found[name] = (checkpoint, adapter, *oracle(model, factors, lora, CASES["columns"]))
+            steps = trained_oracle(checkpoint, factors, lora, CASES["columns"], folder / f"{name}-steps")
+            found[name] = (checkpoint, adapter, lora, *steps)
     return found
 
 
@@ -84,10 +92,10 @@ RUNS = [
 
 
 @pytest.mark.parametrize("pool, layout", RUNS, indirect=["pool"])
-def test_loss_and_gradients(pool: WorkerPool, made: Made, layout: str) -> None:
+def test_training_and_exports(pool: WorkerPool, made: Made, layout: str, tmp_path: Path) -> None:
     model, world, settings = LAYOUTS[layout]
-    checkpoint, adapter, wanted, gradients = made[model]
-    ranks = pool.run(world, run_layout, checkpoint, adapter, settings, "columns", None)
+    checkpoint, adapter, lora, wanted, gradients, stepped = made[model]
+    ranks = pool.run(world, run_layout, checkpoint, adapter, settings, "columns", tmp_path)
     for evaluated, trained, found, _ in ranks:
         del trained["learning_rate"]
         assert trained == pytest.approx(wanted, rel=1e-5, abs=2e-5)
@@ -97,6 +105,23 @@ def test_loss_and_gradients(pool: WorkerPool, made: Made, layout: str) -> None:
             assert relative_error(gradient, gradients[name]) < 3e-5, name
     assert set().union(*(rank[2] for rank in ranks)) == gradients.keys()
     assert all(torch.isfinite(tensor).all() for tensor in gradients.values())
+
+    start = factors_of(adapter)
+    factors = factors_of(tmp_path / "adapter")
+    assert factors.keys() == stepped.keys()
+    assert all(torch.equal(factors[name], tensor) for *_, held in ranks for name, tensor in held.items())
+    for name, tensor in factors.items():
+        assert relative_error(tensor - start[name], stepped[name] - start[name]) < 1e-3, name
+    merge(checkpoint, factors, lora, tmp_path / "wanted")
+    weights, merged = (tensors(tmp_path / folder) for folder in ("wanted", "merged"))
+    assert weights.keys() == merged.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-6)
+
+
+def factors_of(folder: Path) -> dict[str, Tensor]:
+    """The factors in a PEFT folder, by their names in the weight table."""
+    return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
 
 
 def run_planted(fault: str, *args: Any) -> Any:
@@ -126,8 +151,8 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_a_planted_fault_is_seen(pool: WorkerPool, made: Made, fault: str) -> None:
+def test_a_planted_fault_is_seen(pool: WorkerPool, made: Made, fault: str, tmp_path: Path) -> None:
     model, world, settings = LAYOUTS[PLANTED[fault]]
-    checkpoint, adapter, _, gradients = made[model]
-    found, *_ = pool.run(world, run_planted, fault, checkpoint, adapter, settings, "columns", None)
+    checkpoint, adapter, _, _, gradients, _ = made[model]
+    found, *_ = pool.run(world, run_planted, fault, checkpoint, adapter, settings, "columns", tmp_path)
     assert found is None or max(relative_error(found[2][name], gradients[name]) for name in found[2]) > 1e-3

@@ -98,22 +98,44 @@ def gather_factors(engine: Any, of: str) -> dict[str, Tensor]:
     return found
 
 
-def run_layout(checkpoint: Path, adapter: Path, layout: dict[str, Any], case: str, exports: Path | None) -> Any:
-    """On a rank: metrics of an evaluation and of a step with its gradients; then exports of the adapter as it was."""
+# A constant rate, so large that three steps are seen in the logits.
+TRAINING = {"lr": 1e-2, "lr_decay_style": "constant", "lr_warmup_fraction": 0, "weight_decay": 0.1}
+STEPS = 3
+
+
+def trained_oracle(
+    checkpoint: Path, factors: dict[str, Tensor], lora: Lora, case: Any, folder: Path
+) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
+    """`oracle` of the first step, and the factors after `STEPS` steps of torch's AdamW."""
+    trained = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in factors.items()}
+    adam = torch.optim.AdamW(trained.values(), lr=TRAINING["lr"], weight_decay=TRAINING["weight_decay"])
+    found = []
+    for step in range(STEPS):
+        now = {name: parameter.detach() for name, parameter in trained.items()}
+        found.append(oracle(merge(checkpoint, now, lora, folder / str(step)), now, lora, case))
+        for name, gradient in found[-1][1].items():
+            trained[name].grad = gradient.clone()
+        adam.step()
+    return *found[0], {name: parameter.detach() for name, parameter in trained.items()}
+
+
+def run_layout(checkpoint: Path, adapter: Path, layout: dict[str, Any], case: str, exports: Path) -> Any:
+    """On a rank: metrics of an evaluation and of a step, its gradients, and the factors after `STEPS`, with exports."""
     from simpo_megatron.adapters.export import export_adapter
     from simpo_megatron.adapters.merge import MergedWeights
     from simpo_megatron.models.export import export_hf
 
     settings = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in layout, **layout}
-    settings |= {"load_adapter": adapter, **CASES[case].loss}
+    settings |= {"load_adapter": adapter, **TRAINING, **CASES[case].loss}
     engine, hf = build_engine(command_line(checkpoint, settings))
-    if exports is not None:
-        export_hf(engine.models, hf, exports / "merged", merged=MergedWeights(engine.models))
     batch = engine.packer.pack(CASES[case].pairs, np.array(CASES[case].indices))
     evaluated, trained = engine.evaluate(batch), engine.train_step(batch)
     gradients = gather_factors(engine, "main_grad")
-    if exports is not None:
-        export_adapter(engine.models, engine.config.adapter, hf, exports / "adapter")
+    for _ in range(STEPS - 1):
+        engine.train_step(batch)
+    engine.sync_parameters()
+    export_adapter(engine.models, hf, exports / "adapter")
+    export_hf(engine.models, hf, exports / "merged", merged=MergedWeights(engine.models))
     trainable = {name for model in engine.models for name, p in model.named_parameters() if p.requires_grad}
     assert all(".adapter." in name for name in trainable)
     return evaluated, trained, gradients, gather_factors(engine, "data")
