@@ -113,7 +113,8 @@ class LinearAdapter(torch.nn.Module):
 
     def _delta(self, x: Tensor, suffix: str) -> Tensor:
         """What the factors add."""
-        a = torch.cat([getattr(self, f"{target}_a{suffix}") for target in self.targets])
+        first, *others = [getattr(self, f"{target}_a{suffix}") for target in self.targets]
+        a = torch.cat([first, *others]) if others else first
         bs = [getattr(self, f"{target}_b{suffix}") for target in self.targets]
         return self._by_rows(x, a, bs) if self.entry.tp_dim == 0 else self._by_columns(x, a, bs[0])
 
