@@ -190,7 +190,8 @@ def answers(methods: Sequence[Method], memory: str) -> list[str]:
             lines.append(f"{method.name}: does not fit on {MOST_GPUS} GPUs of {memory}")
             continue
         gpus, one = method.fewest
-        lines.append(f"{method.name}: fits from {gpus} {"GPU" if gpus == 1 else "GPUs"} of {memory} on ({describe(one)})")
+        number = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        lines.append(f"{method.name}: fits from {number} of {memory} on ({describe(one)})")
     if len(methods) > 1 and methods[0].fewest is not None:
         lines.append(
             f"DPO, log-probs of the reference computed before: {methods[0].fewest[0]} GPUs as SimPO, and one more "
