@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,8 +69,11 @@ def test_every_file_is_named_in_the_readme_of_its_folder(folder: str) -> None:
     assert not {name for name in found if not re.search(rf"(?<![\w.]){re.escape(name)}", text)}
 
 
-def test_the_quick_tests_exist() -> None:
-    """Pytest refuses the whole list for one name that is not there."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "@tests/quick.txt"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_quick_tests_exist(request: pytest.FixtureRequest) -> None:
+    """Pytest refuses the whole list for one name that is not there. Only files that run now can be looked into."""
+    known = {name for item in request.session.items for name in (item.nodeid, item.nodeid.partition("[")[0])}
+    files = {name.partition("::")[0] for name in known}
+    for line in (ROOT / "tests" / "quick.txt").read_text().splitlines():
+        file = line.partition("::")[0]
+        assert (ROOT / file).exists(), line
+        assert line == file or file not in files or line in known, line
