@@ -42,8 +42,9 @@ train() {
     torchrun --standalone --nproc-per-node 1 -m simpo_megatron.train --device cpu --fp32 --max-length 64 --seq-length 2048 "$@"
 }
 
-if [[ ! -e $output/model/config.json ]]; then
+if [[ ! -e $output/.data ]]; then
     python examples/quickstart_data.py --output "$output"
+    touch "$output/.data"
 fi
 if [[ ! -e $output/sft ]]; then
     echo "== SFT"

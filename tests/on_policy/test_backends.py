@@ -89,6 +89,35 @@ def test_a_server_that_stumbles(model: Path, prompts: Path, tmp_path: Path, monk
             assert sent == (ids if api == "completions" else row["prompt"])
 
 
+def test_a_server_that_gives_nothing(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is silent until the client gives up, and one that refuses: its answer would not change."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    release, asked = threading.Event(), list[str]()
+
+    def silent(path: str, body: dict[str, Any]) -> int:
+        release.wait()
+        return 500
+
+    def refusing(path: str, body: dict[str, Any]) -> int:
+        asked.append(path)
+        return 400
+
+    for reply, words in (
+        (silent, "after 2 attempts (timed out); is it running?"),
+        (refusing, "refuses /completions (400 Bad Request"),
+    ):
+        with serving(reply) as url:
+            flags = {"backend": "server", "server_url": url, "retries": 1, "concurrency": 1}
+            flags |= {"timeout": 0.2} if reply is silent else {}
+            assert run(prompts=prompts, hf_checkpoint=model, output=tmp_path / "r.jsonl", **flags, **SAMPLING) == 2
+            release.set()
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    assert asked == ["completions"]
+
+
 def test_an_error_does_not_wait_for_other_requests() -> None:
     begun, release, ended = threading.Event(), threading.Event(), list[int]()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from simpo_megatron.on_policy.benchmarks import style
+from simpo_megatron.on_policy.arena_style import style
 from tests.support.tiny import make_checkpoint, write_rows
 from tools import generate_responses
 
