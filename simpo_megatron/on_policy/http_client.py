@@ -148,6 +148,7 @@ def on_threads(function: Callable[[S], T], items: Sequence[S], count: int) -> li
             try:
                 found.put((i, function(items[i]), None))
             except Exception as error:
+                stopped.set()  # here, or this thread might begin another item before the caller knows
                 found.put((i, None, error))
 
     for _ in range(min(count, len(items))):

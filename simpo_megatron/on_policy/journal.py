@@ -157,9 +157,9 @@ def read_journal(path: Path) -> Iterator[Row]:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            whole = isinstance(row, dict) and "prompt" in row and isinstance(row.get("responses"), list)
-            prompt_id = row.get("id") if whole else None
-            if row is None or not isinstance(prompt_id, str):
+            row = row if isinstance(row, dict) and "prompt" in row and isinstance(row.get("responses"), list) else {}
+            prompt_id = row.get("id")
+            if not isinstance(prompt_id, str):
                 raise UserError(
                     f"{path}:{number}: not a row with `id`, a text, `prompt` and `responses`; remove the line"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
@@ -147,6 +149,7 @@ def test_evaluation_prompts_are_kept_out(tmp_path: Path, capsys: pytest.CaptureF
         ({"backend": "server", "server_url": "http://127.0.0.1:9/v1", "retries": 0}, "is it running?"),
         ({"backend": "server", "server_url": "localhost"}, "must begin with http"),
         ({"backend": "server", "server_url": "http://[::1"}, "is not an address"),
+        ({"backend": "server", "server_url": "http://127.0.0.1:port/v1"}, "is not an address (nonnumeric port"),
         ({"output": "responses.json"}, "ends in .jsonl"),
         ({"questions": "x"}, "--questions belongs to --for"),
         ({"for": "alpaca_eval", "questions": "x"}, "--for takes --questions alone"),
@@ -190,6 +193,26 @@ def test_wrong_prompts_are_named(tmp_path: Path, model: Path, capsys: pytest.Cap
     assert "no prompt is left to answer" in capsys.readouterr().err
 
 
+def test_a_token_that_the_model_does_not_know_and_logits_that_are_no_numbers(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, source = tmp_path / "model", write_rows(tmp_path / "p.jsonl", [{"prompt": "amber"}, {"prompt": "zebra"}])
+    shutil.copytree(model, folder)
+    flags = {"prompts": source, "hf_checkpoint": folder, "output": tmp_path / "r.jsonl", **SAMPLING}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+    assert run(**flags) == 2
+    said = f"{source}:2: the tokenizer of --hf-checkpoint gives the token {len(tokenizer) - 1}"
+    assert said in capsys.readouterr().err
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][5, 5] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    make_tokenizer().save_pretrained(folder)
+    assert run(**flags) == 2
+    assert "the model's logits are NaN or infinite" in capsys.readouterr().err
+
+
 def test_responses_longer_than_the_model_takes_are_refused(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +223,11 @@ def test_responses_longer_than_the_model_takes_are_refused(
     assert most is not None and 50 < int(most[1]) < 128
     assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1]) + 1) == 2
     assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1])) == 0
+
+
+def scored(row: dict[str, Any]) -> dict[str, Any]:
+    """What `rewards.short` makes of a row."""
+    return {**row, "responses": [{**one, "score": -float(len(one["content"]))} for one in row["responses"]]}
 
 
 @pytest.mark.parametrize("stage", ["generate", "score"])
@@ -238,5 +266,5 @@ def test_kill_at_any_block(
     assert codes == [-signal.SIGKILL] * 2 + [0]
     found = rows_of(output)
     assert output.read_bytes().count(b"\n") == len(found) == 7, "no prompt twice"
-    if stage == "generate":
-        assert found == whole
+    expected = whole if stage == "generate" else {name: scored(row) for name, row in whole.items()}
+    assert found == expected, "as without a kill"
