@@ -127,3 +127,5 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
         write_pairs(broken(), path)
     assert path.read_text(encoding="utf-8") == '{"prompt": "ü"}\n'
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="Is a directory"):
+        write_pairs([], tmp_path)

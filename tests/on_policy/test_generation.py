@@ -103,6 +103,9 @@ def test_a_killed_run_goes_on(
     other = write_rows(tmp_path / "other.jsonl", [{"id": "p0", "prompt": "another"}])
     assert run(**{**flags, "prompts": other}, **SAMPLING) == 2
     assert "has the prompt p" in capsys.readouterr().err
+    output.write_text('{"id": "p0", "prompt": []}\n')
+    assert run(**flags, **SAMPLING) == 2
+    assert f"{output}:1: not a row with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
@@ -179,10 +182,12 @@ def test_wrong_prompts_are_named(tmp_path: Path, model: Path, capsys: pytest.Cap
         ([{"prompt": said}], ":1: `prompt` ends with an assistant's message"),
         ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], ":2: `id` 1 is that of another prompt"),
         ([{"id": [], "prompt": "a"}], ":1: `id` is []"),
+        ([{"id": "a\nb", "prompt": "a"}, {"id": "a\nb", "prompt": "b"}], ":2: `id` a b is that of another prompt"),
     ):
         source = write_rows(tmp_path / "p.jsonl", rows)
         assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
-        assert words in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
     for column, words in ((r'"\ud83d"', "the row has half a surrogate pair"), ("1", ":2: not valid JSON")):
         source.write_text('{"prompt": "a", "other": ' + column + '}\n{"prompt')
         assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
