@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from simpo_megatron import compat, cpu
-from simpo_megatron.adapters.settings import lora_of, run_table
+from simpo_megatron.adapters.settings import lora_of
 from simpo_megatron.checkpoint.adapter import read_factors
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
 from simpo_megatron.checkpoint.source import has_weights, lacks_tokenizer, model_folder
@@ -180,8 +180,9 @@ def _estimate(config: Config, hf: HFCheckpoint, cut: Cut, microbatches: int) -> 
         fused=config.model.transformer_impl != "local",
         divisible_by=config.model.make_vocab_size_divisible_by,
         memory=config.memory,
+        lora=lora_of(config.adapter, hf.architecture),
     )
-    return estimate(hf.architecture, cut.layout, work, run_table(config.adapter, hf.architecture))
+    return estimate(hf.architecture, cut.layout, work)
 
 
 def _check_data(config: Config, hf: HFCheckpoint) -> float:

@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from simpo_megatron.adapters.lora import Lora, adapted_table, adapter_entries
+from simpo_megatron.adapters.lora import Lora, adapter_entries
 from simpo_megatron.config.arguments import add_settings, build_group, heading
 from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.disk import human
@@ -120,7 +120,7 @@ def run(argv: Sequence[str] | None) -> int:
     if args.lora_rank is not None:
         lora = Lora(args.lora_rank, 2.0 * args.lora_rank)
         adapters = adapter_entries(hf.architecture, lora)
-        request = replace(request, table=adapted_table(hf.architecture, lora))
+        request = replace(request, lora=lora)
     size = checkpoint_size(hf.architecture, table=adapters)
     methods = [_method("SimPO" if adapters is None else "SimPO with adapters", hf, args.gpus, request)]
     if args.compare:
@@ -190,7 +190,8 @@ def answers(methods: Sequence[Method], memory: str) -> list[str]:
             lines.append(f"{method.name}: does not fit on {MOST_GPUS} GPUs of {memory}")
             continue
         gpus, one = method.fewest
-        lines.append(f"{method.name}: fits from {gpus} GPUs of {memory} on ({describe(one)})")
+        number = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        lines.append(f"{method.name}: fits from {number} of {memory} on ({describe(one)})")
     if len(methods) > 1 and methods[0].fewest is not None:
         lines.append(
             f"DPO, log-probs of the reference computed before: {methods[0].fewest[0]} GPUs as SimPO, and one more "

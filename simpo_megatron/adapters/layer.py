@@ -113,16 +113,24 @@ class LinearAdapter(torch.nn.Module):
 
     def _delta(self, x: Tensor, suffix: str) -> Tensor:
         """What the factors add."""
-        a = torch.cat([getattr(self, f"{target}_a{suffix}") for target in self.targets])
+        first, *others = [getattr(self, f"{target}_a{suffix}") for target in self.targets]
+        a = torch.cat([first, *others]) if others else first
         bs = [getattr(self, f"{target}_b{suffix}") for target in self.targets]
         return self._by_rows(x, a, bs) if self.entry.tp_dim == 0 else self._by_columns(x, a, bs[0])
 
     def _low(self, x: Tensor, a: Tensor) -> Tensor:
-        """A x for all A, stacked in a [n * r, in]: one GEMM, but for dropout, which gives each another input."""
+        """A x for all A, stacked in a [n * r, in]: one GEMM, but for dropout, which gives each another input.
+
+        The tokens are one dimension here: of a tensor [T, 1, in] that was [1, T, in], torch would multiply each token
+        alone where no gradient is needed.
+        """
+        tokens = x.flatten(0, -2)
         if self.stream is None or not self.training:
-            return F.linear(x, a)
-        low = [F.linear(x * kept(x, self.dropout, self.stream), part) for part in a.split(self.rank)]
-        return torch.cat(low, dim=-1) / (1 - self.dropout)
+            low = F.linear(tokens, a)
+        else:
+            parts = [F.linear(tokens * kept(tokens, self.dropout, self.stream), part) for part in a.split(self.rank)]
+            low = torch.cat(parts, dim=-1) / (1 - self.dropout)
+        return low.unflatten(0, x.shape[:-1])
 
     def _by_rows(self, x: Tensor, a: Tensor, bs: list[Tensor]) -> Tensor:
         if self.of_experts:

@@ -23,10 +23,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from simpo_megatron.adapters.lora import Lora
 from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.architecture import Architecture
-from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.config import ParallelConfig
 from simpo_megatron.parallel.limits import check_layout, check_processes, check_rows, layout_arguments
 from simpo_megatron.parallel.stages import divisors
@@ -48,8 +48,8 @@ class Request:
         packed_rows: packed rows of a step, over all ranks.
         slab_bytes: bytes of the logits that the fused head holds at a time.
         reference: whether a frozen reference model stays on the GPUs.
-        table: the weight table, of a run with adapters; None for that of the architecture.
         memory: dtypes and places of gradients and optimizer state.
+        lora: of the adapters, where the weights are frozen.
     """
 
     gpu_bytes: int
@@ -57,8 +57,8 @@ class Request:
     packed_rows: int
     slab_bytes: int
     reference: bool = False
-    table: tuple[WeightEntry, ...] | None = None
     memory: MemoryConfig = DEFAULT
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def cost(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
         slab_bytes=request.slab_bytes,
         reference=request.reference,
         memory=request.memory,
+        lora=request.lora,
     )
     return LayoutCost(
         parallel=parallel,
@@ -128,7 +129,7 @@ def cost(architecture: Architecture, parallel: ParallelConfig, gpus: int, reques
         microbatches=microbatches,
         bubble=waiting / (microbatches + waiting),
         slowdown=(microbatches + waiting) * recompute / (request.packed_rows / data),
-        memory=estimate(architecture, layout, work, request.table),
+        memory=estimate(architecture, layout, work),
     )
 
 

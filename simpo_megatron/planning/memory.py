@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from simpo_megatron.adapters.lora import Lora, adapted_table
 from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.models.additions import SCORES_BLOCK
 from simpo_megatron.models.architecture import Architecture
-from simpo_megatron.models.weight_table import WeightEntry
 from simpo_megatron.parallel.stages import VOCAB_DIVISOR, padded_vocab_size
 from simpo_megatron.planning.activations import layer_bytes, recomputed_modules
+from simpo_megatron.planning.adapters import adapter_bytes
 from simpo_megatron.planning.parameters import Parameters, layers_of_stages, stage_parameters
 from simpo_megatron.planning.state import StateBytes
 
@@ -43,6 +44,7 @@ class Workload:
         fused: the layers are Transformer Engine's, else those on plain torch.
         divisible_by: `--make-vocab-size-divisible-by`.
         memory: dtypes and places of gradients and optimizer state. FP8 is not counted.
+        lora: of the adapters, where the weights are frozen.
     """
 
     world_size: int
@@ -55,6 +57,7 @@ class Workload:
     fused: bool = True
     divisible_by: int = VOCAB_DIVISOR
     memory: MemoryConfig = DEFAULT
+    lora: Lora | None = None
 
     @property
     def element(self) -> int:
@@ -123,13 +126,27 @@ def _bytes_of_layers(
     recomputed: frozenset[str] = frozenset(),
 ) -> list[float]:
     """Bytes that autograd keeps of every layer of the model, without what is `recomputed`."""
-    of_kind = {
-        experts: tokens
-        * layer_bytes(
-            architecture, layout, experts=experts, element=work.element, fused=work.fused, recomputed=recomputed
+    of_kind = {}
+    for experts in set(architecture.expert_layers):
+        of_kind[experts] = tokens * layer_bytes(
+            architecture,
+            layout,
+            experts=experts,
+            element=work.element,
+            fused=work.fused,
+            recomputed=recomputed,
+            lora=work.lora,
         )
-        for experts in set(architecture.expert_layers)
-    }
+        if work.lora is not None:
+            of_kind[experts] += adapter_bytes(
+                architecture,
+                layout,
+                work.lora,
+                layer=list(architecture.expert_layers).index(experts),
+                tokens=tokens,
+                element=work.element,
+                recomputed=recomputed,
+            )
     return [of_kind[experts] for experts in architecture.expert_layers]
 
 
@@ -153,24 +170,17 @@ def in_flight(stage: int, layout: Mapping[str, Any], microbatches: int) -> int:
     return min(virtual * microbatches, behind + 1 if virtual == 1 else 2 * behind + (virtual - 1) * stages + 1)
 
 
-def estimate(
-    architecture: Architecture,
-    layout: Mapping[str, Any],
-    work: Workload,
-    table: Sequence[WeightEntry] | None = None,
-) -> Memory:
+def estimate(architecture: Architecture, layout: Mapping[str, Any], work: Workload) -> Memory:
     """Bytes of a rank of the pipeline stage that needs most.
 
     Args:
         architecture: the model.
         layout: from `limits.layout_arguments`; it has passed `limits.check_layout`.
         work: what is computed.
-        table: the weight table; None for that of the architecture.
     """
+    table = None if work.lora is None else adapted_table(architecture, work.lora)
     parameters = stage_parameters(architecture, layout, work.divisible_by, table)
-    # Adapters leave the vocabulary frozen.
-    trained = any(entry.is_vocabulary and entry.trained for entry in (table or architecture.weights))
-    stages = (_stage_memory(architecture, layout, work, stage, held, trained) for stage, held in enumerate(parameters))
+    stages = (_stage_memory(architecture, layout, work, stage, held) for stage, held in enumerate(parameters))
     return max(stages, key=lambda memory: memory.total)
 
 
@@ -180,7 +190,6 @@ def _stage_memory(
     work: Workload,
     stage: int,
     held: Parameters,
-    vocabulary_trained: bool,
 ) -> Memory:
     hidden_size, element = architecture.transformer["hidden_size"], work.element
     tensor, stages = layout["tensor_model_parallel_size"], layout["pipeline_model_parallel_size"]
@@ -195,7 +204,7 @@ def _stage_memory(
     # The gradient of the largest weight takes memory of its own until it is added to the fp32 gradient. For the output
     # layer it is a placeholder of the same size, because the head adds to the fp32 gradient itself.
     rows = padded_vocab_size(architecture.vocab_size, tensor, work.divisible_by) // tensor
-    vocabulary = rows * hidden_size * element if vocabulary_trained else 0
+    vocabulary = 0 if work.lora else rows * hidden_size * element  # adapters leave it frozen
     if stage == 0:
         activations += vocabulary
     head = 0.0

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from simpo_megatron.adapters.joined_experts import JoinedFactor
 from simpo_megatron.adapters.lora import Lora
 from simpo_megatron.adapters.merge_files import merge_files
-from simpo_megatron.adapters.peft_folder import PeftFolder, factor_shapes
+from simpo_megatron.adapters.peft_folder import PREFIX, WEIGHTS, PeftFolder, factor_shapes
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
 from tests.support import families as tiny
@@ -88,7 +89,7 @@ def test_the_oracle_has_pefts_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_plain"])
-def test_experts_that_peft_has_joined_are_read(name: str, tmp_path: Path) -> None:
+def test_experts_that_peft_has_joined_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`target_parameters` is transformers 5's own form: one tensor for the factors of all experts of a layer."""
     model = tiny.make(name, tmp_path / "base", num_hidden_layers=2)
     config = peft.LoraConfig(
@@ -110,6 +111,39 @@ def test_experts_that_peft_has_joined_are_read(name: str, tmp_path: Path) -> Non
         factors = {name: factor(name) for name in factor_shapes(architecture, folder.lora)}
     merged = merge(tmp_path / "base", factors, folder.lora, tmp_path / "merged")
     torch.testing.assert_close(logits(adapted), logits(merged), rtol=0, atol=2e-5)
+
+    # Planted: in B the ranks count fastest, as others read it (SkyRL issue 1852).
+    monkeypatch.setattr(JoinedFactor, "take", ranks_count_fastest)
+    with folder.open() as factor:
+        wrong = {name: factor(name) for name in factors}
+    planted = merge(tmp_path / "base", wrong, folder.lora, tmp_path / "planted")
+    assert (logits(adapted) - logits(planted)).abs().max() > 1e-2
+
+
+def ranks_count_fastest(joined: JoinedFactor, whole: Tensor) -> Tensor:
+    """`JoinedFactor.take` with the other order of ranks and experts in B."""
+    if joined.rank_dim == 0:
+        return whole.unflatten(0, (joined.experts, -1))[joined.expert].contiguous()
+    return whole.unflatten(1, (joined.experts, -1))[:, joined.expert].chunk(joined.parts)[joined.part].contiguous()
+
+
+def test_peft_drops_gate_and_up_without_down(tmp_path: Path) -> None:
+    """That is why `check_lora` refuses such targets. PEFT warns, and computes with the factors of attention alone."""
+    model = tiny.make("qwen3_moe_plain", tmp_path / "base", num_hidden_layers=2)
+    factors = random_adapter(tmp_path / "base", tmp_path / "adapter")
+    kept = {name: tensor for name, tensor in factors.items() if "down_proj" not in name}
+    save_file({PREFIX + name: tensor for name, tensor in kept.items()}, tmp_path / "adapter" / WEIGHTS)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["target_modules"].remove("down_proj")
+    file.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    attention = {name: tensor for name, tensor in kept.items() if "experts" not in name}
+    loaded = merge(tmp_path / "base", attention, LORA, tmp_path / "attention")
+    torch.testing.assert_close(logits(adapted), logits(loaded), rtol=0, atol=2e-5)
+    with pytest.raises(UserError, match="the model has experts, and PEFT would drop an adapter with a part"):
+        PeftFolder.read(tmp_path / "adapter", read_hf_checkpoint(tmp_path / "base").architecture)
 
 
 @pytest.mark.parametrize(

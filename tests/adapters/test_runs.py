@@ -166,6 +166,20 @@ def fresh(checkpoint: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
     return gather_factors(engine, "data")
 
 
+def fresh_by_shard(checkpoint: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
+    """On a rank: the same where the bound of A follows from the columns of the shard (Megatron-Bridge issue 5840)."""
+    from simpo_megatron.adapters import install
+
+    def fill(models: Any, whole: Any) -> None:
+        for place in (place for model in models for place in install.factors(model)):
+            cut = place.parameter.shape[1] / place.entry.shapes[0][1]
+            place.parameter.data.copy_(whole(place)[tuple(map(slice, place.parameter.shape))] / cut**0.5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(install, "fill_factors", fill)
+        return fresh(checkpoint, layout)
+
+
 def install_again(checkpoint: Path, layout: dict[str, Any]) -> str:
     """On a rank: what is said where a model that has an adapter gets one more."""
     from simpo_megatron.adapters.install import install
@@ -190,6 +204,8 @@ def test_a_fresh_adapter_is_the_same_on_every_layout(pool: WorkerPool, tmp_path:
         ranks = pool.run(2, fresh, checkpoint, layout)
         assert set().union(*ranks) == alone.keys()
         assert all(torch.equal(tensor, alone[name]) for rank in ranks for name, tensor in rank.items())
+    planted = pool.run(2, fresh_by_shard, checkpoint, TP2)[0]
+    assert not all(torch.equal(tensor, alone[name]) for name, tensor in planted.items())
     for name, tensor in alone.items():
         bound = tensor.shape[1] ** -0.5
         assert (tensor == 0).all() if ".lora_B." in name else 0.8 * bound < tensor.abs().max() <= bound

@@ -34,6 +34,8 @@ def test_the_papers_numbers(preset: str, beta: float, gamma: float, lr: float) -
     assert (config.train.train_epochs, config.train.train_iters, config.train.global_batch_size) == (1.0, None, 128)
     assert (config.data.max_length, config.data.max_prompt_length) == (2048, 1800)
     assert (config.optimizer.lr_decay_style, config.optimizer.lr_warmup_fraction) == ("cosine", 0.1)
+    for adapters in (["--lora-rank", "4"], ["--load-adapter", "adapter"]):
+        assert parse([*NEEDED, "--preset", preset, *adapters]).optimizer.lr == pytest.approx(10 * lr, rel=1e-9)
 
 
 def test_preset_then_file_then_flags(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from simpo_megatron.adapters.lora import Lora, adapted_table
 from simpo_megatron.models.hf_checkpoint import read_hf_config
 from simpo_megatron.models.part_layout import Copy
 from simpo_megatron.models.weight_table import WeightEntry
@@ -27,7 +28,7 @@ WHOLE = {"expert_tensor_parallel_size": 1}
 TOKENS = 256
 NAMES = (
     *("llama", "llama_tied", "llama_biases", "qwen2", "qwen3", "qwen3_tied", "mixtral", "qwen3_moe"),
-    *("deepseek_v3", "gemma2", "olmo2", "glm4"),
+    *("deepseek_v3", "gemma2", "olmo2", "glm4", "glm4_moe"),
 )
 
 
@@ -81,9 +82,14 @@ def test_parameters_are_those_of_the_built_model(
         assert (expected[stage].trained_dense, expected[stage].trained_experts) == (dense, experts)
 
 
-def kept(path: Path, layout: dict[str, Any], lengths: list[int], bf16: bool = False) -> int:
+def kept(path: Path, layout: dict[str, Any], lengths: list[int], lora: Lora | None) -> int:
     """On a rank: bytes autograd keeps of the decoder layers, parameters left out."""
-    _, _, [gpt] = tiny.build(path, bf16=bf16, **layout)
+    from simpo_megatron.adapters.install import install, start_dropout
+
+    hf, _, [gpt] = tiny.build(path, **layout)
+    if lora is not None:
+        install([gpt], hf, lora, 0)
+        start_dropout([gpt], 0, 0)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
     seen: dict[int, Any] = {}
 
@@ -97,6 +103,7 @@ def kept(path: Path, layout: dict[str, Any], lengths: list[int], bf16: bool = Fa
     gpt.decoder.final_layernorm = None
     ids = torch.randint(0, tiny.VOCAB, (1, sum(lengths)))
     hidden, rotary = gpt.embedding(ids, None), getattr(gpt, "rotary_pos_emb", None)  # latent attention has its own
+    hidden = hidden.detach().requires_grad_(True)  # as in all layers but the first, also with a frozen embedding
     rotary = None if rotary is None else rotary(sum(lengths), packed_seq=True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = gpt.decoder(hidden, None, rotary_pos_emb=rotary, packed_seq_params=tiny.pack(lengths))
@@ -108,44 +115,54 @@ def kept(path: Path, layout: dict[str, Any], lengths: list[int], bf16: bool = Fa
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 MODULES = {"recompute_granularity": "selective"}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
+ADAPTERS, DROPPING = Lora(8, 16.0), Lora(8, 16.0, dropout=0.1)
 
 
 @pytest.mark.parametrize(
-    "name, world, settings",
+    "name, world, settings, lora",
     [
-        ("llama", 1, {}),
-        ("llama", 2, TP2),
-        ("llama", 2, SP2),
-        ("llama", 1, MODULES),
-        ("llama", 2, {**SP2, **MODULES, "recompute_modules": ("core_attn", "layernorm", "mlp")}),
-        ("mixtral", 1, {**MODULES, "recompute_modules": ("layernorm", "moe")}),
-        ("llama", 2, {**SP2, **FULL}),
-        ("llama", 1, BLOCK),
-        ("qwen3", 2, SP2),
-        ("qwen3_tied", 2, SP2),  # one key head on two ranks
-        ("glm4", 2, SP2),  # rotated in part
-        ("glm4", 4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
-        ("gemma2", 2, SP2),
-        ("olmo2", 1, {}),
-        ("olmo2", 2, SP2),
-        ("llama_biases", 2, SP2),
-        ("gemma2", 1, {**MODULES, "recompute_modules": ("core_attn", "layernorm", "mlp")}),
-        ("mixtral", 1, {}),
-        ("qwen3_moe", 2, {**SP2}),
-        ("deepseek_v3", 2, {**SP2, **MODULES}),  # on a CPU torch keeps the scores of heads with two widths
-        ("mixtral", 2, {**SP2, **EP2, **WHOLE}),
-        ("mixtral", 4, {**SP2, **EP2}),
+        ("llama", 1, {}, ADAPTERS),
+        ("llama", 2, SP2, DROPPING),
+        ("llama", 2, {**SP2, **MODULES, "recompute_modules": ("mlp",)}, ADAPTERS),
+        ("qwen3", 2, TP2, Lora(8, 16.0, ("q_proj", "v_proj"))),
+        ("gemma2", 2, SP2, ADAPTERS),
+        ("mixtral", 1, {**MODULES, "recompute_modules": ("moe",)}, DROPPING),
+        ("mixtral", 2, {**SP2, **EP2, **WHOLE}, ADAPTERS),
+        ("mixtral", 4, {**SP2, **EP2}, DROPPING),
+        ("glm4_moe", 2, SP2, Lora(8, 16.0, ("q_proj", "k_proj", "v_proj", "o_proj"))),
+        ("llama", 1, {}, None),
+        ("llama", 2, TP2, None),
+        ("llama", 2, SP2, None),
+        ("llama", 1, MODULES, None),
+        ("llama", 2, {**SP2, **MODULES, "recompute_modules": ("core_attn", "layernorm", "mlp")}, None),
+        ("mixtral", 1, {**MODULES, "recompute_modules": ("layernorm", "moe")}, None),
+        ("llama", 2, {**SP2, **FULL}, None),
+        ("llama", 1, BLOCK, None),
+        ("qwen3", 2, SP2, None),
+        ("qwen3_tied", 2, SP2, None),  # one key head on two ranks
+        ("glm4", 2, SP2, None),  # rotated in part
+        ("glm4", 4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}, None),
+        ("gemma2", 2, SP2, None),
+        ("olmo2", 1, {}, None),
+        ("olmo2", 2, SP2, None),
+        ("llama_biases", 2, SP2, None),
+        ("gemma2", 1, {**MODULES, "recompute_modules": ("core_attn", "layernorm", "mlp")}, None),
+        ("mixtral", 1, {}, None),
+        ("qwen3_moe", 2, {**SP2}, None),
+        ("deepseek_v3", 2, {**SP2, **MODULES}, None),  # on a CPU torch keeps the scores of heads with two widths
+        ("mixtral", 2, {**SP2, **EP2, **WHOLE}, None),
+        ("mixtral", 4, {**SP2, **EP2}, None),
     ],
 )
 def test_activations_are_the_tensors_autograd_keeps(
-    pool: Any, checkpoints: dict[str, Path], name: str, world: int, settings: dict[str, Any]
+    pool: Any, checkpoints: dict[str, Path], name: str, world: int, settings: dict[str, Any], lora: Lora | None
 ) -> None:
     """Summed over all ranks: the router decides how many tokens each expert gets, but not how many all get."""
     path, layout = checkpoints[name], arguments(checkpoints[name], settings)
     hf = read_hf_config(path)
-    work = Workload(world_size=world, seq_length=TOKENS, microbatches=1, bf16=False, fused=False)
+    work = Workload(world_size=world, seq_length=TOKENS, microbatches=1, bf16=False, fused=False, lora=lora)
     expected = saved_bytes(hf.architecture, layout, range(hf.architecture.num_layers), TOKENS, work)
-    measured = sum(pool.run(world, kept, path, layout, [TOKENS // 2, TOKENS // 2])) / world
+    measured = sum(pool.run(world, kept, path, layout, [TOKENS // 2, TOKENS // 2], lora)) / world
     assert measured == pytest.approx(expected, rel=0.02)
 
 
@@ -203,6 +220,8 @@ def test_what_is_not_trained_has_no_gradient_and_no_optimizer_state(checkpoints:
     added, in_experts = 15 * architecture.num_layers, 15 * architecture.num_layers * 4 // 2
     [held] = stage_parameters(architecture, layout, table=table)
     assert held == Parameters(base.dense + added, base.experts + in_experts, added, in_experts)
-    memory = estimate(architecture, layout, Workload(2, TOKENS, 1, distributed_optimizer=False), table)
-    assert (memory.weights, memory.gradients) == (2 * held.total, 4 * (added + in_experts))
-    assert memory.optimizer == 12 * (added + in_experts)
+    work = Workload(2, TOKENS, 1, distributed_optimizer=False, lora=ADAPTERS)
+    [held] = stage_parameters(architecture, layout, table=adapted_table(architecture, ADAPTERS))
+    memory = estimate(architecture, layout, work)
+    assert (memory.weights, memory.gradients) == (2 * held.total, 4 * held.trained)
+    assert memory.optimizer == 12 * held.trained

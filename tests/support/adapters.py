@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,42 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.adapters.lora import Lora, adapter_entries
+from simpo_megatron.adapters.peft_folder import PREFIX, WEIGHTS, write_peft
 from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
-from tests.support.families import on_disk
+from tests.support.families import QWEN3_EXPERTS, on_disk
 from tests.support.steps import CASES, build_engine, command_line, oracle_metrics
+from tests.support.tiny import EXPERTS, GLM
 
 LORA = Lora(4, 6.0)
 ATTENTION = Lora(4, 6.0, ("q_proj", "v_proj", "o_proj"))
+# The class in transformers, its settings, and the adapter. The first five are `KINDS`, the others have what is rare.
+MODELS: dict[str, tuple[str, dict[str, Any], Lora]] = {
+    "llama": ("Llama", {}, LORA),
+    "tied": ("Llama", {"tie_word_embeddings": True}, LORA),
+    "qwen3": ("Qwen3", {"head_dim": 16}, LORA),
+    "mixtral": ("Mixtral", EXPERTS, LORA),
+    "qwen3_moe": ("Qwen3Moe", QWEN3_EXPERTS, LORA),
+    "attention": ("Qwen3", {"head_dim": 16}, ATTENTION),
+    "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}, Lora(3, 5.0, rslora=True)),
+    "glm": ("Glm4Moe", GLM, ATTENTION),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 1.0, "pad_token_id": None},
+        LORA,
+    ),
+}
+KINDS = ("llama", "tied", "qwen3", "mixtral", "qwen3_moe")
+WITH_EXPERTS = ("mixtral", "qwen3_moe")
+CASE = CASES["columns"]
+
+
+def factors_of(folder: Path) -> dict[str, Tensor]:
+    """The factors in a PEFT folder, by their names in the weight table."""
+    return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
 
 
 def random_adapter(checkpoint: Path, folder: Path, lora: Lora = LORA) -> dict[str, Tensor]:
     """Writes a random adapter, both factors, as PEFT would; returns the factors by their names in the weight table."""
-    from simpo_megatron.adapters.peft_folder import write_peft
-
     architecture = read_hf_checkpoint(checkpoint).architecture
     generator = torch.Generator().manual_seed(3)
     factors = {
@@ -42,14 +67,19 @@ def random_adapter(checkpoint: Path, folder: Path, lora: Lora = LORA) -> dict[st
     return factors
 
 
-def merge(checkpoint: Path, factors: dict[str, Tensor], lora: Lora, folder: Path) -> Any:
-    """The model of transformers with an adapter added to its weights."""
+def merge_weights(checkpoint: Path, factors: dict[str, Tensor], lora: Lora, folder: Path) -> None:
+    """Writes a checkpoint with an adapter added to its weights."""
     shutil.copytree(checkpoint, folder)
     state = load_file(folder / "model.safetensors")
     for base in {name.removesuffix("lora_A.weight") for name in factors if ".lora_A." in name}:
         a, b = factors[f"{base}lora_A.weight"], factors[f"{base}lora_B.weight"]
         state[f"{base}weight"] = state[f"{base}weight"] + lora.scale * (b @ a)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def merge(checkpoint: Path, factors: dict[str, Tensor], lora: Lora, folder: Path) -> Any:
+    """The model of transformers with an adapter added to its weights."""
+    merge_weights(checkpoint, factors, lora, folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -98,22 +128,85 @@ def gather_factors(engine: Any, of: str) -> dict[str, Tensor]:
     return found
 
 
-def run_layout(checkpoint: Path, adapter: Path, layout: dict[str, Any], case: str, exports: Path | None) -> Any:
-    """On a rank: metrics of an evaluation and of a step with its gradients; then exports of the adapter as it was."""
+# The rate is so large that three steps are seen in the logits. With an eps as large as the gradients, a step is smooth
+# in them: with Adam's usual one it is a sign, and rounding decides it where a gradient is small.
+TRAINING = {
+    "lr": 2e-2,
+    "lr_decay_style": "constant",
+    "lr_warmup_fraction": 0,
+    "weight_decay": 0.1,
+    "adam_eps": 1e-2,
+    "clip_grad": 1.0,
+}
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """An adapter of a tiny model, and what training gives, by transformers and torch's AdamW.
+
+    Attributes:
+        checkpoint: the base.
+        folder: the adapter, as PEFT writes it.
+        lora: its shape.
+        factors: the adapter, by the names in the weight table.
+        metrics: of the first step, with the gradient norm.
+        gradients: of the first step.
+        stepped: the factors after `STEPS` steps.
+    """
+
+    checkpoint: Path
+    folder: Path
+    lora: Lora
+    factors: dict[str, Tensor]
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+    stepped: dict[str, Tensor]
+
+
+def train_oracle(checkpoint: Path, folder: Path, lora: Lora) -> Oracle:
+    """Writes a random adapter below `folder`, and trains it."""
+    factors = random_adapter(checkpoint, folder / "adapter", lora)
+    trained = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in factors.items()}
+    adam = torch.optim.AdamW(
+        trained.values(), lr=TRAINING["lr"], weight_decay=TRAINING["weight_decay"], eps=TRAINING["adam_eps"]
+    )
+    first = None
+    for step in range(STEPS):
+        now = {name: parameter.detach() for name, parameter in trained.items()}
+        found = oracle(merge(checkpoint, now, lora, folder / str(step)), now, lora, CASE)
+        first = first or found
+        for name, gradient in found[1].items():
+            trained[name].grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(trained.values(), TRAINING["clip_grad"])
+        adam.step()
+    assert first is not None
+    stepped = {name: parameter.detach() for name, parameter in trained.items()}
+    return Oracle(checkpoint, folder / "adapter", lora, factors, *first, stepped)
+
+
+def build_adapted(checkpoint: Path, adapter: Path, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """On a rank: the engine of a base and its adapter, the checkpoint of the base, and the batch of `CASE`."""
+    alone = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in settings}
+    own = {"load_adapter": adapter, **TRAINING, **CASE.loss}
+    engine, hf = build_engine(command_line(checkpoint, {**alone, **own, **settings}))
+    return engine, hf, engine.packer.pack(CASE.pairs, np.array(CASE.indices))
+
+
+def run_layout(checkpoint: Path, adapter: Path, settings: dict[str, Any], exports: Path) -> Any:
+    """On a rank: metrics of an evaluation and of a step, its gradients, and the factors after `STEPS`, with exports."""
     from simpo_megatron.adapters.export import export_adapter
     from simpo_megatron.adapters.merge import MergedWeights
     from simpo_megatron.models.export import export_hf
 
-    settings = {"no_use_distributed_optimizer": "use_distributed_optimizer" not in layout, **layout}
-    settings |= {"load_adapter": adapter, **CASES[case].loss}
-    engine, hf = build_engine(command_line(checkpoint, settings))
-    if exports is not None:
-        export_hf(engine.models, hf, exports / "merged", merged=MergedWeights(engine.models))
-    batch = engine.packer.pack(CASES[case].pairs, np.array(CASES[case].indices))
-    evaluated, trained = engine.evaluate(batch), engine.train_step(batch)
+    engine, hf, batch = build_adapted(checkpoint, adapter, settings)
+    evaluated, metrics = engine.evaluate(batch), engine.compute_gradients(batch)
     gradients = gather_factors(engine, "main_grad")
-    if exports is not None:
-        export_adapter(engine.models, engine.config.adapter, hf, exports / "adapter")
+    trained = [engine.train_step(batch) for _ in range(STEPS)]
+    assert {name: trained[0][name] for name in metrics} == metrics
+    engine.sync_parameters()
+    export_adapter(engine.models, hf, exports / "adapter")
+    export_hf(engine.models, hf, exports / "merged", merged=MergedWeights(engine.models))
     trainable = {name for model in engine.models for name, p in model.named_parameters() if p.requires_grad}
     assert all(".adapter." in name for name in trainable)
-    return evaluated, trained, gradients, gather_factors(engine, "data")
+    return evaluated, trained[0], gradients, gather_factors(engine, "data")

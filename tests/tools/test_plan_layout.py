@@ -38,7 +38,7 @@ def test_size_of_a_checkpoint_and_idle_ranks(capsys: pytest.CaptureFixture[str])
 def test_adapters_take_less(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", MODEL, "--gpus", "8", "--lora-rank", "16"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "SimPO with adapters: fits from 1 GPUs" in out
+    assert "SimPO with adapters: fits from 1 GPU" in out
     assert "a checkpoint of training takes 560.0 MiB (weights 80.0 MiB, optimizer state 480.0 MiB)" in out
 
 
@@ -46,7 +46,7 @@ def test_the_flags_of_the_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     host = ["--use-precision-aware-optimizer", "--optimizer-cpu-offload", "--main-grads-dtype", "bf16"]
     assert main(["--model", MODEL, "--gpus", "8", *host]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "SimPO: fits from 1 GPUs of 80GiB on" in out
+    assert "SimPO: fits from 1 GPU of 80GiB on" in out
     # Before the state is divided over the 8 ranks each of them copies all parameters in fp32: 4.5 bytes x 8 ranks.
     assert "the optimizer takes up to 269.2 GiB of host memory on a node" in out
     assert "a save takes 15.0 GiB of host memory" in out  # the weights alone
