@@ -111,7 +111,8 @@ def _no_address(what: str, error: Exception) -> UserError:
 def _text(error: urllib.error.HTTPError) -> str:
     """The beginning of what a server says about a failure, in one line."""
     try:
-        return " ".join(error.read(300).decode(errors="replace").split())
+        with error:
+            return " ".join(error.read(300).decode(errors="replace").split())
     except (OSError, http.client.HTTPException) as broken:  # the server hangs in the middle
         return f"its text did not arrive ({broken})"
 

@@ -224,7 +224,7 @@ def _measured(number: int, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"round": number}
     pairs = folder / "pairs.jsonl"
     if pairs.exists():
-        row["pairs"] = sum(1 for _ in pairs.open("rb"))
+        row["pairs"] = len(_lines(pairs))
         row |= _of_responses("train", folder / "scored.jsonl")
     metrics = folder / "run" / "metrics.jsonl"
     if metrics.exists():
