@@ -75,7 +75,7 @@ beta=10.0 # with gamma / beta 0.3: the SimPO repository's setting for Llama-3-In
 if [[ -e $marker ]]; then
     rm -r "$output"
 fi
-mkdir -p "$output" && touch "$marker"
+{ mkdir -p "$output" && touch "$marker"; } 2>/dev/null || fail "--output $output cannot be written; choose another folder"
 
 stage "1/4 Preferences, a tokenizer and a small Llama with random weights (seconds)" \
     python examples/quickstart_data.py --output "$output" ${data:+--data "$data"} ${held_out:+--held-out "$held_out"}

@@ -33,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written.
     """
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "it is no regular file", str(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary

@@ -244,7 +244,8 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
             time.sleep(20)
             if error.on_all_ranks:
                 return 2
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        # One line, whatever text of a row or of another package it quotes.
+        print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         if error.errno not in (*FULL, errno.EROFS):

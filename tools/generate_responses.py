@@ -26,7 +26,7 @@ from simpo_megatron.on_policy.journal import Journal, read_journal
 from simpo_megatron.on_policy.lengths import LengthReport
 from simpo_megatron.on_policy.prompts import Shard, digest, read_prompts
 from simpo_megatron.on_policy.sampling import SamplingSettings
-from simpo_megatron.program import Parser, exit_code
+from simpo_megatron.program import Parser, check_report, exit_code
 from simpo_megatron.settings import path_value, required, source_value
 
 SETTINGS = {name: entry.settings for name, entry in BACKENDS.items()}
@@ -108,6 +108,10 @@ def _answer_benchmark(args: argparse.Namespace, benchmark: Benchmark, settings: 
     about = {"benchmark": benchmark.name, **generator.about(), "temperature": sorted(set(heats))}
     speed = 0.0
     with Journal.open("--output", rows, about) as journal:
+        check_report("--output", args.output, [args.questions])
+        answered = {row["id"]: row for row in read_journal(rows)}
+        known = [prompt for question in questions for prompt in question.known_prompts(answered)]
+        journal.check_source({prompt.id: digest(prompt.messages) for prompt in known}, str(args.questions), "prompt")
         for turn in range(benchmark.turns):
             answered = {row["id"]: row for row in read_journal(rows)}
             prompts = [question.prompt(turn, answered) for question in questions]

@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> None:
     """Prints the table and draws the plot."""
     with options.rounds.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    scored = [json.loads(line) for line in options.offline.read_text(encoding="utf-8").splitlines()]
+    with options.offline.open(encoding="utf-8") as file:
+        scored = [json.loads(line) for line in file]
     right = [response["score"] for row in scored for response in row["responses"]]
     offline = {
         "round": "offline",

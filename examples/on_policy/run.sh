@@ -17,7 +17,7 @@ output=""
 while (($#)); do
     case $1 in
     --output)
-        (($# > 1)) || fail "--output needs a value"
+        [[ -n ${2-} ]] || fail "--output needs a value"
         output=$(realpath -m -- "$2")
         shift 2
         ;;
@@ -34,7 +34,7 @@ export ON_POLICY_OUTPUT=$output PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [[ -e $output && ! -e $output/.on_policy && -n $(ls -A "$output" 2>/dev/null || echo file) ]]; then
     fail "--output $output is not of an earlier run of this example; choose another folder"
 fi
-mkdir -p "$output" && touch "$output/.on_policy"
+{ mkdir -p "$output" && touch "$output/.on_policy"; } 2>/dev/null || fail "--output $output cannot be written; choose another folder"
 
 . tools/venv.sh
 
@@ -42,8 +42,9 @@ train() {
     torchrun --standalone --nproc-per-node 1 -m simpo_megatron.train --device cpu --fp32 --max-length 64 --seq-length 2048 "$@"
 }
 
-if [[ ! -e $output/model/config.json ]]; then
+if [[ ! -e $output/.data ]]; then
     python examples/quickstart_data.py --output "$output"
+    touch "$output/.data"
 fi
 if [[ ! -e $output/sft ]]; then
     echo "== SFT"

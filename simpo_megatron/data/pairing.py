@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simpo_megatron.data.reading import Row
-from simpo_megatron.data.schema import NUMBER, check_unicode, is_number, prompt_messages, shown
+from simpo_megatron.data.schema import NUMBER, check_json, check_unicode, is_number, prompt_messages, shown
 from simpo_megatron.disk import cannot_write
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import atomic_path
@@ -47,6 +48,7 @@ class PairingReport:
     Attributes:
         prompts: read.
         pairs: built.
+        repeated: rows left out because an earlier one has the same prompt, responses and scores.
         merged: responses that repeat another response to the prompt.
         too_few: prompts with fewer than two different responses.
         all_cut: prompts without a whole response that could be chosen.
@@ -58,6 +60,7 @@ class PairingReport:
 
     prompts: int = 0
     pairs: int = 0
+    repeated: int = 0
     merged: int = 0
     too_few: int = 0
     all_cut: int = 0
@@ -91,6 +94,7 @@ class PairingReport:
             f"{self.no_gap} prompts whose scores are equal or too close",
             f"{self.too_few} with fewer than two different responses",
         ]
+        parts += [f"{self.repeated} that repeat an earlier row"] if self.repeated else []
         parts += [f"{self.all_cut} without a whole response to choose"] if self.all_cut else []
         parts += [f"{self.undecided} pairs that the judge could not decide"] if self.undecided else []
         parts += [f"{self.reversed} pairs of which it prefers the rejected response"] if self.reversed else []
@@ -123,10 +127,17 @@ def build_pairs(rows: Iterable[Row], report: PairingReport, options: PairingOpti
     Raises:
         UserError: a row is of another form; its place is named.
     """
+    seen: set[bytes] = set()
     for number, (where, row) in enumerate(rows):
         prompt = prompt_messages(row.get("prompt"), f"{where}: `prompt`")
+        check_json(prompt, f"{where}: `prompt`")
         responses = _read(row, where)
         report.prompts += 1
+        key = hashlib.blake2b(repr((prompt, responses)).encode(), digest_size=16).digest()
+        if key in seen:
+            report.repeated += 1
+            continue
+        seen.add(key)
         different = _merged(responses)
         report.merged += len(responses) - len(different)
         if len(different) < 2:

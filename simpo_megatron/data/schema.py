@@ -12,6 +12,7 @@ The response is the last turn of a conversation, the assistant's. All earlier tu
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -243,6 +244,23 @@ def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
     if not is_number(value):
         raise UserError(f"{where}: `{name}` is {shown(value)}; it must be {NUMBER}, or be left out")
     return float(value)
+
+
+def check_json(value: Any, what: str) -> None:
+    """Checks that a JSON file can hold a value of a row.
+
+    Args:
+        value: a column, or the whole row.
+        what: it is, for the error.
+
+    Raises:
+        UserError: it has half a surrogate pair, or a part that JSON does not know, such as a date of a Parquet file.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise UserError(f"{what} cannot be written as JSON ({error}); remove or convert that part") from None
+    check_unicode(text, what)
 
 
 NUMBER = "a finite number of at most 3e38"  # what `is_number` accepts, for errors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +33,25 @@ def load_tokenizer(path: Path, flag: str = "--hf-checkpoint") -> PreTrainedToken
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{flag} {path} has no tokenizer that transformers can load: {reason}") from error
+
+
+def check_known(ids: Sequence[int], vocabulary: int | None, where: str, flag: str) -> None:
+    """Checks that a model has an embedding of every token.
+
+    Args:
+        ids: of a row; at least one.
+        vocabulary: rows of the embedding; None where what computes the model checks them itself.
+        where: place of the row, for the error.
+        flag: that names the model.
+
+    Raises:
+        UserError: a token is not known, so the tokenizer is that of another model.
+    """
+    if vocabulary is not None and max(ids) >= vocabulary:
+        raise UserError(
+            f"{where}: the tokenizer of {flag} gives the token {max(ids)}, and the model's embedding has {vocabulary}; "
+            "put the model's own tokenizer into its folder"
+        )
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> dict[str, str]:

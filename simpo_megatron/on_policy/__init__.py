@@ -9,6 +9,7 @@ Responses:
     generation.py        prompts -> responses
     backends/            transformers, vLLM, servers
     benchmarks.py        questions and files of AlpacaEval 2, Arena-Hard-Auto and MT-Bench
+    arena_style.py       what Arena-Hard's style control counts
     lengths.py           the length report
 
 Scores and pairs:

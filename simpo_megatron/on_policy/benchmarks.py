@@ -11,7 +11,6 @@ Sampling defaults are those of the authors of SimPO (AlpacaEval 2 with Llama-3, 
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.data.schema import Message
+from simpo_megatron.data.reading import read_rows
+from simpo_megatron.data.schema import Message, check_json
 from simpo_megatron.errors import UserError
+from simpo_megatron.on_policy.arena_style import style
 from simpo_megatron.on_policy.prompts import Prompt, digest
 from simpo_megatron.program import write_report
 
@@ -57,6 +58,11 @@ class Question:
     row: dict[str, Any]
     where: str
     temperature: float | None = None
+
+    def known_prompts(self, answered: Answered) -> list[Prompt]:
+        """The prompts of all turns whose earlier turns are answered."""
+        turns = range(len(self.turns))
+        return [self.prompt(n, answered) for n in turns if all(self.turn_id(i) in answered for i in range(n))]
 
     def turn_id(self, turn: int) -> str:
         """The id of the prompt of a turn, from 0."""
@@ -118,6 +124,7 @@ class Benchmark:
                 raise UserError(
                     f"--questions {where}: not a question of {self.name} ({error}); give the benchmark's own file"
                 ) from None
+            check_json(row, f"--questions {where}: the row")
         repeated = len(questions) - len({question.id for question in questions})
         if repeated or not questions:
             what = f"{repeated} questions that repeat an earlier one" if repeated else "no questions"
@@ -138,14 +145,14 @@ class Benchmark:
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a JSON array or of JSON lines, and where they stand."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            rows = json.loads(text)
-            return [(f"{path} row {number}", row) for number, row in enumerate(rows, start=1)]
-        return [(f"{path}:{n}", json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except (OSError, ValueError) as error:
+            return [(f"{path} row {number}", row) for number, row in enumerate(json.loads(text), start=1)]
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--questions {path} cannot be read ({error}); give the benchmark's own file") from None
+    return list(read_rows(path))
 
 
 def _alpaca_question(row: dict[str, Any], where: str) -> Question:
@@ -231,33 +238,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise TypeError(f"{value!r} is not a text")
     return value
-
-
-def style(text: str, tokens_of: str) -> dict[str, Any]:
-    """What Arena-Hard's style control counts in an answer, without its blocks of code.
-
-    Args:
-        text: the answer.
-        tokens_of: the model by which tiktoken counts tokens. Where tiktoken or its data is missing, `token_len` is
-            left out, and style control cannot be used.
-    """
-    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    counts: dict[str, Any] = {
-        "header_count": {f"h{level}": _count(rf"^#{{{level}}}\s", plain) for level in range(1, 7)},
-        "list_count": {"ordered": _count(r"^\s*\d+\.\s", plain), "unordered": _count(r"^\s*[-*+]\s", plain)},
-        "bold_count": {"**": _count(r"\*\*[^*\n]+\*\*", plain), "__": _count(r"__[^_\n]+__", plain)},
-    }
-    try:
-        import tiktoken
-
-        tokens = len(tiktoken.encoding_for_model(tokens_of).encode(text, disallowed_special=()))
-    except Exception:  # not installed, or its vocabulary cannot be downloaded
-        return counts
-    return {"token_len": tokens, **counts}
-
-
-def _count(pattern: str, text: str) -> int:
-    return len(re.findall(pattern, text, re.MULTILINE))
 
 
 _GREEDY = {"num_responses": 1, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 4096}

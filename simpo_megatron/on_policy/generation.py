@@ -9,7 +9,7 @@ from typing import Any
 
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
-from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.data.tokenizer import check_known, fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import end_of_turn_ids
 from simpo_megatron.on_policy.backends import BACKENDS
@@ -81,7 +81,7 @@ class Generator:
             (prompt, heat) for prompt, heat in zip(prompts, everywhere, strict=True) if prompt.id not in journal.done
         ]
         encoded = self._encoder.encode_prompts([(prompt.where, prompt.messages) for prompt, _ in todo])
-        self._check_lengths([prompt for prompt, _ in todo], encoded)
+        self._check_ids([prompt for prompt, _ in todo], encoded)
         by_length = iter(sorted(zip(todo, encoded, strict=True), key=lambda one: -len(one[1])))
         size = max(1, self._backend.block // self.sampling.num_responses)
         with meter(title, len(todo)) as progress:
@@ -98,8 +98,10 @@ class Generator:
                 progress.add(len(block), sum(response.tokens for response in responses))
         return progress
 
-    def _check_lengths(self, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]]) -> None:
-        """Raises UserError where a prompt and the longest response to it are more than the model takes."""
+    def _check_ids(self, prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]]) -> None:
+        """Raises UserError where the model does not know a token, or a prompt and a response are too long for it."""
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            check_known(ids, self._backend.vocabulary, prompt.where, "--hf-checkpoint")
         context, new = self._backend.context, self.sampling.max_new_tokens
         longest = max(range(len(prompts)), key=lambda i: len(encoded[i]), default=None)
         if context is None or longest is None or len(encoded[longest]) + new <= context:

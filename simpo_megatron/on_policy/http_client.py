@@ -44,11 +44,13 @@ class Client:
         try:
             urllib.request.Request(url)
         except ValueError as error:
-            raise UserError(f"{flag} {url} is not an address ({error}); correct it") from None
+            raise _no_address(f"{flag} {url}", error) from None
         self._what, self._url = f"{flag} {url}", url.rstrip("/")
         self._timeout, self._retries, self._pause = timeout, retries, pause
         self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            if not (key.isascii() and key.isprintable()):  # the error of http.client would show the key
+                raise UserError("OPENAI_API_KEY has characters that no header of a request can hold; set the key alone")
             self._headers["Authorization"] = f"Bearer {key}"
 
     def model(self, name: str | None) -> str:
@@ -85,12 +87,14 @@ class Client:
                 with urllib.request.urlopen(request, timeout=self._timeout) as reply:
                     return read(json.loads(reply.read()))
             except urllib.error.HTTPError as error:
-                problem = f"{error.code} {error.reason}: {' '.join(error.read(300).decode(errors='replace').split())}"
+                problem = f"{error.code} {error.reason}: {_text(error)}"
                 if error.code not in _PASSING:
                     raise UserError(
                         f"{self._what} refuses /{path} ({problem}); check the flags and the server"
                     ) from None
                 pause = max(pause, _seconds(error.headers.get("Retry-After")))
+            except http.client.InvalidURL as error:
+                raise _no_address(self._what, error) from None
             except (OSError, http.client.HTTPException) as error:  # no server, a connection that broke, a timeout
                 problem = str(getattr(error, "reason", None) or error) or type(error).__name__
             except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -98,6 +102,19 @@ class Client:
             if attempt < self._retries:
                 time.sleep(pause)
         raise UserError(f"{self._what} fails at /{path} after {self._retries + 1} attempts ({problem}); is it running?")
+
+
+def _no_address(what: str, error: Exception) -> UserError:
+    return UserError(f"{what} is not an address ({error}); correct it")
+
+
+def _text(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a server says about a failure, in one line."""
+    try:
+        with error:
+            return " ".join(error.read(300).decode(errors="replace").split())
+    except (OSError, http.client.HTTPException) as broken:  # the server hangs in the middle
+        return f"its text did not arrive ({broken})"
 
 
 def _seconds(text: str | None) -> float:
@@ -132,6 +149,7 @@ def on_threads(function: Callable[[S], T], items: Sequence[S], count: int) -> li
             try:
                 found.put((i, function(items[i]), None))
             except Exception as error:
+                stopped.set()  # here, or this thread might begin another item before the caller knows
                 found.put((i, None, error))
 
     for _ in range(min(count, len(items))):

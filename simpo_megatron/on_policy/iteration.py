@@ -224,11 +224,11 @@ def _measured(number: int, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"round": number}
     pairs = folder / "pairs.jsonl"
     if pairs.exists():
-        row["pairs"] = sum(1 for _ in pairs.open("rb"))
+        row["pairs"] = len(_lines(pairs))
         row |= _of_responses("train", folder / "scored.jsonl")
     metrics = folder / "run" / "metrics.jsonl"
     if metrics.exists():
-        last = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        last = _lines(metrics)
         row["loss"] = next((found["loss"] for found in reversed(last) if "loss" in found), None)
     if (scored := folder / "eval_scored.jsonl").exists():
         row |= _of_responses("eval", scored)
@@ -236,10 +236,16 @@ def _measured(number: int, folder: Path) -> dict[str, Any]:
 
 
 def _of_responses(kind: str, scored: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
+    rows = _lines(scored)
     scores = [response["score"] for row in rows for response in row["responses"]]
     means = LengthReport.of(rows).means()
     return {f"{kind}/score": sum(scores) / len(scores), **{f"{kind}/{name}": value for name, value in means.items()}}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that a stage wrote. A file's lines end with a newline alone; a text's with U+2028 too."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _tool(name: str, section: str, settings: dict[str, Any], result: Path) -> Stage:

@@ -148,7 +148,7 @@ def read_journal(path: Path) -> Iterator[Row]:
     """The rows of a journal.
 
     Raises:
-        UserError: a line is not a row with `id` and `prompt`, or two rows have one id.
+        UserError: a line is not a row with `id`, `prompt` and `responses`, or two rows have one id.
     """
     seen: set[str] = set()
     with path.open("rb") as file:
@@ -157,9 +157,12 @@ def read_journal(path: Path) -> Iterator[Row]:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            prompt_id = row.get("id") if isinstance(row, dict) and "prompt" in row else None
-            if row is None or not isinstance(prompt_id, str):
-                raise UserError(f"{path}:{number}: not a row with `id`, a text, and `prompt`; remove the line")
+            row = row if isinstance(row, dict) and "prompt" in row and isinstance(row.get("responses"), list) else {}
+            prompt_id = row.get("id")
+            if not isinstance(prompt_id, str):
+                raise UserError(
+                    f"{path}:{number}: not a row with `id`, a text, `prompt` and `responses`; remove the line"
+                )
             if prompt_id in seen:
                 raise UserError(f"{path}:{number}: a second row with the id {prompt_id}; remove one")
             seen.add(prompt_id)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simpo_megatron.data.reading import read_rows
-from simpo_megatron.data.schema import Message, check_unicode, prompt_messages, shown
+from simpo_megatron.data.schema import Message, check_json, prompt_messages, shown
 from simpo_megatron.errors import UserError
 
 
@@ -155,10 +155,7 @@ def parse_prompt(row: Mapping[str, Any], where: str) -> Prompt:
         prompt_id = digest(messages)
     if not isinstance(prompt_id, str | int) or isinstance(prompt_id, bool) or prompt_id == "":
         raise UserError(f"{where}: `id` is {shown(prompt_id)}; it must be a text or a whole number, or be left out")
-    try:
-        check_unicode(json.dumps(row, ensure_ascii=False), f"{where}: the row")
-    except TypeError as error:  # a date of a Parquet file, for example
-        raise UserError(f"{where}: a column cannot be written as JSON ({error}); remove or convert it") from None
+    check_json(row, f"{where}: the row")
     columns = {name: value for name, value in row.items() if name not in ("id", "prompt", "responses")}
     return Prompt(str(prompt_id), messages, where, columns)
 

@@ -67,7 +67,9 @@ def score_responses(source: str, scorer: Scorer, journal: Journal) -> Meter:
             scores = scorer.score([answered for answered, _ in block])
             for (answered, row), numbers in zip(block, scores, strict=True):
                 if wrong := [number for number in numbers if not is_number(number)]:
-                    raise UserError(f"{answered.where}: the scorer gave {wrong[0]}, which is no finite number")
+                    raise UserError(
+                        f"{answered.where}: the scorer gave {wrong[0]}, which is no finite number; check its model"
+                    )
                 row["responses"] = [
                     {**response, "score": number} for response, number in zip(row["responses"], numbers, strict=True)
                 ]

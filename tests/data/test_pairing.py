@@ -43,7 +43,7 @@ def test_all_pairs_above_a_gap() -> None:
 
 
 def test_best_and_random_is_a_function_of_seed_and_row() -> None:
-    rows = [ROW] * 40
+    rows = [{**ROW, "prompt": f"p{i}"} for i in range(40)]
     found = pairs(rows, "best-random", seed=1)[0]
     assert found == pairs(rows, "best-random", seed=1)[0] != pairs(rows, "best-random", seed=2)[0]
     assert {chosen for chosen, _ in found} == {"b"} and {rejected for _, rejected in found} == {"a", "c", "d"}
@@ -51,11 +51,11 @@ def test_best_and_random_is_a_function_of_seed_and_row() -> None:
 
 def test_what_gives_no_pair_is_counted() -> None:
     tied = {"prompt": "p", "responses": [{"content": "a", "score": 1}, {"content": "b", "score": 1}]}
-    found, report, _ = pairs([tied, {"prompt": "p", "responses": tied["responses"][:1]}])
-    assert (found, report.no_gap, report.too_few, report.prompts) == ([], 1, 1, 2)
+    found, report, _ = pairs([tied, {"prompt": "p", "responses": tied["responses"][:1]}, tied])
+    assert (found, report.no_gap, report.too_few, report.repeated, report.prompts) == ([], 1, 1, 1, 3)
     assert report.summary("out") == (
-        "out: 0 pairs of 2 prompts; left out 1 prompts whose scores are equal or too close, "
-        "1 with fewer than two different responses"
+        "out: 0 pairs of 3 prompts; left out 1 prompts whose scores are equal or too close, "
+        "1 with fewer than two different responses, 1 that repeat an earlier row"
     )
 
 
@@ -92,6 +92,7 @@ def test_a_margin_from_the_scores() -> None:
     [
         ({"prompt": 3}, "`prompt` is a number; it must be a text or a list of messages"),
         ({"prompt": None}, "`prompt` is missing; it must be"),
+        ({"prompt": [{"role": "user\ud83d", "content": ""}]}, "`prompt` has half a surrogate pair"),
         ({"prompt": [{"role": "user"}]}, "`prompt` message 1: `content` is null; it must be"),
         ({"responses": "a"}, "`responses` is 'a'; it must be a list of {content, score}"),
         ({"responses": None}, "`responses` is null"),
@@ -126,3 +127,5 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
         write_pairs(broken(), path)
     assert path.read_text(encoding="utf-8") == '{"prompt": "ü"}\n'
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="Is a directory"):
+        write_pairs([], tmp_path)

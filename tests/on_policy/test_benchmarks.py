@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from simpo_megatron.on_policy.benchmarks import style
+from simpo_megatron.on_policy.arena_style import style
 from tests.support.tiny import make_checkpoint, write_rows
 from tools import generate_responses
 
@@ -100,6 +100,21 @@ def test_mt_bench_has_two_turns(model: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--model-list other" in capsys.readouterr().out
 
 
+def test_a_question_that_has_changed_is_not_answered_by_the_old_answer(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text has a line separator of Unicode, which ends no line of JSON."""
+    asked, output = {"question_id": 1, "category": "math", "turns": ["am\u2028ber", "kelp"]}, tmp_path / "o.jsonl"
+    source = tmp_path / "q.jsonl"
+    source.write_text(json.dumps(asked, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [answer("mt_bench", source, output, model) for _ in range(2)] == [0, 0]
+    capsys.readouterr()
+    for turns, changed in ((["cedar", "kelp"], "1"), (["am\u2028ber", "cedar"], "1#2")):
+        write_rows(source, [{**asked, "turns": turns}])
+        assert answer("mt_bench", source, output, model) == 2
+        assert f"has the prompt {changed}, which has another prompt in {source}" in capsys.readouterr().err
+
+
 def test_style_counts_without_code() -> None:
     text = "# A\n## B\n**bold** __too__\n- one\n2. two\n```\n# not a header\n- nor a list\n```\n"
     counts: dict[str, Any] = style(text, "gpt-4o")
@@ -113,6 +128,7 @@ def test_wrong_questions_are_named(model: Path, tmp_path: Path, capsys: pytest.C
         ("arena_hard", [{"question_id": 1, "turns": []}], "not a question of arena_hard ('uid')"),
         ("mt_bench", [{"question_id": 1, "category": "x", "turns": ["a"]}], "q.jsonl:1"),
         ("alpaca_eval", [{"instruction": "a"}, {"instruction": "a"}], "1 questions that repeat an earlier one"),
+        ("alpaca_eval", [{"instruction": "a", "dataset": "\ud83d"}], "q.jsonl:1: the row has half a surrogate pair"),
     ):
         source = write_rows(tmp_path / "q.jsonl", rows)
         assert answer(benchmark, source, tmp_path / "o.json", model) == 2
@@ -120,6 +136,12 @@ def test_wrong_questions_are_named(model: Path, tmp_path: Path, capsys: pytest.C
         assert words in error and error.count("\n") == 1
     assert answer("alpaca_eval", tmp_path / "none", tmp_path / "o.json", model) == 2
     assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "deep").write_text("[" * 10**5)
+    assert answer("alpaca_eval", tmp_path / "deep", tmp_path / "o.json", model) == 2
+    assert "cannot be read" in capsys.readouterr().err
     good = write_rows(tmp_path / "q.jsonl", [{"instruction": "a"}])
+    before = good.read_text()
+    assert answer("alpaca_eval", good, good, model) == 2
+    assert "would write over" in capsys.readouterr().err and good.read_text() == before
     assert answer("alpaca_eval", good, tmp_path / "o.json", model, "--num-responses", "2") == 2
     assert "a benchmark reads one response" in capsys.readouterr().err

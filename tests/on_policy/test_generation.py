@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from simpo_megatron.data.encode import PairEncoder
 from simpo_megatron.data.options import DataOptions
@@ -101,6 +103,9 @@ def test_a_killed_run_goes_on(
     other = write_rows(tmp_path / "other.jsonl", [{"id": "p0", "prompt": "another"}])
     assert run(**{**flags, "prompts": other}, **SAMPLING) == 2
     assert "has the prompt p" in capsys.readouterr().err
+    output.write_text('{"id": "p0", "prompt": []}\n')
+    assert run(**flags, **SAMPLING) == 2
+    assert f"{output}:1: not a row with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
@@ -147,6 +152,7 @@ def test_evaluation_prompts_are_kept_out(tmp_path: Path, capsys: pytest.CaptureF
         ({"backend": "server", "server_url": "http://127.0.0.1:9/v1", "retries": 0}, "is it running?"),
         ({"backend": "server", "server_url": "localhost"}, "must begin with http"),
         ({"backend": "server", "server_url": "http://[::1"}, "is not an address"),
+        ({"backend": "server", "server_url": "http://127.0.0.1:port/v1"}, "is not an address (nonnumeric port"),
         ({"output": "responses.json"}, "ends in .jsonl"),
         ({"questions": "x"}, "--questions belongs to --for"),
         ({"for": "alpaca_eval", "questions": "x"}, "--for takes --questions alone"),
@@ -176,10 +182,12 @@ def test_wrong_prompts_are_named(tmp_path: Path, model: Path, capsys: pytest.Cap
         ([{"prompt": said}], ":1: `prompt` ends with an assistant's message"),
         ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], ":2: `id` 1 is that of another prompt"),
         ([{"id": [], "prompt": "a"}], ":1: `id` is []"),
+        ([{"id": "a\nb", "prompt": "a"}, {"id": "a\nb", "prompt": "b"}], ":2: `id` a b is that of another prompt"),
     ):
         source = write_rows(tmp_path / "p.jsonl", rows)
         assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
-        assert words in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
     for column, words in ((r'"\ud83d"', "the row has half a surrogate pair"), ("1", ":2: not valid JSON")):
         source.write_text('{"prompt": "a", "other": ' + column + '}\n{"prompt')
         assert run(prompts=source, hf_checkpoint=model, output=tmp_path / "r.jsonl") == 2
@@ -188,6 +196,26 @@ def test_wrong_prompts_are_named(tmp_path: Path, model: Path, capsys: pytest.Cap
     flags = {"prompts": source, "hf_checkpoint": model, "output": tmp_path / "r.jsonl", "exclude_prompts": [source]}
     assert run(**flags) == 2
     assert "no prompt is left to answer" in capsys.readouterr().err
+
+
+def test_a_token_that_the_model_does_not_know_and_logits_that_are_no_numbers(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, source = tmp_path / "model", write_rows(tmp_path / "p.jsonl", [{"prompt": "amber"}, {"prompt": "zebra"}])
+    shutil.copytree(model, folder)
+    flags = {"prompts": source, "hf_checkpoint": folder, "output": tmp_path / "r.jsonl", **SAMPLING}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+    assert run(**flags) == 2
+    said = f"{source}:2: the tokenizer of --hf-checkpoint gives the token {len(tokenizer) - 1}"
+    assert said in capsys.readouterr().err
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][5, 5] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    make_tokenizer().save_pretrained(folder)
+    assert run(**flags) == 2
+    assert "the model's logits are NaN or infinite" in capsys.readouterr().err
 
 
 def test_responses_longer_than_the_model_takes_are_refused(
@@ -200,6 +228,11 @@ def test_responses_longer_than_the_model_takes_are_refused(
     assert most is not None and 50 < int(most[1]) < 128
     assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1]) + 1) == 2
     assert run(**flags, num_responses=1, temperature=0, max_new_tokens=int(most[1])) == 0
+
+
+def scored(row: dict[str, Any]) -> dict[str, Any]:
+    """What `rewards.short` makes of a row."""
+    return {**row, "responses": [{**one, "score": -float(len(one["content"]))} for one in row["responses"]]}
 
 
 @pytest.mark.parametrize("stage", ["generate", "score"])
@@ -238,5 +271,5 @@ def test_kill_at_any_block(
     assert codes == [-signal.SIGKILL] * 2 + [0]
     found = rows_of(output)
     assert output.read_bytes().count(b"\n") == len(found) == 7, "no prompt twice"
-    if stage == "generate":
-        assert found == whole
+    expected = whole if stage == "generate" else {name: scored(row) for name, row in whole.items()}
+    assert found == expected, "as without a kill"

@@ -124,6 +124,16 @@ def test_it_goes_on_where_it_stopped(
     assert "round 1: generate was done with other settings" in capsys.readouterr().err
 
 
+def test_a_text_with_a_line_separator_is_measured(tmp_path: Path) -> None:
+    """U+2028 ends no line of JSON, and models write it."""
+    row = {"responses": [{"content": "amber\u2028kelp", "score": 2.0, "tokens": 3}]}
+    for name in ("scored", "eval_scored"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    found = iteration._measured(1, tmp_path)
+    assert (found["train/score"], found["eval/score"], found["pairs"]) == (2.0, 2.0, 1)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a program with its parent")
 def test_a_killed_loop_leaves_no_program_behind() -> None:
     code = "import sys; from simpo_megatron.on_policy.iteration import _run; _run([sys.executable, '-c', sys.argv[1]])"

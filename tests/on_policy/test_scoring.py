@@ -136,6 +136,18 @@ def test_code_of_the_folder_runs_only_when_it_is_allowed(
     assert scores(tmp_path / "scored.jsonl") == negated
 
 
+def test_a_token_that_the_reward_model_does_not_know(
+    responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_reward_model(tmp_path / "rm", "Llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["birch birch"])
+    tokenizer.save_pretrained(folder)
+    assert run(responses=responses, reward_model=folder, output=tmp_path / "s.jsonl") == 2
+    said = f"{responses}:1: the tokenizer of --reward-model {folder} gives the token {len(tokenizer) - 1}"
+    assert said in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_a_head_is_refused(
     responses: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

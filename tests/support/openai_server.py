@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# What a reply is made of: path and body -> a JSON value, a status, or raw bytes.
-Reply = Callable[[str, dict[str, Any]], dict[str, Any] | int | bytes]
+# What a reply is made of: a JSON value, raw bytes, or a status with or without headers.
+Content = dict[str, Any] | bytes | int | tuple[int, dict[str, str]]
+Reply = Callable[[str, dict[str, Any]], Content]  # path and body -> what the server says
 
 
 @contextmanager
@@ -25,13 +26,15 @@ def serving(reply: Reply) -> Iterator[str]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self._send(reply(self.path.removeprefix("/v1/"), body))
 
-        def _send(self, content: dict[str, Any] | int | bytes) -> None:
-            status = content if isinstance(content, int) else 200
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+        def _send(self, content: Content) -> None:
+            status, headers = content if isinstance(content, tuple) else (content, {})
+            data = content if isinstance(content, bytes) else json.dumps(status).encode()
+            with suppress(ConnectionError):  # a client that has given up
+                self.send_response(status if isinstance(status, int) else 200)
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Prints nothing."""

@@ -49,10 +49,12 @@ class Backend(Protocol):
     Attributes:
         block: how many responses it is best asked for at a time.
         context: the most tokens of a prompt and its response; None where the backend itself refuses longer ones.
+        vocabulary: number of token ids that the model knows; None where the backend itself refuses others.
     """
 
     block: int
     context: int | None
+    vocabulary: int | None
 
     def __init__(self, checkpoint: Path, settings: Any, sampling: SamplingSettings, eos_ids: Sequence[int]) -> None:
         """Loads the model.

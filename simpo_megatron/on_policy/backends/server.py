@@ -28,7 +28,7 @@ class ServerBackend:
         self._settings, self._sampling, self._eos_ids = settings, sampling, list(eos_ids)
         self._client = settings.client()
         self._model = self._client.model(settings.server_model)
-        self.block, self.context = 8 * settings.concurrency, None
+        self.block, self.context, self.vocabulary = 8 * settings.concurrency, None, None
 
     def about(self) -> dict[str, Any]:
         """See `base.Backend`."""

@@ -42,6 +42,7 @@ class TransformersBackend:
         # What a call leaves open, such as a repetition penalty, transformers takes from the model's own.
         self._model.generation_config = GenerationConfig()
         self.context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self.vocabulary = self._model.get_input_embeddings().weight.shape[0]
         self.block = settings.batch_size or self._batch_that_fits()
 
     def about(self) -> dict[str, Any]:
@@ -135,7 +136,15 @@ class Draw(LogitsProcessor):
         Args:
             input_ids: [rows, length].
             scores: [rows, vocabulary].
+
+        Raises:
+            UserError: a logit is NaN or infinity, so that there is no distribution to draw from.
         """
+        if not bool((scores < torch.inf).all()):
+            raise UserError(
+                "--hf-checkpoint: the model's logits are NaN or infinite; its weights are damaged or overflow in this "
+                "dtype, so check them, or give --dtype float32"
+            )
         numbers = self._numbers[:, input_ids.shape[1] - self._start].to(scores.device)
         chosen = draw(scores.double(), torch.tensor(self._temperatures, device=scores.device), self._sampling, numbers)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)

@@ -16,7 +16,7 @@ from simpo_megatron.on_policy.sampling import SamplingSettings
 class VLLMBackend:
     """See `base.Backend`. vLLM batches by itself, so it is asked for many responses at a time."""
 
-    block, context = 4096, None
+    block, context, vocabulary = 4096, None, None
 
     def __init__(
         self, checkpoint: Path, settings: VLLMSettings, sampling: SamplingSettings, eos_ids: Sequence[int]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from simpo_megatron.data.tokenizer import fingerprint, load_tokenizer
+from simpo_megatron.data.tokenizer import check_known, fingerprint, load_tokenizer
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import read_json
 from simpo_megatron.models.transformers_model import choose_device, choose_dtype, load_model
@@ -31,7 +31,9 @@ class RewardModel:
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
         self._model = load_model("--reward-model", self._folder, dtype, device, _AUTO, settings.trust_remote_code)
+        self._vocabulary = None
         if not own_code:
+            self._vocabulary = self._model.get_input_embeddings().weight.shape[0]
             self._check_outputs(getattr(self._model.config, "num_labels", 1))
         self._about = {
             "reward_model": str(self._folder.resolve()),
@@ -87,6 +89,7 @@ class RewardModel:
         bos = self._tokenizer.bos_token_id
         while bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]
+        check_known(ids, self._vocabulary, row.where, f"--reward-model {self._folder}")
         longest = self._settings.max_length or getattr(self._model.config, "max_position_embeddings", None) or len(ids)
         if len(ids) > longest:
             raise UserError(
