@@ -61,8 +61,10 @@ def prepare_trl(args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     from trl import DPOConfig, DPOTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
+    from simpo_megatron.data.reading import read_rows
+
     make_config, make_trainer = (CPOConfig, CPOTrainer) if args.only == "trl-cpo" else (DPOConfig, DPOTrainer)
-    rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_rows(args.data)]
     messages = [
         {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]} for row in rows
     ]
@@ -191,10 +193,11 @@ def benchmark(args: argparse.Namespace, folder: Path) -> list[tuple[str, str, fl
     """(measure, setting, value, unit) of everything."""
     from simpo_megatron.data.packing import packing_figures
     from simpo_megatron.data.prepared_set import PreparedPairs
+    from simpo_megatron.data.reading import read_rows
 
-    lines = args.data.read_text(encoding="utf-8").splitlines()
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for _, row in read_rows(args.data)]
     args.data = folder / "rows.jsonl"
-    args.data.write_text("\n".join(lines * args.repeat) + "\n", encoding="utf-8")
+    args.data.write_text("".join(lines * args.repeat), encoding="utf-8")
     count = len(lines) * args.repeat
     found: list[tuple[str, str, float, str]] = []
     rates: dict[tuple[str, int], np.ndarray] = {}

@@ -139,8 +139,10 @@ def run_trl(args: argparse.Namespace) -> list[list[float]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
+    from simpo_megatron.data.reading import read_rows
+
     pairs = read_pairs(args)
-    rows = [json.loads(line) for line in args.data.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_rows(args.data)]
     if len(rows) != len(pairs):
         raise SystemExit(
             f"{args.data}: {len(rows) - len(pairs)} rows were dropped; give data without rows that are dropped"
