@@ -39,7 +39,7 @@ def adapted_names(architecture: Architecture, lora: Lora) -> Iterator[str]:
 def update(factor: Factor, lora: Lora, name: str) -> Tensor:
     """Scale * B A of one projection, in fp32."""
     a, b = (factor(f"{name}.lora_{kind}.weight").float() for kind in "AB")
-    return lora.scale * (b @ a)
+    return (b @ a).mul_(lora.scale)
 
 
 def merge_files(hf: HFCheckpoint, adapter: Path, save: Path) -> None:
@@ -103,7 +103,7 @@ def _merge_file(hf: HFCheckpoint, source: Path, target: Path, added: Callable[[s
                 continue
             data = bytearray(read.read(tensor.length or 0))
             weight = torch.frombuffer(data, dtype=TORCH[tensor.dtype]).view(tensor.shape)
-            merged = (weight.float() + plus).to(weight.dtype)
+            merged = plus.add_(weight).to(weight.dtype)
             write.write(merged.view(torch.uint8).numpy().tobytes())
 
 

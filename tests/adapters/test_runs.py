@@ -1,4 +1,4 @@
-"""Runs that train adapters: the same one on every layout, checkpoints, exports, the reference, and what it costs."""
+"""Runs that train adapters: the same one on every layout, checkpoints, exports, the reference, and refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -16,16 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from simpo_megatron.adapters.lora import Lora, adapted_table, check_lora
+from simpo_megatron.adapters.lora import Lora, check_lora
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.families.registry import family_of
-from simpo_megatron.models.hf_checkpoint import read_hf_checkpoint
-from simpo_megatron.planning.flops import forward_flops
 from tests.support import families
 from tests.support.adapters import gather_factors, random_adapter
 from tests.support.distributed import WorkerPool
 from tests.support.runs import flags, run_main
-from tests.support.steps import CASES, build_engine, command_line
+from tests.support.steps import build_engine, command_line
 from tests.support.tiny import EXPERTS, make_checkpoint, make_rows, write_rows
 from tools import adapters, hf_to_megatron, megatron_to_hf
 
@@ -222,36 +219,6 @@ def test_the_reference_is_the_base(pool: WorkerPool, checkpoint: Path, data: Pat
         [row, *_] = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
         margins[name] = row["rewards/margins"]
     assert margins["fresh"] == 0 and abs(margins["loaded"]) > 1e-3
-
-
-def products(checkpoint: Path, settings: dict[str, Any]) -> tuple[int, int, int]:
-    """On a rank: operations of all matrix products of a step, tokens, and scored positions."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    engine, _ = build_engine(command_line(checkpoint, settings))
-    case = CASES["columns"]
-    batch = engine.packer.pack(case.pairs, np.array(case.indices))
-    with FlopCounterMode(display=False) as counter:
-        engine.compute_gradients(batch)
-    counts = counter.get_flop_counts()["Global"]
-    scored = sum(len(part) for i in case.indices for part in case.pairs.pair(i)[1:])
-    total = sum(count for name, count in counts.items() if "attention" not in str(name))
-    return total, batch.tokens, scored
-
-
-def test_frozen_weights_cost_no_weight_gradient(pool: WorkerPool, checkpoint: Path) -> None:
-    """Two of three products remain of each weight, the output layer's included; the first layer has none below it."""
-    architecture = read_hf_checkpoint(checkpoint).architecture
-    [(every, tokens, scored)] = pool.run(1, products, checkpoint, {})
-    hidden = architecture.transformer["hidden_size"]
-    forward = forward_flops(architecture, tokens, 0, scored)
-    assert every == 3 * forward
-    [(adapted, *_)] = pool.run(1, products, checkpoint, {"lora_rank": RANK})
-    table = adapted_table(architecture, Lora(RANK, 1.0))
-    factors = architecture.num_layers * sum(rows * columns for e in table if e.trained for rows, columns in e.shapes)
-    qkv = sum(e.rows[i] * hidden for e in table if "linear_qkv.weight" in e.megatron for i in range(3))
-    first = 2 * tokens * (qkv + 3 * RANK * hidden)
-    assert adapted == 2 * forward + 3 * 2 * tokens * factors - first
 
 
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
