@@ -54,14 +54,14 @@ BF16 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "fp32": Fals
 def test_a_resumed_run_is_the_uninterrupted_one(
     pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path, world: int, layout: dict
 ) -> None:
-    argv = [str(x) for x in flags(*inputs, train_iters=6, save_interval=3, **layout) if x != "False"]
+    argv = [str(x) for x in flags(*inputs, train_iters=4, save_interval=2, **layout) if x != "False"]
     argv = [x for x in argv if not (x == "--fp32" and "bf16" in layout)]
     whole = run_and_read(pool, world, argv, tmp_path / "whole")
-    # What a kill after step 4 leaves behind: the checkpoint of step 3, and a log that is already further.
+    # What a kill after step 3 leaves behind: the checkpoint of step 2, and a log that is already further.
     killed = shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    (killed / TRACKER).write_text("3")
+    (killed / TRACKER).write_text("2")
     resumed = run_and_read(pool, world, [*argv, "--load", str(killed)], killed)
-    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4]
     assert numbers(resumed) == numbers(whole)
 
 
@@ -80,7 +80,7 @@ def test_resume_in_another_layout(
     pool: WorkerPool, inputs: tuple[Path, Path], tmp_path: Path, before: int, after: int, settings: list[str]
 ) -> None:
     """At another DP or CP size by default, and at another TP or PP with the flag, which a refusal names."""
-    argv, layout = flags(*inputs, train_iters=6, save_interval=3), [] if "--bf16" in settings else settings
+    argv, layout = flags(*inputs, train_iters=4, save_interval=2), [] if "--bf16" in settings else settings
     if "--bf16" in settings:
         argv = [*(word for word in argv if word != "--fp32"), "--bf16", "--context-parallel-size", str(before)]
     if layout:
@@ -91,11 +91,11 @@ def test_resume_in_another_layout(
             assert "save once with --dist-ckpt-optim-fully-reshardable" in message
         argv.append("--dist-ckpt-optim-fully-reshardable")
     whole = run_and_read(pool, before, argv, tmp_path / "run")
-    (tmp_path / "run" / TRACKER).write_text("3")
+    (tmp_path / "run" / TRACKER).write_text("2")
     resumed = run_and_read(pool, after, [*argv, *settings, "--load", str(tmp_path / "run")], tmp_path / "other")
-    assert [row["step"] for row in resumed] == [4, 5, 6]
+    assert [row["step"] for row in resumed] == [3, 4]
     tolerance = 2e-2 if "--bf16" in settings else 1e-4
-    for ours, theirs in zip(numbers(resumed), numbers(whole[3:]), strict=True):
+    for ours, theirs in zip(numbers(resumed), numbers(whole[2:]), strict=True):
         assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance / 100)
 
 
