@@ -17,7 +17,7 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions, no_additions
 from simpo_megatron.models.megatron_args import default_megatron_args, windowed_layers
-from simpo_megatron.models.rope import Rope, read_rope
+from simpo_megatron.models.rope import Rope, check_factors, read_rope
 from simpo_megatron.models.weight_table import WeightEntry
 
 
@@ -69,7 +69,7 @@ class Family:
         """
         config = {**self.defaults, **config}
         refuse(config, "is_causal", True, None, fix="only causal models run")
-        return Architecture(
+        found = Architecture(
             family=self,
             transformer=self.transformer_kwargs(config),
             weights=self.weights(config),
@@ -80,6 +80,8 @@ class Family:
             rope=self.rope(config),
             additions=self.additions(config),
         )
+        check_factors(found.rope, found.rotary_head_dim)
+        return found
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,14 @@ _MAY_HAVE = {
     "longrope": ("factor", "attention_factor"),
 }
 
+# Numbers that are not merely positive: above the first, up to the second. "yarn" divides by the logarithm of the base.
+# "longrope" by that of the context.
+_RANGES = {
+    "rope_theta": (1, math.inf),
+    "original_max_position_embeddings": (1, math.inf),
+    "partial_rotary_factor": (0, 1),
+}
+
 
 def read_rope(config: dict[str, Any]) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before), for whole heads.
@@ -153,7 +161,8 @@ def _value(name: str, value: Any) -> Any:
         good = isinstance(value, list) and all(map(_is_positive, value))
     else:
         zero = name.startswith("mscale") and type(value) in (int, float) and value == 0
-        good = (_is_positive(value) or zero) and not (name == "partial_rotary_factor" and value > 1)
+        low, high = _RANGES.get(name, (0, math.inf))
+        good = zero or (_is_positive(value) and low < value <= high)
     if not good:
         raise UserError(
             f"config.json sets {name} of the rotary embedding to {value!r}; copy it from the original model"
@@ -169,7 +178,7 @@ def _original_context(kind: str, given: dict[str, Any], config: dict[str, Any]) 
     """Tokens of the context before the scaling, by the precedence of transformers (`standardize_rope_params`)."""
     name, whole = "original_max_position_embeddings", config.get("max_position_embeddings")
     found = whole if kind == "dynamic" else _first(name, config, given, default=whole)
-    if not isinstance(found, int) or found < 1:
+    if not isinstance(found, int) or found < 2:
         raise UserError(f"the {kind!r} rope scaling in config.json lacks {name}; copy it from the original model")
     return found
 
@@ -212,6 +221,25 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
     # Without scaling it is the linear one by 1, which is exact.
     frequencies, factor = ROPE_INIT_FUNCTIONS["linear" if rope.kind == "default" else rope.kind](config, "cpu")  # type: ignore[arg-type]
     return frequencies, float(factor)
+
+
+def check_factors(rope: Rope, head_dim: int) -> None:
+    """Refuses a "longrope" without one factor for every pair of rotated dimensions.
+
+    Args:
+        rope: what the model asks for.
+        head_dim: width of a head.
+
+    Raises:
+        UserError: a list is shorter or longer.
+    """
+    pairs = (rotary_dim(rope, head_dim) + 1) // 2
+    for name in ("short_factor", "long_factor"):
+        if (factors := getattr(rope, name)) is not None and len(factors) != pairs:
+            raise UserError(
+                f"config.json gives {len(factors)} numbers as {name} of the rotary embedding, but {pairs} pairs of "
+                "dimensions of a head are rotated; copy it from the original model"
+            )
 
 
 def check_length(rope: Rope, length: int, flag: str) -> None:

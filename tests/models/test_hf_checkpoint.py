@@ -75,6 +75,7 @@ DROPPING = (
 DROPPING += ("phi3", "glm", "glm4", "glm4_moe", "deepseek_v2", "deepseek_v3")
 
 
+CONTEXT = "original_max_position_embeddings"
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0], "long_factor": [2.0, 2.0, 2.0]}
 
 
@@ -93,7 +94,17 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0], "long_fact
         ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ["'linear'", "'longrope' or none"]),
         ("deepseek_v3", {"norm_topk_prob": False}, ["norm_topk_prob to False"]),
         ("deepseek_v3", {"topk_method": "greedy"}, ["topk_method to 'greedy'"]),
-        ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave to False"]),
+        *(("deepseek_v3", {"rope_interleave": off}, [f"rope_interleave to {off}"]) for off in (False, None)),
+        *(
+            (name, {"routed_scaling_factor": 0.0}, ["routed_scaling_factor to 0.0", "not a positive number"])
+            for name in ("deepseek_v2", "deepseek_v3", "glm4_moe")
+        ),
+        *(
+            (name, {"mlp_bias": True}, ["mlp_bias to True", "transformers ignores it"])
+            for name in ("qwen3", "qwen3_moe", "olmo2", "olmo3")
+        ),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, ["decoder_sparse_step to 0"]),
+        ("olmo3", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor to 0.5", "whole heads"]),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps to 1e-05", "1e-6"]),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "dequantize"]),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["quantization_config", "dequantize=True"]),
@@ -123,6 +134,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0], "long_fact
             ["full_attention and sliding_attention", "is it a 'ministral' model?"],
         ),
         ("qwen2", {"layer_types": ["full_attention"]}, ["1 layer_types for 4 layers"]),
+        ("qwen2", {"layer_types": []}, ["0 layer_types for 4 layers"]),
         (
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 0, "layer_types": tiny.MIXED},
@@ -151,6 +163,14 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0], "long_fact
         ("llama", {"rope_parameters": {**tiny.YARN, "beta_fast": -4.0}}, ["beta_fast", "-4.0"]),
         ("phi3", {"rope_parameters": {**LONGROPE, "short_factor": [1.0, "x", 1.0]}}, ["short_factor", "'x'"]),
         ("phi3", {"rope_parameters": {**LONGROPE, "long_factor": 2.0}}, ["long_factor", "2.0"]),
+        (
+            "phi3_tied",
+            {"rope_parameters": {**LONGROPE, "long_factor": [2.0] * 2}},
+            ["3 numbers as short_factor", "2 pairs"],
+        ),
+        ("llama", {"rope_parameters": {**LONGROPE, "long_factor": [2.0]}}, ["1 numbers as long_factor", "3 pairs"]),
+        ("llama", {"rope_scaling": {**LONGROPE, CONTEXT: 1}}, [CONTEXT, "1"]),
+        ("llama_biases", {"rope_parameters": {**tiny.YARN, "rope_theta": 1.0}}, ["rope_theta", "1.0"]),
         ("llama", {"rope_parameters": {**tiny.YARN, "factor": "8"}}, ["factor", "'8'"]),
         ("llama", {"rope_parameters": {**tiny.LLAMA3, "low_freq_factor": 0}}, ["low_freq_factor"]),
         (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
 
+from simpo_megatron.errors import UserError
 from simpo_megatron.models.families.registry import family_of
 from tests.support import families as tiny
 
@@ -64,6 +66,32 @@ def test_keys_that_are_absent_have_the_values_of_transformers(own: dict[str, Any
     assert (ours.rope.theta, ours.rope.kind) == (full["rope_theta"], full["rope_type"])
     assert ours.rope.factor == full.get("factor", 1.0)
     assert (ours.additions.window_rope_theta or ours.rope.theta) == sliding["rope_theta"]
+
+
+# A size that is not what transformers takes is seen in the shapes of the weights, or does not enter the computation.
+SHAPES = ("num_key_value_heads", "max_position_embeddings")
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_one_key_that_is_absent_has_the_value_of_transformers(name: str) -> None:
+    """What is read without the key is what is read with all values that transformers' configuration then has."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    prefix, own = tiny.MODELS[name]
+    kind = getattr(transformers, f"{prefix}ForCausalLM").config_class
+    whole = json.loads(kind(**copy.deepcopy({**tiny.SIZES, **own})).to_json_string(use_diff=False))
+    family, compared = family_of(whole), 0
+    for key in whole.keys() - {*SHAPES, "model_type"}:
+        absent = {other: value for other, value in whole.items() if other != key}
+        try:
+            found = family.architecture(copy.deepcopy(absent))
+            filled = json.loads(kind(**copy.deepcopy(absent)).to_json_string(use_diff=False))
+        except (UserError, StrictDataclassError):  # refused by us, or by transformers
+            continue
+        assert found == family.architecture(filled), f"{key}, by default {filled.get(key)!r}"
+        compared += 1
+    assert compared > 15
 
 
 OLMO3_YARN = {

@@ -32,6 +32,16 @@ def bias_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     return {"add_bias_linear": True} if attention and mlp else {"add_qkv_bias": True} if attention else {}
 
 
+def attention_bias_kwargs(config: dict[str, Any]) -> dict[str, Any]:
+    """`bias_kwargs` of a family whose feed-forward has no biases in transformers.
+
+    Raises:
+        UserError: as `bias_kwargs`, or config.json asks for biases of the feed-forward.
+    """
+    refuse(config, "mlp_bias", False, None, fix="transformers ignores it here; remove it")
+    return bias_kwargs(config)
+
+
 def bias_additions(config: dict[str, Any]) -> Additions:
     """The biases that TransformerConfig has no field for."""
     attention, mlp = _given(config)

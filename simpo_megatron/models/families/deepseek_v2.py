@@ -45,5 +45,5 @@ DEEPSEEK_V2 = Family(
     _weights,
     _config,
     additions=partial(routed_additions, sigmoid=False),
-    defaults={"q_lora_rank": 1536, "topk_method": "greedy", "n_shared_experts": 2},
+    defaults={"q_lora_rank": 1536, "topk_method": "greedy", "n_shared_experts": 2, "routed_scaling_factor": 1.0},
 )

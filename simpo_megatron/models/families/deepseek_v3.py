@@ -21,7 +21,7 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     refuse(config, "topk_method", "noaux_tc", None, fix="only this method of DeepSeek-V3 runs")
-    refuse(config, "rope_interleave", True, None, fix="only models that rotate interleaved pairs run")
+    refuse(config, "rope_interleave", True, fix="only models that rotate interleaved pairs run")
     return {**routed_kwargs(like_dense(config), sigmoid=True), **latent_kwargs(config)}
 
 

@@ -63,5 +63,6 @@ GLM4_MOE = Family(
         "num_experts_per_tok": 8,
         "first_k_dense_replace": 1,
         "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0,
     },
 )

@@ -40,4 +40,11 @@ def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
     return default_config(args, "mixtral", "Mixtral") | sliding_window(args) | experts
 
 
-MIXTRAL = Family("Mixtral", ("mixtral",), _transformer_kwargs, _weights, _config, defaults={"rope_theta": 1000000.0})
+MIXTRAL = Family(
+    "Mixtral",
+    ("mixtral",),
+    _transformer_kwargs,
+    _weights,
+    _config,
+    defaults={"rope_theta": 1000000.0, "rms_norm_eps": 1e-5},
+)

@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family, required
-from simpo_megatron.models.families.biases import bias_additions, bias_config, bias_kwargs, biased_weights
+from simpo_megatron.models.families.biases import attention_bias_kwargs, bias_additions, bias_config, biased_weights
 from simpo_megatron.models.families.dense import BLOCK, LAYER, dense_kwargs, head_dim, query_groups, with_post_norms
 from simpo_megatron.models.megatron_args import default_config
 from simpo_megatron.models.part_layout import Copy
@@ -21,7 +21,7 @@ DEFAULTS = {"rms_norm_eps": 1e-5}
 
 
 def _kwargs(config: dict[str, Any]) -> dict[str, Any]:
-    return {**dense_kwargs(config), **bias_kwargs(config)}
+    return {**dense_kwargs(config), **attention_bias_kwargs(config)}
 
 
 def olmo_additions(config: dict[str, Any]) -> Additions:

@@ -13,7 +13,7 @@ from typing import Any
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
 from simpo_megatron.models.architecture import Family, refuse, required
-from simpo_megatron.models.families.biases import bias_kwargs
+from simpo_megatron.models.families.biases import attention_bias_kwargs
 from simpo_megatron.models.families.dense import dense_kwargs
 from simpo_megatron.models.families.olmo2 import DEFAULTS, olmo_additions, olmo_config, olmo_weights
 from simpo_megatron.models.families.windows import (
@@ -37,7 +37,11 @@ def _layer_types(config: dict[str, Any]) -> list[str]:
 
 def _kwargs(config: dict[str, Any]) -> dict[str, Any]:
     of_all = dense_kwargs({**config, "layer_types": None})
-    return {**of_all, **bias_kwargs(config), **window_kwargs(config.get("sliding_window"), _layer_types(config))}
+    return {
+        **of_all,
+        **attention_bias_kwargs(config),
+        **window_kwargs(config.get("sliding_window"), _layer_types(config)),
+    }
 
 
 def _rope(config: dict[str, Any], layer_type: str = FULL) -> Rope:
@@ -54,7 +58,7 @@ def _rope(config: dict[str, Any], layer_type: str = FULL) -> Rope:
     if layer_type == FULL:
         parameters |= scaling_of_full(config)
     refuse(parameters, "truncate", True, None, fix="transformers ignores it here; remove it")
-    context = {name: config.get(name) for name in ("model_type", "max_position_embeddings")}
+    context = {name: config.get(name) for name in ("model_type", "max_position_embeddings", "partial_rotary_factor")}
     return read_rope({**context, "rope_parameters": {"rope_theta": _THETA, **parameters}})
 
 

@@ -26,7 +26,7 @@ _CONTEXT = "original_max_position_embeddings"
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("resid_pdrop", "embd_pdrop"):
         refuse(config, key, 0.0, None, fix="set it to 0: preference optimisation runs without dropout")
-    return {**dense_kwargs({"rms_norm_eps": 1e-5, **config}), **window_size(config.get("sliding_window"))}
+    return {**dense_kwargs(config), **window_size(config.get("sliding_window"))}
 
 
 def _rope(config: dict[str, Any]) -> Rope:
@@ -61,5 +61,5 @@ PHI3 = Family(
     _weights,
     _config,
     rope=_rope,
-    defaults={"max_position_embeddings": 4096},
+    defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simpo_megatron.models.architecture import Family
-from simpo_megatron.models.families.biases import bias_additions, bias_config, bias_kwargs, biased_weights
+from simpo_megatron.models.families.biases import attention_bias_kwargs, bias_additions, bias_config, biased_weights
 from simpo_megatron.models.families.dense import dense_kwargs
 from simpo_megatron.models.families.windows import qwen_window_config, qwen_windows
 from simpo_megatron.models.megatron_args import default_config
@@ -15,7 +15,7 @@ from simpo_megatron.models.weight_table import WeightEntry
 
 def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     of_all = dense_kwargs({**config, "layer_types": None})
-    return {**of_all, **bias_kwargs(config), **qwen_windows(config), "qk_layernorm": True}
+    return {**of_all, **attention_bias_kwargs(config), **qwen_windows(config), "qk_layernorm": True}
 
 
 def _weights(config: dict[str, Any]) -> tuple[WeightEntry, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simpo_megatron.models.architecture import Family, required
-from simpo_megatron.models.families.biases import bias_additions, bias_config, bias_kwargs, biased_weights
+from simpo_megatron.models.families.biases import attention_bias_kwargs, bias_additions, bias_config, biased_weights
 from simpo_megatron.models.families.moe import moe_feed_forward, moe_kwargs
 from simpo_megatron.models.families.windows import window_size
 from simpo_megatron.models.megatron_args import default_config, dense_layers, expert_config, sliding_window
@@ -22,12 +22,12 @@ def _transformer_kwargs(config: dict[str, Any]) -> dict[str, Any]:
     )
     # Unlike Qwen3, transformers gives the window to all layers.
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    return {**kwargs, **bias_kwargs(config), **window_size(window), "qk_layernorm": True}
+    return {**kwargs, **attention_bias_kwargs(config), **window_size(window), "qk_layernorm": True}
 
 
 def _pattern(config: dict[str, Any]) -> list[bool]:
     """Whether each layer has experts (`Qwen3MoeDecoderLayer`)."""
-    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    step, dense = required(config, "decoder_sparse_step"), config.get("mlp_only_layers") or ()
     layers = range(required(config, "num_hidden_layers"))
     return [layer not in dense and (layer + 1) % step == 0 for layer in layers]
 
@@ -51,4 +51,12 @@ def _config(args: Mapping[str, Any]) -> dict[str, Any] | None:
     return config | experts | {"mlp_only_layers": dense_layers(args)}
 
 
-QWEN3_MOE = Family("Qwen3-MoE", ("qwen3_moe",), _transformer_kwargs, _weights, _config, additions=bias_additions)
+QWEN3_MOE = Family(
+    "Qwen3-MoE",
+    ("qwen3_moe",),
+    _transformer_kwargs,
+    _weights,
+    _config,
+    additions=bias_additions,
+    defaults={"decoder_sparse_step": 1},
+)

@@ -15,7 +15,7 @@ from typing import Any
 
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.additions import Additions
-from simpo_megatron.models.architecture import refuse, required
+from simpo_megatron.models.architecture import positive, refuse, required
 from simpo_megatron.models.families.dense import BLOCK, LAYER
 from simpo_megatron.models.families.moe import moe_feed_forward, moe_kwargs, num_experts
 from simpo_megatron.models.megatron_args import dense_layers, expert_config
@@ -44,7 +44,7 @@ def routed_kwargs(config: dict[str, Any], *, sigmoid: bool) -> dict[str, Any]:
             raise UserError("config.json sets num_experts_per_tok to 1, for which Megatron does not normalise scores")
     kwargs = moe_kwargs(config, ffn=ffn, norm_topk_prob=sigmoid, pattern=_pattern(config))
     kwargs["moe_shared_expert_intermediate_size"] = ffn * required(config, "n_shared_experts")
-    if (scale := float(config.get("routed_scaling_factor", 1.0))) != 1.0:
+    if (scale := positive(config, "routed_scaling_factor")) != 1.0:
         kwargs["moe_router_topk_scaling_factor"] = scale
     if sigmoid:
         kwargs |= {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}

@@ -61,7 +61,7 @@ def listed_layer_types(config: dict[str, Any], default: Sequence[str]) -> Sequen
     Raises:
         UserError: it does not name a type for every layer.
     """
-    listed = config.get("layer_types") or default
+    listed = default if config.get("layer_types") is None else config["layer_types"]
     if len(listed) != required(config, "num_hidden_layers"):
         raise UserError(
             f"config.json has {len(listed)} layer_types for {config['num_hidden_layers']} layers; copy it again"
