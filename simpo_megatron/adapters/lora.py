@@ -88,7 +88,7 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
     if absent := [target for target in lora.targets if target not in present]:
         raise UserError(
             f"--lora-targets {' '.join(absent)}: {architecture.family.name} has no such projections to adapt; give "
-            f"--lora-targets {' '.join(dict.fromkeys(present))}"
+            f"--lora-targets {' '.join(_adaptable(architecture))}"
         )
     narrow = architecture.transformer["hidden_size"]
     if lora.rank > narrow:
@@ -102,12 +102,11 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
                 f"--lora-targets {' '.join(_adaptable(architecture))}"
             )
     of_experts = [target for target in EXPERT_TARGETS if target in lora.targets]
-    beside = [one for one in architecture.weights if not one.experts and set(projections(one)) & set(EXPERT_TARGETS)]
-    if of_experts and architecture.num_experts is not None and beside:
-        fit = " ".join(name for name in dict.fromkeys(present) if name not in EXPERT_TARGETS)
+    if of_experts and _drops_experts(architecture):
         raise UserError(
             f"--lora-targets {' '.join(of_experts)}: {architecture.family.name} has dense layers or shared experts "
-            f"beside its experts, whose adapters PEFT would drop; give --lora-targets {fit}"
+            "beside its experts, whose adapters PEFT would drop; give --lora-targets "
+            f"{' '.join(_adaptable(architecture))}"
         )
     if architecture.num_experts is not None and 0 < len(of_experts) < len(EXPERT_TARGETS):
         raise UserError(
@@ -116,9 +115,18 @@ def check_lora(lora: Lora, architecture: Architecture) -> None:
         )
 
 
+def _drops_experts(architecture: Architecture) -> bool:
+    """Whether PEFT would drop adapters on the feed-forward: of a model with experts and other feed-forwards."""
+    others = [
+        entry for entry in architecture.weights if not entry.experts and {*projections(entry)} & {*EXPERT_TARGETS}
+    ]
+    return architecture.num_experts is not None and bool(others)
+
+
 def _adaptable(architecture: Architecture) -> list[str]:
-    """The projections that have a tensor of their own."""
-    return [name for entry in architecture.weights if not entry.fused for name in projections(entry)]
+    """The projections that an adapter may be on, all of them together."""
+    own = dict.fromkeys(name for one in architecture.weights if not one.fused for name in projections(one))
+    return [name for name in own if name not in EXPERT_TARGETS or not _drops_experts(architecture)]
 
 
 def factor_entries(entry: WeightEntry, lora: Lora) -> Iterator[WeightEntry]:

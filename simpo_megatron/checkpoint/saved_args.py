@@ -29,6 +29,7 @@ from simpo_megatron.parallel.stages import VOCAB_DIVISOR
 
 # Arguments without a flag in Megatron-LM, which reads them from the checkpoint or sets them itself.
 _NO_FLAG = (
+    "vocab_size",  # of the tokenizer
     "padded_vocab_size",
     "add_position_embedding",
     "hf_model_type",
@@ -43,6 +44,7 @@ def megatron_args(architecture: Architecture, divisor: int = VOCAB_DIVISOR) -> d
     family = architecture.family
     return {
         **family.megatron_args(architecture),
+        "vocab_size": architecture.vocab_size,
         "make_vocab_size_divisible_by": divisor,
         "hf_model_type": family.model_types[0],  # ours: several families may have the same arguments
     }
@@ -155,8 +157,8 @@ def checkpoint_of_args(folder: Path, args: Mapping[str, Any], vocab_size: int | 
     rows = vocab_size or args.get("vocab_size")
     if rows is None:
         raise UserError(
-            f"the arguments in {folder} have only the padded vocabulary ({args.get('padded_vocab_size')} rows); give "
-            "--hf-checkpoint, or --vocab-size"
+            f"the arguments in {folder} do not have the size of the vocabulary without padding; give --hf-checkpoint, "
+            "or --vocab-size"
         )
     try:
         config = config_of_args(args, rows)

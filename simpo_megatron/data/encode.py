@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
@@ -94,7 +94,8 @@ class PairEncoder:
         alone = dict(zip(merged, self._alone([texts[i // 3][i % 3] for i in merged]), strict=True))
 
         def response(i: int) -> list[int]:
-            return self._close(alone[i] if i in alone else ids[i][len(ids[i - i % 3]) :])
+            end = self._end_of_answer if preferences[i // 3].conversational else self._eos
+            return self._close(alone[i] if i in alone else ids[i][len(ids[i - i % 3]) :], end)
 
         return [
             EncodedPair(
@@ -216,8 +217,23 @@ class PairEncoder:
         begins = start or self._adds_bos or not prompt or not conversational
         return [self.bos, *prompt[start:]] if begins else prompt
 
-    def _close(self, response: list[int]) -> list[int]:
-        """The response up to the first of the EOS ids at its end (whitespace may follow them), or with EOS appended."""
+    @cached_property
+    def _end_of_answer(self) -> int | None:
+        """The id that ends an answer where the template writes none.
+
+        GLM's templates write none, and its models end an answer with <|user|>, which begins the next turn. So it is the
+        id that the template writes next, if that is one of those that end a response; else the tokenizer's EOS.
+        """
+        turns: list[Message] = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+        try:
+            answered, asked = self._render(turns[:2], False, ""), self._render(turns, False, "")
+        except UserError:  # the template wants other turns than these
+            return self._eos
+        (following,) = self._ids([asked[len(answered) :] if asked.startswith(answered) else ""])
+        return following[0] if self.eos_ids & {*following[:1]} else self._eos
+
+    def _close(self, response: list[int], closing: int | None) -> list[int]:
+        """The response up to the first of the EOS ids at its end (whitespace may follow them), or with `closing`."""
         end = None
         for i in range(len(response) - 1, -1, -1):
             if response[i] in self.eos_ids:
@@ -226,7 +242,7 @@ class PairEncoder:
                 break
         if end is not None:
             return response[:end]
-        return [*response, self._eos] if response and self._eos is not None else response
+        return [*response, closing] if response and closing is not None else response
 
 
 def _without_system(messages: list[Message], where: str) -> list[Message]:

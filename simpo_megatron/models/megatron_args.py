@@ -112,8 +112,8 @@ def default_config(args: Mapping[str, Any], model_type: str, prefix: str) -> dic
         config["rope_scaling"] = {"rope_type": "linear", "factor": float(factor)}
     if args.get("rope_kind"):
         given = {name: args.get(f"rope_{name}") for name in Rope.__dataclass_fields__ if name not in _ROPE_ELSEWHERE}
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-        config["rope_scaling"] = {"rope_type": values.pop("kind")} | {k: v for k, v in values.items() if v is not None}
+        rope = Rope(config["rope_theta"], **{name: value for name, value in given.items() if value is not None})
+        config["rope_scaling"] = {name: value for name, value in rope.parameters.items() if name != "rope_theta"}
     if args.get("rotary_percent", 1.0) != 1.0:
         config["partial_rotary_factor"] = args["rotary_percent"]
     return config

@@ -240,16 +240,21 @@ SAID = (
 )
 
 
-def test_a_model_with_dense_layers_beside_experts_has_adapters_on_attention_alone() -> None:
+def test_the_advice_of_a_refusal_is_accepted() -> None:
     """PEFT with transformers 5 adapts the routed experts, and drops the adapters of dense layers and shared experts."""
-    for name, words in (
-        ("qwen3_moe", "give --lora-targets q_proj k_proj v_proj o_proj"),
-        ("deepseek_v3", "no such proj"),
-    ):
-        prefix, own = families.MODELS[name]
-        config = getattr(transformers, f"{prefix}Config")(**{**families.SIZES, **own}).to_dict()
-        with pytest.raises(UserError, match=words):
-            check_lora(Lora(4, 8.0), family_of(config).architecture(config))
+    advice = {}
+    for name, (prefix, own) in families.MODELS.items():
+        config = getattr(transformers, f"{prefix}ForCausalLM").config_class(**{**families.SIZES, **own}).to_dict()
+        architecture = family_of(config).architecture(config)
+        try:
+            check_lora(Lora(4, 8.0), architecture)
+        except UserError as error:
+            advice[name] = str(error).rpartition("give --lora-targets ")[2]
+            check_lora(Lora(4, 8.0, targets=tuple(advice[name].split())), architecture)
+    attention = "q_proj k_proj v_proj o_proj"
+    assert advice["qwen3_moe"] == advice["glm4_moe"] == advice["gpt_oss"] == attention
+    assert advice["deepseek_v2"] == advice["deepseek_v3"] == "o_proj"
+    assert advice["phi3"] == "o_proj down_proj" and advice["glm"] == f"{attention} down_proj"
 
 
 def run_each(commands: list[list[str]]) -> list[tuple[int, str, str]]:

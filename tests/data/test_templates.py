@@ -52,6 +52,18 @@ def test_a_conversation_written_out(name: str) -> None:
     assert [*prompt.tolist(), *chosen.tolist()][-len(whole) :] == whole
 
 
+def test_what_ends_an_answer_behind_which_the_template_writes_nothing() -> None:
+    def end_of(row: Any, eos_token_ids: list[int]) -> str:
+        encoder = PairEncoder(tokenizer_of("glm4"), OPTIONS, eos_token_ids)
+        return text_of("glm4", encode_rows([("f:1", row)], encoder).pairs.pair(0)[1][-1:])
+
+    conversation = {"chosen": chat(QUESTION, ANSWER), "rejected": chat(QUESTION, "No.")}
+    text = {"prompt": QUESTION, "chosen": ANSWER, "rejected": "No."}
+    assert end_of(conversation, ends_of("glm4")) == "<|user|>"
+    assert end_of(conversation, []) == "<|endoftext|>", "generation does not stop at <|user|>"
+    assert end_of(text, ends_of("glm4")) == "<|endoftext|>"
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
 def test_roles_that_a_template_refuses(name: str) -> None:
     asked = [{"role": "system", "content": "Be brief."}, *chat(QUESTION)]

@@ -5,6 +5,9 @@ qwen2     byte-level BPE; no BOS; a system turn is added where there is none
 mistral   sentencepiece-like Unigram; nothing between [/INST] and the answer; alternating roles only
 zephyr    sentencepiece-like Unigram; the template is laid out over lines
 phi3      byte-level BPE here; turns end with <|end|>, and a conversation with the tokenizer's EOS behind a newline
+phi4      byte-level BPE; the turn of the user writes the header of the answer, with or without generation prompt
+glm4      byte-level BPE; nothing ends an answer but the <|user|> of the next turn; the newline behind <|assistant|>
+          belongs to the answer
 gemma     sentencepiece-like BPE with bytes for unknown characters; answers belong to "model"; turns end with
           <end_of_turn>, which is not the tokenizer's EOS
 olmo2     byte-level BPE; one token is BOS, which the template alone writes, and EOS, which only answers end with
@@ -109,6 +112,23 @@ FAMILIES = {
         "<|assistant|>\n",
         "It is blue.\n\nThank you<|end|>",
         ("<|end|>",),
+    ),
+    "phi4": Family(
+        "qwen",
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + '<|im_end|>' }}"
+        "{% else %}{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}{% endif %}"
+        "{% if message['role'] == 'user' %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}{% endfor %}",
+        "<|im_start|>user<|im_sep|>What color is the sky?<|im_end|><|im_start|>assistant<|im_sep|>Which sky?<|im_end|>"
+        "<|im_start|>user<|im_sep|>The sky.<|im_end|><|im_start|>assistant<|im_sep|>",
+        "It is blue.\n\nThank you<|im_end|>",
+    ),
+    "glm4": Family(
+        "phi",
+        "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "[gMASK]<sop><|user|>\nWhat color is the sky?<|assistant|>\nWhich sky?<|user|>\nThe sky.<|assistant|>",
+        "\nIt is blue.\n\nThank you<|user|>",
+        ("<|user|>",),
     ),
     "gemma": Family(
         "gemma",
