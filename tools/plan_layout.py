@@ -11,7 +11,7 @@ PATH is a Hugging Face checkpoint or a config.json. The table shows the best lay
 * the time of a step divided by that of an ideal one. `simpo_megatron/planning/layouts.py` says what that leaves out.
 
 A tenth of the memory is kept free for the CUDA context, communication buffers and fragmentation. `--compare dpo` also
-shows what DPO needs for its reference model. With `--lora-rank` the weights are frozen, and adapters on all projections
+shows what DPO needs for its reference model. With `--lora-rank` the weights are frozen, and adapters on --lora-targets
 train: the frozen weights need neither gradients nor optimizer state, and are the reference of DPO as well.
 
 Exit code: 0 where a layout fits, 1 where none does, 2 for wrong arguments.
@@ -30,7 +30,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from simpo_megatron.adapters.lora import Lora, adapter_entries
+from simpo_megatron.adapters.lora import adapter_entries
+from simpo_megatron.adapters.settings import lora_of
+from simpo_megatron.config.adapter import AdapterConfig
 from simpo_megatron.config.arguments import add_settings, build_group, heading
 from simpo_megatron.config.memory import MemoryConfig
 from simpo_megatron.disk import human
@@ -62,9 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     pair_tokens = "mean tokens of a pair, with its prompt counted twice (default half of --seq-length)"
     parser.add_argument("--pair-tokens", type=int, metavar="N", help=pair_tokens)
     parser.add_argument("--head-slab-bytes", default="256MiB", metavar="SIZE", help="as in training (default 256MiB)")
-    parser.add_argument(
-        "--lora-rank", type=int, metavar="N", help="train adapters of this rank; the weights are frozen"
-    )
+    adapters = parser.add_argument_group(heading(AdapterConfig))
+    add_settings(adapters, AdapterConfig, ["lora_rank", "lora_targets"], with_defaults=True)
     parser.add_argument("--compare", choices=["dpo"], help="also show what DPO needs")
     memory = [field.name for field in fields(MemoryConfig) if not field.name.startswith(("fp8", "overlap"))]
     add_settings(parser.add_argument_group(heading(MemoryConfig)), MemoryConfig, memory, with_defaults=True)
@@ -93,7 +94,7 @@ def read_request(args: argparse.Namespace) -> Request:
     Raises:
         UserError: a number is out of range, or settings contradict each other.
     """
-    for flag in ("gpus", "seq_length", "global_batch_size", "pair_tokens", "lora_rank"):
+    for flag in ("gpus", "seq_length", "global_batch_size", "pair_tokens"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value} must be greater than 0")
@@ -117,8 +118,7 @@ def run(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     request, hf = read_request(args), read_hf_config(args.hf_checkpoint)
     adapters: tuple[WeightEntry, ...] | None = None
-    if args.lora_rank is not None:
-        lora = Lora(args.lora_rank, 2.0 * args.lora_rank)
+    if (lora := lora_of(build_group(AdapterConfig, vars(args)), hf.architecture)) is not None:
         adapters = adapter_entries(hf.architecture, lora)
         request = replace(request, lora=lora)
     size = checkpoint_size(hf.architecture, table=adapters)

@@ -37,9 +37,21 @@ def adapted_names(architecture: Architecture, lora: Lora) -> Iterator[str]:
 
 
 def update(factor: Factor, lora: Lora, name: str) -> Tensor:
-    """Scale * B A of one projection, in fp32."""
+    """Scale * B A of one projection, in fp32.
+
+    Raises:
+        UserError: it is too large for fp32.
+    """
     a, b = (factor(f"{name}.lora_{kind}.weight").float() for kind in "AB")
-    return (b @ a).mul_(lora.scale)
+    added = (b @ a).mul_(lora.scale)
+    if not _finite(added):
+        raise UserError(f"what the adapter adds to {name} is too large for fp32; train it again")
+    return added
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no element is infinite or NaN, without a copy."""
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def merge_files(hf: HFCheckpoint, adapter: Path, save: Path) -> None:
@@ -55,6 +67,7 @@ def merge_files(hf: HFCheckpoint, adapter: Path, save: Path) -> None:
     """
     check_empty("--save", save)
     check_tensors(hf)
+    save = save.resolve()  # "." has no name
     folder = PeftFolder.read(adapter, hf.architecture)
     partial = save.with_name(f".{save.name}.partial")
     try:
@@ -68,9 +81,9 @@ def merge_files(hf: HFCheckpoint, adapter: Path, save: Path) -> None:
         for path in (*copied_files(hf.path), *index):
             shutil.copyfile(path, partial / path.name)
         record_files(partial)
-        if save.exists():
-            save.rmdir()
-        partial.rename(save)
+        save.mkdir(exist_ok=True)  # it may be the folder where the user is, so it is filled and not replaced
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(save / path.name)
     except OSError as failure:
         raise cannot_write(f"--save {save}", failure, "choose another --save") from failure
     finally:
@@ -104,6 +117,8 @@ def _merge_file(hf: HFCheckpoint, source: Path, target: Path, added: Callable[[s
             data = bytearray(read.read(tensor.length or 0))
             weight = torch.frombuffer(data, dtype=TORCH[tensor.dtype]).view(tensor.shape)
             merged = plus.add_(weight).to(weight.dtype)
+            if not _finite(merged):
+                raise UserError(f"{name} with the adapter is too large for {tensor.dtype}; train the adapter again")
             write.write(merged.view(torch.uint8).numpy().tobytes())
 
 
@@ -131,6 +146,8 @@ def compare_adapters(one: Path, other: Path, architecture: Architecture) -> tupl
     Raises:
         UserError: one of them cannot be read, or they are on different projections.
     """
+    import torch
+
     first, second = (PeftFolder.read(path, architecture) for path in (one, other))
     if first.lora.targets != second.lora.targets:
         raise UserError(
@@ -141,8 +158,8 @@ def compare_adapters(one: Path, other: Path, architecture: Architecture) -> tupl
     with first.open() as ours, second.open() as theirs:
         for name in adapted_names(architecture, first.lora):
             a, b = update(ours, first.lora, name), update(theirs, second.lora, name)
-            largest = max(a.norm().item(), b.norm().item())
-            difference = (a - b).norm().item() / largest if largest else 0.0
+            largest = max(a.norm(dtype=torch.float64).item(), b.norm(dtype=torch.float64).item())
+            difference = (a - b).norm(dtype=torch.float64).item() / largest if largest else 0.0
             count += 1
             if difference > worst or not where:
                 worst, where = difference, name

@@ -67,6 +67,8 @@ class PeftConfig:
         dropout = config.get("lora_dropout") or 0.0
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise UserError(f"{file} sets lora_dropout to {dropout!r}; it must be at least 0 and less than 1")
+        if not isinstance(config.get("use_rslora") or False, bool):
+            raise UserError(f"{file} sets use_rslora to {config['use_rslora']!r}, which is not true or false")
         return cls(file, config)
 
     @property

@@ -42,6 +42,11 @@ def read_adapter(folder: Path, hf: HFCheckpoint) -> tuple[Lora, StoredModel]:
         settings["lora_targets"] = tuple(targets.split())
     if loaded := settings.get("load_adapter"):
         settings["load_adapter"] = Path(loaded)
+        if not settings["load_adapter"].is_dir():
+            raise UserError(
+                f"{folder} is of a run that has its rank and scale from --load-adapter {loaded}, which is not there; "
+                "put it back, or convert in the folder where the run was started"
+            )
     lora = lora_of(AdapterConfig(**settings), hf.architecture)
     if lora is None:
         raise UserError(f"{folder} is of a run without adapters; convert it with tools/megatron_to_hf.py")
