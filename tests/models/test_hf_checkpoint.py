@@ -143,7 +143,15 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0], "long_fact
         ("olmo3", {"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters for rope_type", "full_attention"]),
         ("olmo3", {"rope_parameters": None, "rope_theta": 10000.0}, ["rope_theta to 10000.0", "give rope_parameters"]),
         ("olmo3", {"rope_parameters": {"sliding_attention": tiny.YARN}}, ["'yarn' in the layers with a window"]),
-        ("olmo3", {"rope_parameters": {"full_attention": {**tiny.YARN, "truncate": False}}}, ["truncate to False"]),
+        *(
+            (name, {"rope_parameters": {"full_attention": {**tiny.YARN, "truncate": False}}}, ["truncate to False"])
+            for name in ("olmo3", "gemma3")
+        ),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": tiny.YARN}, "rope_theta": 777.0},
+            ["rope_theta to 777.0", "give rope_parameters"],
+        ),
         ("olmo2", {"rope_parameters": {"full_attention": {}}}, ["rope_parameters for full_attention"]),
         ("qwen3", {"layer_types": ["chunked_attention"] * 4}, ["chunked_attention"]),
         ("qwen3", {"layer_types": tiny.MIXED}, ["sliding_attention", "off"]),

@@ -45,6 +45,7 @@ def _ropes(config: dict[str, Any]) -> dict[str, Any]:
 def _rope(config: dict[str, Any]) -> Rope:
     """The rotary embedding of the layers without a window."""
     parameters = {**(_ropes(config).get(FULL) or {}), **scaling_of_full(config)}
+    refuse(parameters, "truncate", True, None, fix="transformers ignores it here; remove it")
     return read_rope({**config, "rope_scaling": None, "rope_parameters": parameters})
 
 

@@ -52,7 +52,8 @@ def _rope(config: dict[str, Any], layer_type: str = FULL) -> Rope:
             f"config.json has rope_parameters for {', '.join(sorted(given))}; an OLMo-3 has them for {FULL} and "
             f"{SLIDING}"
         )
-    if not given:  # transformers then gives the layers with a window its default
+    if any("rope_theta" not in (given.get(kind) or {}) for kind in (FULL, SLIDING)):
+        # transformers gives the first type that lacks a base this one, and the other its default.
         refuse(config, "rope_theta", _THETA, fix=f"give rope_parameters for {FULL} and for {SLIDING}")
     parameters = dict(given.get(layer_type) or {})
     if layer_type == FULL:
