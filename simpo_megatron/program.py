@@ -256,3 +256,19 @@ def exit_code(program: str, action: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         return 130
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process of a program that may have joined process groups.
+
+    After an error the groups still have threads. A normal exit of Python now and then aborts in them: it prints
+    "terminate called without an active exception", and the exit code is lost.
+
+    Args:
+        code: the exit code.
+    """
+    if code == 0:
+        sys.exit()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

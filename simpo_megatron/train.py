@@ -10,14 +10,13 @@ r"""SimPO training: Hugging Face checkpoint and preferences in, aligned Hugging 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 from simpo_megatron import compat
 from simpo_megatron.config.arguments import parse
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import same_on_all_ranks
-from simpo_megatron.program import exit_code
+from simpo_megatron.program import exit_code, leave
 
 
 def run(config: Config) -> None:
@@ -83,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -123,8 +123,9 @@ def test_an_error_under_torchrun_is_printed_once(inputs: Inputs) -> None:
     done = torchrun(2, logs, flags(inputs.checkpoint, wrong.settings["train_data"], **TP2))
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count(wrong.words[0]) == 1
-    [line] = stream(logs, 0, "stderr").splitlines()
-    assert wrong.words[0] in line
+    lines = stream(logs, 0, "stderr").splitlines()
+    assert len(lines) == 1 and wrong.words[0] in lines[0], lines
+    assert "exitcode  : 2 " in done.stderr, done.stderr
     assert stream(logs, 1, "stderr") == ""
 
 

@@ -11,7 +11,6 @@ training starts from.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from simpo_megatron.config.arguments import (
 from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.parallel.config import ParallelConfig
-from simpo_megatron.program import Parser, exit_code
+from simpo_megatron.program import Parser, exit_code, leave
 from simpo_megatron.settings import required, source_value
 
 # The settings of each group that this program uses. A run's YAML file may hold others: they have no effect here.
@@ -132,4 +131,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -40,7 +40,7 @@ from simpo_megatron.config.run import Config
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES
 from simpo_megatron.parallel.config import ParallelConfig
-from simpo_megatron.program import Parser, check_report, exit_code, write_report
+from simpo_megatron.program import Parser, check_report, exit_code, leave, write_report
 from simpo_megatron.settings import path_value, required, source_value
 
 SHOWN = 10  # gradients in the table
@@ -255,4 +255,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -124,8 +124,8 @@ FAMILIES = {
     ),
     "glm4": Family(
         "phi",
-        "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
         "[gMASK]<sop><|user|>\nWhat color is the sky?<|assistant|>\nWhich sky?<|user|>\nThe sky.<|assistant|>",
         "\nIt is blue.\n\nThank you<|user|>",
         ("<|user|>",),

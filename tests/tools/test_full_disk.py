@@ -26,7 +26,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Program]:
     converted = to_megatron(model, folder / "converted")
     pairs = write_rows(folder / "pairs.jsonl", make_rows(800))
     responses = [{"content": text, "score": score} for score, text in enumerate(("a" * 900, "b" * 900))]
-    scored = write_rows(folder / "scored.jsonl", [{"prompt": "p", "responses": responses}] * 300)
+    scored = write_rows(folder / "scored.jsonl", [{"prompt": f"p{row}", "responses": responses} for row in range(300)])
     names = ("loss", "rewards/margins", "rewards/accuracies")
     metrics = write_rows(folder / "metrics.jsonl", [{"step": 1} | {k + n: 1 for n in names for k in ("", "eval/")}])
 
