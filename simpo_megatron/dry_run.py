@@ -245,7 +245,7 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     Raises:
         UserError: the checkpoint is not complete, or is of another model; or a folder cannot be written to.
     """
-    from simpo_megatron.trainer.adapter import base_checkpoint, describe_weights
+    from simpo_megatron.trainer.adapter import base_checkpoint, check_adapters_of, describe_weights
     from simpo_megatron.trainer.folders import check_folders
     from simpo_megatron.trainer.resume import find_saved_run, follow, weights_folder
 
@@ -253,12 +253,15 @@ def _check_start(config: Config, hf: HFCheckpoint) -> tuple[str, int]:
     check_tensors(hf)
     saved = find_saved_run(config.checkpoint)
     _, changes = follow(config, saved)
+    lora = lora_of(config.adapter, hf.architecture)
     folder = weights_folder(config.checkpoint) if saved is None else saved.folder
-    if config.adapter.trains_adapters:  # such a checkpoint holds no base
+    if folder is not None and saved is None:
+        check_adapters_of(folder, lora)
+    if lora is not None:  # such a checkpoint holds no base
         base = base_checkpoint(config.checkpoint)
         if base is not None:
             read_torch_dist(base, hf)
-        if folder not in (None, base) and (lora := lora_of(config.adapter, hf.architecture)) is not None:
+        if folder not in (None, base):
             read_factors(folder, hf, lora)
         start = describe_weights(config, hf, folder)
         return "; ".join((start, *changes)), 0 if saved is None else saved.progress.step

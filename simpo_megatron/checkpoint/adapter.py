@@ -5,24 +5,44 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from simpo_megatron.adapters.lora import Lora, adapter_entries
 from simpo_megatron.adapters.peft_config import CONFIG, peft_config
 from simpo_megatron.adapters.peft_folder import PREFIX, WEIGHTS
-from simpo_megatron.adapters.settings import lora_of
-from simpo_megatron.checkpoint.folder import read_args
 from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
+from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
 from simpo_megatron.checkpoint.parameters import StoredModel
 from simpo_megatron.checkpoint.source import tensor_bytes
 from simpo_megatron.checkpoint.to_hf import safetensors_header
 from simpo_megatron.checkpoint.transfer.cut import piece_bytes, plan_from_blocks
 from simpo_megatron.checkpoint.transfer.moves import OutFile, Unit
 from simpo_megatron.checkpoint.transfer.publish import Conversion, Options, PlanLine, file_stamps, fingerprint
-from simpo_megatron.config.adapter import AdapterConfig
 from simpo_megatron.errors import UserError
 from simpo_megatron.files import WRITTEN, atomic_write, record_files, wrote_all
 from simpo_megatron.models.hf_checkpoint import HFCheckpoint
 from simpo_megatron.models.weight_files import HFTensor
+
+
+def saved_progress(folder: Path) -> dict[str, Any]:
+    """The fields of `Progress` in the checkpoint of a run; empty if it is of no run, or of none by this package.
+
+    Args:
+        folder: of one iteration.
+    """
+    content = read_torch_file(folder / "common.pt").content if (folder / "common.pt").exists() else None
+    progress = content.get("progress") if isinstance(content, dict) else None
+    return progress if isinstance(progress, dict) else {}
+
+
+def saved_lora(folder: Path) -> Lora | None:
+    """The adapter that the checkpoint of a run holds; None if it holds none.
+
+    Args:
+        folder: of one iteration.
+    """
+    fields = saved_progress(folder).get("adapter")
+    return Lora(**fields) if isinstance(fields, dict) else None
 
 
 def read_adapter(folder: Path, hf: HFCheckpoint) -> tuple[Lora, StoredModel]:
@@ -35,19 +55,7 @@ def read_adapter(folder: Path, hf: HFCheckpoint) -> tuple[Lora, StoredModel]:
     Raises:
         UserError: the run trained no adapters, or they are of another model; or a file cannot be read.
     """
-    args = read_args(folder)
-    names = ("lora_rank", "lora_alpha", "lora_targets", "use_rslora", "lora_dropout", "load_adapter")
-    settings = {name: args[name] for name in names if args.get(name) is not None}
-    if targets := settings.get("lora_targets"):
-        settings["lora_targets"] = tuple(targets.split())
-    if loaded := settings.get("load_adapter"):
-        settings["load_adapter"] = Path(loaded)
-        if not settings["load_adapter"].is_dir():
-            raise UserError(
-                f"{folder} is of a run that has its rank and scale from --load-adapter {loaded}, which is not there; "
-                "put it back, or convert in the folder where the run was started"
-            )
-    lora = lora_of(AdapterConfig(**settings), hf.architecture)
+    lora = saved_lora(folder)
     if lora is None:
         raise UserError(f"{folder} is of a run without adapters; convert it with tools/megatron_to_hf.py")
     return lora, read_factors(folder, hf, lora)

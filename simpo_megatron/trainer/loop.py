@@ -18,7 +18,7 @@ from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron.adapters.export import export_adapter
 from simpo_megatron.adapters.merge import MergedWeights
-from simpo_megatron.adapters.settings import run_table
+from simpo_megatron.adapters.settings import lora_of, run_table
 from simpo_megatron.batch.packer import GlobalBatch
 from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
@@ -29,7 +29,7 @@ from simpo_megatron.parallel.together import host_group, raise_on_all_ranks
 from simpo_megatron.planning.checkpoint_size import check_disk
 from simpo_megatron.planning.flops import step_flops
 from simpo_megatron.trainer import loading
-from simpo_megatron.trainer.adapter import base_of
+from simpo_megatron.trainer.adapter import adapter_progress, check_adapters_of
 from simpo_megatron.trainer.alarms import Alarms
 from simpo_megatron.trainer.checkpointing import CheckpointWriter
 from simpo_megatron.trainer.console import Logger, print_line
@@ -50,6 +50,7 @@ from simpo_megatron.trainer.resume import (
     check_pairs,
     find_saved_run,
     follow,
+    weights_folder,
 )
 from simpo_megatron.trainer.scoring import evaluate_pairs
 from simpo_megatron.trainer.setup import build_engine
@@ -80,10 +81,13 @@ def start_run(
         saved = find_saved_run(config.checkpoint)
         config, changes = follow(config, saved)
     train_pairs, valid_pairs, messages = load_data(config.data, hf)
-    state = new_progress(config, train_pairs, *base_of(config, hf))
+    state = new_progress(config, train_pairs, **adapter_progress(config, hf))
     if saved is not None:
         check_pairs(saved, state)
-        state = saved.progress
+        state = replace(saved.progress, adapter=state.adapter)
+    elif (weights := weights_folder(config.checkpoint)) is not None:
+        with raise_on_all_ranks():
+            check_adapters_of(weights, lora_of(config.adapter, hf.architecture), state.base)
     length = run_length(config, len(train_pairs))
     window = check_window(config, length.steps, state.step)
     if saved is not None and not length.is_reached(state):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from simpo_megatron.config.run import Config
 from simpo_megatron.data import Pairs
@@ -23,6 +24,7 @@ class Progress:
             that it was made of; empty before the first one.
         base: fingerprint of the weights under an adapter, which the checkpoints do not hold; empty without an adapter.
         base_folder: the converted checkpoint that holds them; empty where --hf-checkpoint does.
+        adapter: the fields of `Lora`; None without an adapter.
         baseline: what the loss of the next step compares with (`Objective.next_baseline`).
     """
 
@@ -34,18 +36,13 @@ class Progress:
     checkpoint: str = ""
     base: str = ""
     base_folder: str = ""
+    adapter: dict[str, Any] | None = None
     baseline: float = 0.0
 
 
-def new_progress(config: Config, pairs: Pairs, base: str = "", base_folder: str = "") -> Progress:
-    """Where a new run on these pairs and this base stands."""
-    return Progress(
-        num_pairs=len(pairs),
-        tokens_crc32=pairs.fingerprint,
-        seed=config.train.seed,
-        base=base,
-        base_folder=base_folder,
-    )
+def new_progress(config: Config, pairs: Pairs, **adapter: Any) -> Progress:
+    """Where a new run stands, on these pairs and with what `adapter_progress` gives."""
+    return Progress(num_pairs=len(pairs), tokens_crc32=pairs.fingerprint, seed=config.train.seed, **adapter)
 
 
 @dataclass(frozen=True)

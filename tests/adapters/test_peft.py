@@ -165,6 +165,7 @@ def test_peft_drops_gate_and_up_without_down(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "sets init_lora_weights to 'pissa', which is not supported"),
         ({"kasa_config": {"a": 1}}, "sets kasa_config to {'a': 1}, which is not supported"),
         ({"of_tomorrow": 0.5}, "sets of_tomorrow to 0.5, which is not supported"),
+        ({"use_rslora": "yes"}, "sets use_rslora to 'yes', which is not true or false"),
         ({"peft_type": "IA3"}, "has peft_type 'IA3'; only LORA is supported"),
         ({"r": 0}, "sets r to 0, which is no positive whole number"),
         ({"r": 8}, "has shape [4, 48], but rank 8 and this Llama model give [8, 48]"),
@@ -186,10 +187,17 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(change: dict[str, Any], sen
         (lambda tensors: {}, "holds no tensors; save the adapter with PEFT's save_pretrained"),
         (lambda tensors: {name: tensor.char() for name, tensor in tensors.items()}, "is I8; factors must be one of"),
         (lambda tensors: {name: tensor / 0 for name, tensor in tensors.items()}, "has numbers that are not finite"),
+        (lambda tensors: {name: tensor * 1e30 for name, tensor in tensors.items()}, "is too large for fp32; train it"),
+        (
+            lambda tensors: {name: tensor * 1e4 for name, tensor in tensors.items()},
+            ".weight with the adapter is too large for F16; train the adapter again",
+        ),
     ],
 )
 def test_tensors_that_are_no_factors_are_refused(change: Any, sentence: str, tmp_path: Path) -> None:
     tiny.make("llama", tmp_path / "base", num_hidden_layers=2)
+    weights = tmp_path / "base" / "model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
     random_adapter(tmp_path / "base", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from simpo_megatron.adapters.lora import Lora, check_lora
 from simpo_megatron.errors import UserError
 from simpo_megatron.models.families.registry import family_of
+from simpo_megatron.trainer.adapter import check_adapters_of
 from tests.support import families
 from tests.support.adapters import gather_factors, random_adapter
 from tests.support.distributed import WorkerPool
@@ -90,6 +91,40 @@ def test_resumed_runs_end_with_the_same_adapter(pool: WorkerPool, checkpoint: Pa
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     [(code, _, error)] = pool.run(1, run_main, flags(other, data, **settings, save=folder, load=folder))
     assert code == 2 and "holds adapters for other weights than those of --hf-checkpoint" in error
+    check_new_runs(pool, checkpoint, other, data, save)
+
+
+def check_new_runs(pool: WorkerPool, checkpoint: Path, other: Path, data: Path, save: Path) -> None:
+    """--finetune starts from adapters of the same shape and base alone."""
+    start = {"load": save, "finetune": True}
+    dry, lora = {**start, "dry_run": True}, {"lora_rank": RANK}
+    commands = [
+        flags(checkpoint, data, **dry),
+        flags(checkpoint, data, **dry, lora_rank=2 * RANK),
+        flags(checkpoint, data, **dry, **lora, lora_alpha=64),
+        flags(other, data, **start, **lora),
+        flags(checkpoint, data, **dry, **lora),
+    ]
+    [outcomes] = pool.run(1, run_each, commands)
+    for (code, _, error), sentence in zip(
+        outcomes,
+        (
+            "holds adapters alone, of rank 4, scale 2, on q_proj, k_proj",
+            "up_proj, down_proj, and this run has rank 8, scale 2,",
+            "this run has rank 4, scale 16,",
+            "holds adapters for other weights than those of this run; give its base",
+        ),
+        strict=False,
+    ):
+        assert code == 2 and sentence in error, error
+    assert outcomes[-1][0] == 0 and f"with the adapters of {save}" in " ".join(outcomes[-1][1].split())
+
+
+def test_adapters_do_not_start_from_a_run_without_them(tmp_path: Path) -> None:
+    torch.save({"progress": {"step": 4}}, tmp_path / "common.pt")
+    check_adapters_of(tmp_path, None)
+    with pytest.raises(UserError, match="is of a run without adapters, and adapters need a base: convert it"):
+        check_adapters_of(tmp_path, Lora(RANK, 8.0))
 
 
 def compare_with_tools(checkpoint: Path, folder: Path) -> None:
@@ -100,7 +135,10 @@ def compare_with_tools(checkpoint: Path, folder: Path) -> None:
     assert whole.keys() == converted.keys() and all(torch.equal(whole[key], converted[key]) for key in whole)
     configs = [(folder / name / "adapter_config.json").read_text() for name in ("whole", "converted")]
     assert configs[0] == configs[1]
-    assert adapters.main(["merge", "--adapter", str(folder / "converted"), *base, "--save", str(folder / "again")]) == 0
+    (folder / "again").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "again")
+        assert adapters.main(["merge", "--adapter", str(folder / "converted"), *base, "--save", "."]) == 0
     merged, again = (load_file(folder / name / "model.safetensors") for name in ("merged", "again"))
     assert merged.keys() == again.keys()
     for key, tensor in merged.items():

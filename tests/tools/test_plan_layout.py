@@ -40,6 +40,8 @@ def test_adapters_take_less(capsys: pytest.CaptureFixture[str]) -> None:
     out = " ".join(capsys.readouterr().out.split())
     assert "SimPO with adapters: fits from 1 GPU" in out
     assert "a checkpoint of training takes 560.0 MiB (weights 80.0 MiB, optimizer state 480.0 MiB)" in out
+    assert main(["--model", MODEL, "--gpus", "8", "--lora-rank", "16", "--lora-targets", "q_proj", "v_proj"]) == 0
+    assert "a checkpoint of training takes 91.0 MiB" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_flags_of_the_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
