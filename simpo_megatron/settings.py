@@ -5,6 +5,7 @@ A group is a frozen dataclass derived from `Group`. `config/arguments.py` makes 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -109,6 +110,12 @@ def source_value(text: str) -> str:
     return " ".join(expand(word) for word in text.split(" "))
 
 
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass, by name. They are kept: a command line needs them many times."""
+    return get_type_hints(cls)
+
+
 class Group:
     """Base of the settings groups: rejects non-finite floats and unknown choices, and turns lists into tuples.
 
@@ -116,7 +123,7 @@ class Group:
     """
 
     def __post_init__(self) -> None:
-        for name, annotation in get_type_hints(type(self)).items():
+        for name, annotation in field_types(type(self)).items():
             value, allowed = getattr(self, name), choices(annotation)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag(name)} {value} must be a finite number")

@@ -25,12 +25,10 @@ from simpo_megatron.config.yaml_file import read_mapping
 from simpo_megatron.errors import UserError
 from simpo_megatron.objectives import OBJECTIVES, Objective
 from simpo_megatron.program import Parser
-from simpo_megatron.settings import choices, flag, path_value, require, source_value
+from simpo_megatron.settings import choices, field_types, flag, path_value, require, source_value
 
 GROUPS: dict[str, type] = {
-    field.name: typing.get_type_hints(Config)[field.name]
-    for field in dataclasses.fields(Config)
-    if field.name != "objective"
+    field.name: field_types(Config)[field.name] for field in dataclasses.fields(Config) if field.name != "objective"
 }
 DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
@@ -68,7 +66,7 @@ def _value_type(annotation: Any) -> type:
 def _fields() -> list[tuple[str, dataclasses.Field, Any]]:
     """Every setting: name of its group (of an objective, its name), field and annotation."""
     return [
-        (group, field, typing.get_type_hints(cls)[field.name])
+        (group, field, field_types(cls)[field.name])
         for group, cls in (*OBJECTIVES.items(), *GROUPS.items())
         for field in settable(cls)
     ]
@@ -185,10 +183,9 @@ def add_settings(section: Any, group: type, names: Sequence[str] | None = None, 
         names: of the fields to add; None for all.
         with_defaults: a flag that is not given gets its default; otherwise it is absent from the namespace.
     """
-    annotations = typing.get_type_hints(group)
     for field in settable(group):
         if names is None or field.name in names:
-            _add(section, field, annotations[field.name], {"default": field.default} if with_defaults else {})
+            _add(section, field, field_types(group)[field.name], {"default": field.default} if with_defaults else {})
 
 
 def _add(section: Any, field: dataclasses.Field, annotation: Any, options: dict[str, Any]) -> None:
