@@ -98,14 +98,23 @@ def _forget_models() -> None:
     """Frees models and optimizers, and with them the threads of every gloo group that they refer to.
 
     They refer to themselves. DDP does so through autograd's nodes, which the garbage collector does not see. So DDP's
-    references are removed here.
+    references are removed here. Megatron keeps the last 32 rotary embeddings in a cache, and each has a group. What is
+    left after that stays: the next task need not search it again.
     """
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
+    from simpo_megatron.parallel.together import forget_host_group
+
+    forget_host_group()
+    for kind in (RotaryEmbedding, YarnRotaryEmbedding):
+        forward: Any = kind.forward
+        forward.cache_clear()
     for wrapped in gc.get_objects():
         if type(wrapped) is DistributedDataParallel:
             vars(wrapped).clear()
     gc.collect()
+    gc.freeze()
 
 
 class WorkerPool:
