@@ -13,7 +13,6 @@ installed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ compat.quiet_megatron()
 
 from simpo_megatron import megatron_lm  # noqa: E402  (it imports Megatron-Core)
 from simpo_megatron.errors import UserError  # noqa: E402
-from simpo_megatron.program import exit_code  # noqa: E402
+from simpo_megatron.program import exit_code, leave  # noqa: E402
 
 
 def require_weights(args: Any, exists: Callable[[str | None], bool]) -> None:
@@ -75,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("pretrain_simpo.py", main))
+    leave(exit_code("pretrain_simpo.py", main))

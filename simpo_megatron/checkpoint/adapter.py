@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 from simpo_megatron.adapters.lora import Lora, adapter_entries
 from simpo_megatron.adapters.peft_config import CONFIG, peft_config
 from simpo_megatron.adapters.peft_folder import PREFIX, WEIGHTS
-from simpo_megatron.checkpoint.formats.torch_dist_reader import read_torch_dist
-from simpo_megatron.checkpoint.formats.torch_save_file import read_torch_file
+from simpo_megatron.checkpoint.formats.torch_dist_reader import read_common, read_torch_dist
 from simpo_megatron.checkpoint.parameters import StoredModel
 from simpo_megatron.checkpoint.source import tensor_bytes
 from simpo_megatron.checkpoint.to_hf import safetensors_header
@@ -30,18 +30,17 @@ def saved_progress(folder: Path) -> dict[str, Any]:
     Args:
         folder: of one iteration.
     """
-    content = read_torch_file(folder / "common.pt").content if (folder / "common.pt").exists() else None
-    progress = content.get("progress") if isinstance(content, dict) else None
+    progress = read_common(folder).get("progress")
     return progress if isinstance(progress, dict) else {}
 
 
-def saved_lora(folder: Path) -> Lora | None:
+def lora_in(progress: Mapping[str, Any]) -> Lora | None:
     """The adapter that the checkpoint of a run holds; None if it holds none.
 
     Args:
-        folder: of one iteration.
+        progress: from `saved_progress`.
     """
-    fields = saved_progress(folder).get("adapter")
+    fields = progress.get("adapter")
     return Lora(**fields) if isinstance(fields, dict) else None
 
 
@@ -55,7 +54,7 @@ def read_adapter(folder: Path, hf: HFCheckpoint) -> tuple[Lora, StoredModel]:
     Raises:
         UserError: the run trained no adapters, or they are of another model; or a file cannot be read.
     """
-    lora = saved_lora(folder)
+    lora = lora_in(saved_progress(folder))
     if lora is None:
         raise UserError(f"{folder} is of a run without adapters; convert it with tools/megatron_to_hf.py")
     return lora, read_factors(folder, hf, lora)

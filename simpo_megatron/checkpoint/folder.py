@@ -100,6 +100,6 @@ def checkpoint_folder(load: Path) -> Path:
 def read_args(folder: Path) -> dict[str, Any]:
     """The plain values among the arguments that a checkpoint was saved with, by name; empty where it has none."""
     if (folder / "common.pt").exists():
-        return args_of(read_common(folder))
+        return args_of(read_common(folder).get("args"))
     file = any_rank_file(folder)
     return args_of(file.content.get("args")) if file is not None and isinstance(file.content, dict) else {}

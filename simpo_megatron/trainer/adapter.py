@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from simpo_megatron.adapters.lora import Lora, adapter_entries, parameters_of
 from simpo_megatron.adapters.settings import lora_of
-from simpo_megatron.checkpoint.adapter import saved_lora, saved_progress
+from simpo_megatron.checkpoint.adapter import lora_in, saved_progress
 from simpo_megatron.checkpoint.folder import iteration_folder, latest_step, release_folder
 from simpo_megatron.checkpoint.formats.torch_dist_writer import FORMAT_FILE
 from simpo_megatron.checkpoint.source import config_alone
@@ -101,10 +101,11 @@ def check_adapters_of(folder: Path, lora: Lora | None, base: str | None = None) 
     Raises:
         UserError: the checkpoint has another adapter, or one for other weights, or none.
     """
-    saved = saved_lora(folder)
+    progress = saved_progress(folder)
+    saved = lora_in(progress)
     if saved is None:
         require(
-            lora is None or not saved_progress(folder),
+            lora is None or not progress,
             f"{folder} is of a run without adapters, and adapters need a base: convert it with "
             "tools/megatron_to_hf.py, and give that as --hf-checkpoint",
         )
@@ -119,8 +120,8 @@ def check_adapters_of(folder: Path, lora: Lora | None, base: str | None = None) 
         f"{folder} holds adapters of {_describe(saved)}, and this run has {_describe(lora)}; give the same "
         "--lora-rank, --lora-alpha, --lora-targets and --use-rslora",
     )
-    before = saved_progress(folder).get("base")
-    require(base in (None, before), f"{folder} holds adapters for other weights than those of this run; give its base")
+    same = base in (None, progress.get("base"))
+    require(same, f"{folder} holds adapters for other weights than those of this run; give its base")
 
 
 def describe_weights(config: Config, hf: HFCheckpoint, folder: Path | None) -> str:

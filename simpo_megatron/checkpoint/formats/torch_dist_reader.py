@@ -47,11 +47,11 @@ class _Chunk:
     length: int
 
 
-def read_common(folder: Path) -> Record | None:
-    """The arguments in common.pt; None where there are none."""
+def read_common(folder: Path) -> dict[str, Any]:
+    """What common.pt holds, such as arguments; empty where there is none."""
     path = folder / "common.pt"
     content = read_torch_file(path).content if path.exists() else {}
-    return content.get("args") if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def args_of(record: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def read_torch_dist(folder: Path, hf: HFCheckpoint) -> StoredModel:
             f"{folder} holds {', '.join(unknown[:5])} ({len(unknown)} in all), which {hf.architecture.family.name} "
             "with this config.json does not have; give the model it was trained from"
         )
-    return StoredModel(folder, tuple(parameters), args_of(read_common(folder)))
+    return StoredModel(folder, tuple(parameters), args_of(read_common(folder).get("args")))
 
 
 def _read_index(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chunk]]]:
